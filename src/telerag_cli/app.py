@@ -1,0 +1,53 @@
+"""The entry point: names the commands and nothing else. Commands import what is heavy when they run."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from telerag_cli import __version__
+from telerag_cli.commands.build_index import build_index
+from telerag_cli.commands.embed import embed
+from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
+from telerag_cli.commands.inspect import inspect
+from telerag_cli.commands.quickstart import quickstart
+from telerag_cli.commands.run import run
+from telerag_cli.commands.search import search
+
+app = typer.Typer(
+    name="telerag",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Retrieval-augmented generation over datastores too large for fast memory: "
+    "the index lists a query will need are moved while the LLM is still writing.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"telerag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options before the command."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
+for command in (quickstart, embed, build_index, inspect, search, run):
+    app.command()(guarded(command))
+
+
+def main() -> None:
+    """Run ``telerag``."""
+    app()

@@ -1,0 +1,1 @@
+"""One module per subcommand: parse, call the library, render."""

@@ -1,0 +1,5 @@
+"""placeholder."""
+
+
+def embed() -> None:
+    """Placeholder."""

@@ -1,0 +1,45 @@
+"""What every command shares: errors become one sentence and an exit code, a closed pipe becomes silence."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+import typer
+
+from telerag_cli import console
+from telerag_cli.errors import EXIT_INTERRUPTED, EXIT_OK, TeleragError
+
+P = ParamSpec("P")
+
+DEBUG_VARIABLE = "TELERAG_DEBUG"
+"""Set by ``telerag --debug``: errors come with their traceback."""
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """Wrap a command so that what a user can cause ends in a message and the right exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        # Set here, before any heavy import: quiet libraries and no network unless a model is named.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            command(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has what it wanted. Python would complain when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_OK) from None
+        except KeyboardInterrupt:
+            console.fail("Interrupted; what was finished is kept.")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except TeleragError as error:
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            console.fail(str(error))
+            raise typer.Exit(error.exit_code) from None
+
+    return run

@@ -1,0 +1,5 @@
+"""placeholder."""
+
+
+def search() -> None:
+    """Placeholder."""

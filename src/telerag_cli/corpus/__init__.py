@@ -1,0 +1,1 @@
+"""Passages: reading them from files, cutting them up, keeping them with their embeddings."""

@@ -1,0 +1,1 @@
+"""What runs pipelines: ties a generator, an embedder and a retriever together."""

@@ -1,0 +1,56 @@
+"""Everything that can go wrong and is not our own bug.
+
+    TeleragError                 exit 1: the work could not be done
+    ├── UsageError               exit 2: the command line asked for something impossible
+    ├── InputError               exit 1: a source, a question or a line is not what it should be
+    ├── ArtifactError            exit 1: embeddings, index or run on disk is missing, torn or of another make
+    ├── ModelError               exit 1: a model cannot be found, loaded or used for this
+    └── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
+
+A message is one sentence with both values (what was found, what was expected); ``remedy`` is what to do.
+`assert` is for our own invariants and never for what a user can cause.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_PARTIAL = 3
+EXIT_INTERRUPTED = 130
+
+
+class TeleragError(Exception):
+    """Base of all errors shown to a user without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}" if self.remedy else self.message
+
+
+class UsageError(TeleragError):
+    """The options contradict each other or the data."""
+
+    exit_code = EXIT_USAGE
+
+
+class InputError(TeleragError):
+    """A source file, a line of it, or a question cannot be used."""
+
+
+class ArtifactError(TeleragError):
+    """An artifact on disk is missing, incomplete, damaged or does not belong here."""
+
+
+class ModelError(TeleragError):
+    """A model is missing, cannot be loaded, or does not fit the artifact."""
+
+
+class ResourceError(TeleragError):
+    """Memory, disk or a device is short of what was asked for."""

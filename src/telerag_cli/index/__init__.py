@@ -1,0 +1,1 @@
+"""The IVF index on disk: layout, building, opening, checking, scoring by Faiss."""

@@ -1,0 +1,139 @@
+"""Faiss over memory that we own: the same scanner, the same bits, no copy."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import Metric, Storage
+from telerag_cli.index.artifact import FloatArray, IntArray, TableArray
+
+COARSE_BLOCK = 16
+"""Queries per call of the coarse quantizer. Faiss turns to BLAS, and other roundings, at 20 queries; staying below
+makes a query's probes independent of what it is batched with."""
+
+
+def faiss_metric(metric: Metric) -> int:
+    """Faiss's number for a metric."""
+    return int(faiss.METRIC_INNER_PRODUCT if metric is Metric.IP else faiss.METRIC_L2)
+
+
+def empty_ivf(quantizer: Any, dimension: int, nlist: int, metric: Metric, storage: Storage,
+              trained: FloatArray | None = None) -> Any:  # fmt: skip
+    """A ``faiss.IndexIVF`` of this storage with no lists; codes are of the vector itself, not of its residual."""
+    number = faiss_metric(metric)
+    if storage is Storage.FLOAT32:
+        index = faiss.IndexIVFFlat(quantizer, dimension, nlist, number)
+        index.is_trained = True
+        return index
+    kind = faiss.ScalarQuantizer.QT_fp16 if storage is Storage.FLOAT16 else faiss.ScalarQuantizer.QT_8bit
+    index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, nlist, kind, number, False)
+    if trained is not None:
+        faiss.copy_array_to_vector(np.ascontiguousarray(trained), index.sq.trained)
+    index.is_trained = storage is Storage.FLOAT16 or trained is not None
+    return index
+
+
+def flat(centroids: FloatArray, metric: Metric) -> Any:
+    """A ``faiss.IndexFlat`` of the centroids."""
+    quantizer = faiss.IndexFlat(centroids.shape[1], faiss_metric(metric))
+    quantizer.add(np.ascontiguousarray(centroids))
+    return quantizer
+
+
+class Coarse:
+    """The coarse quantizer: which lists are nearest to a query."""
+
+    def __init__(self, centroids: FloatArray, metric: Metric) -> None:
+        self.index = flat(centroids, metric)
+        self.nlist, self.dimension = centroids.shape
+
+    def probe(self, queries: FloatArray, nprobe: int) -> tuple[FloatArray, IntArray]:
+        """Scores and numbers of the ``nprobe`` nearest lists, nearest first, each of shape (n, nprobe)."""
+        blocks = [self.index.search(np.ascontiguousarray(queries[i : i + COARSE_BLOCK]), nprobe)
+                  for i in range(0, len(queries), COARSE_BLOCK)]  # fmt: skip
+        scores, lists = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        return scores, lists
+
+    def rank(self, query: FloatArray) -> IntArray:
+        """All lists, nearest first, for one query of shape (dimension,)."""
+        return self.probe(query[None], self.nlist)[1][0]
+
+
+class ListScorer:
+    """Scores lists that lie in a block of host memory, wherever its table says.
+
+    ``table`` is Faiss's own vector of (size, capacity, offset), viewed as a uint64 array of shape (nlist, 3) and edited
+    as lists come and go; an entry must not change while a search that names its list is running.
+    """
+
+    def __init__(self, memory: npt.NDArray[np.uint8], coarse: Coarse, metric: Metric, storage: Storage, code_size: int,
+                 trained: FloatArray | None) -> None:  # fmt: skip
+        self._memory = memory  # Faiss keeps only the address
+        self.metric = metric
+        self._coarse = coarse
+        nlist = coarse.nlist
+        self._lists = faiss.OnDiskInvertedLists()
+        self._lists.nlist = nlist
+        self._lists.code_size = code_size
+        self._lists.read_only = True
+        self._lists.lists.resize(nlist)
+        self._lists.ptr = faiss.swig_ptr(memory)
+        self._lists.totsize = len(memory)
+        address = int(self._lists.lists.data().this)
+        words = (ctypes.c_uint64 * (3 * nlist)).from_address(address)
+        self.table: TableArray = np.ctypeslib.as_array(words).reshape(nlist, 3)
+        self.table[:] = 0
+        self._ivf = empty_ivf(coarse.index, coarse.dimension, nlist, metric, storage, trained)
+        self._ivf.replace_invlists(self._lists, False)
+        # Over probes, not over queries: the default runs a single query on a single thread.
+        self._ivf.parallel_mode = 1
+
+    def close(self) -> None:
+        """Let go of the memory; Faiss would otherwise unmap it when the lists are freed."""
+        self._lists.ptr = None
+        self._lists.totsize = 0
+
+    def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
+        """The ``k`` best (score, row) of the named lists for each query, best first, equal scores by row.
+
+        Args:
+            queries: (n, dimension).
+            lists: (n, m) list numbers, -1 to skip.
+            k: results per query.
+
+        Returns:
+            Scores and rows, (n, k); missing places hold the worst score and row -1.
+        """
+        width = k + 1
+        while True:
+            scores, rows = self._scan(queries, lists, width)
+            # Faiss keeps whichever of equal scores it met first; widen until the last place ties with none that counts.
+            tied = (rows[:, k - 1] >= 0) & (rows[:, -1] >= 0) & (scores[:, k - 1] == scores[:, -1])
+            if not tied.any():
+                return best(scores, rows, k, self.metric)
+            width *= 2
+
+    def _scan(self, queries: FloatArray, lists: IntArray, width: int) -> tuple[FloatArray, IntArray]:
+        n, probes = lists.shape
+        scores = np.empty((n, width), np.float32)
+        rows = np.empty((n, width), np.int64)
+        queries = np.ascontiguousarray(queries, np.float32)
+        lists = np.ascontiguousarray(lists, np.int64)
+        unused = np.zeros(lists.shape, np.float32)  # only residual codes need the distance to the centroid
+        self._ivf.search_preassigned_c(n, faiss.swig_ptr(queries), width, faiss.swig_ptr(lists), faiss.swig_ptr(unused),
+                                       faiss.swig_ptr(scores), faiss.swig_ptr(rows), False,
+                                       faiss.SearchParametersIVF(nprobe=probes))  # fmt: skip
+        return scores, rows
+
+
+def best(scores: FloatArray, rows: IntArray, k: int, metric: Metric) -> tuple[FloatArray, IntArray]:
+    """The ``k`` best of candidates (n, m) by (score, row); absent ones have row -1 and come last."""
+    last = np.iinfo(np.int64).max
+    keys = np.where(rows < 0, last, rows)
+    order = np.lexsort((keys, -scores if metric is Metric.IP else scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

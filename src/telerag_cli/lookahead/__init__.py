@@ -1,0 +1,1 @@
+"""Policy: which lists to move, in what order, until the query arrives."""

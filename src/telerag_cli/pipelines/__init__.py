@@ -1,0 +1,1 @@
+"""RAG pipelines, each a short async function that knows nothing of tiers."""

@@ -1,0 +1,1 @@
+"""Fast memory: accounting (arena, residency) and transport (how bytes get there), apart."""
