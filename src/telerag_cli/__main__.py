@@ -1,0 +1,5 @@
+"""``python -m telerag_cli``."""
+
+from telerag_cli.app import main
+
+main()
