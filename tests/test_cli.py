@@ -172,9 +172,3 @@ def test_progress_is_silent_when_stderr_is_no_terminal(capsys):
     with console.progress("embedding", 10, unit="passages") as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")
-
-
-def test_cli_reference_is_current():
-    script = ROOT / "scripts" / "generate_cli_docs.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,76 @@
+"""The scripts that make documents: what they write is right, and stale documents are found."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def figures(tmp_path, monkeypatch):
+    module = script("readme_figures")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("above\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nbelow\n")
+    return module
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    module.main()
+
+
+def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_path, monkeypatch):
+    result = {
+        "command": ["scripts/bench.py", "--n", "3"],
+        "hardware": {"cpu": "Abacus", "cores": 2},
+        "figures": [{"what": "speed", "value": "5 x", "against": "1 x", "goal": "at least 4 x"}],
+    }
+    (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(result))
+    (tmp_path / "benchmarks" / "results" / "raw.json").write_text(json.dumps({"numbers": [1, 2]}))
+    with pytest.raises(SystemExit, match="stale"):
+        run(figures, monkeypatch, "--check")
+    run(figures, monkeypatch)
+    run(figures, monkeypatch, "--check")
+    readme = (tmp_path / "README.md").read_text()
+    assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](benchmarks/results/speed.json) |" in readme
+    assert "cpu Abacus, cores 2." in readme
+    assert "`scripts/bench.py --n 3`" in readme
+    assert readme.startswith("above\n")
+    assert readme.endswith("\nbelow\n")
+    assert "old" not in readme
+    assert "raw.json" not in readme
+
+
+def test_a_readme_without_marks_is_refused(figures, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("nothing\n")
+    with pytest.raises(SystemExit, match="lacks <!-- figures:begin -->"):
+        run(figures, monkeypatch)
+
+
+def test_the_command_reference_is_written_and_a_stale_one_shown(tmp_path, monkeypatch, capsys):
+    module = script("generate_cli_docs")
+    target = tmp_path / "cli.md"
+    monkeypatch.setattr(module, "TARGET", target)
+    run(module, monkeypatch)
+    written = target.read_text()
+    assert "## `telerag build-index`" in written
+    run(module, monkeypatch, "--check")
+    target.write_text(written.replace("## `telerag build-index`", "## `telerag make-index`"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="stale"):
+        run(module, monkeypatch, "--check")
+    shown = capsys.readouterr().out
+    assert "-## `telerag make-index`" in shown
+    assert "+## `telerag build-index`" in shown
