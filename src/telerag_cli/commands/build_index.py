@@ -1,5 +1,110 @@
-"""placeholder."""
+"""``telerag build-index``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from telerag_cli import console
+from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
+from telerag_cli.errors import UsageError
+
+COLUMNS = ("what", "value")
+
+if TYPE_CHECKING:
+    from telerag_cli.index.artifact import Manifest
+    from telerag_cli.index.build import BuildPlan
 
 
-def build_index() -> None:
-    """Placeholder."""
+def build_index(
+    embeddings: Annotated[
+        Path, typer.Argument(help="Folder made by telerag embed, or Parquet with a vector column.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.")],
+    nlist: Annotated[
+        str, typer.Option(help="Number of lists, or auto: about 4 * sqrt(vectors), a power of two.")
+    ] = "auto",
+    metric: Annotated[Metric, typer.Option(help="Inner product or squared L2.")] = Metric.IP,
+    storage: Annotated[Storage, typer.Option(help="How vectors are kept in the lists.")] = Storage.FLOAT32,
+    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.", min=0)] = 0,
+    memory: Annotated[str, typer.Option(help="For the training sample and blocks of vectors.")] = "2GiB",
+    column: Annotated[str | None, typer.Option(help="The vector column, if there are several.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index, or a build begun otherwise.")
+    ] = False,
+) -> None:
+    """Build an IVF index from embeddings, out of core; an interrupted build resumes.
+
+    Prints the index's path on stdout; sizes, list balance and recall@10 on stderr.
+    """
+    count = _list_count(nlist)
+    memory_bytes = parse_bytes(memory)
+
+    from telerag_cli.corpus.embeddings import Embeddings
+    from telerag_cli.index.build import BuildOptions, build, finished, plan_build
+
+    with console.stdout_reserved():
+        source = Embeddings.open(embeddings, column)
+        options = BuildOptions(count, metric, storage, seed, memory_bytes)
+        plan = plan_build(source, output, options)
+        if finished(plan) and not overwrite:
+            console.say(f"{output} is already built from these embeddings with these options.")
+        else:
+            _show_plan(plan)
+        index = build(source, output, options, overwrite=overwrite, progress=console.progress, plan=plan)
+        console.table("", COLUMNS, index_rows(index.manifest))
+    console.emit(str(output))
+
+
+def _list_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"--nlist is '{text}', which is neither a number nor auto.", remedy="Write 4096 or auto."
+        ) from None
+
+
+def _show_plan(plan: BuildPlan) -> None:
+    import os
+
+    memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = [
+        ("training sample", "memory", plan.sample_bytes),
+        ("block of vectors", "memory", plan.block_bytes),
+        ("lists", "disk", plan.lists_bytes),
+        ("passages (estimate)", "disk", plan.passages_bytes),
+        ("assignments, centroids", "disk", plan.work_bytes),
+    ]
+    title = f"{plan.rows:,} vectors of {plan.dimension} dimensions into {plan.training.nlist:,} lists of {plan.parameters['storage']}"
+    console.table(
+        title, ["what", "where", "bytes"], [(what, where, format_bytes(size)) for what, where, size in needed]
+    )
+    resumed = (
+        f" A build of the same was begun and goes on; {format_bytes(plan.on_disk_bytes)} are there."
+        if plan.begun
+        else ""
+    )
+    console.say(
+        f"Free: {format_bytes(memory_bytes)} of memory, {format_bytes(plan.free_disk_bytes)} of disk.{resumed}"
+    )
+
+
+def index_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a person wants to know of an index, line by line."""
+    even = manifest.balance
+    recall = ", ".join(f"{value:.3f} at {nprobe}" for nprobe, value in
+                       sorted(manifest.recall_at_10.items(), key=lambda item: int(item[0])))  # fmt: skip
+    return [
+        ("vectors", f"{manifest.ntotal:,} of {manifest.dimension} dimensions, {manifest.storage}, {manifest.metric}"),
+        ("lists", f"{manifest.nlist:,}, seed {manifest.seed}, trained on {manifest.training_rows:,} vectors"),
+        ("vectors per list", f"least {even['min']:,.0f}, median {even['median']:,.0f}, most {even['max']:,.0f}; "
+                             f"{even['empty']:,.0f} empty; imbalance {even['imbalance']:.2f}"),
+        ("bytes", ", ".join(f"{name} {format_bytes(info.bytes)}" for name, info in sorted(manifest.files.items()))),
+        ("embedder", manifest.embedder.model or "unknown"),
+        ("recall@10 at nprobe", f"{recall} ({manifest.recall_queries} held-out queries)" if recall else "too few vectors to measure"),
+    ]  # fmt: skip

@@ -108,6 +108,12 @@ class Manifest:
     """List sizes in vectors (min, median, max), empty lists, and Faiss's imbalance factor (1 is even)."""
     recall_at_10: dict[str, float] = field(default_factory=dict)
     """Recall@10 against exact search on held-out queries, by ``nprobe``."""
+    recall_queries: int = 0
+    """Vectors that were kept out of the training sample and asked as queries."""
+    training_rows: int = 0
+    """Vectors the coarse quantizer was trained on."""
+    source: str = ""
+    """Digest of the embeddings the index was built from."""
     created_by: str = ""
 
     def save(self, path: Path) -> None:
@@ -122,7 +128,9 @@ class Manifest:
             ArtifactError: missing, of another format or version, or with missing fields.
         """
         if not path.parent.is_dir():
-            raise ArtifactError(f"{path.parent} is not an index folder.", remedy="Make one with telerag build-index.")
+            raise ArtifactError(
+                f"{path.parent} is not an index folder.", remedy="Make one with telerag build-index."
+            )
         if not path.exists():
             raise ArtifactError(f"{path.parent} holds no {path.name}, so it is no finished index.",
                                 remedy="Run telerag build-index on its embeddings; an interrupted build resumes.")  # fmt: skip
@@ -132,14 +140,18 @@ class Manifest:
             raise ArtifactError(f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
                                 remedy="Build the index again with this version.")  # fmt: skip
         try:
-            known: dict[str, Any] = {key: value for key, value in raw.items() if key not in ("format", "version")}
+            known: dict[str, Any] = {
+                key: value for key, value in raw.items() if key not in ("format", "version")
+            }
             known["metric"] = Metric(known["metric"])
             known["storage"] = Storage(known["storage"])
             known["embedder"] = EmbedderInfo(**known["embedder"])
             known["files"] = {name: FileInfo(**info) for name, info in known["files"].items()}
             return cls(**known)
         except (TypeError, KeyError, ValueError) as error:
-            raise ArtifactError(f"{path} is not a valid manifest: {error}.", remedy="Build the index again.") from error
+            raise ArtifactError(
+                f"{path} is not a valid manifest: {error}.", remedy="Build the index again."
+            ) from error
 
 
 def code_size(dimension: int, storage: Storage) -> int:
@@ -228,7 +240,9 @@ def _load_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt
     try:
         array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read as an array: {error}.", remedy="Build the index again.") from error
+        raise ArtifactError(
+            f"{path} cannot be read as an array: {error}.", remedy="Build the index again."
+        ) from error
     if array.dtype != dtype or array.shape != shape:
         raise ArtifactError(f"{path} is {array.dtype} {array.shape}, and the manifest asks for {dtype} {shape}.",
                             remedy="Build the index again.")  # fmt: skip

@@ -1,0 +1,547 @@
+"""Building an index out of core, in stages that each resume: train, assign, place, passages, seal.
+
+Everything happens in ``INDEX.partial/``, whose ``work/`` holds what is needed only until the end. A stage's files appear
+whole, or grow in a way that a checkpoint can cut back:
+
+=========  ==========================================================  =============================================
+stage      what it leaves                                              after a kill
+=========  ==========================================================  =============================================
+train      work/queries.npz, quantizer.npy, centroids.npy (last)       starts again, from the same sample
+assign     work/assignments.i32, work/assigned.npz (rows done, truth)  goes on from the last block
+place      offsets.npy, lists.bin, work/placed.json (rows done)        goes on; a row's place is arithmetic
+passages   passages.arrow                                              starts again
+seal       checksums.npy, manifest.json (last)                         starts again
+=========  ==========================================================  =============================================
+
+Then ``work/`` goes and the folder is renamed. Equal input and options give equal bytes, killed or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli import __version__
+from telerag_cli.config import Metric, Storage, format_bytes
+from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
+from telerag_cli.files import checksum, explain, read_json, write_json, writing
+from telerag_cli.index.artifact import (
+    ID_BYTES,
+    EmbedderInfo,
+    FileInfo,
+    FloatArray,
+    Index,
+    IndexPaths,
+    IntArray,
+    Manifest,
+    TableArray,
+    code_size,
+    lay_out,
+)
+from telerag_cli.index.passages import write_passages
+from telerag_cli.index.recall import ListRecall, Nearest
+from telerag_cli.index.scoring import Coarse, empty_ivf, flat
+from telerag_cli.index.train import TrainingPlan, draw_rows, plan_training, train_centroids, train_ranges
+from telerag_cli.index.verify import scan_lists
+
+ASSIGN_ROWS = 16384
+"""Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
+MAX_FLOAT16 = float(np.finfo(np.float16).max)
+LARGEST_PLACE_BYTES = 512 << 20
+
+Advance = Callable[[int], None]
+
+
+class Progress(Protocol):
+    """What `telerag_cli.console.progress` is: a bar for one stage."""
+
+    def __call__(
+        self, description: str, total: int | None, *, unit: str = ""
+    ) -> AbstractContextManager[Advance]:
+        """Begin a stage of ``total`` units."""
+
+
+@contextlib.contextmanager
+def silent(description: str, total: int | None, *, unit: str = "") -> Iterator[Advance]:
+    """A `Progress` that shows nothing."""
+    yield lambda count: None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user chooses."""
+
+    nlist: int | None = None
+    """None: `telerag_cli.index.train.auto_nlist`."""
+    metric: Metric = Metric.IP
+    storage: Storage = Storage.FLOAT32
+    seed: int = 0
+    memory_bytes: int = 2 << 30
+    """For the training sample and blocks of vectors; the libraries themselves take some 200 MB beside it."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What will be built, and the bytes it takes where."""
+
+    root: Path
+    parameters: dict[str, Any]
+    """All that decides the index's bytes; a partial build with others is not continued."""
+    training: TrainingPlan
+    rows: int
+    dimension: int
+    code_size: int
+    place_rows: int
+    sample_bytes: int
+    block_bytes: int
+    lists_bytes: int
+    passages_bytes: int
+    work_bytes: int
+    on_disk_bytes: int
+    """What a killed build has left, and this one will use."""
+    free_disk_bytes: int
+
+    @property
+    def needed_disk_bytes(self) -> int:
+        """What is still to be written."""
+        return max(0, self.lists_bytes + self.passages_bytes + self.work_bytes - self.on_disk_bytes)
+
+    @property
+    def partial(self) -> Path:
+        """Where the index grows until it is whole."""
+        return partial_of(self.root)
+
+    @property
+    def begun(self) -> bool:
+        """A killed build can be continued."""
+        return (self.partial / "work" / "build.json").exists() or IndexPaths(self.partial).manifest.exists()
+
+
+def partial_of(root: Path) -> Path:
+    """The folder beside ``root`` in which it is built."""
+    return root.with_name(f"{root.name}.partial")
+
+
+def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> BuildPlan:
+    """Work out sizes, and refuse what memory or disk cannot hold.
+
+    Args:
+        embeddings: what to index.
+        root: the index folder to make.
+        options: what the user chose.
+
+    Raises:
+        UsageError: ``nlist`` or ``memory_bytes`` do not fit the data.
+        ResourceError: the disk has not enough room.
+    """
+    dimension, rows = embeddings.dimension, embeddings.rows
+    code_bytes = code_size(dimension, options.storage)
+    # A block to assign, with its scores against a few hundred queries; at its end Parquet's own buffers.
+    block_bytes = ASSIGN_ROWS * (8 * dimension + 2048) + (32 << 20)
+    sample_bytes = (
+        options.memory_bytes - block_bytes
+    ) // 2  # k-means and SQ8 look at the sample through copies of parts
+    if sample_bytes < 4 * dimension:
+        raise UsageError(f"--memory is {format_bytes(options.memory_bytes)}, and blocks of {dimension} dimensions need "
+                         f"{format_bytes(block_bytes)}.", remedy="Raise --memory.")  # fmt: skip
+    training = plan_training(rows, dimension, options.nlist, sample_bytes)
+    per_row = 4 * dimension + 2 * code_bytes + 2 * ID_BYTES
+    place_bytes = min((options.memory_bytes - (32 << 20)) // 2, LARGEST_PLACE_BYTES)
+    place_rows = max(1, min(rows, place_bytes // per_row))
+    _, even = lay_out(np.full(training.nlist, -(-rows // training.nlist), np.int64), code_bytes)
+    partial = partial_of(root)
+    try:
+        left = (
+            sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
+            if partial.is_dir()
+            else 0
+        )
+        existing = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise explain(error, root) from error
+    parameters = {
+        "embeddings": embeddings.fingerprint(),
+        "rows": rows,
+        "dimension": dimension,
+        "metric": str(options.metric),
+        "storage": str(options.storage),
+        "nlist": training.nlist,
+        "seed": options.seed,
+        "training rows": training.training_rows,
+        "telerag": __version__,
+    }
+    return BuildPlan(
+        root, parameters, training, rows, dimension, code_bytes, place_rows,
+        sample_bytes=training.training_rows * 4 * dimension,
+        block_bytes=max(block_bytes, place_rows * per_row),
+        lists_bytes=even,
+        passages_bytes=embeddings.passage_bytes(),
+        work_bytes=4 * rows + training.nlist * (4 * dimension + 64) + (1 << 20),
+        on_disk_bytes=left,
+        free_disk_bytes=free,
+    )  # fmt: skip
+
+
+def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrite: bool = False,
+          progress: Progress = silent, plan: BuildPlan | None = None) -> Index:  # fmt: skip
+    """Build an index, or go on with one that was interrupted; a finished one of the same parameters is opened as it is.
+
+    Args:
+        embeddings: what to index.
+        root: the index folder to make.
+        options: what the user chose.
+        overwrite: replace a finished index, and start over if an interrupted build had other parameters.
+        progress: shows the stages.
+        plan: `plan_build` of the same, if the caller has it.
+
+    Raises:
+        ArtifactError: ``root`` is something else, or was begun or built with other parameters.
+        ResourceError: the disk is full or cannot be written; what was finished is kept.
+        InputError: a vector cannot be used.
+    """
+    plan = plan or plan_build(embeddings, root, options)
+    if finished(plan) and not overwrite:
+        return Index.open(root)
+    if plan.needed_disk_bytes > plan.free_disk_bytes:
+        raise ResourceError(f"{root} needs {format_bytes(plan.needed_disk_bytes)} of disk, and "
+                            f"{format_bytes(plan.free_disk_bytes)} are free.",
+                            remedy="Free space, choose another output, or store less with --storage float16 or int8.")  # fmt: skip
+    try:
+        with _claimed(plan, overwrite):
+            _Build(embeddings, plan, options, progress).run()
+            _publish(plan)
+    except OSError as error:
+        raise explain(error, plan.partial) from error
+    return Index.open(root)
+
+
+def finished(plan: BuildPlan) -> bool:
+    """There is an index at ``plan.root`` made with these parameters.
+
+    Raises:
+        ArtifactError: there is something else.
+    """
+    if not plan.root.exists():
+        return False
+    if not plan.root.is_dir() or (any(plan.root.iterdir()) and not IndexPaths(plan.root).manifest.exists()):
+        raise ArtifactError(
+            f"{plan.root} exists and is no index.", remedy="Choose another output or remove it."
+        )
+    if not any(plan.root.iterdir()):
+        return False
+    return parameters_of(Manifest.load(IndexPaths(plan.root).manifest)) == plan.parameters
+
+
+def parameters_of(manifest: Manifest) -> dict[str, Any]:
+    """`BuildPlan.parameters` of a finished index."""
+    return {
+        "embeddings": manifest.source,
+        "rows": manifest.ntotal,
+        "dimension": manifest.dimension,
+        "metric": str(manifest.metric),
+        "storage": str(manifest.storage),
+        "nlist": manifest.nlist,
+        "seed": manifest.seed,
+        "training rows": manifest.training_rows,
+        "telerag": manifest.created_by.removeprefix("telerag "),
+    }
+
+
+def _refuse_other(found: dict[str, Any], plan: BuildPlan, where: Path, verb: str) -> None:
+    other = [name for name in plan.parameters if found.get(name) != plan.parameters[name]]
+    if other:
+        was = ", ".join(f"{name} {found.get(name)}" for name in other)
+        now = ", ".join(f"{name} {plan.parameters[name]}" for name in other)
+        raise ArtifactError(f"{where} was {verb} with {was}, and this asks for {now}.",
+                            remedy="Use the same embeddings and options, another output, or --overwrite.")  # fmt: skip
+
+
+@contextlib.contextmanager
+def _claimed(plan: BuildPlan, overwrite: bool) -> Iterator[None]:
+    """Make the partial folder, or check that it was begun with the same parameters, and keep others out of it."""
+    if IndexPaths(plan.root).manifest.exists() and not overwrite:
+        _refuse_other(parameters_of(Manifest.load(IndexPaths(plan.root).manifest)), plan, plan.root, "built")
+    work = plan.partial / "work"
+    if plan.partial.exists() and not plan.begun and not _is_barely_begun(plan.partial):
+        raise ArtifactError(
+            f"{plan.partial} exists and is no build of ours.", remedy="Remove it or choose another output."
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(
+                f"Another telerag is building {plan.root} right now.", remedy="Wait for it."
+            ) from error
+        begun = None
+        if IndexPaths(plan.partial).manifest.exists():
+            begun = parameters_of(Manifest.load(IndexPaths(plan.partial).manifest))
+        elif (work / "build.json").exists():
+            begun = read_json(work / "build.json")
+        if begun is not None and begun != plan.parameters and overwrite:
+            for path in plan.partial.iterdir():
+                if path != work:
+                    path.unlink()
+            for path in work.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            begun = None
+        if begun is None:
+            write_json(work / "build.json", plan.parameters)
+        else:
+            _refuse_other(begun, plan, plan.partial, "begun")
+        yield
+
+
+def _is_barely_begun(partial: Path) -> bool:
+    """Killed before ``build.json`` was whole: nothing in it but the lock and a temporary file."""
+    return all(path.name in ("work", "lock", ".build.json.partial") for path in partial.rglob("*"))
+
+
+def _publish(plan: BuildPlan) -> None:
+    """Drop what was needed for building, and give the index its name."""
+    shutil.rmtree(plan.partial / "work")
+    replaced = plan.root.with_name(f".{plan.root.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if plan.root.exists():
+        plan.root.rename(replaced)
+    plan.partial.rename(plan.root)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+class _Build:
+    """The stages; each looks at what is there and does what is missing."""
+
+    def __init__(
+        self, embeddings: Embeddings, plan: BuildPlan, options: BuildOptions, progress: Progress
+    ) -> None:
+        self.embeddings, self.plan, self.options, self.progress = embeddings, plan, options, progress
+        self.paths = IndexPaths(plan.partial)
+        self.work = plan.partial / "work"
+        self.assignments_path = self.work / "assignments.i32"
+
+    def run(self) -> None:
+        if self.paths.manifest.exists():
+            return
+        if not self.paths.centroids.exists():
+            self.train()
+        self.assign()
+        self.place()
+        if not self.paths.passages.exists():
+            self.write_passages()
+        self.seal()
+
+    @cached_property
+    def centroids(self) -> FloatArray:
+        """(nlist, dimension)."""
+        centroids: FloatArray = np.load(self.paths.centroids)
+        return centroids
+
+    @cached_property
+    def ranges(self) -> FloatArray | None:
+        """Of ``int8``."""
+        return np.load(self.paths.quantizer) if self.options.storage is Storage.INT8 else None
+
+    def train(self) -> None:
+        plan, options = self.plan, self.options
+        training, held_out = draw_rows(plan.rows, plan.training, options.seed)
+        drawn = np.union1d(training, held_out)
+        with self.progress("Sampling vectors", plan.rows, unit="vectors") as advance:
+            vectors = self.embeddings.sample(drawn, advance)
+        is_query = np.isin(drawn, held_out)
+        with writing(self.work / "queries.npz") as temporary, temporary.open("wb") as handle:
+            np.savez(handle, rows=held_out, vectors=vectors[is_query])
+        sample = _drop(vectors, is_query)
+        with self.progress(f"Training {plan.training.nlist:,} lists on {len(sample):,} vectors", None):
+            if options.storage is Storage.INT8:
+                _save(self.paths.quantizer, train_ranges(sample))
+            centroids = train_centroids(sample, plan.training.nlist, options.metric, options.seed)
+        _save(self.paths.centroids, centroids)
+
+    def assign(self) -> None:
+        """The nearest list of every row; and, while the vectors pass by, the exact answers to the held-out queries."""
+        state = self.work / "assigned.npz"
+        truth = self._truth()
+        done = 0
+        if state.exists():
+            with np.load(state) as saved:
+                done, truth.scores, truth.rows = int(saved["done"]), saved["scores"], saved["rows"]
+        if done == self.plan.rows:
+            return
+        quantizer = flat(self.centroids, self.options.metric)
+        fits = MAX_FLOAT16 if self.options.storage is Storage.FLOAT16 else np.inf
+        with (self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
+              self.assignments_path.open("ab") as handle):  # fmt: skip
+            handle.truncate(4 * done)
+            advance(done)
+            for first, block in self.embeddings.batches(ASSIGN_ROWS, done):
+                if np.abs(block).max() > fits:
+                    row = first + int(np.abs(block).max(axis=1).argmax())
+                    raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {fits:g}.",
+                                     remedy="Choose --storage float32 or int8.")  # fmt: skip
+                lists = quantizer.search(block, 1)[1][:, 0]
+                handle.write(lists.astype(np.int32).tobytes())
+                handle.flush()
+                os.fsync(handle.fileno())
+                truth.update(first, block)
+                with writing(state) as temporary, temporary.open("wb") as saved_to:
+                    np.savez(saved_to, done=first + len(block), scores=truth.scores, rows=truth.rows)
+                advance(len(block))
+
+    def place(self) -> None:
+        """Write each row's code and number where the sizes of the lists say; rows of a list keep their order."""
+        plan = self.plan
+        lists = np.memmap(self.assignments_path, np.int32, "r", shape=(plan.rows,))
+        sizes = _count(lists, plan.training.nlist, 0, plan.rows)
+        table, total_bytes = lay_out(sizes, plan.code_size)
+        if not self.paths.offsets.exists():
+            _save(self.paths.offsets, table)
+        state = self.work / "placed.json"
+        done = int(read_json(state)["rows"]) if state.exists() else 0
+        if done == plan.rows:
+            return
+        filled = _count(lists, plan.training.nlist, 0, done)
+        encode = self._encoder()
+        offset, rows_at = (
+            table[:, 2].astype(np.int64),
+            (table[:, 2] + table[:, 1] * np.uint64(plan.code_size)).astype(np.int64),
+        )
+        with (self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
+              self._lists_file(total_bytes) as descriptor):  # fmt: skip
+            advance(done)
+            for first, block in self.embeddings.batches(plan.place_rows, done):
+                chosen = lists[first : first + len(block)]
+                order = np.argsort(chosen, kind="stable")
+                codes, rows = encode(block)[order], first + order
+                present, begin, count = np.unique(chosen[order], return_index=True, return_counts=True)
+                code_places = offset[present] + filled[present] * plan.code_size
+                row_places = rows_at[present] + filled[present] * ID_BYTES
+                code_bytes, row_bytes = codes.view(np.uint8).data.cast("B"), rows.view(np.uint8).data.cast("B")
+                for low, high, code_place, row_place in zip(
+                    begin.tolist(),
+                    (begin + count).tolist(),
+                    code_places.tolist(),
+                    row_places.tolist(),
+                    strict=True,
+                ):
+                    _write(descriptor, code_bytes[low * plan.code_size : high * plan.code_size], code_place)
+                    _write(descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
+                filled[present] += count
+                os.fdatasync(descriptor)
+                write_json(state, {"rows": first + len(block)})
+                advance(len(block))
+                del codes, rows, code_bytes, row_bytes
+        assert (filled == sizes).all()
+
+    def write_passages(self) -> None:
+        with (self.progress("Writing passages", self.plan.rows, unit="passages") as advance,
+              writing(self.paths.passages) as temporary):  # fmt: skip
+            for count in write_passages(self.embeddings.passages(), temporary):
+                advance(count)
+
+    def seal(self) -> None:
+        """Sum every byte, search the lists while they pass by, and write the manifest."""
+        plan, options, paths = self.plan, self.options, self.paths
+        table: TableArray = np.load(paths.offsets)
+        truth = self._truth()
+        with np.load(self.work / "assigned.npz") as saved:
+            truth.scores, truth.rows = saved["scores"], saved["rows"]
+        recall = ListRecall(truth, Coarse(self.centroids, options.metric), paths.lists, table, plan.code_size,
+                            options.storage, self.ranges)  # fmt: skip
+        with self.progress("Checking lists", paths.lists.stat().st_size, unit="bytes") as advance, recall:
+            sums, whole = scan_lists(paths.lists, table, plan.code_size, advance, recall.on_codes)
+        _save(paths.checksums, sums)
+        names = [paths.centroids, paths.offsets, paths.checksums, paths.passages]
+        names += [paths.quantizer] if options.storage is Storage.INT8 else []
+        files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in names}
+        files[paths.lists.name] = FileInfo(paths.lists.stat().st_size, whole)
+        told = self.embeddings.description
+        Manifest(
+            dimension=plan.dimension, metric=options.metric, storage=options.storage, nlist=plan.training.nlist,
+            ntotal=plan.rows, code_size=plan.code_size, seed=options.seed,
+            embedder=EmbedderInfo(told.get("model"), told.get("pooling"), told.get("normalized"), told.get("prompt")),
+            files=dict(sorted(files.items())), balance=balance(table[:, 0].astype(np.int64)),
+            recall_at_10=recall.result(), recall_queries=plan.training.queries,
+            training_rows=plan.training.training_rows, source=plan.parameters["embeddings"],
+            created_by=f"telerag {__version__}",
+        ).save(paths.manifest)  # fmt: skip
+
+    def _truth(self) -> Nearest:
+        with np.load(self.work / "queries.npz") as saved:
+            return Nearest(saved["vectors"], saved["rows"], self.options.metric)
+
+    def _encoder(self) -> Callable[[FloatArray], npt.NDArray[np.uint8]]:
+        if self.options.storage is Storage.FLOAT32:
+            return lambda block: block.view(np.uint8)
+        # The quantizer inside the very index that will scan these codes.
+        ivf = empty_ivf(flat(self.centroids, self.options.metric), self.plan.dimension, self.plan.training.nlist,
+                        self.options.metric, self.options.storage, self.ranges)  # fmt: skip
+        encode: Callable[[FloatArray], npt.NDArray[np.uint8]] = lambda block: ivf.sq.compute_codes(block)  # noqa: E731
+        return encode
+
+    @contextlib.contextmanager
+    def _lists_file(self, total_bytes: int) -> Iterator[int]:
+        descriptor = os.open(self.paths.lists, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(descriptor, total_bytes)  # padding reads as zeros
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+
+def balance(sizes: IntArray) -> dict[str, float]:
+    """How even the lists are: vectors in the least, median and largest, empty lists, and Faiss's imbalance factor.
+
+    The factor is ``nlist * sum(size^2) / (sum size)^2``: 1 if all are equal, and the expected cost of a probe of a random
+    vector's list over that.
+    """
+    total = int(sizes.sum())
+    return {
+        "min": int(sizes.min()),
+        "median": float(np.median(sizes)),
+        "max": int(sizes.max()),
+        "empty": int((sizes == 0).sum()),
+        "imbalance": round(float(len(sizes) * (sizes.astype(np.float64) ** 2).sum() / total**2), 4),
+    }
+
+
+def _count(lists: npt.NDArray[np.int32], nlist: int, start: int, stop: int) -> IntArray:
+    counts = np.zeros(nlist, np.int64)
+    for low in range(start, stop, 1 << 20):
+        counts += np.bincount(lists[low : min(low + (1 << 20), stop)], minlength=nlist)
+    return counts
+
+
+def _drop(vectors: FloatArray, out: npt.NDArray[np.bool_]) -> FloatArray:
+    """The vectors not marked, moved together in place: a copy of the sample would double the memory."""
+    kept = np.flatnonzero(~out)
+    for low in range(0, len(kept), ASSIGN_ROWS):
+        vectors[low : low + ASSIGN_ROWS][: len(kept) - low] = vectors[kept[low : low + ASSIGN_ROWS]]
+    return vectors[: len(kept)]
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    with writing(path) as temporary, temporary.open("wb") as handle:
+        np.save(handle, array)
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

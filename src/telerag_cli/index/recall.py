@@ -1,0 +1,144 @@
+"""Recall@10 of an index on held-out queries, measured in passes over the data that building makes anyway."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import IO
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import Metric, Storage
+from telerag_cli.index.artifact import ID_BYTES, FloatArray, IntArray, TableArray
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.index.verify import read_exactly
+
+NEIGHBOURS = 10
+NPROBES = (1, 4, 16, 32, 64, 128, 256)
+WORST = np.float32(-np.inf)
+
+
+def closeness(queries: FloatArray, vectors: FloatArray, metric: Metric) -> FloatArray:
+    """(queries, vectors): larger is nearer; the inner product, or ``2 q.v - v.v``, which orders as L2 does."""
+    scores: FloatArray = queries @ vectors.T
+    if metric is Metric.L2:
+        scores = 2 * scores - np.einsum("ij,ij->i", vectors, vectors)
+    return scores
+
+
+class Nearest:
+    """The exact ten nearest rows of each query, kept while the vectors stream by; a query's own row does not count."""
+
+    def __init__(self, queries: FloatArray, own_rows: IntArray, metric: Metric) -> None:
+        self.queries, self.own_rows, self.metric = queries, own_rows, metric
+        self.scores = np.full((len(queries), NEIGHBOURS), WORST, np.float32)
+        self.rows = np.full((len(queries), NEIGHBOURS), -1, np.int64)
+
+    def update(self, first: int, vectors: FloatArray) -> None:
+        """See the vectors of rows ``first``, ``first + 1``, ..."""
+        if not len(self.queries):
+            return
+        scores = closeness(self.queries, vectors, self.metric)
+        inside = np.flatnonzero((self.own_rows >= first) & (self.own_rows < first + len(vectors)))
+        scores[inside, self.own_rows[inside] - first] = WORST
+        # After the first blocks next to nothing passes the tenth best so far, so this costs one comparison per score.
+        better = scores > self.scores[:, -1:]
+        for query in np.flatnonzero(better.any(axis=1)):
+            places = np.flatnonzero(better[query])
+            self.scores[query], self.rows[query] = _merge(
+                self.scores[query], self.rows[query], scores[query, places], places + first
+            )
+
+
+class ListRecall:
+    """Searches the lists as they are read back from disk, and says how much of the exact result each ``nprobe`` finds."""
+
+    def __init__(self, truth: Nearest, coarse: Coarse, path: Path, table: TableArray, code_size: int, storage: Storage,
+                 trained: FloatArray | None) -> None:  # fmt: skip
+        self._truth, self._path, self._table, self._code_size, self._storage = (
+            truth,
+            path,
+            table,
+            code_size,
+            storage,
+        )
+        self.nprobes = [n for n in NPROBES if n < coarse.nlist] + (
+            [coarse.nlist] if coarse.nlist <= NPROBES[-1] else []
+        )
+        self._decoder = faiss.ScalarQuantizer(coarse.dimension, faiss.ScalarQuantizer.QT_8bit)
+        if trained is not None:
+            faiss.copy_array_to_vector(trained, self._decoder.trained)
+        count, depth = len(truth.queries), self.nprobes[-1]
+        self._wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        if count:
+            for query, lists in enumerate(coarse.probe(truth.queries, depth)[1]):
+                for rank, number in enumerate(lists.tolist()):
+                    self._wanted[number].append((query, rank))
+        self._scores = np.full((count, depth, NEIGHBOURS), WORST, np.float32)
+        self._rows = np.full((count, depth, NEIGHBOURS), -1, np.int64)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> ListRecall:
+        self._file = self._path.open("rb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def on_codes(self, number: int, place: int, codes: bytes) -> None:
+        """Score a block of a list's codes for the queries that probe it."""
+        if number not in self._wanted:
+            return
+        assert self._file is not None
+        _, capacity, offset = (int(value) for value in self._table[number])
+        count = len(codes) // self._code_size
+        where = offset + capacity * self._code_size + place * ID_BYTES
+        rows = np.frombuffer(read_exactly(self._file.fileno(), count * ID_BYTES, where, self._path), np.int64)
+        queries, ranks = np.array(self._wanted[number]).T
+        scores = closeness(self._truth.queries[queries], self._decode(codes), self._truth.metric)
+        scores[rows[None, :] == self._truth.own_rows[queries][:, None]] = WORST
+        for query, rank, line in zip(queries, ranks, scores, strict=True):
+            top = np.argpartition(-line, NEIGHBOURS)[:NEIGHBOURS] if count > NEIGHBOURS else np.arange(count)
+            self._scores[query, rank], self._rows[query, rank] = _merge(
+                self._scores[query, rank], self._rows[query, rank], line[top], rows[top]
+            )
+
+    def result(self) -> dict[str, float]:
+        """Recall@10 by ``nprobe``; empty without queries or neighbours."""
+        count = len(self._scores)
+        asked = int((self._truth.rows >= 0).sum())
+        if not asked:
+            return {}
+        recalls = {}
+        for nprobe in self.nprobes:
+            scores = self._scores[:, :nprobe].reshape(count, -1)
+            rows = self._rows[:, :nprobe].reshape(count, -1)
+            order = np.lexsort((rows, -scores), axis=-1)[:, :NEIGHBOURS]
+            found = np.take_along_axis(rows, order, 1)
+            hits = sum(
+                len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self._truth.rows, found, strict=True)
+            )
+            recalls[str(nprobe)] = round(hits / asked, 4)
+        return recalls
+
+    def _decode(self, codes: bytes) -> FloatArray:
+        if self._storage is Storage.INT8:
+            decoded: FloatArray = self._decoder.decode(
+                np.frombuffer(codes, np.uint8).reshape(-1, self._code_size)
+            )
+            return decoded
+        kind: type[np.floating] = np.float32 if self._storage is Storage.FLOAT32 else np.float16
+        flat: npt.NDArray[np.floating] = np.frombuffer(codes, kind)
+        return flat.reshape(-1, self._code_size // flat.itemsize).astype(np.float32, copy=False)
+
+
+def _merge(scores: FloatArray, rows: IntArray, more_scores: FloatArray,
+           more_rows: IntArray) -> tuple[FloatArray, IntArray]:  # fmt: skip
+    """The ten best of both, best first, equal scores by row; absent rows (-1) have the worst score."""
+    both, numbers = np.concatenate([scores, more_scores]), np.concatenate([rows, more_rows])
+    numbers[both == WORST] = -1
+    order = np.lexsort((numbers, -both))[:NEIGHBOURS]
+    return both[order], numbers[order]

@@ -1,0 +1,94 @@
+"""Training: how many lists, which rows to learn from, the centroids and the ranges of ``int8``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+from telerag_cli.config import Metric, format_bytes
+from telerag_cli.errors import UsageError
+from telerag_cli.index.artifact import FloatArray, IntArray
+
+POINTS_PER_CENTROID = 64
+"""Training vectors per list; more gained nothing in recall or balance that was worth the time."""
+MIN_POINTS_PER_CENTROID = 39
+"""What Faiss asks for; ``auto`` never goes below it."""
+HELD_OUT_QUERIES = 256
+ITERATIONS = 10
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How many lists, and how many rows to train on and to hold out as queries."""
+
+    nlist: int
+    training_rows: int
+    queries: int
+
+
+def auto_nlist(rows: int) -> int:
+    """The power of two nearest ``4 * sqrt(rows)``, at most ``rows / 39`` (then Faiss has what it asks to train), at least 1."""
+    wanted: int = 2 ** round(math.log2(4 * math.sqrt(rows)))
+    most: int = 2 ** int(math.log2(max(1, rows // MIN_POINTS_PER_CENTROID)))
+    return min(wanted, most)
+
+
+def plan_training(rows: int, dimension: int, nlist: int | None, sample_bytes: int) -> TrainingPlan:
+    """Choose sizes so that the training sample stays within ``sample_bytes``.
+
+    Args:
+        rows: vectors there are.
+        dimension: of each.
+        nlist: as asked for; None for `auto_nlist`, halved until the sample suffices.
+        sample_bytes: memory for the sample.
+
+    Raises:
+        UsageError: more lists than vectors, or than the sample's memory holds vectors.
+    """
+    holds = sample_bytes // (4 * dimension)
+    if nlist is None:
+        nlist = auto_nlist(rows)
+        while nlist > 1 and holds < MIN_POINTS_PER_CENTROID * nlist:
+            nlist //= 2
+    if nlist < 1 or nlist > rows:
+        raise UsageError(f"{nlist:,} lists were asked for, and there are {rows:,} vectors.",
+                         remedy=f"Choose --nlist between 1 and {rows:,}, or auto.")  # fmt: skip
+    if holds < nlist:
+        raise UsageError(f"{nlist:,} lists need at least as many training vectors, and the {format_bytes(sample_bytes)} that "
+                         f"--memory leaves for them hold {holds:,}.", remedy="Raise --memory or lower --nlist.")  # fmt: skip
+    queries = min(HELD_OUT_QUERIES, rows // 10, rows - nlist)
+    return TrainingPlan(nlist, min(rows - queries, POINTS_PER_CENTROID * nlist, holds), queries)
+
+
+def draw_rows(rows: int, plan: TrainingPlan, seed: int) -> tuple[IntArray, IntArray]:
+    """Row numbers of the training sample and of the held-out queries, disjoint, uniform, each in increasing order."""
+    drawn = np.random.default_rng(seed).choice(rows, plan.training_rows + plan.queries, replace=False)
+    return np.sort(drawn[plan.queries :]), np.sort(drawn[: plan.queries])
+
+
+def train_centroids(sample: FloatArray, nlist: int, metric: Metric, seed: int) -> FloatArray:
+    """Centroids (nlist, dimension) by Faiss's k-means; for inner product on the sphere, as ``IndexIVF`` does.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C while Faiss was at it.
+    """
+    kmeans = faiss.Kmeans(sample.shape[1], nlist, niter=ITERATIONS, seed=seed, spherical=metric is Metric.IP,
+                          min_points_per_centroid=1, max_points_per_centroid=len(sample))  # fmt: skip
+    try:
+        kmeans.train(sample)
+    except RuntimeError as error:  # Faiss's own answer to Ctrl-C
+        if "interrupt" in str(error):
+            raise KeyboardInterrupt from error
+        raise
+    return np.ascontiguousarray(kmeans.centroids, np.float32)
+
+
+def train_ranges(sample: FloatArray) -> FloatArray:
+    """Faiss's ``SQ8`` minima and ranges, float32 (2 * dimension,)."""
+    quantizer = faiss.ScalarQuantizer(sample.shape[1], faiss.ScalarQuantizer.QT_8bit)
+    quantizer.train(sample)
+    trained: FloatArray = faiss.vector_to_array(quantizer.trained)
+    return trained

@@ -1,0 +1,110 @@
+"""Reading every byte of the lists: their checksums, and what does not match them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from telerag_cli.errors import ArtifactError
+from telerag_cli.files import CHUNK_BYTES, checksum
+from telerag_cli.index.artifact import Index, TableArray, extent_bytes
+
+Advance = Callable[[int], None]
+OnCodes = Callable[[int, int, bytes], None]
+"""Called with a list's number, the place in the list of the first code, and the codes' bytes."""
+
+
+def scan_lists(path: Path, table: TableArray, code_size: int, advance: Advance,
+               on_codes: OnCodes | None = None) -> tuple[TableArray, str]:  # fmt: skip
+    """Read ``lists.bin`` once, from end to end, a few MiB at a time.
+
+    Args:
+        path: the file.
+        table: size, capacity and offset of each list, (nlist, 3).
+        code_size: bytes of one stored vector.
+        advance: told the bytes read.
+        on_codes: sees each block of whole codes; padding is left out.
+
+    Returns:
+        xxh3-64 of each list, padding included, uint64 (nlist,); and the whole file's, as ``xxh3:...``.
+
+    Raises:
+        ArtifactError: the file ends early.
+    """
+    step = max(1, CHUNK_BYTES // code_size) * code_size
+    sums = np.empty(len(table), np.uint64)
+    whole = xxhash.xxh3_64()
+    with path.open("rb", buffering=0) as handle:
+        for number, ((size, _, offset), extent) in enumerate(
+            zip(table.astype(np.int64).tolist(), extent_bytes(table[:, 1], code_size).tolist(), strict=True)
+        ):
+            digest = xxhash.xxh3_64()
+            position, codes_end, end = offset, offset + size * code_size, offset + extent
+            while position < end:
+                limit = codes_end if position < codes_end else end
+                data = read_exactly(handle.fileno(), min(step, limit - position), position, path)
+                digest.update(data)
+                whole.update(data)
+                if on_codes and position < codes_end:
+                    on_codes(number, (position - offset) // code_size, data)
+                position += len(data)
+            sums[number] = digest.intdigest()
+            advance(extent)
+    return sums, f"xxh3:{whole.hexdigest()}"
+
+
+def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
+    """``count`` bytes at ``offset``.
+
+    Raises:
+        ArtifactError: the file ends before.
+    """
+    data = os.pread(descriptor, count, offset)
+    while len(data) < count:
+        more = os.pread(descriptor, count - len(data), offset + len(data))
+        if not more:
+            raise ArtifactError(f"{path} ends at byte {offset + len(data):,}, and {offset + count:,} were expected.",
+                                remedy="Restore the file or build the index again.")  # fmt: skip
+        data += more
+    return data
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What `verify` found wrong; empty if the index is whole."""
+
+    files: tuple[str, ...]
+    lists: tuple[int, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.lists)
+
+
+def verify(index: Index, advance: Advance) -> Damage:
+    """Compare every byte of an index with its checksums.
+
+    Args:
+        index: the index; opening it has checked sizes.
+        advance: told the bytes read.
+    """
+    files = []
+    for name, info in sorted(index.manifest.files.items()):
+        if name != index.paths.lists.name:
+            if checksum(index.paths.root / name) != info.checksum:
+                files.append(name)
+            advance(info.bytes)
+    # A damaged table must not send us to other places than those that were summed.
+    if index.paths.offsets.name in files:
+        return Damage(tuple(files), ())
+    sums, whole = scan_lists(index.paths.lists, index.table, index.manifest.code_size, advance)
+    if whole != index.manifest.files[index.paths.lists.name].checksum:
+        files.append(index.paths.lists.name)
+    if index.paths.checksums.name in files:
+        return Damage(tuple(files), ())
+    expected = np.load(index.paths.checksums, allow_pickle=False)
+    return Damage(tuple(files), tuple(np.flatnonzero(sums != expected).tolist()))

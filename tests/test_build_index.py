@@ -1,0 +1,566 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from telerag_cli.app import app
+from telerag_cli.config import Metric, Storage
+from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.corpus.passages import Passage
+from telerag_cli.errors import ArtifactError, InputError, ResourceError, TeleragError, UsageError
+from telerag_cli.index.artifact import ID_BYTES, Index
+from telerag_cli.index.build import BuildOptions, build, partial_of, plan_build
+from telerag_cli.index.passages import BATCH_ROWS, Passages
+from telerag_cli.index.recall import NEIGHBOURS, Nearest
+from telerag_cli.index.scoring import empty_ivf, flat
+from telerag_cli.index.train import auto_nlist, draw_rows, plan_training
+
+KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
+runner = CliRunner()
+
+
+def clustered(rows, dimension, seed=0, clusters=40):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((clusters, dimension)).astype(np.float32)
+    vectors = centres[rng.integers(0, clusters, rows)] + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def vector_column(vectors, value=None):
+    value = value or pa.from_numpy_dtype(vectors.dtype)
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), value), vectors.shape[1])
+
+
+def write_parquet(path, vectors, *, text=True, group=1000, **columns):
+    columns = {"embedding": vector_column(vectors)} | columns
+    if text:
+        columns = {"id": [f"p{i}" for i in range(len(vectors))], "text": [f"Passage {i}." for i in range(len(vectors))]} | columns
+    pq.write_table(pa.table(columns), path, row_group_size=group)
+    return path
+
+
+def vectors_of(index, number):
+    """Codes (size, code_size) and row numbers of one list, read from the file by the documented layout."""
+    size, capacity, offset = (int(value) for value in index.table[number])
+    code = index.manifest.code_size
+    raw = np.fromfile(index.paths.lists, np.uint8, int(index.extents[number]), offset=offset)
+    rows = raw[capacity * code : capacity * (code + ID_BYTES)].view(np.int64)
+    assert not rows[size:].any()
+    assert not raw[size * code : capacity * code].any()
+    assert not raw[capacity * (code + ID_BYTES) :].any()
+    return raw[: size * code].reshape(size, code), rows[:size]
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("metric", Metric)
+def test_lists_are_those_of_faiss(tmp_path, metric, storage):
+    vectors = clustered(40_000, 20)  # three blocks to assign; codes of 20 bytes ask for padded capacities
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    index = build(source, tmp_path / "index", BuildOptions(64, metric, storage))
+    quantizer = flat(index.centroids, metric)
+    reference = empty_ivf(quantizer, 20, 64, metric, storage, index.trained)
+    reference.add(vectors)
+    for number in range(64):
+        codes, rows = vectors_of(index, number)
+        size = reference.invlists.list_size(number)
+        assert rows.tolist() == faiss.rev_swig_ptr(reference.invlists.get_ids(number), size).tolist()
+        expected = faiss.rev_swig_ptr(reference.invlists.get_codes(number), size * index.manifest.code_size)
+        assert codes.ravel().tolist() == expected.tolist()
+
+
+def test_int8_ranges_are_those_faiss_trains(tmp_path):
+    vectors = clustered(3000, 16)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    options = BuildOptions(8, Metric.L2, Storage.INT8)
+    index = build(source, tmp_path / "index", options)
+    training, held_out = draw_rows(3000, plan_training(3000, 16, 8, 1 << 20), options.seed)
+    assert not set(training) & set(held_out)
+    reference = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(16), 16, 8, faiss.ScalarQuantizer.QT_8bit,
+                                              faiss.METRIC_L2, False)  # fmt: skip
+    reference.train(vectors[training])
+    assert faiss.vector_to_array(reference.sq.trained).tolist() == index.trained.tolist()
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_recall_in_the_manifest_is_what_faiss_finds(tmp_path, metric):
+    vectors = clustered(20_000, 24)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    manifest = build(source, tmp_path / "index", BuildOptions(100, metric, Storage.INT8)).manifest
+    index = Index.open(tmp_path / "index")
+    _, held_out = draw_rows(20_000, plan_training(20_000, 24, 100, 1 << 30), 0)
+    exact = faiss.IndexFlat(24, faiss.METRIC_INNER_PRODUCT if metric is Metric.IP else faiss.METRIC_L2)
+    exact.add(vectors)
+    searched = empty_ivf(flat(index.centroids, metric), 24, 100, metric, Storage.INT8, index.trained)
+    searched.add(vectors)
+
+    def found(engine):
+        return [[row for row in line if row != own][:NEIGHBOURS] for own, line in
+                zip(held_out, engine.search(vectors[held_out], NEIGHBOURS + 1)[1], strict=True)]  # fmt: skip
+
+    truth = found(exact)
+    assert set(manifest.recall_at_10) == {"1", "4", "16", "32", "64", "100"}
+    for nprobe, recall in manifest.recall_at_10.items():
+        searched.nprobe = int(nprobe)
+        hits = sum(len(set(a) & set(b)) for a, b in zip(truth, found(searched), strict=True))
+        assert recall == pytest.approx(hits / (len(held_out) * NEIGHBOURS), abs=2e-3)
+    assert manifest.recall_at_10["1"] < manifest.recall_at_10["32"]
+    assert manifest.recall_queries == len(held_out) == 256
+
+
+def test_nearest_in_blocks_is_nearest_at_once():
+    vectors = clustered(5000, 8)
+    own = np.array([3, 1999, 2000, 4999])
+    in_blocks, at_once = (Nearest(vectors[own], own, Metric.L2) for _ in range(2))
+    at_once.update(0, vectors)
+    for first in range(0, 5000, 700):
+        in_blocks.update(first, vectors[first : first + 700])
+    assert (in_blocks.rows == at_once.rows).all()
+    assert not (in_blocks.rows == own[:, None]).any()
+    distances = ((vectors[own][:, None] - vectors[None]) ** 2).sum(-1)
+    assert (in_blocks.rows == np.argsort(distances, axis=1)[:, 1 : NEIGHBOURS + 1]).all()
+
+
+def test_manifest_numbers(tmp_path):
+    vectors = clustered(2000, 8)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    index = build(source, tmp_path / "index", BuildOptions(16))
+    sizes = index.sizes
+    assert sizes.sum() == index.manifest.ntotal == 2000
+    balance = index.manifest.balance
+    assert (balance["min"], balance["max"], balance["empty"]) == (sizes.min(), sizes.max(), (sizes == 0).sum())
+    reference = empty_ivf(flat(index.centroids, Metric.IP), 8, 16, Metric.IP, Storage.FLOAT32)
+    reference.add(vectors)
+    assert balance["imbalance"] == pytest.approx(reference.invlists.imbalance_factor(), abs=1e-3)
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
+        "centroids.npy", "checksums.npy", "lists.bin", "manifest.json", "offsets.npy", "passages.arrow"]  # fmt: skip
+    assert not partial_of(tmp_path / "index").exists()
+    assert str(tmp_path) not in (tmp_path / "index" / "manifest.json").read_text()
+
+
+def test_empty_lists(tmp_path):
+    vectors = np.repeat(np.eye(4, 8, dtype=np.float32), 30, axis=0)  # four places for twenty centroids
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    index = build(source, tmp_path / "index", BuildOptions(20, Metric.L2))
+    assert index.manifest.balance["empty"] == (index.sizes == 0).sum() >= 16
+    rows = np.concatenate([vectors_of(index, number)[1] for number in range(20)])
+    assert sorted(rows.tolist()) == list(range(120))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 11])
+def test_tiny_corpora(tmp_path, rows):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(rows, 8)))
+    index = build(source, tmp_path / "index", BuildOptions())
+    assert (index.manifest.nlist, index.manifest.ntotal) == (1, rows)
+    assert vectors_of(index, 0)[1].tolist() == list(range(rows))
+    assert index.manifest.recall_at_10 == ({"1": 1.0} if rows == 11 else {})
+
+
+def test_auto_nlist():
+    assert [auto_nlist(n) for n in (1, 77, 78, 5000, 100_000, 5_200_000)] == [1, 1, 2, 128, 1024, 8192]
+    for n in (10**3, 10**5, 10**7):
+        assert plan_training(n, 4, None, 1 << 30).training_rows >= 39 * auto_nlist(n) or n < 10**4
+    small = plan_training(10**7, 1024, None, 16 << 20)
+    assert small.training_rows * 4096 <= 16 << 20
+    assert small.nlist == 64  # 4096 vectors fit the memory: at least 39 for each of 64
+
+
+def test_more_lists_than_vectors_names_both(tmp_path):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
+    with pytest.raises(UsageError, match=r"51 lists .* 50 vectors"):
+        plan_build(source, tmp_path / "index", BuildOptions(51))
+    assert build(source, tmp_path / "index", BuildOptions(50)).manifest.nlist == 50
+
+
+def test_memory_is_bounded(tmp_path):
+    """A build of 240 MB of vectors under --memory 128MiB grows by less than that over a tiny build."""
+    small = write_parquet(tmp_path / "small.parquet", clustered(2000, 128))
+    large = write_parquet(tmp_path / "large.parquet", clustered(470_000, 128), group=100_000)
+    peaks = []
+    for source in (small, large):
+        code = (
+            "import resource, sys\nfrom telerag_cli.app import app\n"
+            "try:\n    app(sys.argv[1:])\n"
+            "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, "build-index", source, "-o", tmp_path / f"{source.stem}.index",
+                               "--nlist", "64", "--memory", "128MiB"], capture_output=True, text=True, check=True)  # fmt: skip
+        peaks.append(int(done.stdout.split()[-1]))
+    assert large.stat().st_size > 230e6
+    assert peaks[1] - peaks[0] < 128 << 20
+
+
+def test_too_little_memory_is_refused(tmp_path):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
+    with pytest.raises(UsageError, match=r"--memory is 1.00 MiB, and .* need"):
+        plan_build(source, tmp_path / "index", BuildOptions(memory_bytes=1 << 20))
+
+
+# Passages
+
+
+def test_passages_by_row(tmp_path):
+    rows = 2 * BATCH_ROWS + 300
+    file = write_parquet(tmp_path / "e.parquet", clustered(rows, 8), group=777, title=[f"T{i}" for i in range(rows)],
+                         year=[2000 + i if i % 2 else None for i in range(rows)])  # fmt: skip
+    build(Embeddings.open(file), tmp_path / "index", BuildOptions(4))
+    passages = Passages.open(tmp_path / "index" / "passages.arrow")
+    assert len(passages) == rows
+    last = rows - 1
+    assert passages[[last, 0, BATCH_ROWS]] == [
+        Passage(f"p{last}", f"Passage {last}.", {"title": f"T{last}", "year": 2000 + last}),
+        Passage("p0", "Passage 0.", {"title": "T0"}),
+        Passage(f"p{BATCH_ROWS}", f"Passage {BATCH_ROWS}.", {"title": f"T{BATCH_ROWS}"}),
+    ]
+    with pytest.raises(IndexError):
+        passages[[rows]]
+
+
+def test_damaged_passages_are_named(tmp_path):
+    build(Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildOptions(1))
+    path = tmp_path / "index" / "passages.arrow"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match=r"passages.arrow is damaged"):
+        Passages.open(path)
+
+
+# Parquet of another make
+
+
+@pytest.mark.parametrize("kind", ["fixed16", "fixed64", "list", "large_list"])
+def test_foreign_parquet(tmp_path, kind):
+    vectors = clustered(3000, 16)
+    column = {
+        "fixed16": lambda: vector_column(vectors.astype(np.float16), pa.float16()),
+        "fixed64": lambda: vector_column(vectors.astype(np.float64)),
+        "list": lambda: pa.array(list(vectors), pa.list_(pa.float32())),
+        "large_list": lambda: pa.array(list(vectors), pa.large_list(pa.float32())),
+    }[kind]()
+    folder = tmp_path / "vectors"
+    folder.mkdir()
+    table = pa.table({"v": column})
+    for part in range(3):
+        pq.write_table(table.slice(part * 1000, 1000), folder / f"part-{part}.parquet", row_group_size=300)
+    source = Embeddings.open(folder)
+    assert (source.rows, source.dimension, source.column) == (3000, 16, "v")
+    read = np.concatenate([block.copy() for _, block in source.batches(700, start=950)])
+    np.testing.assert_allclose(read, vectors[950:], atol=1e-3)
+    assert source.sample(np.array([0, 999, 1000, 2999]), lambda _count: None).tolist() == [
+        next(block for _, block in source.batches(1, row))[0].tolist() for row in (0, 999, 1000, 2999)]  # fmt: skip
+    index = build(source, tmp_path / "index", BuildOptions(8))
+    assert index.manifest.embedder.model is None
+    assert Passages.open(index.paths.passages)[[2999]] == [Passage("2999", "", {})]
+
+
+def test_several_vector_columns_need_a_choice(tmp_path):
+    vectors = clustered(100, 8)
+    file = write_parquet(tmp_path / "e.parquet", vectors, other=vector_column(vectors[:, :4]))
+    with pytest.raises(UsageError, match=r"2 vector columns: embedding, other\..*--column"):
+        Embeddings.open(file)
+    with pytest.raises(UsageError, match=r"no vector column 'third'; its vector columns are: embedding, other"):
+        Embeddings.open(file, "third")
+    assert Embeddings.open(file, "other").dimension == 4
+
+
+def test_no_vector_column(tmp_path):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
+    with pytest.raises(UsageError, match=r"no column of float lists; its columns are: text"):
+        Embeddings.open(tmp_path / "t.parquet")
+
+
+def test_wrong_dimension_names_the_file_and_both(tmp_path):
+    write_parquet(tmp_path / "a.parquet", clustered(10, 8))
+    write_parquet(tmp_path / "b.parquet", clustered(10, 12))
+    with pytest.raises(ArtifactError, match=r"b\.parquet holds vectors of dimension 12, and a\.parquet of 8"):
+        Embeddings.open(tmp_path)
+
+
+def test_ragged_lists_name_the_row(tmp_path):
+    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32()))}), tmp_path / "r.parquet")
+    with pytest.raises(ArtifactError, match=r"Row 5 of .*r\.parquet has dimension 1, and the first has 2"):
+        build(Embeddings.open(tmp_path / "r.parquet"), tmp_path / "index", BuildOptions())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_vectors_that_are_no_numbers_name_the_row(tmp_path, bad):
+    vectors = clustered(3000, 8)
+    vectors[2345, 3] = bad
+    file = write_parquet(tmp_path / "e.parquet", vectors)
+    with pytest.raises(InputError, match=rf"row 2,345 of .*e\.parquet holds {bad}"):
+        build(Embeddings.open(file), tmp_path / "index", BuildOptions())
+
+
+def test_missing_vectors_name_the_row(tmp_path):
+    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet")
+    with pytest.raises(InputError, match="Row 1 of .* has no vector"):
+        build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
+
+
+def test_too_large_for_float16(tmp_path):
+    vectors = clustered(300, 8)
+    vectors[123] *= 1e6
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    with pytest.raises(InputError, match=r"row 123 .* float16 ends at 65504"):
+        build(source, tmp_path / "index", BuildOptions(storage=Storage.FLOAT16))
+
+
+def test_no_rows(tmp_path):
+    write_parquet(tmp_path / "e.parquet", np.empty((0, 8), np.float32))
+    with pytest.raises(InputError, match="holds no vectors"):
+        Embeddings.open(tmp_path / "e.parquet")
+
+
+def test_not_parquet(tmp_path):
+    (tmp_path / "x.parquet").write_text("hello")
+    for path in (tmp_path, tmp_path / "x.parquet"):
+        with pytest.raises(ArtifactError, match=r"x\.parquet cannot be read as Parquet"):
+            Embeddings.open(path)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        Embeddings.open(tmp_path / "absent")
+
+
+# Resuming and refusing
+
+
+def telerag(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-m", "telerag_cli", *map(str, arguments)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+
+
+def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(150_000, 48), group=20_000)
+    arguments = ("build-index", file, "--nlist", "256", "--storage", "int8")
+    began = time.monotonic()
+    whole = telerag(*arguments, "-o", tmp_path / "whole")
+    assert whole.communicate()[0] == f"{tmp_path / 'whole'}\n"
+    took_s = time.monotonic() - began
+    rng, killed, seen = random.Random(7), 0, set()
+    output = tmp_path / "killed"
+    for _ in range(KILLS * 4):
+        if killed == KILLS:
+            break
+        process = telerag(*arguments, "-o", output)
+        try:
+            # Moments over the whole of a run, and, as resuming shortens it, many after its start-up.
+            process.wait(rng.uniform(0.1, 1.0) * took_s)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            killed += 1
+        process.communicate()
+        seen |= {path.name for path in partial_of(output).rglob("*")} if partial_of(output).exists() else set()
+        if output.exists():
+            assert contents(output) == contents(tmp_path / "whole")
+            shutil.rmtree(output)
+    process = telerag(*arguments, "-o", output)
+    _, talk = process.communicate()
+    assert process.returncode == 0, talk
+    assert killed == KILLS
+    assert {"centroids.npy", "assignments.i32"} <= seen
+    assert contents(output) == contents(tmp_path / "whole")
+    assert not partial_of(output).exists()
+
+
+class Stop(BaseException):
+    """Raised in the middle of a stage, as Ctrl-C would be."""
+
+
+@pytest.mark.parametrize("stage", ["Sampling", "Training", "Assigning", "Placing", "Writing", "Checking"])
+@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
+def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage, storage):
+    import contextlib
+
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(40_000, 8)))
+    options = BuildOptions(32, storage=storage)
+    build(source, tmp_path / "whole", options)
+    advanced = []
+
+    @contextlib.contextmanager
+    def progress(description, _total, *, unit=""):
+        def advance(count):
+            advanced.append((description, count))
+            if description.startswith(stage) and count:
+                raise Stop
+
+        if description.startswith(stage) and not unit:
+            raise Stop
+        yield advance
+
+    with pytest.raises(Stop):
+        build(source, tmp_path / "index", options, progress=progress)
+    assert not (tmp_path / "index").exists()
+    if stage == "Assigning":  # with another file the build is another
+        other = Embeddings.open(write_parquet(tmp_path / "other.parquet", clustered(40_000, 8, seed=1)))
+        with pytest.raises(ArtifactError, match=r"was begun with embeddings xxh3:\w+, and this asks for embeddings xxh3:"):
+            build(other, tmp_path / "index", options)
+        with pytest.raises(ArtifactError, match=r"was begun with nlist 32, .* and this asks for nlist 16, "):
+            build(source, tmp_path / "index", BuildOptions(16, storage=storage))
+    advanced.clear()
+    build(source, tmp_path / "index", options)
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+
+
+def test_a_finished_index_is_kept(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
+    arguments = ["build-index", str(file), "-o", str(tmp_path / "index"), "--nlist", "4"]
+    first = runner.invoke(app, arguments)
+    assert (first.exit_code, first.stdout) == (0, f"{tmp_path / 'index'}\n")
+    stamp = (tmp_path / "index" / "lists.bin").stat().st_mtime_ns
+    again = runner.invoke(app, arguments)
+    assert again.exit_code == 0
+    assert "already built" in again.stderr
+    other = runner.invoke(app, [*arguments, "--metric", "l2"])
+    assert other.exit_code == 1
+    assert "was built with metric ip, and this asks for metric l2" in " ".join(other.stderr.split())
+    assert (tmp_path / "index" / "lists.bin").stat().st_mtime_ns == stamp
+    replaced = runner.invoke(app, [*arguments, "--metric", "l2", "--overwrite"])
+    assert replaced.exit_code == 0
+    assert Index.open(tmp_path / "index").manifest.metric is Metric.L2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.parquet", "index"]
+
+
+def test_a_folder_that_is_no_index_is_never_touched(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    for flags in ([], ["--overwrite"]):
+        result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "mine"), *flags])
+        assert result.exit_code == 1
+        assert "is no index" in result.stderr
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    (tmp_path / "mine").rename(partial_of(tmp_path / "other"))
+    with pytest.raises(ArtifactError, match="no build of ours"):
+        build(Embeddings.open(file), tmp_path / "other", BuildOptions(), overwrite=True)
+
+
+def test_two_builds_of_one_index_at_once(tmp_path):
+    import contextlib
+
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
+    seen = []
+
+    @contextlib.contextmanager
+    def progress(description, _total, *, unit=""):
+        with pytest.raises(ResourceError, match="Another telerag is building"):
+            build(source, tmp_path / "index", BuildOptions())
+        seen.append(description)
+        yield lambda _count: None
+
+    build(source, tmp_path / "index", BuildOptions(), progress=progress)
+    assert seen
+
+
+def test_a_full_disk_is_a_sentence_and_the_build_resumes(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(40_000, 32))
+    code = (
+        "import resource, sys\nfrom telerag_cli.app import app\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, resource.RLIM_INFINITY))\napp(sys.argv[1:])\n"
+    )
+    arguments = ["build-index", file, "-o", tmp_path / "index", "--nlist", "16"]
+    full = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert "File too large" in full.stderr
+    assert not (tmp_path / "index").exists()
+    assert (partial_of(tmp_path / "index") / "centroids.npy").exists()
+    source = Embeddings.open(file)
+    build(source, tmp_path / "whole", BuildOptions(16))
+    build(source, tmp_path / "index", BuildOptions(16))
+    assert contents(tmp_path / "index") == contents(tmp_path / "whole")
+
+
+def test_not_enough_room_is_refused_with_numbers(tmp_path, monkeypatch):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(5000, 32)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1 << 20))
+    with pytest.raises(ResourceError, match=r"needs \d.* MiB of disk, and 1\.00 MiB are free"):
+        build(source, tmp_path / "index", BuildOptions())
+    assert list(tmp_path.iterdir()) == [tmp_path / "e.parquet"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_unwritable_output(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with pytest.raises(TeleragError, match="cannot be written"):
+        build(Embeddings.open(file), tmp_path / "closed" / "index", BuildOptions())
+
+
+def test_output_under_a_file(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    result = runner.invoke(app, ["build-index", str(file), "-o", str(file / "index")])
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr
+
+
+# Our own folders
+
+
+def embeddings_folder(folder, vectors, shard_rows, **changes):
+    from telerag_cli.files import checksum, write_json
+
+    folder.mkdir()
+    about = {"format": "telerag-embeddings", "version": 1, "model": "m", "dimension": vectors.shape[1], "pooling": "mean",
+             "normalized": True, "prompt": "query: ", "max_tokens": 256}  # fmt: skip
+    shards = []
+    for number, low in enumerate(range(0, len(vectors), shard_rows)):
+        part = vectors[low : low + shard_rows]
+        table = pa.table({
+            "id": [f"p{low + i}" for i in range(len(part))], "text": [f"Text {low + i}" for i in range(len(part))],
+            "metadata": [json.dumps({"title": f"T{low + i}"}) for i in range(len(part))], "embedding": vector_column(part)})  # fmt: skip
+        path = folder / f"shard-{number:05}.parquet"
+        pq.write_table(table.replace_schema_metadata({"telerag": json.dumps(about)}), path)
+        shards.append({"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)})
+    write_json(folder / "embeddings.json", about | {"complete": True, "rows": len(vectors), "shards": shards} | changes)
+    return folder
+
+
+def test_our_folder(tmp_path):
+    vectors = clustered(250, 8)
+    source = Embeddings.open(embeddings_folder(tmp_path / "e", vectors, 100))
+    index = build(source, tmp_path / "index", BuildOptions(2))
+    embedder = index.manifest.embedder
+    assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == ("m", "mean", True, "query: ")
+    assert Passages.open(index.paths.passages)[[249]] == [Passage("p249", "Text 249", {"title": "T249"})]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"complete": False}, "is not finished.*resumes"),
+    ({"version": 2}, "version 2, and this telerag reads version 1"),
+    ({"format": "other"}, "does not describe"),
+    ({"rows": 251}, "holds 250 vectors of dimension 8, and its embeddings.json says 251 of 8"),
+    ({"dimension": 9}, "250 vectors of dimension 8, and its embeddings.json says 250 of 9"),
+])  # fmt: skip
+def test_our_folder_must_be_what_it_says(tmp_path, changes, message):
+    folder = embeddings_folder(tmp_path / "e", clustered(250, 8), 100, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        Embeddings.open(folder)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = embeddings_folder(tmp_path / "e", clustered(250, 8), 100)
+    (folder / "shard-00001.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"shard-00001\.parquet is missing"):
+        Embeddings.open(folder)
+
+
+def test_usage_errors(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    for flags in (["--nlist", "many"], ["--nlist", "0"], ["--memory", "lots"], ["--metric", "cos"]):
+        result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), *flags])
+        assert result.exit_code == 2, flags
+    assert [Path(path).name for path in tmp_path.iterdir()] == ["e.parquet"]
