@@ -1,7 +1,7 @@
 """Fill the README's figures from benchmarks/results/*.json; with --check, fail when they are stale.
 
-A result holds `command` (list of words), `hardware` (names to values) and `figures`, a list of rows for the README:
-`what` was measured, its `value`, and optionally what it is compared `against` and the `goal`.
+A result holds `command` (list of words), `hardware` (names to values) and `figures`, a list of rows for the
+README: `what` was measured, its `value`, and optionally what it is compared `against` and the `goal`.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _unique(passages: Iterable[Passage]) -> Iterator[Passage]:
 def _passages(name: str, title: str, text: str, module: str, kind: str) -> Iterator[Passage]:
     """One passage for each piece of ``text``; every piece begins with the title, which says what it is on."""
     for number, piece in enumerate(_pieces(text)):
-        metadata = {"title": title if kind == "topic" else name, "module": module, "kind": kind}
+        metadata = {"title": name.split("/")[-1], "module": module, "kind": kind}
         yield Passage(f"{name}#{number + 1}" if number else name, f"{title}\n{piece}", metadata)
 
 
