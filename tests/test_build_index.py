@@ -34,7 +34,10 @@ runner = CliRunner()
 def clustered(rows, dimension, seed=0, clusters=40):
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((clusters, dimension)).astype(np.float32)
-    vectors = centres[rng.integers(0, clusters, rows)] + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
+    vectors = (
+        centres[rng.integers(0, clusters, rows)]
+        + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
+    )
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -46,7 +49,10 @@ def vector_column(vectors, value=None):
 def write_parquet(path, vectors, *, text=True, group=1000, **columns):
     columns = {"embedding": vector_column(vectors)} | columns
     if text:
-        columns = {"id": [f"p{i}" for i in range(len(vectors))], "text": [f"Passage {i}." for i in range(len(vectors))]} | columns
+        columns = {
+            "id": [f"p{i}" for i in range(len(vectors))],
+            "text": [f"Passage {i}." for i in range(len(vectors))],
+        } | columns
     pq.write_table(pa.table(columns), path, row_group_size=group)
     return path
 
@@ -64,13 +70,15 @@ def vectors_of(index, number):
 
 
 def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("storage", Storage)
 @pytest.mark.parametrize("metric", Metric)
 def test_lists_are_those_of_faiss(tmp_path, metric, storage):
-    vectors = clustered(40_000, 20)  # three blocks to assign; codes of 20 bytes ask for padded capacities
+    vectors = clustered(35_000, 20)  # three blocks to assign; codes of 20 bytes ask for padded capacities
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
     index = build(source, tmp_path / "index", BuildOptions(64, metric, storage))
     quantizer = flat(index.centroids, metric)
@@ -143,7 +151,11 @@ def test_manifest_numbers(tmp_path):
     sizes = index.sizes
     assert sizes.sum() == index.manifest.ntotal == 2000
     balance = index.manifest.balance
-    assert (balance["min"], balance["max"], balance["empty"]) == (sizes.min(), sizes.max(), (sizes == 0).sum())
+    assert (balance["min"], balance["max"], balance["empty"]) == (
+        sizes.min(),
+        sizes.max(),
+        (sizes == 0).sum(),
+    )
     reference = empty_ivf(flat(index.centroids, Metric.IP), 8, 16, Metric.IP, Storage.FLOAT32)
     reference.add(vectors)
     assert balance["imbalance"] == pytest.approx(reference.invlists.imbalance_factor(), abs=1e-3)
@@ -188,9 +200,9 @@ def test_more_lists_than_vectors_names_both(tmp_path):
 
 
 def test_memory_is_bounded(tmp_path):
-    """A build of 240 MB of vectors under --memory 128MiB grows by less than that over a tiny build."""
+    """A build of 154 MB of vectors under --memory 128MiB grows by less than that over a tiny build."""
     small = write_parquet(tmp_path / "small.parquet", clustered(2000, 128))
-    large = write_parquet(tmp_path / "large.parquet", clustered(470_000, 128), group=100_000)
+    large = write_parquet(tmp_path / "large.parquet", clustered(300_000, 128), group=100_000)
     peaks = []
     for source in (small, large):
         code = (
@@ -201,7 +213,7 @@ def test_memory_is_bounded(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, "build-index", source, "-o", tmp_path / f"{source.stem}.index",
                                "--nlist", "64", "--memory", "128MiB"], capture_output=True, text=True, check=True)  # fmt: skip
         peaks.append(int(done.stdout.split()[-1]))
-    assert large.stat().st_size > 230e6
+    assert large.stat().st_size > 128 << 20
     assert peaks[1] - peaks[0] < 128 << 20
 
 
@@ -232,7 +244,11 @@ def test_passages_by_row(tmp_path):
 
 
 def test_damaged_passages_are_named(tmp_path):
-    build(Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildOptions(1))
+    build(
+        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))),
+        tmp_path / "index",
+        BuildOptions(1),
+    )
     path = tmp_path / "index" / "passages.arrow"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ArtifactError, match=r"passages.arrow is damaged"):
@@ -272,7 +288,9 @@ def test_several_vector_columns_need_a_choice(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", vectors, other=vector_column(vectors[:, :4]))
     with pytest.raises(UsageError, match=r"2 vector columns: embedding, other\..*--column"):
         Embeddings.open(file)
-    with pytest.raises(UsageError, match=r"no vector column 'third'; its vector columns are: embedding, other"):
+    with pytest.raises(
+        UsageError, match=r"no vector column 'third'; its vector columns are: embedding, other"
+    ):
         Embeddings.open(file, "third")
     assert Embeddings.open(file, "other").dimension == 4
 
@@ -291,7 +309,9 @@ def test_wrong_dimension_names_the_file_and_both(tmp_path):
 
 
 def test_ragged_lists_name_the_row(tmp_path):
-    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32()))}), tmp_path / "r.parquet")
+    pq.write_table(
+        pa.table({"v": pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32()))}), tmp_path / "r.parquet"
+    )
     with pytest.raises(ArtifactError, match=r"Row 5 of .*r\.parquet has dimension 1, and the first has 2"):
         build(Embeddings.open(tmp_path / "r.parquet"), tmp_path / "index", BuildOptions())
 
@@ -306,7 +326,9 @@ def test_vectors_that_are_no_numbers_name_the_row(tmp_path, bad):
 
 
 def test_missing_vectors_name_the_row(tmp_path):
-    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet")
+    pq.write_table(
+        pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet"
+    )
     with pytest.raises(InputError, match="Row 1 of .* has no vector"):
         build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
 
@@ -343,7 +365,7 @@ def telerag(*arguments, **options):
 
 
 def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
-    file = write_parquet(tmp_path / "e.parquet", clustered(150_000, 48), group=20_000)
+    file = write_parquet(tmp_path / "e.parquet", clustered(80_000, 32), group=20_000)
     arguments = ("build-index", file, "--nlist", "256", "--storage", "int8")
     began = time.monotonic()
     whole = telerag(*arguments, "-o", tmp_path / "whole")
@@ -362,7 +384,9 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.communicate()
-        seen |= {path.name for path in partial_of(output).rglob("*")} if partial_of(output).exists() else set()
+        seen |= (
+            {path.name for path in partial_of(output).rglob("*")} if partial_of(output).exists() else set()
+        )
         if output.exists():
             assert contents(output) == contents(tmp_path / "whole")
             shutil.rmtree(output)
@@ -380,12 +404,11 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("stage", ["Sampling", "Training", "Assigning", "Placing", "Writing", "Checking"])
-@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
-def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage, storage):
+def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
     import contextlib
 
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(40_000, 8)))
-    options = BuildOptions(32, storage=storage)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 8)))
+    options = BuildOptions(32, storage=Storage.INT8)
     build(source, tmp_path / "whole", options)
     advanced = []
 
@@ -404,11 +427,13 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage, storage):
         build(source, tmp_path / "index", options, progress=progress)
     assert not (tmp_path / "index").exists()
     if stage == "Assigning":  # with another file the build is another
-        other = Embeddings.open(write_parquet(tmp_path / "other.parquet", clustered(40_000, 8, seed=1)))
-        with pytest.raises(ArtifactError, match=r"was begun with embeddings xxh3:\w+, and this asks for embeddings xxh3:"):
+        other = Embeddings.open(write_parquet(tmp_path / "other.parquet", clustered(20_000, 8, seed=1)))
+        with pytest.raises(
+            ArtifactError, match=r"was begun with embeddings xxh3:\w+, and this asks for embeddings xxh3:"
+        ):
             build(other, tmp_path / "index", options)
         with pytest.raises(ArtifactError, match=r"was begun with nlist 32, .* and this asks for nlist 16, "):
-            build(source, tmp_path / "index", BuildOptions(16, storage=storage))
+            build(source, tmp_path / "index", BuildOptions(16, storage=Storage.INT8))
     advanced.clear()
     build(source, tmp_path / "index", options)
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
@@ -471,7 +496,9 @@ def test_a_full_disk_is_a_sentence_and_the_build_resumes(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, resource.RLIM_INFINITY))\napp(sys.argv[1:])\n"
     )
     arguments = ["build-index", file, "-o", tmp_path / "index", "--nlist", "16"]
-    full = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    full = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
     assert "File too large" in full.stderr
@@ -524,8 +551,13 @@ def embeddings_folder(folder, vectors, shard_rows, **changes):
             "metadata": [json.dumps({"title": f"T{low + i}"}) for i in range(len(part))], "embedding": vector_column(part)})  # fmt: skip
         path = folder / f"shard-{number:05}.parquet"
         pq.write_table(table.replace_schema_metadata({"telerag": json.dumps(about)}), path)
-        shards.append({"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)})
-    write_json(folder / "embeddings.json", about | {"complete": True, "rows": len(vectors), "shards": shards} | changes)
+        shards.append(
+            {"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)}
+        )
+    write_json(
+        folder / "embeddings.json",
+        about | {"complete": True, "rows": len(vectors), "shards": shards} | changes,
+    )
     return folder
 
 
@@ -534,7 +566,12 @@ def test_our_folder(tmp_path):
     source = Embeddings.open(embeddings_folder(tmp_path / "e", vectors, 100))
     index = build(source, tmp_path / "index", BuildOptions(2))
     embedder = index.manifest.embedder
-    assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == ("m", "mean", True, "query: ")
+    assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == (
+        "m",
+        "mean",
+        True,
+        "query: ",
+    )
     assert Passages.open(index.paths.passages)[[249]] == [Passage("p249", "Text 249", {"title": "T249"})]
 
 

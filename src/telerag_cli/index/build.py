@@ -432,7 +432,10 @@ class _Build:
                 present, begin, count = np.unique(chosen[order], return_index=True, return_counts=True)
                 code_places = offset[present] + filled[present] * plan.code_size
                 row_places = rows_at[present] + filled[present] * ID_BYTES
-                code_bytes, row_bytes = codes.view(np.uint8).data.cast("B"), rows.view(np.uint8).data.cast("B")
+                code_bytes, row_bytes = (
+                    codes.view(np.uint8).data.cast("B"),
+                    rows.view(np.uint8).data.cast("B"),
+                )
                 for low, high, code_place, row_place in zip(
                     begin.tolist(),
                     (begin + count).tolist(),

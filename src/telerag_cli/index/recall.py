@@ -44,12 +44,11 @@ class Nearest:
         inside = np.flatnonzero((self.own_rows >= first) & (self.own_rows < first + len(vectors)))
         scores[inside, self.own_rows[inside] - first] = WORST
         # After the first blocks next to nothing passes the tenth best so far, so this costs one comparison per score.
-        better = scores > self.scores[:, -1:]
-        for query in np.flatnonzero(better.any(axis=1)):
-            places = np.flatnonzero(better[query])
-            self.scores[query], self.rows[query] = _merge(
-                self.scores[query], self.rows[query], scores[query, places], places + first
-            )
+        better = np.flatnonzero((scores > self.scores[:, -1:]).any(axis=1))
+        best_scores, best_rows = _best(scores[better], np.arange(first, first + len(vectors)))
+        self.scores[better], self.rows[better] = _merge(
+            self.scores[better], self.rows[better], best_scores, best_rows
+        )
 
 
 class ListRecall:
@@ -100,11 +99,9 @@ class ListRecall:
         queries, ranks = np.array(self._wanted[number]).T
         scores = closeness(self._truth.queries[queries], self._decode(codes), self._truth.metric)
         scores[rows[None, :] == self._truth.own_rows[queries][:, None]] = WORST
-        for query, rank, line in zip(queries, ranks, scores, strict=True):
-            top = np.argpartition(-line, NEIGHBOURS)[:NEIGHBOURS] if count > NEIGHBOURS else np.arange(count)
-            self._scores[query, rank], self._rows[query, rank] = _merge(
-                self._scores[query, rank], self._rows[query, rank], line[top], rows[top]
-            )
+        self._scores[queries, ranks], self._rows[queries, ranks] = _merge(
+            self._scores[queries, ranks], self._rows[queries, ranks], *_best(scores, rows)
+        )
 
     def result(self) -> dict[str, float]:
         """Recall@10 by ``nprobe``; empty without queries or neighbours."""
@@ -135,10 +132,18 @@ class ListRecall:
         return flat.reshape(-1, self._code_size // flat.itemsize).astype(np.float32, copy=False)
 
 
+def _best(scores: FloatArray, rows: IntArray) -> tuple[FloatArray, IntArray]:
+    """The ten best (or all, if fewer) of each query's scores (n, m) for ``rows`` (m,), in no order: (n, 10) each."""
+    if scores.shape[1] <= NEIGHBOURS:
+        return scores, np.broadcast_to(rows, scores.shape)
+    top = np.argpartition(scores, -NEIGHBOURS, axis=1)[:, -NEIGHBOURS:]
+    return np.take_along_axis(scores, top, 1), rows[top]
+
+
 def _merge(scores: FloatArray, rows: IntArray, more_scores: FloatArray,
            more_rows: IntArray) -> tuple[FloatArray, IntArray]:  # fmt: skip
-    """The ten best of both, best first, equal scores by row; absent rows (-1) have the worst score."""
-    both, numbers = np.concatenate([scores, more_scores]), np.concatenate([rows, more_rows])
+    """The ten best of both, (n, 10) each, best first, equal scores by row; absent rows (-1) have the worst score."""
+    both, numbers = np.concatenate([scores, more_scores], 1), np.concatenate([rows, more_rows], 1)
     numbers[both == WORST] = -1
-    order = np.lexsort((numbers, -both))[:NEIGHBOURS]
-    return both[order], numbers[order]
+    order = np.lexsort((numbers, -both), axis=-1)[:, :NEIGHBOURS]
+    return np.take_along_axis(both, order, 1), np.take_along_axis(numbers, order, 1)
