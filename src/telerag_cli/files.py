@@ -43,14 +43,14 @@ def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
     if error.errno == errno.ENOSPC:
         import shutil
 
-        with contextlib.suppress(OSError):
-            existing = next(p for p in (path, *path.parents) if p.exists())
-            free = format_bytes(shutil.disk_usage(existing).free)
-            return ResourceError(f"The disk is full: {path} could not be written and {free} are free.",
-                                 remedy="Free space or choose another output; finished parts are kept and the same command resumes.")  # fmt: skip
-        return ResourceError(f"The disk is full: {path} could not be written.", remedy="Free space and run again.")
+        existing = next((parent for parent in (path, *path.parents) if parent.exists()), Path("/"))
+        free = format_bytes(shutil.disk_usage(existing).free)
+        return ResourceError(
+            f"The disk is full: {path} could not be written and {free} are free.",
+            remedy="Free space and run the same command again; what is finished is kept.",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ResourceError(f"{path} cannot be written or read: {error.strerror}.", remedy="Choose a path you may use.")
+        return ResourceError(f"{path} cannot be used: {error.strerror}.", remedy="Choose a path you may use.")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return ArtifactError(f"{path} does not exist or is not a folder.", remedy="Check the path.")
     return ResourceError(f"{path}: {error.strerror or error}.", remedy="Check the path and the device.")
@@ -59,7 +59,9 @@ def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically and with sorted keys, so that equal values give equal bytes."""
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,122 @@
-"""placeholder."""
+"""``telerag search``: passages for questions, without an LLM."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+import typer
+
+from telerag_cli import console
+from telerag_cli.commands.options import (
+    DeviceOption,
+    EmbedderOption,
+    FastMemoryOption,
+    IndexArgument,
+    KOption,
+    NprobeOption,
+)
+from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_K, parse_bytes
+from telerag_cli.errors import EXIT_PARTIAL, InputError, UsageError
+
+SHOWN_CHARACTERS = 300
 
 
-def search() -> None:
-    """Placeholder."""
+def search(
+    index: IndexArgument,
+    question: Annotated[
+        list[str] | None, typer.Argument(help="Questions.", metavar="[QUESTION]...", show_default=False)
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of questions, one a line or JSONL; - is stdin.", metavar="FILE|-", show_default=False
+        ),
+    ] = None,
+    k: KOption = DEFAULT_K,
+    nprobe: NprobeOption = None,
+    fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
+    embedder: EmbedderOption = None,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question on stdout.")] = False,
+) -> None:
+    """Find the passages nearest to questions."""
+    if bool(question) == bool(queries):
+        raise UsageError(
+            "Give questions as arguments or a file of them with --queries.",
+            remedy="For example: telerag search INDEX 'What is a generator?'",
+        )
+    arena_bytes = parse_bytes(fast_memory)
+    with console.stdout_reserved():
+        from telerag_cli.engine.assemble import default_nprobe, open_index, open_retriever
+        from telerag_cli.engine.questions import Question, read_questions
+
+        opened = open_index(index, embedder, device)
+        retriever = open_retriever(opened.index, arena_bytes)
+        probes = nprobe or default_nprobe(opened.index)
+        retriever.check(k, probes)
+        if retriever.tier.note:
+            console.warn(retriever.tier.note)
+        source, name = open_lines(queries) if queries else (None, "")
+        asked = (
+            read_questions(source, name)
+            if source
+            else (Question(str(n), text) for n, text in enumerate(question or [], 1))
+        )
+        count = failed = 0
+        for item in asked:
+            count += 1
+            if item.problem is not None:
+                failed += 1
+                console.fail(item.problem)
+                if as_json:
+                    console.emit_json({"id": item.id, "error": {"message": item.problem}})
+                continue
+            found = retriever.search(opened.embedder.encode_queries([item.text]), k, probes)
+            rows = [int(row) for row in found.rows[0] if row >= 0]
+            hits = [
+                {
+                    "rank": rank,
+                    "id": passage.id,
+                    "score": float(score),
+                    "text": passage.text,
+                    "metadata": passage.metadata,
+                }
+                for rank, (passage, score) in enumerate(
+                    zip(opened.passages[rows], found.scores[0], strict=False), 1
+                )
+            ]
+            if as_json:
+                console.emit_json({"id": item.id, "question": item.text, "passages": hits})
+            else:
+                _show(item.text, hits)
+        retriever.tier.close()
+    if not count:
+        raise InputError(
+            f"{name} holds no question.", remedy="Give one a line, or JSON objects with a question."
+        )
+    if failed:
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+def _show(question: str, hits: list[dict[str, Any]]) -> None:
+    console.emit(question)
+    for hit in hits:
+        text = " ".join(hit["text"].split())
+        shown = text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "…"
+        console.emit(f"  {hit['rank']:>2}. {hit['score']:.4f}  {hit['id']}\n      {shown}")
+
+
+def open_lines(source: str) -> tuple[IO[bytes], str]:
+    """A file of lines, or stdin for ``-``, and its name for messages.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if source == "-":
+        return sys.stdin.buffer, "<stdin>"
+    try:
+        return Path(source).open("rb"), source
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}.", remedy="Check the path.") from error

@@ -46,30 +46,37 @@ class IndexPaths:
 
     @property
     def manifest(self) -> Path:
+        """What the index is."""
         return self.root / "manifest.json"
 
     @property
     def centroids(self) -> Path:
+        """Centroids."""
         return self.root / "centroids.npy"
 
     @property
     def quantizer(self) -> Path:
+        """Trained ranges, for ``int8``."""
         return self.root / "quantizer.npy"
 
     @property
     def offsets(self) -> Path:
+        """Where each list lies."""
         return self.root / "offsets.npy"
 
     @property
     def checksums(self) -> Path:
+        """A checksum for each list."""
         return self.root / "checksums.npy"
 
     @property
     def lists(self) -> Path:
+        """The lists."""
         return self.root / "lists.bin"
 
     @property
     def passages(self) -> Path:
+        """The passages."""
         return self.root / "passages.arrow"
 
 

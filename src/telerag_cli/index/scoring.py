@@ -61,7 +61,8 @@ class Coarse:
 
     def rank(self, query: FloatArray) -> IntArray:
         """All lists, nearest first, for one query of shape (dimension,)."""
-        return self.probe(query[None], self.nlist)[1][0]
+        ranking: IntArray = self.probe(query[None], self.nlist)[1][0]
+        return ranking
 
 
 class ListScorer:

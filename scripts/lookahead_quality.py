@@ -1,0 +1,128 @@
+"""How well lookahead predicts the lists a query will probe, by the product's own planner.
+
+    python scripts/lookahead_quality.py FOLDER [--nlist 2048] [--nprobe 128] [-o RESULT.json]
+
+FOLDER holds ``embeddings.npz`` (arrays ``question`` and ``generated_25``, ``_50``, ``_75``, ``_100``: one row a question, the embedding of
+the question and of the first 25 ... 100 % of the text generated for it) and ``background.npy`` (other real embeddings, for the index).
+The index is made of the background and noisy copies of it. The real query is ``generated_100``. Moving is taken to keep a steady
+rate while the text is written: at a quarter of the text a quarter of the bytes has been moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from telerag_cli.config import Metric
+from telerag_cli.index.artifact import FloatArray, IntArray, extent_bytes
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.lookahead.order import CHECKPOINTS, blend
+from telerag_cli.lookahead.plan import Plan
+from telerag_cli.lookahead.retriever import REACH
+
+BUDGETS = (0.64, 1.0, 1.28, 1.6)
+Predict = Callable[[int, float], FloatArray]
+
+
+def make_index(
+    background: FloatArray, nlist: int, copies: int, noise: float, seed: int
+) -> tuple[Coarse, IntArray]:
+    """Train on the background and noisy copies; the coarse quantizer and the bytes of each list."""
+    random = np.random.default_rng(seed)
+    parts = [background]
+    for _ in range(copies):
+        direction = random.standard_normal(background.shape, dtype=np.float32)
+        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+        noisy = background + noise * direction
+        parts.append(noisy / np.linalg.norm(noisy, axis=1, keepdims=True))
+    vectors = np.concatenate(parts)
+    kmeans = faiss.Kmeans(
+        vectors.shape[1], nlist, niter=10, seed=seed, spherical=True, max_points_per_centroid=64
+    )
+    kmeans.train(vectors)
+    coarse = Coarse(kmeans.centroids, Metric.IP)
+    _scores, assigned = coarse.index.search(vectors, 1)
+    sizes = np.bincount(assigned[:, 0], minlength=nlist).astype(np.uint64)
+    return coarse, extent_bytes(sizes, vectors.shape[1] * 4)
+
+
+def replay(coarse: Coarse, extents: IntArray, probed: IntArray, budget_bytes: float, predict: Predict, question: int,
+           checkpoints: tuple[float, ...]) -> float:  # fmt: skip
+    """Share of the probed lists that the plan has moved when the text is done, for one question."""
+    plan = Plan(coarse.nlist, min(REACH * len(probed), coarse.nlist), np.zeros(coarse.nlist, np.bool_))
+    absent = np.ones(coarse.nlist, np.bool_)
+    moved_bytes = 0.0
+    for begin, end in zip((0.0, *checkpoints), (*checkpoints, 1.0), strict=True):
+        plan.reorder(coarse.rank(predict(question, begin)))
+        while moved_bytes < end * budget_bytes and (list_no := plan.next(absent)) is not None:
+            absent[list_no] = False
+            moved_bytes += float(extents[list_no])
+    return float((~absent[probed]).mean())
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--nlist", type=int, default=2048)
+    parser.add_argument("--nprobe", type=int, default=128)
+    parser.add_argument("--copies", type=int, default=7, help="noisy copies of the background in the index")
+    parser.add_argument("--noise", type=float, default=0.5)
+    parser.add_argument("--questions", type=int, default=722, help="every n-th question, so many in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+
+    arrays = {
+        name: array.astype(np.float32) for name, array in np.load(options.folder / "embeddings.npz").items()
+    }
+    background = np.load(options.folder / "background.npy").astype(np.float32)
+    coarse, extents = make_index(background, options.nlist, options.copies, options.noise, options.seed)
+    text = {fraction: arrays[f"generated_{fraction * 100:.0f}"] for fraction in CHECKPOINTS}
+    final = arrays["generated_100"]
+    chosen = np.linspace(0, len(final) - 1, min(options.questions, len(final))).astype(int)
+
+    def question_only(row: int, _fraction: float) -> FloatArray:
+        return arrays["question"][row]
+
+    def refined(row: int, fraction: float) -> FloatArray:
+        return (
+            blend(arrays["question"][row], text[fraction][row], fraction)
+            if fraction
+            else arrays["question"][row]
+        )
+
+    def perfect(row: int, _fraction: float) -> FloatArray:
+        return final[row]
+
+    modes: dict[str, tuple[Predict, tuple[float, ...]]] = {
+        "question": (question_only, ()), "refined": (refined, CHECKPOINTS), "perfect": (perfect, ())}  # fmt: skip
+    shares: dict[str, dict[str, float]] = {mode: {} for mode in modes}
+    probes = [coarse.probe(final[row][None], options.nprobe)[1][0] for row in chosen]
+    for mode, (predict, checkpoints) in modes.items():
+        for budget in BUDGETS:
+            each = [replay(coarse, extents, probed, budget * float(extents[probed].sum()), predict, int(row), checkpoints)
+                    for row, probed in zip(chosen, probes, strict=True)]  # fmt: skip
+            shares[mode][str(budget)] = round(float(np.mean(each)), 4)
+
+    print(f"{'bytes moved / bytes probed':28}" + "".join(f"{budget:>8}" for budget in BUDGETS))
+    for mode, values in shares.items():
+        print(f"{mode:28}" + "".join(f"{values[str(budget)]:8.3f}" for budget in BUDGETS))
+    if options.output:
+        from telerag_cli.bench_record import record
+
+        result = record(["scripts/lookahead_quality.py", *sys.argv[1:]], questions=len(chosen), nlist=options.nlist, nprobe=options.nprobe,
+                        vectors=len(background) * (options.copies + 1), resident_share=shares)  # fmt: skip
+        options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Output lines of a run: one JSON object a question, in OpenAI's Batch form where the input was."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from telerag_cli.config import Lookahead
+from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.questions import Question
+from telerag_cli.errors import ArtifactError
+from telerag_cli.files import explain
+from telerag_cli.lookahead.retriever import JoinReport
+from telerag_cli.pipelines.registry import PipelineName
+
+
+def answer_line(
+    question: Question, answered: Answered, pipeline: PipelineName, lookahead: Lookahead
+) -> dict[str, Any]:
+    """The line for an answered question. Times are seconds, rounded to a microsecond."""
+    body = {
+        "answer": answered.answer,
+        "passages": [
+            {"rank": rank, "id": hit.passage.id, "score": hit.score, "text": hit.passage.text, "metadata": hit.passage.metadata}
+            for rank, hit in enumerate(answered.found, 1)
+        ],
+        "citations": answered.citations,
+        "pipeline": pipeline.value,
+        "stages": [
+            {"name": stage.name, "text": stage.generation.text, "finish_reason": stage.generation.finish_reason,
+             "prompt_tokens": stage.generation.prompt_tokens, "completion_tokens": stage.generation.completion_tokens,
+             "prefill_s": round(stage.generation.prefill_s, 6), "decode_s": round(stage.generation.decode_s, 6)}
+            for stage in answered.stages
+        ],
+        "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
+        "lookahead": {"mode": lookahead.value} | _sum(answered.joins),
+        "dropped_passages": answered.dropped_passages,
+    }  # fmt: skip
+    if question.batch is None:
+        return {"id": question.id, "question": question.text, **body}
+    return _batch_line(question, answered, body)
+
+
+def error_line(question: Question, message: str) -> dict[str, Any]:
+    """The line for a question that could not be answered."""
+    error = {"message": message}
+    if question.batch is None:
+        return {"id": question.id, "question": question.text, "error": error}
+    return {
+        "id": f"batch_req_{question.id}",
+        "custom_id": question.id,
+        "response": None,
+        "error": {"code": "failed", **error},
+    }
+
+
+def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) -> dict[str, Any]:
+    last = answered.stages[-1].generation
+    usage = {
+        "prompt_tokens": sum(stage.generation.prompt_tokens for stage in answered.stages),
+        "completion_tokens": sum(stage.generation.completion_tokens for stage in answered.stages),
+    }
+    completion = {
+        "id": f"chatcmpl-{question.id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": (question.batch or {}).get("model") or f"telerag-{body['pipeline']}",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": answered.answer},
+                "finish_reason": last.finish_reason,
+            }
+        ],
+        "usage": usage | {"total_tokens": sum(usage.values())},
+        "telerag": {key: value for key, value in body.items() if key != "answer"},
+    }
+    response = {"status_code": 200, "request_id": f"req_{question.id}", "body": completion}
+    return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
+
+
+def _sum(joins: list[JoinReport]) -> dict[str, int]:
+    total = dict.fromkeys(JoinReport.count_names(), 0)
+    for join in joins:
+        for name, value in join.counts().items():
+            total[name] += value
+    return total
+
+
+class RunFile:
+    """The output of a run: a line is there whole or not at all, and at once."""
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        """Open for appending.
+
+        Args:
+            path: the file.
+            resume: keep the lines that are there; a torn last one, left by a kill, is cut off.
+
+        Raises:
+            ArtifactError: it exists, holds something, and ``resume`` is off; or a line of it is no run's line.
+            ResourceError: it cannot be written.
+        """
+        self.path = path
+        self.answered: set[str] = set()
+        if path.exists() and path.is_file() and path.stat().st_size:
+            if not resume:
+                raise ArtifactError(f"{path} already holds {path.stat().st_size:,} bytes.",
+                                    remedy="Give --resume to go on from it, or another -o.")  # fmt: skip
+            self._take_up()
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise explain(error, path) from error
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line in one call, so that a kill leaves it whole, torn at the end, or absent.
+
+        Raises:
+            ResourceError: the disk is full; the part written is taken back.
+        """
+        data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END) if self._file.seekable() else None
+        try:
+            done = 0
+            while done < len(data):
+                done += self._file.write(data[done:])
+        except OSError as error:
+            if end is not None:
+                self._file.truncate(end)
+            raise explain(error, self.path) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _take_up(self) -> None:
+        kept = []
+        for number, raw in enumerate(self._lines(), 1):
+            if not raw.endswith(b"\n"):
+                break
+            try:
+                value = json.loads(raw)
+                key = str(value.get("custom_id", value.get("id")))
+            except (ValueError, AttributeError) as error:
+                raise ArtifactError(
+                    f"{self.path}:{number} is no line of a run: {error}.", remedy="Give another -o."
+                ) from error
+            if value.get("error") is None:
+                self.answered.add(key)
+                kept.append(raw)
+        # Failed lines are tried again, so they go, and so does a torn one.
+        if sum(map(len, kept)) != self.path.stat().st_size:
+            temporary = self.path.with_name(f".{self.path.name}.partial")
+            try:
+                temporary.write_bytes(b"".join(kept))
+                temporary.replace(self.path)
+            except OSError as error:
+                raise explain(error, self.path) from error
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            with self.path.open("rb") as lines:
+                yield from lines
+        except OSError as error:
+            raise explain(error, self.path) from error

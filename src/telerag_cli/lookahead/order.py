@@ -1,0 +1,56 @@
+"""Which lists to move, in what order. Pure functions of vectors and integers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from telerag_cli.index.artifact import FloatArray, IntArray
+
+CHECKPOINTS = (0.25, 0.5, 0.75)
+"""Shares of the expected text at which it is embedded again."""
+
+
+def interleave(rankings: Sequence[IntArray]) -> IntArray:
+    """One order for several queries: everyone's first choice, then everyone's second, each list once.
+
+    Args:
+        rankings: for each query its lists, best first, all of the same length.
+
+    Returns:
+        The distinct lists in order of their best rank, ties by query.
+    """
+    if len(rankings) == 1:
+        return rankings[0]
+    everyone = np.stack(rankings, axis=1).ravel()
+    _lists, first = np.unique(everyone, return_index=True)
+    merged: IntArray = everyone[np.sort(first)]
+    return merged
+
+
+def text_weight(fraction: float) -> float:
+    """How much the text written so far counts against the question, by the share of it that is written.
+
+    Nothing at the start, half at a quarter of the text, all of it from three quarters on, linear between. Source:
+    the measurement on generated passages in docs/architecture.md.
+    """
+    return float(np.interp(fraction, (0.0, 0.25, 0.5, 0.75), (0.0, 0.5, 0.8, 1.0)))
+
+
+def blend(question: FloatArray, text: FloatArray, fraction: float) -> FloatArray:
+    """The lookahead query when ``fraction`` of the text is written.
+
+    Args:
+        question: embedding of the question, shape (dimension,).
+        text: embedding of the text so far, shape (dimension,).
+        fraction: share of the expected text that is written, 0 to 1.
+
+    Returns:
+        Their weighted mean, of the text's length, shape (dimension,).
+    """
+    weight = text_weight(fraction)
+    mixed = (1 - weight) * question + weight * text
+    norm = float(np.linalg.norm(mixed))
+    scaled: FloatArray = (mixed * (float(np.linalg.norm(text)) / norm) if norm else text).astype(np.float32)
+    return scaled

@@ -1,0 +1,69 @@
+"""The plan of one round: what to move next, and what may not make room for it. Pure integers."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.index.artifact import IntArray
+from telerag_cli.tiers.residency import BoolArray
+
+
+class Plan:
+    """Hands out lists from best to worst; a new order starts again from its best.
+
+    The budget is elastic: there is no number of bytes to move, only an order, followed until the query arrives. Two
+    things bound it. A list may evict only what the order ranks behind it and the cache does not keep, so a full arena
+    ends it. And lists beyond ``reach`` are not worth moving.
+    """
+
+    def __init__(self, nlist: int, reach: int, kept: BoolArray) -> None:
+        """Begin with nothing to move.
+
+        Args:
+            nlist: lists in the index.
+            reach: how many of the best-ranked lists are worth moving.
+            kept: lists that the cache keeps through this round, shape (nlist,).
+        """
+        self.reach = reach
+        self._kept = kept
+        self._nlist = nlist
+        self._order: IntArray = np.empty(0, np.int64)
+        self._rank: IntArray = np.full(nlist, nlist, np.int64)
+        self._next = 0
+
+    def reorder(self, order: IntArray) -> None:
+        """Follow ``order`` (distinct lists, best first) from now on."""
+        self._order = order[: self.reach]
+        self._rank = np.full(self._nlist, self._nlist, np.int64)
+        self._rank[order] = np.arange(len(order))
+        self._next = 0
+
+    def next(self, absent: BoolArray) -> int | None:
+        """The best list not handed out in this order and absent; None at the end.
+
+        Args:
+            absent: which lists are neither in fast memory nor on their way, shape (nlist,).
+        """
+        rest = self._order[self._next :]
+        wanted = absent[rest]
+        step = int(wanted.argmax()) if len(wanted) else 0
+        if not len(wanted) or not wanted[step]:
+            self.end()
+            return None
+        self._next += step + 1
+        return int(rest[step])
+
+    def end(self) -> None:
+        """Hand out nothing more of this order."""
+        self._next = len(self._order)
+
+    def stay(self, list_no: int) -> BoolArray:
+        """Lists that may not be evicted for ``list_no``: those ranked before it and those kept, shape (nlist,)."""
+        mask: BoolArray = (self._rank < self._rank[list_no]) | self._kept
+        return mask
+
+    def worth(self) -> npt.NDArray[np.float64]:
+        """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
+        share: npt.NDArray[np.float64] = 1.0 - self._rank / self._nlist
+        return share

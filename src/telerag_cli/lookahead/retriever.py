@@ -1,0 +1,228 @@
+"""Retrieval over a fast tier: rounds of lookahead before it, and the join when the query is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from telerag_cli.config import Metric
+from telerag_cli.errors import TeleragError, UsageError
+from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.scoring import Coarse, best
+from telerag_cli.lookahead.order import interleave
+from telerag_cli.lookahead.plan import Plan
+from telerag_cli.lookahead.round import Round
+from telerag_cli.tiers.base import FastTier
+from telerag_cli.tracing import Tracer
+
+JOIN = "join"
+REACH = 8
+"""Lookahead moves at most this many times ``nprobe`` lists; the true probes beyond that rank are too few to pay."""
+RETRY_S = 0.002
+
+
+@dataclass(frozen=True)
+class JoinReport:
+    """What one retrieval found in fast memory, what it read, and how long it took."""
+
+    lists_wanted: int
+    """Distinct lists probed, empty ones aside."""
+    lists_hit: int
+    """Of those, in fast memory when the query arrived."""
+    lists_coming: int
+    """Of those, on their way when the query arrived."""
+    lists_missed: int
+    """Of those, read because the query needed them."""
+    lists_moved: int
+    """Lists that lookahead moved in this round."""
+    lists_wasted: int
+    """Of those, not probed."""
+    bytes_wanted: int
+    bytes_moved: int
+    bytes_missed: int
+    orders: int
+    """Orders that lookahead followed: the first, and one for each refinement."""
+    coarse_s: float
+    score_s: float
+    join_s: float
+    """From the query's arrival to its results, all included."""
+
+    @classmethod
+    def count_names(cls) -> list[str]:
+        """Names of the lists and bytes counted."""
+        return [entry.name for entry in fields(cls) if not entry.name.endswith("_s")]
+
+    def counts(self) -> dict[str, int]:
+        """The lists and bytes, for a run's output line."""
+        return {name: getattr(self, name) for name in self.count_names()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best passages of each query: scores and row numbers, (n, k), best first; row -1 where there is none."""
+
+    scores: FloatArray
+    rows: IntArray
+    report: JoinReport
+
+
+class Retriever:
+    """Searches an index of any size through a fast tier of any size; the result depends on neither."""
+
+    def __init__(self, index: Index, coarse: Coarse, tier: FastTier, *, cache_fraction: float = 0.5,
+                 tracer: Tracer | None = None) -> None:  # fmt: skip
+        self.index = index
+        self.tier = tier
+        self._coarse = coarse
+        self._cache_fraction = cache_fraction
+        self._tracer = tracer or Tracer(enabled=False)
+
+    def check(self, k: int, nprobe: int) -> None:
+        """Refuse a search that the index cannot answer.
+
+        Raises:
+            UsageError: ``nprobe`` exceeds the lists, or ``k`` the passages.
+        """
+        manifest = self.index.manifest
+        for name, value, limit, what in (
+            ("nprobe", nprobe, manifest.nlist, "lists"),
+            ("k", k, manifest.ntotal, "passages"),
+        ):
+            if not 1 <= value <= limit:
+                raise UsageError(
+                    f"{name} is {value:,} and the index has {limit:,} {what}.",
+                    remedy=f"Choose {name} from 1 to {limit:,}.",
+                )
+
+    def begin(self, queries: FloatArray, nprobe: int) -> Round:
+        """Start lookahead for queries expected to be like these, shape (n, dimension)."""
+        kept = self.tier.new_round(self._cache_fraction)
+        ahead = Round(self.tier, Plan(self.tier.nlist, min(REACH * nprobe, self.tier.nlist), kept))
+        ahead.follow(self.order(queries))
+        return ahead
+
+    def order(self, queries: FloatArray) -> IntArray:
+        """The order in which lists are worth moving for queries like these, shape (n, dimension)."""
+        return interleave([self._coarse.rank(query) for query in queries])
+
+    def search(self, queries: FloatArray, k: int, nprobe: int, ahead: Round | None = None) -> Found:
+        """What ``faiss.IndexIVF`` finds with the same probes; equal scores are ordered by row.
+
+        The join: stop lookahead, score what is in the arena, and score what is missing as it arrives. Only moves that
+        the query needs are waited for.
+
+        Args:
+            queries: (n, dimension).
+            k: passages per query.
+            nprobe: lists probed per query.
+            ahead: the lookahead that prepared this search.
+
+        Raises:
+            TeleragError: a list could not be read.
+        """
+        arrived_s = time.perf_counter()
+        if ahead is None:
+            self.tier.new_round(self._cache_fraction)
+        else:
+            ahead.stop()
+        _scores, probes = self._coarse.probe(queries, nprobe)
+        coarse_s = time.perf_counter() - arrived_s
+        wanted = np.unique(probes)
+        wanted = wanted[self.tier.extents[wanted] > 0]
+        join = _Join(self.tier, self.index.manifest.metric, queries, probes, k, self._tracer)
+        join.run([int(list_no) for list_no in wanted])
+        self.tier.used(wanted)
+        moved = np.array(ahead.moved if ahead else [], np.int64)
+        extents = self.tier.extents
+        missed = np.array(join.missed, np.int64)
+        report = JoinReport(
+            lists_wanted=len(wanted), lists_hit=join.hits, lists_coming=join.coming, lists_missed=len(missed),
+            lists_moved=len(moved), lists_wasted=int((~np.isin(moved, wanted)).sum()),
+            bytes_wanted=int(extents[wanted].sum()), bytes_moved=int(extents[moved].sum()), bytes_missed=int(extents[missed].sum()),
+            orders=ahead.orders if ahead else 0,
+            coarse_s=coarse_s, score_s=join.score_s, join_s=time.perf_counter() - arrived_s)  # fmt: skip
+        self._tracer.add(JOIN, "join", arrived_s, time.perf_counter(), **report.counts())
+        return Found(join.scores, join.rows, report)
+
+
+class _Join:
+    """One search's way through hits, arrivals and misses, keeping the best so far."""
+
+    def __init__(
+        self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer
+    ) -> None:
+        self._tier = tier
+        self._metric = metric
+        self._queries = queries
+        self._probes = probes
+        self._k = k
+        self._tracer = tracer
+        self._arrivals: SimpleQueue[tuple[int, TeleragError | None]] = SimpleQueue()
+        worst = -np.inf if metric is Metric.IP else np.inf
+        self.scores: FloatArray = np.full((len(queries), k), worst, np.float32)
+        self.rows: IntArray = np.full((len(queries), k), -1, np.int64)
+        self.hits = self.coming = 0
+        self.missed: list[int] = []
+        self.score_s = 0.0
+
+    def run(self, wanted: Sequence[int]) -> None:
+        pending = list(wanted)
+        under_way = 0
+        error: TeleragError | None = None
+        first = True
+        while pending or under_way:
+            if pending and error is None:
+                claim = self._tier.claim(pending, self._told)
+                under_way += len(claim.coming) + len(claim.started)
+                if first:
+                    self.hits, self.coming = len(claim.hits), len(claim.coming)
+                    first = False
+                self.missed += claim.started
+                pending = claim.refused
+                self._score(claim.hits)
+            if under_way:
+                here, trouble = self._next_arrivals()
+                under_way -= len(here) + len(trouble)
+                self._score(here)
+                error = error or next(iter(trouble), None)
+            elif pending and error is None:
+                # Only moves that this search does not wait for stand in the way; they end by themselves.
+                time.sleep(RETRY_S)
+            if error is not None:
+                pending = []
+        if error is not None:
+            raise error
+
+    def _told(self, list_no: int, error: TeleragError | None) -> None:
+        self._arrivals.put((list_no, error))
+
+    def _next_arrivals(self) -> tuple[list[int], list[TeleragError]]:
+        """At least one arrival, and all that came with it: fewer and larger calls of the scanner."""
+        told = [self._arrivals.get()]
+        try:
+            while True:
+                told.append(self._arrivals.get_nowait())
+        except Empty:
+            pass
+        return [list_no for list_no, error in told if error is None], [
+            error for _list_no, error in told if error
+        ]
+
+    def _score(self, lists: Sequence[int]) -> None:
+        if not lists:
+            return
+        started_s = time.perf_counter()
+        chosen = np.array(lists, np.int64)
+        single = len(self._queries) == 1
+        keys = chosen[None] if single else np.where(np.isin(self._probes, chosen), self._probes, -1)
+        scores, rows = self._tier.score(self._queries, keys, self._k)
+        self._tier.release(lists)
+        self.scores, self.rows = best(np.concatenate([self.scores, scores], 1), np.concatenate([self.rows, rows], 1),
+                                      self._k, self._metric)  # fmt: skip
+        ended_s = time.perf_counter()
+        self.score_s += ended_s - started_s
+        self._tracer.add(JOIN, f"score {len(lists)} lists", started_s, ended_s)

@@ -1,0 +1,11 @@
+"""Retrieve with the question, then answer (Lewis et al., arXiv 2005.11401). Nothing is written before, so nothing hides."""
+
+from __future__ import annotations
+
+from telerag_cli.pipelines.base import Rag
+
+
+async def naive(rag: Rag, question: str) -> str:
+    """Answer from the passages nearest to the question."""
+    found = await rag.retrieve([question])
+    return await rag.answer(question, found)

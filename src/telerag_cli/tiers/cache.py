@@ -1,0 +1,120 @@
+"""What to give up when the arena is full: policies over the same accounting, so that they can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.index.artifact import IntArray
+
+Heat = npt.NDArray[np.float64]
+
+
+class CachePolicy(Protocol):
+    """Keeps a heat per list; the coldest leave first."""
+
+    heat: Heat
+    """What each list is worth keeping, shape (nlist,), never negative."""
+    hot: float
+    """Heat from which a list is kept through a round, within the cache's share of the arena."""
+    keeps: bool
+    """Whether lists stay from one round to the next."""
+
+    def admitted(self, list_no: int) -> None:
+        """A list has been moved in."""
+
+    def used(self, lists: IntArray) -> None:
+        """These lists were probed."""
+
+    def new_round(self) -> None:
+        """A query or micro-batch begins."""
+
+
+class NoCache:
+    """Nothing stays between rounds: the baseline that shows what a cache is worth."""
+
+    keeps = False
+    hot = np.inf
+
+    def __init__(self, nlist: int) -> None:
+        self.heat: Heat = np.zeros(nlist)
+
+    def admitted(self, list_no: int) -> None:
+        """No list is worth more than another."""
+
+    def used(self, lists: IntArray) -> None:
+        """No list is worth more than another."""
+
+    def new_round(self) -> None:
+        """Nothing to age."""
+
+
+class LeastRecentlyUsed:
+    """The list probed longest ago leaves first; heat is the age-ordered clock of its last use."""
+
+    keeps = True
+    hot = np.inf
+
+    def __init__(self, nlist: int) -> None:
+        self.heat: Heat = np.zeros(nlist)
+        self._clock = 0
+
+    def admitted(self, list_no: int) -> None:
+        """Moving in counts as a use."""
+        self.heat[list_no] = self._clock
+
+    def used(self, lists: IntArray) -> None:
+        """Probed now."""
+        self.heat[lists] = self._clock
+
+    def new_round(self) -> None:
+        """Time passes by rounds."""
+        self._clock += 1
+
+
+class Hotness:
+    """TeleRAG's hotness (arXiv 2502.20969): a base on arrival, raised by each hit, halved each round."""
+
+    keeps = True
+    base = 0.25
+    raised_by = 1.0
+    hot = 0.7
+    """At a round's start a list probed in the last round only has at most (0.25 + 1) / 2 = 0.625; above it, it was
+    probed in more than one of the last rounds."""
+
+    def __init__(self, nlist: int) -> None:
+        self.heat: Heat = np.zeros(nlist)
+
+    def admitted(self, list_no: int) -> None:
+        """Start at the base, or at what is left of an earlier stay."""
+        self.heat[list_no] = max(self.heat[list_no], self.base)
+
+    def used(self, lists: IntArray) -> None:
+        """Raise."""
+        self.heat[lists] += self.raised_by
+
+    def new_round(self) -> None:
+        """Halve."""
+        self.heat *= 0.5
+
+
+class CacheKind(StrEnum):
+    """The policies by name."""
+
+    NONE = "none"
+    LRU = "lru"
+    HOTNESS = "hotness"
+
+
+def make_policy(kind: CacheKind, nlist: int) -> CachePolicy:
+    """A fresh policy for an index of ``nlist`` lists."""
+    policies: dict[CacheKind, Callable[[int], CachePolicy]] = {
+        CacheKind.NONE: NoCache,
+        CacheKind.LRU: LeastRecentlyUsed,
+        CacheKind.HOTNESS: Hotness,
+    }
+    return policies[kind](nlist)

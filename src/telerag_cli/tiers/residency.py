@@ -1,0 +1,161 @@
+"""Accounting of lists: which are in the arena, on their way, or in use. Integers only; not thread-safe by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.index.artifact import IntArray
+from telerag_cli.tiers.arena import Arena
+from telerag_cli.tiers.cache import CachePolicy
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class State(IntEnum):
+    """Where a list is, seen from the fast tier."""
+
+    ABSENT = 0
+    MOVING = 1
+    RESIDENT = 2
+
+
+class Residency:
+    """The slot table: state, slot, references and heat of every list.
+
+    A list goes ABSENT → MOVING (`reserve`) → RESIDENT (`commit`) → ABSENT (evicted), or MOVING → ABSENT (`abort`).
+    Lists being moved or referenced are never evicted. Empty lists are resident from the start and take no room.
+    """
+
+    def __init__(
+        self, extents: IntArray, arena: Arena, policy: CachePolicy, evicted: Callable[[int], None]
+    ) -> None:
+        """Begin with an empty arena.
+
+        Args:
+            extents: bytes each list takes, shape (nlist,), multiples of 4 KiB.
+            arena: the block to account for.
+            policy: what to evict first.
+            evicted: called with each list that leaves, before its bytes are given to another.
+        """
+        self.extents = extents
+        self.arena = arena
+        self.policy = policy
+        self._evicted = evicted
+        nlist = len(extents)
+        self.state: npt.NDArray[np.int8] = np.where(extents == 0, State.RESIDENT, State.ABSENT).astype(
+            np.int8
+        )
+        self.offset: IntArray = np.full(nlist, -1, np.int64)
+        self.references: npt.NDArray[np.int32] = np.zeros(nlist, np.int32)
+
+    def new_round(self, cache_fraction: float) -> BoolArray:
+        """Begin a round: age the heat and say which lists to keep through it.
+
+        Args:
+            cache_fraction: share of the arena that hot lists may hold.
+
+        Returns:
+            Mask of the hottest resident lists within that share, shape (nlist,).
+        """
+        self.policy.new_round()
+        if not self.policy.keeps:
+            for list_no in np.flatnonzero(self._evictable()):
+                self._evict(int(list_no))
+        kept: BoolArray = np.zeros(len(self.extents), np.bool_)
+        hot = np.flatnonzero(
+            (self.state == State.RESIDENT) & (self.extents > 0) & (self.policy.heat >= self.policy.hot)
+        )
+        hot = hot[np.argsort(-self.policy.heat[hot], kind="stable")]
+        kept[hot[np.cumsum(self.extents[hot]) <= cache_fraction * self.arena.nbytes]] = True
+        return kept
+
+    def reserve(
+        self, list_no: int, *, stay: BoolArray | None = None, worth: npt.NDArray[np.float64] | None = None
+    ) -> int | None:
+        """Take room for a list that is ABSENT, evicting the coldest run if there must be room; it becomes MOVING.
+
+        Args:
+            list_no: the list.
+            stay: mask of lists that may not be evicted for it.
+            worth: added to the heat when choosing what leaves.
+
+        Returns:
+            The slot's byte offset, or None if there is no room and nothing that may leave would make enough.
+        """
+        assert self.state[list_no] == State.ABSENT
+        nbytes = int(self.extents[list_no])
+        offset = self.arena.allocate(nbytes, list_no)
+        if offset is None:
+            evictable = self._evictable()
+            if stay is not None:
+                evictable &= ~stay
+            heat = self.policy.heat if worth is None else self.policy.heat + worth
+            # One unit in a million per slot: of two equally cold runs the one with fewer lists goes.
+            run = self.arena.cheapest_run(nbytes, np.where(evictable, heat + 1e-6, np.inf))
+            if run is None:
+                return None
+            for owner in run:
+                self._evict(owner)
+            offset = self.arena.allocate(nbytes, list_no)
+            assert offset is not None
+        self.state[list_no] = State.MOVING
+        self.offset[list_no] = offset
+        return offset
+
+    def commit(self, list_no: int) -> None:
+        """The bytes of a MOVING list have arrived."""
+        assert self.state[list_no] == State.MOVING
+        self.state[list_no] = State.RESIDENT
+        self.policy.admitted(list_no)
+
+    def abort(self, list_no: int) -> None:
+        """The bytes of a MOVING list will not arrive."""
+        assert self.state[list_no] == State.MOVING
+        self._vacate(list_no)
+
+    def hold(self, lists: Iterable[int]) -> None:
+        """Reference lists that are not ABSENT, so that they stay."""
+        for list_no in lists:
+            assert self.state[list_no] != State.ABSENT
+            self.references[list_no] += 1
+
+    def drop(self, lists: Iterable[int]) -> None:
+        """Give references back."""
+        for list_no in lists:
+            assert self.references[list_no] > 0
+            self.references[list_no] -= 1
+
+    def check_integrity(self) -> None:
+        """Assert that the slot table and the arena agree about every list."""
+        self.arena.check_integrity()
+        slots = {owner: (offset, nbytes) for offset, nbytes, owner in self.arena.slots()}
+        for list_no in range(len(self.extents)):
+            if self.extents[list_no] == 0:
+                assert self.state[list_no] == State.RESIDENT
+                assert list_no not in slots
+            elif self.state[list_no] == State.ABSENT:
+                assert list_no not in slots, "an absent list holds a slot"
+                assert self.offset[list_no] == -1
+                assert self.references[list_no] == 0, "an absent list is referenced"
+            else:
+                assert slots[list_no] == (self.offset[list_no], self.extents[list_no])
+        assert (self.references >= 0).all()
+        assert (self.policy.heat >= 0).all()
+
+    def _evictable(self) -> BoolArray:
+        mask: BoolArray = (self.state == State.RESIDENT) & (self.references == 0) & (self.extents > 0)
+        return mask
+
+    def _evict(self, list_no: int) -> None:
+        self._evicted(list_no)
+        self._vacate(list_no)
+
+    def _vacate(self, list_no: int) -> None:
+        assert self.references[list_no] == 0
+        self.arena.release(int(self.offset[list_no]))
+        self.state[list_no] = State.ABSENT
+        self.offset[list_no] = -1

@@ -1,0 +1,163 @@
+"""The disk link: bytes from ``lists.bin`` to the arena by a few threads. It knows how, never why."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import PAGE_BYTES, format_bytes
+from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
+from telerag_cli.files import explain
+
+
+@dataclass(frozen=True)
+class Move:
+    """Copy ``nbytes`` from byte ``source`` of the slow tier to byte ``target`` of the arena."""
+
+    list_no: int
+    source: int
+    target: int
+    nbytes: int
+
+
+Arrived = Callable[[Move, TeleragError | None], None]
+"""Called from a transport's thread when a move has ended, well or not."""
+
+
+class Transport(Protocol):
+    """A link between the tiers."""
+
+    depth: int
+    """Moves to keep under way; more only makes stopping slower."""
+    note: str | None
+    """What a user should know about how it moves, if it is not the best way."""
+
+    def submit(self, move: Move, arrived: Arrived) -> None:
+        """Start a move; return at once."""
+
+    def close(self) -> None:
+        """Wait for moves under way, then let go of threads and files."""
+
+
+def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
+    """A page-aligned block of memory, touched now so that reads into it never wait for the kernel to find pages.
+
+    Raises:
+        ResourceError: there is not that much memory.
+    """
+    available = available_bytes()
+    if nbytes > available:
+        raise ResourceError(f"The arena of {format_bytes(nbytes)} does not fit: {format_bytes(available)} of memory are free.",
+                            remedy="Choose a smaller --fast-memory.")  # fmt: skip
+    try:
+        block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ResourceError(f"The arena of {format_bytes(nbytes)} was refused: {error.strerror}.",
+                            remedy="Choose a smaller --fast-memory.") from error  # fmt: skip
+    with contextlib.suppress(OSError):  # a kernel without huge pages still works, with more page-table walks
+        block.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(block, np.uint8)
+    memory[::PAGE_BYTES] = 0
+    return memory
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping, in bytes, as the kernel and the control group see it."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration, ValueError), Path("/proc/meminfo").open() as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    return available
+
+
+class DirectReader:
+    """Reads a file into memory past the page cache (``O_DIRECT``), with one thread per read under way.
+
+    The page cache would cost a copy and the CPU that the LLM needs, and evict what others keep there. File systems
+    without ``O_DIRECT`` (tmpfs) are read through it; ``note`` then says so.
+    """
+
+    def __init__(self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2) -> None:
+        self.depth = threads
+        self.note: str | None = None
+        self._path = path
+        self._memory = memoryview(memory)  # type: ignore[arg-type]
+        self._file = self._open()
+        self._jobs: SimpleQueue[tuple[Move, Arrived] | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"link-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads go past the page cache."""
+        return self.note is None
+
+    def submit(self, move: Move, arrived: Arrived) -> None:
+        """Queue a read; ``arrived`` is called from the thread that did it."""
+        self._jobs.put((move, arrived))
+
+    def close(self) -> None:
+        """Finish what is queued, then stop the threads and close the file."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._memory.release()
+        os.close(self._file)
+
+    def _open(self) -> int:
+        try:
+            try:
+                file = os.open(self._path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                try:
+                    # Some file systems accept the flag and refuse the first read.
+                    os.preadv(file, [mmap.mmap(-1, PAGE_BYTES)], 0)
+                except OSError:
+                    os.close(file)
+                    raise
+                return file
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+            self.note = f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise explain(error, self._path) from error
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            move, arrived = job
+            error: TeleragError | None = None
+            try:
+                self._read(move)
+            except OSError as trouble:
+                error = explain(trouble, self._path)
+            except TeleragError as trouble:
+                error = trouble
+            arrived(move, error)
+
+    def _read(self, move: Move) -> None:
+        done = 0
+        while done < move.nbytes:
+            target = self._memory[move.target + done : move.target + move.nbytes]
+            count = os.preadv(self._file, [target], move.source + done)
+            if count == 0:
+                raise ArtifactError(f"{self._path} ends at byte {move.source + done:,}, and list {move.list_no} reaches to byte "
+                                    f"{move.source + move.nbytes:,}.", remedy="Restore the file or build the index again.")  # fmt: skip
+            done += count

@@ -1,0 +1,83 @@
+"""Spans of work on named lanes, written as Chrome trace-event JSON for Perfetto or chrome://tracing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from telerag_cli.files import writing
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work: ``start_s`` and ``end_s`` are ``time.perf_counter`` seconds; equal for an instant."""
+
+    lane: str
+    name: str
+    start_s: float
+    end_s: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Tracer:
+    """Collects spans from any thread; a disabled one keeps nothing."""
+
+    def __init__(self, *, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._spans: list[Span] = []
+        self._lock = threading.Lock()
+        self._origin_s = time.perf_counter()
+
+    def add(self, lane: str, name: str, start_s: float, end_s: float, **details: Any) -> None:
+        """Record work that has ended."""
+        if self.enabled:
+            with self._lock:
+                self._spans.append(Span(lane, name, start_s, end_s, details))
+
+    def mark(self, lane: str, name: str, **details: Any) -> None:
+        """Record an instant."""
+        now_s = time.perf_counter()
+        self.add(lane, name, now_s, now_s, **details)
+
+    @contextlib.contextmanager
+    def span(self, lane: str, name: str, **details: Any) -> Iterator[None]:
+        """Record the work done inside the block."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(lane, name, start_s, time.perf_counter(), **details)
+
+    def spans(self) -> list[Span]:
+        """What was recorded so far."""
+        with self._lock:
+            return list(self._spans)
+
+    def save(self, path: Path) -> None:
+        """Write the Chrome trace: one process, a lane per thread row, microseconds since the tracer began."""
+        spans = self.spans()
+        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in spans))}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane}}
+            for lane, number in lanes.items()
+        ]
+        for span in sorted(spans, key=lambda span: span.start_s):
+            event = {"name": span.name, "cat": span.lane, "pid": 1, "tid": lanes[span.lane],
+                     "ts": round((span.start_s - self._origin_s) * 1e6, 1), "args": span.details}  # fmt: skip
+            instant = span.end_s == span.start_s
+            kind = (
+                {"ph": "i", "s": "t"}
+                if instant
+                else {"ph": "X", "dur": round((span.end_s - span.start_s) * 1e6, 1)}
+            )
+            events.append(event | kind)
+        with writing(path) as temporary:
+            temporary.write_text(
+                json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"
+            )
