@@ -99,7 +99,7 @@ class Encoder:
         folder = _folder(model)
         name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
         try:
-            loaded = _load(str(folder or model), place, local=folder is not None)
+            loaded = _load(model_path(model), place, local=folder is not None)
         except torch.cuda.OutOfMemoryError as error:
             raise ResourceError(
                 f"{model} does not fit the memory of {place}.", remedy="Use --device cpu."
@@ -295,6 +295,15 @@ def _folder(model: str) -> Path | None:
     return None
 
 
+def model_path(model: str) -> str:
+    """What sentence-transformers itself would be given for a model: a folder, or the name as it is.
+
+    Raises:
+        ModelError: the folder does not exist, or the bundled model is not installed.
+    """
+    return str(_folder(model) or model)
+
+
 def _load(path: str, device: torch.device, *, local: bool) -> Any:
     with _quiet():
         from sentence_transformers import SentenceTransformer
@@ -338,9 +347,9 @@ def _tokenizer(model: Any, name: str) -> Any:
 
 
 def _prompt(model: Any, *names: str) -> str | None:
+    """The first prompt of these names that is not empty, else the model's default one."""
     prompts: dict[str, str] = model.prompts or {}
-    chosen = next((name for name in names if name in prompts), model.default_prompt_name)
-    return prompts.get(chosen) or None
+    return next((prompts[name] for name in (*names, model.default_prompt_name) if prompts.get(name)), None)
 
 
 def _pooling(model: Any) -> str:

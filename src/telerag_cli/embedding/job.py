@@ -266,13 +266,15 @@ def _write_shard(
         "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
     }
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(header, sort_keys=True)})
-    with writing(path) as temporary:
+    codecs = {"id": "zstd", "text": "zstd", "metadata": "zstd", "embedding.list.element": "none"}
+    # Through a handle of Python's own, whose errors say what the system said and no more.
+    with writing(path) as temporary, temporary.open("wb") as handle:
         pq.write_table(
             table,
-            temporary,
+            handle,
             row_group_size=ROW_GROUP_ROWS,
             use_dictionary=False,
-            compression={"id": "zstd", "text": "zstd", "metadata": "zstd", "embedding.list.element": "none"},
+            compression=codecs,
             write_statistics=["id"],
         )
 

