@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import shutil
@@ -26,35 +25,10 @@ from telerag_cli.index.passages import BATCH_ROWS, Passages
 from telerag_cli.index.recall import NEIGHBOURS, Nearest
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.train import auto_nlist, draw_rows, plan_training
+from vector_files import clustered, embeddings_folder, vector_column, write_parquet
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
 runner = CliRunner()
-
-
-def clustered(rows, dimension, seed=0, clusters=40):
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((clusters, dimension)).astype(np.float32)
-    vectors = (
-        centres[rng.integers(0, clusters, rows)]
-        + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
-    )
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def vector_column(vectors, value=None):
-    value = value or pa.from_numpy_dtype(vectors.dtype)
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel(), value), vectors.shape[1])
-
-
-def write_parquet(path, vectors, *, text=True, group=1000, **columns):
-    columns = {"embedding": vector_column(vectors)} | columns
-    if text:
-        columns = {
-            "id": [f"p{i}" for i in range(len(vectors))],
-            "text": [f"Passage {i}." for i in range(len(vectors))],
-        } | columns
-    pq.write_table(pa.table(columns), path, row_group_size=group)
-    return path
 
 
 def vectors_of(index, number):
@@ -329,7 +303,7 @@ def test_missing_vectors_name_the_row(tmp_path):
     pq.write_table(
         pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet"
     )
-    with pytest.raises(InputError, match="Row 1 of .* has no vector"):
+    with pytest.raises(InputError, match=r"Row 1 of .* has no vector"):
         build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
 
 
@@ -535,30 +509,6 @@ def test_output_under_a_file(tmp_path):
 
 
 # Our own folders
-
-
-def embeddings_folder(folder, vectors, shard_rows, **changes):
-    from telerag_cli.files import checksum, write_json
-
-    folder.mkdir()
-    about = {"format": "telerag-embeddings", "version": 1, "model": "m", "dimension": vectors.shape[1], "pooling": "mean",
-             "normalized": True, "prompt": "query: ", "max_tokens": 256}  # fmt: skip
-    shards = []
-    for number, low in enumerate(range(0, len(vectors), shard_rows)):
-        part = vectors[low : low + shard_rows]
-        table = pa.table({
-            "id": [f"p{low + i}" for i in range(len(part))], "text": [f"Text {low + i}" for i in range(len(part))],
-            "metadata": [json.dumps({"title": f"T{low + i}"}) for i in range(len(part))], "embedding": vector_column(part)})  # fmt: skip
-        path = folder / f"shard-{number:05}.parquet"
-        pq.write_table(table.replace_schema_metadata({"telerag": json.dumps(about)}), path)
-        shards.append(
-            {"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)}
-        )
-    write_json(
-        folder / "embeddings.json",
-        about | {"complete": True, "rows": len(vectors), "shards": shards} | changes,
-    )
-    return folder
 
 
 def test_our_folder(tmp_path):

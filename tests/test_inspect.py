@@ -2,7 +2,6 @@ import json
 
 import numpy as np
 import pytest
-from test_build_index import clustered, embeddings_folder, write_parquet
 from typer.testing import CliRunner
 
 from telerag_cli.app import app
@@ -10,6 +9,7 @@ from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import BuildOptions, build, partial_of
+from vector_files import clustered, embeddings_folder, write_parquet
 
 runner = CliRunner()
 

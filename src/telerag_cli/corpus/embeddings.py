@@ -368,7 +368,8 @@ def _vector_column(schema: pa.Schema, path: Path, wanted: str | None) -> str:
         raise UsageError(
             f"{path} has {len(names)} vector columns: {', '.join(names)}.", remedy="Choose with --column."
         )
-    return names[0]
+    chosen: str = names[0]
+    return chosen
 
 
 def _dimension(parquet: pq.ParquetFile, column: str, path: Path) -> int:
@@ -394,4 +395,5 @@ def _metadata(values: dict[str, Any]) -> str:
             parsed = inner
         inner = parsed if isinstance(parsed, dict) else {"metadata": inner}
     merged = {key: value for key, value in {**values, **(inner or {})}.items() if value is not None}
-    return json.dumps(merged, ensure_ascii=False, sort_keys=True, default=str)
+    text: str = json.dumps(merged, ensure_ascii=False, sort_keys=True, default=str)
+    return text

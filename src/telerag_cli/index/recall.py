@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from telerag_cli.config import Metric, Storage
 from telerag_cli.index.artifact import ID_BYTES, FloatArray, IntArray, TableArray
-from telerag_cli.index.scoring import Coarse
+from telerag_cli.index.scoring import COARSE_BLOCK, Coarse, faiss_metric
 from telerag_cli.index.verify import read_exactly
 
 NEIGHBOURS = 10
@@ -77,15 +77,21 @@ class ListRecall:
                     self._wanted[number].append((query, rank))
         self._scores = np.full((count, depth, NEIGHBOURS), WORST, np.float32)
         self._rows = np.full((count, depth, NEIGHBOURS), -1, np.int64)
+        self._metric = faiss_metric(truth.metric)
         self._file: IO[bytes] | None = None
+        self._threads = 0
 
     def __enter__(self) -> ListRecall:
         self._file = self._path.open("rb", buffering=0)
+        # A list is a fraction of a millisecond's work for one thread; to wake and join others takes longer.
+        self._threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
         self._file.close()
+        faiss.omp_set_num_threads(self._threads)
 
     def on_codes(self, number: int, place: int, codes: bytes) -> None:
         """Score a block of a list's codes for the queries that probe it."""
@@ -97,10 +103,17 @@ class ListRecall:
         where = offset + capacity * self._code_size + place * ID_BYTES
         rows = np.frombuffer(read_exactly(self._file.fileno(), count * ID_BYTES, where, self._path), np.int64)
         queries, ranks = np.array(self._wanted[number]).T
-        scores = closeness(self._truth.queries[queries], self._decode(codes), self._truth.metric)
-        scores[rows[None, :] == self._truth.own_rows[queries][:, None]] = WORST
+        vectors = self._decode(codes)
+        # One more than counts, for the query's own row.
+        width = min(NEIGHBOURS + 1, count)
+        blocks = [faiss.knn(self._truth.queries[queries[i : i + COARSE_BLOCK]], vectors, width, metric=self._metric)
+                  for i in range(0, len(queries), COARSE_BLOCK)]  # fmt: skip
+        scores, found = (np.concatenate(part) for part in zip(*blocks, strict=True))
+        found = rows[found]
+        scores = scores if self._truth.metric is Metric.IP else -scores
+        scores[found == self._truth.own_rows[queries][:, None]] = WORST
         self._scores[queries, ranks], self._rows[queries, ranks] = _merge(
-            self._scores[queries, ranks], self._rows[queries, ranks], *_best(scores, rows)
+            self._scores[queries, ranks], self._rows[queries, ranks], scores, found
         )
 
     def result(self) -> dict[str, float]:
