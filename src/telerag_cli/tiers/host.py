@@ -65,6 +65,8 @@ class HostTier:
         self._residency = Residency(self.extents, arena, make_policy(cache, self.nlist), self._forget)
         self._waiting: dict[int, list[ListArrived]] = {}
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._closing = False
         self._transport = transport(index.paths.lists, self._memory)
         self.depth = self._transport.depth
         self.note = self._transport.note
@@ -87,7 +89,7 @@ class HostTier:
         with self._lock:
             if self._residency.state[list_no] != State.ABSENT:
                 return Prefetch.PRESENT
-            move = self._reserve(list_no, stay, worth)
+            move = None if self._closing else self._reserve(list_no, stay, worth)
             if move is None:
                 return Prefetch.FULL
             self._waiting[list_no].append(arrived)
@@ -158,6 +160,9 @@ class HostTier:
 
     def close(self) -> None:
         """See `FastTier`."""
+        with self._settled:
+            self._closing = True  # lookahead that nobody stopped ends here
+            self._settled.wait_for(lambda: not self._waiting)
         self._transport.close()
         self._scorer.close()
 
@@ -191,6 +196,8 @@ class HostTier:
             else:
                 self._residency.references[move.list_no] = 0  # those who wait are told, and hold nothing
                 self._residency.abort(move.list_no)
+            if not self._waiting:
+                self._settled.notify_all()
         for tell in waiting:
             tell(move.list_no, error)
 

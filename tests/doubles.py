@@ -1,0 +1,46 @@
+"""A link whose delays and failures are the test's to choose."""
+
+import random
+import threading
+import time
+
+import numpy as np
+
+from telerag_cli.errors import ArtifactError
+
+
+class ChosenLink:
+    """Copies from the file's image in threads, after a delay; fails for the lists in ``broken``."""
+
+    def __init__(self, path, memory, *, depth=2, longest_s=0.0, seed=0, broken=()):
+        self.depth = depth
+        self.note = None
+        self.broken = set(broken)
+        self.moves = []
+        self._image = np.fromfile(path, np.uint8)
+        self._memory = memory
+        self._longest_s = longest_s
+        self._random = random.Random(seed)
+        self._threads = []
+
+    def submit(self, move, arrived):
+        self.moves.append(move)
+        delay_s = self._random.random() * self._longest_s
+        thread = threading.Thread(target=self._work, args=(move, arrived, delay_s))
+        thread.start()
+        self._threads.append(thread)
+
+    def _work(self, move, arrived, delay_s):
+        time.sleep(delay_s)
+        if move.list_no in self.broken:
+            # A torn read: half of it arrives.
+            half = move.nbytes // 2
+            self._memory[move.target : move.target + half] = self._image[move.source : move.source + half]
+            arrived(move, ArtifactError(f"list {move.list_no} cannot be read"))
+            return
+        self._memory[move.target : move.target + move.nbytes] = self._image[move.source : move.source + move.nbytes]
+        arrived(move, None)
+
+    def close(self):
+        for thread in self._threads:
+            thread.join()
