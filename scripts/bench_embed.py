@@ -95,6 +95,16 @@ def main() -> None:
             ),
             median_ratio=statistics.median(ratios),
             min_cosine=min(pair["min_cosine"] for pair in pairs),
+            figures=[
+                {
+                    "what": f"Embedding {len(texts):,} passages of {statistics.mean(map(len, texts)):.0f} characters",
+                    "value": f"{statistics.median(pair['telerag'] for pair in pairs):.0f} passages/s "
+                    f"({statistics.median(ratios):.1f} x, least cosine {min(p['min_cosine'] for p in pairs):.4f})",
+                    "against": "SentenceTransformer.encode with its defaults: "
+                    f"{statistics.median(pair['sentence_transformers'] for pair in pairs):.0f} passages/s",
+                    "goal": "at least 4 x, cosine at least 0.999",
+                }
+            ],
         )
         write_json(options.output, json.loads(json.dumps(result)))
 

@@ -1,7 +1,7 @@
 """Fill the README's figures from benchmarks/results/*.json; with --check, fail when they are stale.
 
-A result holds `command` (list of words), `hardware` (names to values) and `figures`, a list of rows for the
-README: `what` was measured, its `value`, and optionally what it is compared `against` and the `goal`.
+A result is what `telerag_cli.bench_record.record` makes, with `figures`: rows for the README, each `what` was measured,
+its `value`, and optionally what it is compared `against` and the `goal`. Results without `figures` are left out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from telerag_cli.config import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
@@ -36,12 +38,18 @@ def render(results: list[tuple[str, dict[str, Any]]]) -> str:
             lines.append("| " + " | ".join([*cells, f"[{name}](benchmarks/results/{name})"]) + " |")
     machines: dict[str, list[str]] = {}
     for name, result in results:
-        machine = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in result["hardware"].items())
-        machines.setdefault(machine, []).append(name)
+        machines.setdefault(describe(result["hardware"]), []).append(name)
     for machine, names in machines.items():
-        lines += ["", f"Hardware and versions ({', '.join(names)}): {machine}.", ""]
-    lines += [f"- `{name}`: `{' '.join(result['command'])}`" for name, result in results]
+        lines += ["", f"{', '.join(names)}: {machine}.", ""]
+    lines += [f"- `{name}`: `{result['command']}`" for name, result in results]
     return "\n".join(lines)
+
+
+def describe(hardware: dict[str, Any]) -> str:
+    """A machine and what was installed on it, in a line."""
+    parts = [hardware["cpu"], f"{hardware['cores']} cores", format_bytes(hardware["memory_bytes"])]
+    parts += [*hardware["gpus"], hardware["system"], f"Python {hardware['python']}"]
+    return ", ".join([*parts, *(f"{package} {version}" for package, version in hardware["versions"].items())])
 
 
 def fill(readme: str, section: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from telerag_cli.bench_record import record
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -33,8 +35,7 @@ def run(module, monkeypatch, *arguments):
 
 def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_path, monkeypatch):
     result = {
-        "command": ["scripts/bench.py", "--n", "3"],
-        "hardware": {"cpu": "Abacus", "cores": 2},
+        **record("python scripts/bench.py --n 3"),
         "figures": [{"what": "speed", "value": "5 x", "against": "1 x", "goal": "at least 4 x"}],
     }
     (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(result))
@@ -45,8 +46,8 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
     run(figures, monkeypatch, "--check")
     readme = (tmp_path / "README.md").read_text()
     assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](benchmarks/results/speed.json) |" in readme
-    assert "cpu Abacus, cores 2." in readme
-    assert "`scripts/bench.py --n 3`" in readme
+    assert f"speed.json: {result['hardware']['cpu']}, {result['hardware']['cores']} cores" in readme
+    assert "- `speed.json`: `python scripts/bench.py --n 3`" in readme
     assert readme.startswith("above\n")
     assert readme.endswith("\nbelow\n")
     assert "old" not in readme

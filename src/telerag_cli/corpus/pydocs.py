@@ -27,42 +27,10 @@ MAX_CHARS = 1000
 MIN_CHARS = 40
 """Shorter docstrings ("Not implemented.") answer nothing."""
 
-_COMPILED = (
-    "builtins",
-    "itertools",
-    "math",
-    "cmath",
-    "array",
-    "time",
-    "sys",
-    "gc",
-    "zlib",
-    "binascii",
-    "unicodedata",
-    "mmap",
-    "select",
-    "fcntl",
-    "marshal",
-    "errno",
-    "atexit",
-    "faulthandler",
-)
-_SKIPPED = frozenset(
-    {
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "pydoc_data",
-        "ensurepip",
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "this",
-        "antigravity",
-    }
-)
+_COMPILED = ("builtins", "itertools", "math", "cmath", "array", "time", "sys", "gc", "zlib", "binascii",
+             "unicodedata", "mmap", "select", "fcntl", "marshal", "errno", "atexit", "faulthandler")  # fmt: skip
+_SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "distutils", "turtledemo", "pydoc_data", "ensurepip",
+                      "site-packages", "dist-packages", "lib-dynload", "this", "antigravity"})  # fmt: skip
 _PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_pydatetime": "datetime"}
 """Modules whose documented source has a private name, because a compiled twin usually takes its place."""
 
