@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -397,8 +398,10 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
             raise Stop
         yield advance
 
+    # Several blocks to place, of another size than in the uninterrupted build.
+    plan = replace(plan_build(source, tmp_path / "index", options), place_rows=3000)
     with pytest.raises(Stop):
-        build(source, tmp_path / "index", options, progress=progress)
+        build(source, tmp_path / "index", options, progress=progress, plan=plan)
     assert not (tmp_path / "index").exists()
     if stage == "Assigning":  # with another file the build is another
         other = Embeddings.open(write_parquet(tmp_path / "other.parquet", clustered(20_000, 8, seed=1)))

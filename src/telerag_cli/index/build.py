@@ -23,6 +23,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -422,8 +423,18 @@ class _Build:
             table[:, 2].astype(np.int64),
             (table[:, 2] + table[:, 1] * np.uint64(plan.code_size)).astype(np.int64),
         )
-        with (self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
-              self._lists_file(total_bytes) as descriptor):  # fmt: skip
+        synced: Future[None] | None = None
+        with (
+            self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
+            self._lists_file(total_bytes) as descriptor,
+            ThreadPoolExecutor(1) as disk,
+        ):
+
+            def keep(rows: int) -> None:
+                """What was written is on disk before it is counted as done; meanwhile the next block is placed."""
+                os.fdatasync(descriptor)
+                write_json(state, {"rows": rows})
+
             advance(done)
             for first, block in self.embeddings.batches(plan.place_rows, done):
                 chosen = lists[first : first + len(block)]
@@ -446,10 +457,13 @@ class _Build:
                     _write(descriptor, code_bytes[low * plan.code_size : high * plan.code_size], code_place)
                     _write(descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
                 filled[present] += count
-                os.fdatasync(descriptor)
-                write_json(state, {"rows": first + len(block)})
+                if synced is not None:
+                    synced.result()
+                synced = disk.submit(keep, first + len(block))
                 advance(len(block))
                 del codes, rows, code_bytes, row_bytes
+            if synced is not None:
+                synced.result()
         assert (filled == sizes).all()
 
     def write_passages(self) -> None:
