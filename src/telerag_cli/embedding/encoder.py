@@ -31,6 +31,10 @@ TRIAL_PASSAGES = 32
 TOKENS_PER_PASSAGE = 64
 """A batch of ``batch_size`` holds at most this many tokens for each, so that its activations stay in the cache."""
 
+ATTENTION = "telerag_cpu"
+PLAIN_ATTENTION = ("bert", "roberta", "xlm-roberta")
+"""Architectures whose attention is the textbook's: equal heads, no bias but the mask."""
+
 DEFAULT_MAX_TOKENS = 512
 """For models that state no limit."""
 
@@ -73,8 +77,17 @@ class Encoder:
             max_tokens=int(limit) if limit is not None and np.isfinite(limit) else DEFAULT_MAX_TOKENS,
             weights=_fingerprint(model),
         )
+        if precision not in (None, "float32") and not self._has_transformer:
+            raise ModelError(
+                f"The embedder '{name}' has no transformer that could compute in {precision}.",
+                remedy="Leave out --precision.",
+            )
         if precision is not None:
             self.precision = precision
+
+    @property
+    def _has_transformer(self) -> bool:
+        return hasattr(self._model[0], "auto_model")
 
     @classmethod
     def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", dtype: str = "auto") -> Encoder:
@@ -133,7 +146,7 @@ class Encoder:
         if self._precision is None:
             trial = list(texts[:TRIAL_PASSAGES])
             self.precision = "float32"
-            if trial and _computes_bfloat16(self._device) and hasattr(self._model[0], "auto_model"):
+            if trial and _computes_bfloat16(self._device) and self._has_transformer:
                 exact = self._run(trial)
                 self.precision = "bfloat16"
                 if not min_cosine(exact, self._run(trial)) >= MIN_COSINE:
@@ -275,7 +288,38 @@ class _ToFloat32(torch.nn.Module):
 
 def _shortened(model: Any, dtype: torch.dtype) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The model with its transformer in ``dtype`` and the modules after it in float32."""
-    return torch.nn.Sequential(copy.deepcopy(model[0]).to(dtype), _ToFloat32(), *list(model)[1:]).eval()
+    first = copy.deepcopy(model[0]).to(dtype)
+    if dtype is torch.bfloat16 and model.device.type == "cpu" and first.config.model_type in PLAIN_ATTENTION:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import eager_mask
+
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, eager_mask)
+        first.auto_model.set_attn_implementation(ATTENTION)
+    return torch.nn.Sequential(first, _ToFloat32(), *list(model)[1:]).eval()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **_options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as two batched products, which oneDNN does in bfloat16 itself; torch's fused kernel is slower on a CPU.
+
+    Takes (batch, heads, tokens, head size) and an additive mask, gives (batch, tokens, heads, head size).
+    """
+    batch, heads, tokens, size = query.shape
+    flat = (batch * heads, tokens, size)
+    keys = key.reshape(flat).transpose(1, 2)
+    scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.reshape(flat), keys, beta=0, alpha=scaling)
+    if attention_mask is not None:
+        scores.view(batch, heads, tokens, tokens).add_(attention_mask)
+    mixed = torch.bmm(scores.softmax(-1), value.reshape(flat))
+    return mixed.view(batch, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
 def _folder(model: str) -> Path | None:
