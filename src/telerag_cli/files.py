@@ -49,6 +49,9 @@ def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
             f"The disk is full: {path} could not be written and {free} are free.",
             remedy="Free space and run the same command again; what is finished is kept.",
         )
+    if error.errno in (errno.EFBIG, errno.EDQUOT):
+        return ResourceError(f"{path} could not be written: {error.strerror}, which is a limit set for this user or file system.",
+                             remedy="Raise it or choose another output; finished parts are kept and the same command resumes.")  # fmt: skip
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ResourceError(f"{path} cannot be used: {error.strerror}.", remedy="Choose a path you may use.")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
