@@ -38,7 +38,9 @@ class ChosenLink:
             self._memory[move.target : move.target + half] = self._image[move.source : move.source + half]
             arrived(move, ArtifactError(f"list {move.list_no} cannot be read"))
             return
-        self._memory[move.target : move.target + move.nbytes] = self._image[move.source : move.source + move.nbytes]
+        self._memory[move.target : move.target + move.nbytes] = self._image[
+            move.source : move.source + move.nbytes
+        ]
         arrived(move, None)
 
     def close(self):

@@ -40,7 +40,9 @@ def make_index(root: Path, vectors, nlist, metric: Metric, storage: Storage, see
     root.mkdir(parents=True, exist_ok=True)
     image.tofile(root / "lists.bin")
     trained = faiss.vector_to_array(ivf.sq.trained).copy() if storage is Storage.INT8 else None
-    manifest = Manifest(dimension, metric, storage, nlist, len(vectors), ivf.code_size, seed, EmbedderInfo(None), {})
+    manifest = Manifest(
+        dimension, metric, storage, nlist, len(vectors), ivf.code_size, seed, EmbedderInfo(None), {}
+    )
     ivf.parallel_mode = 1
     return Index(IndexPaths(root), manifest, centroids, table, trained), ivf
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doubles import ChosenLink
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from indexes import expected, make_index, make_vectors
 
+from doubles import ChosenLink
+from indexes import expected, make_index, make_vectors
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
@@ -31,7 +31,21 @@ class Machine(RuleBasedStateMachine):
         room=st.floats(0, 1.1), cache=st.sampled_from(CacheKind), longest_s=st.sampled_from([0.0, 0.0005, 0.003]),
         direct=st.booleans(), fraction=st.floats(0, 1),
     )  # fmt: skip
-    def start(self, dimension, count, nlist, seed, duplicates, metric, storage, room, cache, longest_s, direct, fraction):
+    def start(
+        self,
+        dimension,
+        count,
+        nlist,
+        seed,
+        duplicates,
+        metric,
+        storage,
+        room,
+        cache,
+        longest_s,
+        direct,
+        fraction,
+    ):
         self.folder = tempfile.TemporaryDirectory()
         self.random = np.random.default_rng(seed)
         self.vectors = make_vectors(count, dimension, seed, duplicates)
@@ -154,7 +168,9 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
     tier, retriever = open_over(index, int(index.extents.sum()), link)
     ahead = retriever.begin(-vectors[:1], 4)
     found = retriever.search(vectors[:1], 3, 4, ahead)
-    wanted = set(np.flatnonzero(np.isin(np.arange(20), Coarse(index.centroids, Metric.IP).probe(vectors[:1], 4)[1])))
+    wanted = set(
+        np.flatnonzero(np.isin(np.arange(20), Coarse(index.centroids, Metric.IP).probe(vectors[:1], 4)[1]))
+    )
     unneeded = [move for move in links[0].moves if move.list_no not in wanted]
     assert len(unneeded) <= tier.depth
     assert found.report.lists_missed + found.report.lists_coming + found.report.lists_hit == len(wanted)
@@ -173,7 +189,10 @@ def test_the_second_search_finds_its_lists_in_fast_memory(small):
     tier.close()
 
 
-@pytest.mark.parametrize(("k", "nprobe", "message"), [(1, 21, "nprobe is 21 and the index has 20 lists"), (401, 1, "k is 401 and the index has 400 passages")])
+@pytest.mark.parametrize(
+    ("k", "nprobe", "message"),
+    [(1, 21, "nprobe is 21 and the index has 20 lists"), (401, 1, "k is 401 and the index has 400 passages")],
+)
 def test_more_than_there_is(small, k, nprobe, message):
     index, _ivf, _vectors = small
     tier, retriever = open_over(index, int(index.extents.sum()))

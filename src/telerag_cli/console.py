@@ -51,20 +51,28 @@ def emit_json(value: Any, *, indent: int | None = None) -> None:
     emit(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, data: bool = False) -> None:
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, data: bool = False
+) -> None:
     """A table: to stdout if it is the command's answer (``data``), else to stderr. Numbers align right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     grid = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) for row in rows) and bool(rows)
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell) for cell in row))
+        # As Text, so that a bracket in a cell is a bracket and no markup.
+        grid.add_row(*(Text(_cell(cell)) for cell in row))
     console = Console(highlight=False) if data else _stderr()
     console.print(grid, markup=False)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 @contextlib.contextmanager
@@ -74,7 +82,14 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
     Yields:
         A function to call with the number of units done since the last call.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = _stderr()
     if not console.is_terminal:
@@ -100,17 +115,24 @@ def stdout_reserved() -> Iterator[IO[str]]:
     Yields:
         The real stdout, for the command's data.
     """
-    sys.stdout.flush()
+    original = sys.stdout
+    original.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
-    original = sys.stdout
     try:
-        with os.fdopen(os.dup(saved), "w", encoding="utf-8") as data:
-            sys.stdout = data
-            try:
-                yield data
-            finally:
-                sys.stdout = original
+        if _is_descriptor_1(original):
+            with os.fdopen(os.dup(saved), "w", encoding="utf-8") as sys.stdout:
+                yield sys.stdout
+        else:  # somebody captures sys.stdout itself; data goes to them
+            yield original
     finally:
+        sys.stdout = original
         os.dup2(saved, 1)
         os.close(saved)
+
+
+def _is_descriptor_1(stream: IO[str]) -> bool:
+    try:
+        return stream.fileno() == 1
+    except (OSError, AttributeError):
+        return False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypedDict
 
 from telerag_cli.pipelines.base import Retrieved
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
-_SENTENCE = re.compile(r"[^.!?\n]+(?:[.!?]+(?=\s|\Z|\[)|\n|\Z)")
+_SENTENCE = re.compile(r"\S.*?(?:[.!?]+(?:\s*\[\d{1,3}\])*(?=\s|\Z)|(?=\n)|\Z)")
+"""Up to a full stop, with the markers right after it, or to the end of the line."""
 _WORD = re.compile(r"\w{4,}")
 SUPPORT = 0.6
 """Share of a sentence's longer words that a passage must hold to count as its source."""
@@ -30,7 +31,7 @@ def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
     """Markers like ``[2]`` that name a passage; for a sentence without one, the passage that holds most of its words."""
     words = [set(_WORD.findall(hit.passage.embedded_text.lower())) for hit in found]
     citations: list[Citation] = []
-    for start, end in _sentences(answer):
+    for start, end in (match.span() for match in _SENTENCE.finditer(answer)):
         named = [int(mark) for mark in _MARKER.findall(answer, start, end)]
         ranks = list(dict.fromkeys(rank for rank in named if 1 <= rank <= len(found)))
         by: Literal["marker", "overlap"] = "marker"
@@ -43,18 +44,3 @@ def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
             Citation(id=found[rank - 1].passage.id, rank=rank, by=by, start=start, end=end) for rank in ranks
         ]
     return citations
-
-
-def _sentences(text: str) -> Iterator[tuple[int, int]]:
-    """Spans of sentences; a marker right after the full stop belongs to the sentence before it."""
-    spans: list[list[int]] = []
-    for match in _SENTENCE.finditer(text):
-        piece = match.group()
-        if not piece.strip():
-            continue
-        lead = len(piece) - len(piece.lstrip())
-        if spans and not _MARKER.sub("", piece).strip(" .\n"):
-            spans[-1][1] = match.end()
-        else:
-            spans.append([match.start() + lead, match.end()])
-    return ((start, end - (len(text[start:end]) - len(text[start:end].rstrip()))) for start, end in spans)

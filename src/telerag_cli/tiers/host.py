@@ -153,6 +153,11 @@ class HostTier:
             ).all()
             assert set(self._waiting) == set(np.flatnonzero(self._residency.state == State.MOVING))
 
+    def moves_under_way(self) -> list[int]:
+        """Lists on their way now."""
+        with self._lock:
+            return list(self._waiting)
+
     def references(self) -> int:
         """References held now; zero when no query is being answered."""
         with self._lock:

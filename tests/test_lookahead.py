@@ -1,0 +1,249 @@
+"""Policy and accounting by themselves: orders, plans, arena, residency."""
+
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telerag_cli.config import PAGE_BYTES
+from telerag_cli.lookahead.order import CHECKPOINTS, blend, interleave, text_weight
+from telerag_cli.lookahead.plan import Plan
+from telerag_cli.lookahead.round import Round
+from telerag_cli.tiers.arena import Arena
+from telerag_cli.tiers.base import Prefetch
+from telerag_cli.tiers.cache import CacheKind, make_policy
+from telerag_cli.tiers.residency import Residency, State
+
+
+def test_interleave_takes_everyones_first_choice_first():
+    merged = interleave([np.array([3, 1, 2, 0]), np.array([2, 3, 0, 1])])
+    assert merged.tolist() == [3, 2, 1, 0]
+    assert interleave([np.array([1, 0])]).tolist() == [1, 0]
+
+
+@given(st.lists(st.permutations(range(9)), min_size=1, max_size=5))
+def test_interleave_keeps_each_list_once_at_its_best_rank(rankings):
+    merged = interleave([np.array(ranking) for ranking in rankings]).tolist()
+    assert sorted(merged) == list(range(9))
+    best = [min(ranking.index(number) for ranking in rankings) for number in merged]
+    assert best == sorted(best)
+
+
+def test_the_text_counts_more_as_it_grows():
+    weights = [text_weight(fraction) for fraction in (0.0, *CHECKPOINTS, 1.0)]
+    assert weights == sorted(weights)
+    assert weights[0] == 0.0
+    assert weights[-1] == 1.0
+
+
+def test_blend_goes_from_question_to_text():
+    question, text = np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)
+    np.testing.assert_allclose(blend(question, text, 0.0), question)
+    np.testing.assert_allclose(blend(question, text, 1.0), text)
+    middle = blend(question, text, 0.25)
+    np.testing.assert_allclose(middle, [2**-0.5, 2**-0.5], rtol=1e-6)
+    np.testing.assert_allclose(blend(-text, text, 0.25), text)  # they cancel: the text is the better guess
+
+
+def test_a_plan_hands_out_the_best_absent_lists_within_reach():
+    plan = Plan(6, 4, np.zeros(6, np.bool_))
+    absent = np.ones(6, np.bool_)
+    assert plan.next(absent) is None
+    plan.reorder(np.array([5, 2, 0, 4, 1, 3]))
+    absent[2] = False
+    handed = []
+    while (number := plan.next(absent)) is not None:
+        handed.append(number)
+        absent[number] = False
+    assert handed == [5, 0, 4]
+    plan.reorder(np.array([1, 5, 3, 0, 2, 4]))
+    assert plan.next(absent) == 1
+
+
+def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
+    kept = np.zeros(5, np.bool_)
+    kept[3] = True
+    plan = Plan(5, 5, kept)
+    plan.reorder(np.array([4, 0, 2, 1, 3]))
+    assert np.flatnonzero(plan.stay(2)).tolist() == [0, 3, 4]
+    worth = plan.worth()
+    assert worth[4] == worth.max()
+    assert worth[3] == worth.min()
+
+
+class StubTier:
+    """Starts moves and leaves their end to the test."""
+
+    def __init__(self, nlist, depth, outcome=Prefetch.STARTED):
+        self.nlist, self.depth, self.outcome = nlist, depth, outcome
+        self.extents = np.full(nlist, PAGE_BYTES)
+        self.gone = np.ones(nlist, np.bool_)
+        self.started = []
+
+    def absent(self, lists):
+        return self.gone[lists]
+
+    def prefetch(self, list_no, stay, worth, arrived):
+        if self.outcome is Prefetch.STARTED:
+            self.gone[list_no] = False
+            self.started.append((list_no, arrived))
+        return self.outcome
+
+    def finish(self, position):
+        list_no, arrived = self.started[position]
+        arrived(list_no, None)
+
+
+def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
+    tier = StubTier(8, depth=2)
+    ahead = Round(tier, Plan(8, 8, np.zeros(8, np.bool_)))
+    ahead.follow(np.arange(8))
+    assert [number for number, _ in tier.started] == [0, 1]
+    tier.finish(0)
+    assert [number for number, _ in tier.started] == [0, 1, 2]
+    ahead.follow(np.arange(8)[::-1])
+    tier.finish(1)
+    assert tier.started[-1][0] == 7
+    ahead.stop()
+    tier.finish(2)
+    ahead.follow(np.arange(8))
+    assert len(tier.started) == 4
+    assert ahead.moved == [0, 1, 2]
+    assert ahead.orders == 2
+    assert ahead.bytes_moved == 3 * PAGE_BYTES
+
+
+def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
+    tier = StubTier(8, depth=2, outcome=Prefetch.FULL)
+    ahead = Round(tier, Plan(8, 8, np.zeros(8, np.bool_)))
+    ahead.follow(np.arange(8))
+    tier.outcome = Prefetch.STARTED
+    ahead._fill()
+    assert tier.started == []
+    ahead.follow(np.arange(8))
+    assert len(tier.started) == 2
+
+
+def test_the_arena_gives_up_the_cheapest_run():
+    arena = Arena(10 * PAGE_BYTES)
+    for owner, pages in enumerate((2, 3, 1, 2, 2)):
+        assert arena.allocate(pages * PAGE_BYTES, owner) is not None
+    cost = np.array([5.0, 1.0, 1.0, np.inf, 0.0])
+    assert arena.allocate(PAGE_BYTES, 9) is None
+    assert arena.cheapest_run(2 * PAGE_BYTES, cost) == [4]
+    assert arena.cheapest_run(3 * PAGE_BYTES, cost) == [1]
+    assert arena.cheapest_run(4 * PAGE_BYTES, cost) == [1, 2]
+    assert arena.cheapest_run(7 * PAGE_BYTES, cost) is None  # the fixed slot stands in the way
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 6), min_size=2, max_size=20), pages=st.integers(6, 40), kind=st.sampled_from(CacheKind),
+    steps=st.lists(st.tuples(st.sampled_from(["reserve", "commit", "abort", "hold", "drop", "round", "used"]), st.integers(0, 19)),
+                   max_size=80),
+)  # fmt: skip
+def test_residency_never_loses_count(sizes, pages, kind, steps):
+    extents = np.array(sizes, np.int64) * PAGE_BYTES
+    evicted = []
+    residency = Residency(extents, Arena(pages * PAGE_BYTES), make_policy(kind, len(sizes)), evicted.append)
+    held = dict.fromkeys(range(len(sizes)), 0)
+    for step, which in steps:
+        number = which % len(sizes)
+        state = residency.state[number]
+        if step == "reserve" and state == State.ABSENT:
+            stuck = [n for n in held if held[n] or residency.state[n] == State.MOVING]
+            offset = residency.reserve(number)
+            if offset is None:
+                assert any(extents[n] for n in stuck), "an arena with nothing in use has room for any list"
+            assert all(residency.state[n] != State.ABSENT for n in stuck), "a list in use was evicted"
+        elif step in ("commit", "abort") and state == State.MOVING and not (step == "abort" and held[number]):
+            getattr(residency, step)(number)
+        elif step == "hold" and state != State.ABSENT:
+            residency.hold([number])
+            held[number] += 1
+        elif step == "drop" and held[number]:
+            residency.drop([number])
+            held[number] -= 1
+        elif step == "round":
+            kept = residency.new_round(0.5)
+            assert extents[kept].sum() <= 0.5 * pages * PAGE_BYTES
+        elif step == "used":
+            residency.policy.used(np.array([number]))
+        residency.check_integrity()
+
+
+def test_hot_lists_are_kept_and_cold_ones_leave_first():
+    extents = np.full(6, PAGE_BYTES)
+    residency = Residency(
+        extents, Arena(4 * PAGE_BYTES), make_policy(CacheKind.HOTNESS, 6), lambda _number: None
+    )
+    for number in range(4):
+        residency.reserve(number)
+        residency.commit(number)
+    for _ in range(3):
+        residency.policy.used(np.array([1, 2]))
+        kept = residency.new_round(0.5)
+    assert np.flatnonzero(kept).tolist() == [1, 2]
+    residency.reserve(4, stay=kept)
+    residency.reserve(5, stay=kept)
+    assert residency.state[[1, 2]].tolist() == [State.RESIDENT] * 2
+    assert residency.state[[0, 3]].tolist() == [State.ABSENT] * 2
+
+
+def test_without_a_cache_nothing_stays_between_rounds():
+    residency = Residency(
+        np.full(3, PAGE_BYTES), Arena(3 * PAGE_BYTES), make_policy(CacheKind.NONE, 3), lambda _number: None
+    )
+    residency.reserve(0)
+    residency.commit(0)
+    residency.new_round(1.0)
+    assert residency.state[0] == State.ABSENT
+
+
+@pytest.mark.parametrize("kind", [CacheKind.LRU, CacheKind.NONE])
+def test_least_recently_used_leaves_first(kind):
+    residency = Residency(
+        np.full(3, PAGE_BYTES), Arena(2 * PAGE_BYTES), make_policy(kind, 3), lambda _number: None
+    )
+    for number in (0, 1):
+        residency.new_round(0.0)
+        if residency.state[number] == State.ABSENT:
+            residency.reserve(number)
+            residency.commit(number)
+    residency.new_round(0.0)
+    if kind is CacheKind.LRU:
+        residency.policy.used(np.array([0]))
+        residency.reserve(2)
+        assert residency.state[1] == State.ABSENT
+        assert residency.state[0] == State.RESIDENT
+    else:
+        assert (residency.state == State.ABSENT).all()
+
+
+def test_rounds_may_be_driven_from_many_threads():
+    tier = StubTier(64, depth=4)
+    ahead = Round(tier, Plan(64, 64, np.zeros(64, np.bool_)))
+    ahead.follow(np.arange(64))
+    position = threading.Lock()
+    taken = [0]
+
+    def work():
+        while True:
+            with position:
+                if taken[0] >= len(tier.started):
+                    return
+                mine = taken[0]
+                taken[0] += 1
+            tier.finish(mine)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    while taken[0] < len(tier.started):
+        tier.finish(taken[0])
+        taken[0] += 1
+    assert sorted(ahead.moved) == list(range(64))
