@@ -39,7 +39,7 @@ FAST_SHARE = 3
 SHARD_ROWS = 1024
 K = 3
 """Fewer passages than ``telerag run`` takes: a demonstration should not spend its time on reading prompts."""
-MAX_TOKENS = 64
+MAX_TOKENS = 96
 
 
 def quickstart(
@@ -155,7 +155,9 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
 def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:
     for number, (question, answered) in enumerate(zip(QUESTIONS, answers[Lookahead.REFINED], strict=True), 1):
         console.emit(f"\n{number}. {question}")
-        console.emit(textwrap.indent(textwrap.fill(answered.answer, 100), "   "))
+        more = " …" if answered.stages[-1].generation.finish_reason == "length" else ""
+        for line in f"{answered.answer}{more}".splitlines():
+            console.emit(textwrap.fill(line, 100, initial_indent="   ", subsequent_indent="   "))
         cited = {citation["rank"] for citation in answered.citations}
         for rank, hit in enumerate(answered.found, 1):
             console.emit(
