@@ -92,7 +92,8 @@ def main() -> None:
     chosen = np.linspace(0, len(final) - 1, min(options.questions, len(final))).astype(int)
 
     def question_only(row: int, _fraction: float) -> FloatArray:
-        return arrays["question"][row]
+        vector: FloatArray = arrays["question"][row]
+        return vector
 
     def refined(row: int, fraction: float) -> FloatArray:
         return (
@@ -102,7 +103,8 @@ def main() -> None:
         )
 
     def perfect(row: int, _fraction: float) -> FloatArray:
-        return final[row]
+        vector: FloatArray = final[row]
+        return vector
 
     modes: dict[str, tuple[Predict, tuple[float, ...]]] = {
         "question": (question_only, ()), "refined": (refined, CHECKPOINTS), "perfect": (perfect, ())}  # fmt: skip
