@@ -2,10 +2,11 @@
 
     python scripts/lookahead_quality.py FOLDER [--nlist 2048] [--nprobe 128] [-o RESULT.json]
 
-FOLDER holds ``embeddings.npz`` (arrays ``question`` and ``generated_25``, ``_50``, ``_75``, ``_100``: one row a question, the embedding of
-the question and of the first 25 ... 100 % of the text generated for it) and ``background.npy`` (other real embeddings, for the index).
-The index is made of the background and noisy copies of it. The real query is ``generated_100``. Moving is taken to keep a steady
-rate while the text is written: at a quarter of the text a quarter of the bytes has been moved.
+FOLDER holds ``trace.jsonl`` (``question`` and the text ``generated`` for it), ``embeddings.npz`` (arrays ``question`` and ``generated_100``: for
+each line the embedding of the question and of the whole text) and ``background.npy`` (other real embeddings, for the index). The
+text is embedded again, with the bundled model, at the checkpoints at which the product embeds it. The index is made of the background
+and noisy copies of it; the real query is the whole text. Moving is taken to keep a steady rate while the text is written: when a
+quarter of it is there, a quarter of the bytes has been moved.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import faiss
 import numpy as np
 
 from telerag_cli.config import Metric
+from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.index.artifact import FloatArray, IntArray, extent_bytes
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.order import CHECKPOINTS, blend
@@ -29,6 +31,16 @@ from telerag_cli.lookahead.retriever import REACH
 
 BUDGETS = (0.64, 1.0, 1.28, 1.6)
 Predict = Callable[[int, float], FloatArray]
+
+
+def embed_prefixes(trace: Path, rows: IntArray) -> dict[tuple[int, float], FloatArray]:
+    """The text of each row's first words, by row and share of the words, as the product embeds it while it grows."""
+    encoder = Encoder.load()
+    texts = [json.loads(line)["generated"].split() for line in trace.read_text(encoding="utf-8").splitlines()]
+    keys = [(int(row), fraction) for fraction in CHECKPOINTS for row in rows]
+    prefixes = [" ".join(texts[row][: max(1, round(fraction * len(texts[row])))]) for row, fraction in keys]
+    vectors = [encoder.encode_queries(prefixes[start : start + 64]) for start in range(0, len(prefixes), 64)]
+    return dict(zip(keys, np.concatenate(vectors), strict=True))
 
 
 def make_index(
@@ -87,20 +99,17 @@ def main() -> None:
     }
     background = np.load(options.folder / "background.npy").astype(np.float32)
     coarse, extents = make_index(background, options.nlist, options.copies, options.noise, options.seed)
-    text = {fraction: arrays[f"generated_{fraction * 100:.0f}"] for fraction in CHECKPOINTS}
     final = arrays["generated_100"]
     chosen = np.linspace(0, len(final) - 1, min(options.questions, len(final))).astype(int)
+    written = embed_prefixes(options.folder / "trace.jsonl", chosen)
 
     def question_only(row: int, _fraction: float) -> FloatArray:
         vector: FloatArray = arrays["question"][row]
         return vector
 
     def refined(row: int, fraction: float) -> FloatArray:
-        return (
-            blend(arrays["question"][row], text[fraction][row], fraction)
-            if fraction
-            else arrays["question"][row]
-        )
+        question = arrays["question"][row]
+        return blend(question, written[row, fraction], fraction) if fraction else question
 
     def perfect(row: int, _fraction: float) -> FloatArray:
         vector: FloatArray = final[row]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,16 +17,10 @@ from telerag_cli.commands.options import (
     KOption,
     NprobeOption,
 )
-from telerag_cli.commands.search import open_lines
+from telerag_cli.commands.search import no_question, open_lines
 from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_GENERATOR, DEFAULT_K, Lookahead, parse_bytes
-from telerag_cli.errors import EXIT_PARTIAL, InputError, ResourceError, TeleragError
+from telerag_cli.errors import EXIT_PARTIAL, ResourceError
 from telerag_cli.pipelines.registry import PipelineName
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from telerag_cli.engine.engine import Engine
-    from telerag_cli.engine.questions import Question
 
 
 def run(
@@ -101,9 +96,13 @@ def run(
         raise ResourceError(
             f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
         )
-    with console.stdout_reserved():
-        source, name = open_lines(questions)
+    with (
+        console.stdout_reserved(),
+        open_lines(questions) as (lines, name),
+        contextlib.ExitStack() as opened_here,
+    ):
         from telerag_cli.engine.assemble import byte_plan, default_nprobe, open_engine, open_index
+        from telerag_cli.engine.batch import answer_all
         from telerag_cli.engine.engine import Settings
         from telerag_cli.engine.lines import RunFile
         from telerag_cli.engine.questions import read_questions
@@ -113,93 +112,33 @@ def run(
 
         path = resolve_model(model, hf_repo)
         opened = open_index(index, embedder, device)
-        file = RunFile(Path(output), resume=resume) if output != "-" else None
+        probes = nprobe or default_nprobe(opened.index)
+        file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
         console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, path))
         tracer = Tracer(enabled=trace is not None)
-        settings = Settings(
-            k, nprobe or default_nprobe(opened.index), lookahead, max_tokens, temperature, top_p, seed
-        )
+        if trace:
+            opened_here.callback(tracer.save, trace)
         generator = LlamaCpp(path, context_tokens=ctx_size, threads=threads, gpu_layers=n_gpu_layers)
+        settings = Settings(k, probes, lookahead, max_tokens, temperature, top_p, seed)
         engine = open_engine(opened, generator, arena_bytes, settings, tracer=tracer)
+        opened_here.callback(engine.close)
         if engine.retriever.tier.note:
             console.warn(engine.retriever.tier.note)
-        done = file.answered if file else set()
-        try:
-            totals = _answer_all(
+        with console.progress("answering", None, unit="questions") as advance:
+            summary = answer_all(
                 engine,
                 pipeline,
-                read_questions(source, name),
-                done,
-                file.append if file else console.emit_json,
+                read_questions(lines, name),
+                answered=file.answered if file else set(),
+                write=file.append if file else console.emit_json,
+                tell=console.fail,
+                advance=advance,
             )
-        finally:
-            engine.close()
-            if file:
-                file.close()
-            if trace:
-                tracer.save(trace)
-    _summarise(totals, output, trace)
-    if not totals["asked"] and not totals["skipped"]:
-        raise InputError(
-            f"{name} holds no question.", remedy="Give one a line, or JSON objects with a question."
-        )
-    if totals["failed"]:
-        raise typer.Exit(EXIT_PARTIAL)
-
-
-def _answer_all(engine: Engine, pipeline: PipelineName, questions: Iterable[Question], done: set[str],
-                write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:  # fmt: skip
-    import asyncio
-
-    from telerag_cli.engine.lines import answer_line, error_line
-    from telerag_cli.pipelines.registry import PIPELINES
-
-    totals: dict[str, Any] = {
-        "asked": 0,
-        "failed": 0,
-        "skipped": 0,
-        "total_s": 0.0,
-        "retrieval_s": 0.0,
-        "llm_s": 0.0,
-        "hit": 0,
-        "wanted": 0,
-    }
-    with asyncio.Runner() as runner, console.progress("answering", None, unit="questions") as advance:
-        for question in questions:
-            if question.id in done:
-                totals["skipped"] += 1
-                continue
-            totals["asked"] += 1
-            try:
-                if question.problem:
-                    raise InputError(question.problem)
-                answered = runner.run(engine.ask(PIPELINES[pipeline], question.text))
-            except TeleragError as error:
-                totals["failed"] += 1
-                console.fail(f"question {question.id}: {error}")
-                write(error_line(question, str(error)))
-            else:
-                write(answer_line(question, answered, pipeline, engine.settings.lookahead))
-                for key in ("total_s", "retrieval_s", "llm_s"):
-                    totals[key] += answered.timings.get(key, 0.0)
-                totals["hit"] += sum(join.lists_hit for join in answered.joins)
-                totals["wanted"] += sum(join.lists_wanted for join in answered.joins)
-            advance(1)
-    return totals
-
-
-def _summarise(totals: dict[str, Any], output: str, trace: Path | None) -> None:
-    answered = totals["asked"] - totals["failed"]
-    if answered:
-        mean = {key: totals[key] / answered for key in ("total_s", "retrieval_s", "llm_s")}
-        share = totals["hit"] / max(totals["wanted"], 1)
-        console.say(
-            f"{answered} answered: mean {mean['total_s']:.2f} s, of which LLM {mean['llm_s']:.2f} s and retrieval "
-            f"{mean['retrieval_s']:.3f} s; {share:.0%} of {totals['wanted']:,} probed lists were in fast memory."
-        )
-    if totals["failed"] or totals["skipped"]:
-        console.say(
-            f"{totals['failed']} failed, {totals['skipped']} skipped because {output} has their answers."
-        )
+    for line in summary.lines():
+        console.say(line)
     if trace:
         console.say(f"Trace: {trace} (open it at ui.perfetto.dev)")
+    if not summary.asked and not summary.skipped:
+        raise no_question(name)
+    if summary.failed:
+        raise typer.Exit(EXIT_PARTIAL)

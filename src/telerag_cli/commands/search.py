@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -48,7 +50,7 @@ def search(
             remedy="For example: telerag search INDEX 'What is a generator?'",
         )
     arena_bytes = parse_bytes(fast_memory)
-    with console.stdout_reserved():
+    with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
         from telerag_cli.engine.assemble import default_nprobe, open_index, open_retriever
         from telerag_cli.engine.questions import Question, read_questions
 
@@ -58,12 +60,12 @@ def search(
         retriever.check(k, probes)
         if retriever.tier.note:
             console.warn(retriever.tier.note)
-        source, name = open_lines(queries) if queries else (None, "")
-        asked = (
-            read_questions(source, name)
-            if source
-            else (Question(str(n), text) for n, text in enumerate(question or [], 1))
-        )
+        opened_here.callback(retriever.tier.close)
+        name = ""
+        asked: Iterable[Question] = (Question(str(n), text) for n, text in enumerate(question or [], 1))
+        if queries:
+            lines, name = opened_here.enter_context(open_lines(queries))
+            asked = read_questions(lines, name)
         count = failed = 0
         for item in asked:
             count += 1
@@ -91,11 +93,8 @@ def search(
                 console.emit_json({"id": item.id, "question": item.text, "passages": hits})
             else:
                 _show(item.text, hits)
-        retriever.tier.close()
     if not count:
-        raise InputError(
-            f"{name} holds no question.", remedy="Give one a line, or JSON objects with a question."
-        )
+        raise no_question(name)
     if failed:
         raise typer.Exit(EXIT_PARTIAL)
 
@@ -108,15 +107,26 @@ def _show(question: str, hits: list[dict[str, Any]]) -> None:
         console.emit(f"  {hit['rank']:>2}. {hit['score']:.4f}  {hit['id']}\n      {shown}")
 
 
-def open_lines(source: str) -> tuple[IO[bytes], str]:
-    """A file of lines, or stdin for ``-``, and its name for messages.
+@contextlib.contextmanager
+def open_lines(source: str) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a file of lines, or stdin for ``-``; yields it and its name for messages.
 
     Raises:
         InputError: it cannot be read.
     """
     if source == "-":
-        return sys.stdin.buffer, "<stdin>"
+        yield sys.stdin.buffer, "<stdin>"
+        return
     try:
-        return Path(source).open("rb"), source
+        lines = Path(source).open("rb")  # noqa: SIM115  # the error is about opening only
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}.", remedy="Check the path.") from error
+    with lines:
+        yield lines, source
+
+
+def no_question(name: str) -> InputError:
+    """The error for a source of questions that holds none."""
+    return InputError(
+        f"{name} holds no question.", remedy="Give one a line, or JSON objects with a question."
+    )

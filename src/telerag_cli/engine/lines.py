@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.engine import Answered
@@ -134,8 +134,10 @@ class RunFile:
                 self._file.truncate(end)
             raise explain(error, self.path) from error
 
-    def close(self) -> None:
-        """Close the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         self._file.close()
 
     def _take_up(self) -> None:

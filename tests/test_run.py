@@ -1,0 +1,262 @@
+"""``search`` and ``run`` as their users run them, over a real index with the real models."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from telerag_cli.app import app
+from telerag_cli.corpus.pydocs import python_documentation
+
+pytestmark = pytest.mark.model
+QUESTIONS = (
+    "What does the with statement do?",
+    "How do I find the median of numbers?",
+    "What is a generator?",
+)
+
+
+def telerag(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "telerag_cli", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    corpus = root / "corpus.jsonl"
+    with corpus.open("w") as lines:
+        for number, passage in enumerate(python_documentation()):
+            if number % 40 == 0:
+                lines.write(json.dumps({"id": passage.id, "text": passage.text, **passage.metadata}) + "\n")
+    embedded = telerag("embed", corpus, "-o", root / "embeddings")
+    assert embedded.exit_code == 0, embedded.stderr
+    built = telerag("build-index", root / "embeddings", "-o", root / "index", "--nlist", 24)
+    assert built.exit_code == 0, built.stderr
+    return root / "index"
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.txt"
+    path.write_text("\n".join(QUESTIONS) + "\n")
+    return path
+
+
+def lines_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_search_prints_passages_and_json(index):
+    plain = telerag("search", index, "median of numbers", "-k", 2)
+    assert plain.exit_code == 0, plain.stderr
+    assert plain.stdout.startswith("median of numbers\n   1. ")
+    found = telerag(
+        "search",
+        index,
+        "--queries",
+        "-",
+        "--json",
+        "-k",
+        3,
+        stdin='first question\n{"id": "j", "query": "second"}\n',
+    )
+    answers = lines_of(found.stdout)
+    assert [(answer["id"], len(answer["passages"])) for answer in answers] == [("1", 3), ("j", 3)]
+    scores = [hit["score"] for hit in answers[0]["passages"]]
+    assert scores == sorted(scores, reverse=True)
+    assert {"rank", "id", "score", "text", "metadata"} <= set(answers[0]["passages"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--nprobe", "25", "q"], 2, "nprobe is 25 and the index has 24 lists"),
+        (["-k", "100000", "q"], 2, "k is 100,000 and the index has"),
+        (["--fast-memory", "4096", "q"], 2, "smaller than the largest list"),
+        (["--fast-memory", "lots", "q"], 2, "'lots' is not a size"),
+        (["--fast-memory", "900TiB", "q"], 0, None),
+        ([], 2, "Give questions as arguments"),
+        (["--queries", "missing.txt"], 1, "missing.txt cannot be read"),
+        (["--embedder", "/no/such/model", "q"], 1, "/no/such/model does not exist"),
+    ],
+)
+def test_search_refuses_in_one_sentence(index, arguments, code, message):
+    result = telerag("search", index, *arguments)
+    assert result.exit_code == code, result.stderr
+    if message:
+        assert message in " ".join(result.stderr.split())
+        assert result.stdout == ""
+        assert "Traceback" not in result.stderr
+
+
+def test_answers_are_the_same_with_and_without_lookahead(index, questions, tmp_path):
+    answers = {}
+    for mode in ("off", "question", "refined"):
+        output = tmp_path / f"{mode}.jsonl"
+        result = telerag("run", index, "-q", questions, "-o", output, "--lookahead", mode, "--max-tokens", 24, "--nprobe", 8,
+                         "--fast-memory", "256KiB", "--trace", tmp_path / "trace.json")  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == ""
+        lines = lines_of(output.read_text())
+        answers[mode] = [(line["id"], line["answer"], line["passages"]) for line in lines]
+        assert all(line["lookahead"]["lists_wanted"] == 8 for line in lines)
+        assert any(line["lookahead"]["bytes_moved"] for line in lines) == (mode != "off")
+        assert {"passage_s", "retrieval_s", "answer_s", "llm_s", "total_s"} <= set(lines[0]["timings"])
+    assert answers["off"] == answers["question"] == answers["refined"]
+    lanes = {
+        event["args"]["name"]
+        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        if event["ph"] == "M"
+    }
+    assert {"LLM", "embed", "join"} <= lanes
+    assert any(lane.startswith("link") for lane in lanes)
+
+
+def test_run_in_a_shell_pipeline(index, questions):
+    script = f"cat {questions} | {sys.executable} -m telerag_cli run {index} --questions - --max-tokens 8 --pipeline naive"
+    head = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{script} | head -1"], capture_output=True, text=True, timeout=120
+    )
+    assert head.returncode == 0, head.stderr
+    assert "Traceback" not in head.stderr
+    assert "Broken pipe" not in head.stderr
+    assert json.loads(head.stdout)["question"] == QUESTIONS[0]
+    asked = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{script} 2>/dev/null | jq -c .answer"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert len(asked.stdout.splitlines()) == len(QUESTIONS)
+
+
+def test_bad_lines_are_answered_with_an_error_and_the_rest_go_on(index):
+    stdin = 'good?\n{"id": "b", "question": \n' + json.dumps({"id": "long", "question": "why " * 5000}) + "\n"
+    result = telerag("run", index, "--max-tokens", 4, "--pipeline", "naive", stdin=stdin)
+    lines = lines_of(result.stdout)
+    assert result.exit_code == 3
+    assert "answer" in lines[0]
+    assert "<stdin>:2 is not JSON" in lines[1]["error"]["message"]
+    assert "The question takes" in lines[2]["error"]["message"]
+
+
+def test_resume_answers_only_what_is_missing(index, questions, tmp_path):
+    output = tmp_path / "out.jsonl"
+    options = ("run", index, "-q", questions, "-o", output, "--max-tokens", 4, "--pipeline", "naive")
+    assert telerag(*options).exit_code == 0
+    whole = output.read_bytes()
+    refused = telerag(*options)
+    assert refused.exit_code == 1
+    assert "already holds" in refused.stderr
+    first = whole.split(b"\n")[0] + b"\n"
+    output.write_bytes(first + whole.split(b"\n")[1][:40])
+    resumed = telerag(*options, "--resume")
+    assert resumed.exit_code == 0
+    assert "1 skipped" in " ".join(resumed.stderr.split())
+    assert output.read_bytes().startswith(first)
+    assert [line["answer"] for line in lines_of(output.read_text())] == [
+        line["answer"] for line in lines_of(whole.decode())
+    ]
+
+
+def test_batch_lines_are_answered_in_kind(index):
+    line = {
+        "custom_id": "r-1",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "x", "messages": [{"role": "user", "content": "What is a list?"}]},
+    }
+    result = telerag("run", index, "--max-tokens", 4, stdin=json.dumps(line) + "\n")
+    (reply,) = lines_of(result.stdout)
+    assert reply["custom_id"] == "r-1"
+    assert reply["response"]["status_code"] == 200
+    assert reply["response"]["body"]["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "/no/such.gguf"], 1, "/no/such.gguf cannot be read"),
+        (["--model", __file__], 1, "is no GGUF model"),
+        (["--model", "a.gguf", "--hf-repo", "b/c"], 2, "name two models"),
+        (["-o", "/no/such/folder/out.jsonl"], 1, "/no/such/folder/out.jsonl does not exist"),
+        (["--trace", "/no/such/folder/t.json"], 1, "The trace cannot be written"),
+        (["--n-gpu-layers", "5"], 1, "5 layers were to go to a GPU"),
+        (["--pipeline", "naiv"], 2, "naiv"),
+    ],
+)
+def test_run_refuses_in_one_sentence(index, arguments, code, message):
+    result = telerag("run", index, *arguments, stdin="q\n")
+    assert result.exit_code == code, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == ""
+
+
+def test_no_questions_is_an_error(index):
+    result = telerag("run", index, stdin="\n\n")
+    assert result.exit_code == 1
+    assert "<stdin> holds no question" in " ".join(result.stderr.split())
+
+
+def test_an_interrupt_ends_with_130_and_keeps_what_is_written(index, tmp_path):
+    output = tmp_path / "out.jsonl"
+    many = tmp_path / "many.txt"
+    many.write_text("What is a list?\n" * 200)
+    with subprocess.Popen(
+        command("run", index, "-q", many, "-o", output, "--max-tokens", 8), stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 90
+        while not (output.exists() and output.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Interrupted" in err
+    assert "Traceback" not in err
+    assert len(lines_of(output.read_text())) >= 2
+
+
+def test_a_file_system_without_direct_reads_is_said(index):
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        pytest.fail("this machine has no tmpfs at /dev/shm to test on")
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        copy = Path(folder) / "index"
+        shutil.copytree(index, copy)
+        result = telerag("search", copy, "median", "--json")
+        assert result.exit_code == 0, result.stderr
+        here = telerag("search", index, "median", "--json")
+        assert result.stdout == here.stdout
+        # Kernels from 6.x on may offer O_DIRECT on tmpfs; then there is nothing to say.
+        direct = _reads_directly(copy / "lists.bin")
+        assert ("without O_DIRECT" in " ".join(result.stderr.split())) == (not direct)
+
+
+def _reads_directly(path):
+    import mmap
+
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return False
+    try:
+        os.preadv(file, [mmap.mmap(-1, 4096)], 0)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return True
