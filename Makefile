@@ -34,13 +34,15 @@ docs: $(READY) ## write docs/cli.md and the README's figures again
 	$(BIN)/python scripts/readme_figures.py
 
 # Small sizes, and results kept apart: what stands in benchmarks/results was measured with the commands noted there.
-bench: $(READY) ## measure embedding and building on a small scale (some minutes), into bench-data/
+bench: $(READY) ## measure embedding, building and lookahead on a small scale (some minutes), into bench-data/
 	mkdir -p $(BENCH)/results
 	$(BIN)/python scripts/harvest_docstrings.py $(VENV)/lib/python3*/site-packages -o $(BENCH)/corpus.jsonl --limit 4000
 	$(BIN)/python scripts/bench_embed.py $(BENCH)/corpus.jsonl --output $(BENCH)/results/embed.json
 	$(BIN)/telerag embed $(BENCH)/corpus.jsonl -o $(BENCH)/embeddings
 	$(BIN)/python scripts/make_synthetic.py --base $(BENCH)/embeddings --bytes 300MB -o $(BENCH)/synthetic
 	$(BIN)/python scripts/bench_build.py $(BENCH)/synthetic --index $(BENCH)/index --nlist 1024 --output $(BENCH)/results/build.json
+	$(BIN)/python scripts/bench_lookahead.py $(BENCH)/index --questions datasets/python_questions.txt --limit 10 --nprobe 64 \
+	  --fast-memory 128MiB --output $(BENCH)/results/lookahead.json
 
 clean: ## remove .venv, caches, and what demo and bench made
 	rm -rf $(VENV) $(BENCH) quickstart build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -39,8 +39,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
     partial = partial_of(options.index)
     # A stage has ended when its file is there; in this order.
     ends = {"start and sample": partial / "work" / "queries.npz", "train": partial / "centroids.npy",
-            "assign": partial / "lists.bin", "place": partial / ".passages.arrow.partial",
-            "passages": partial / "passages.arrow"}  # fmt: skip
+            "assign and passages": partial / "lists.bin", "place": partial / "checksums.npy"}  # fmt: skip
     began = time.monotonic()
     process = subprocess.Popen(command)
     seen: dict[str, float] = {}

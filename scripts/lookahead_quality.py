@@ -2,11 +2,11 @@
 
     python scripts/lookahead_quality.py FOLDER [--nlist 2048] [--nprobe 128] [-o RESULT.json]
 
-FOLDER holds ``trace.jsonl`` (``question`` and the text ``generated`` for it), ``embeddings.npz`` (arrays ``question`` and ``generated_100``: for
-each line the embedding of the question and of the whole text) and ``background.npy`` (other real embeddings, for the index). The
-text is embedded again, with the bundled model, at the checkpoints at which the product embeds it. The index is made of the background
-and noisy copies of it; the real query is the whole text. Moving is taken to keep a steady rate while the text is written: when a
-quarter of it is there, a quarter of the bytes has been moved.
+FOLDER holds ``trace.jsonl`` (``question`` and the text ``generated`` for it), ``embeddings.npz`` (arrays ``question`` and
+``generated_100``: for each line the embedding of the question and of the whole text) and ``background.npy`` (other real embeddings,
+for the index). The text is embedded again, with the bundled model, at the checkpoints at which the product embeds it. The index
+is made of the background and noisy copies of it; the real query is the whole text. Moving is taken to keep a steady rate while
+the text is written: when a quarter of it is there, a quarter of the bytes has been moved.
 """
 
 from __future__ import annotations

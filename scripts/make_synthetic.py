@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--noise", type=float, default=0.5, help="length of what is added to each unit vector"
     )
+    parser.add_argument("--longest", type=int, help="leave out base passages of more characters than this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -70,6 +71,9 @@ def main() -> None:
 def make(options: argparse.Namespace) -> None:
     """Write what is missing of the folder."""
     base, texts, metadata, made_by = load(options.base)
+    if options.longest is not None:
+        short = np.array([len(text) <= options.longest for text in texts.to_pylist()])
+        base, texts, metadata = base[short], texts.filter(pa.array(short)), metadata.filter(pa.array(short))
     count, dimension = base.shape
     total = options.vectors or -(-parse_bytes(options.bytes) // (4 * dimension))
     digest = xxhash.xxh3_64(base.tobytes()).hexdigest()

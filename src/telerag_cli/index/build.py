@@ -1,4 +1,4 @@
-"""Building an index out of core, in stages that each resume: train, assign, place, passages, seal.
+"""Building an index out of core, in stages that each resume: train, assign with passages beside it, place, seal.
 
 Everything happens in ``INDEX.partial/``, whose ``work/`` holds what is needed only until the end. A stage's files appear
 whole, or grow in a way that a checkpoint can cut back:
@@ -7,13 +7,14 @@ whole, or grow in a way that a checkpoint can cut back:
 stage      what it leaves                                              after a kill
 =========  ==========================================================  =============================================
 train      work/queries.npz, quantizer.npy, centroids.npy (last)       starts again, from the same sample
-assign     work/assignments.i32, work/assigned.npz (rows done, truth)  goes on from the last block
-place      offsets.npy, lists.bin, work/placed.json (rows done)        goes on; a row's place is arithmetic
+assign     work/assignments.i32, work/assigned.npz (rows done, truth)  goes on from the last checkpoint
 passages   passages.arrow                                              starts again
+place      offsets.npy, lists.bin, work/placed.json (rows done)        goes on; a row's place is arithmetic
 seal       checksums.npy, manifest.json (last)                         starts again
 =========  ==========================================================  =============================================
 
-Then ``work/`` goes and the folder is renamed. Equal input and options give equal bytes, killed or not.
+Assigning is arithmetic and writing passages is the disk's work, so they run at once. Then ``work/`` goes and the folder is
+renamed. Equal input and options give equal bytes, killed or not.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +61,8 @@ from telerag_cli.index.verify import scan_lists
 
 ASSIGN_ROWS = 16384
 """Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
+CHECKPOINT_BLOCKS = 16
+"""Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 LARGEST_PLACE_BYTES = 512 << 20
 
@@ -342,10 +346,9 @@ class _Build:
             return
         if not self.paths.centroids.exists():
             self.train()
-        self.assign()
+        with self._passages_beside():
+            self.assign()
         self.place()
-        if not self.paths.passages.exists():
-            self.write_passages()
         self.seal()
 
     @cached_property
@@ -391,18 +394,20 @@ class _Build:
               self.assignments_path.open("ab") as handle):  # fmt: skip
             handle.truncate(4 * done)
             advance(done)
-            for first, block in self.embeddings.batches(ASSIGN_ROWS, done):
+            for number, (first, block) in enumerate(self.embeddings.batches(ASSIGN_ROWS, done), 1):
                 if np.abs(block).max() > fits:
                     row = first + int(np.abs(block).max(axis=1).argmax())
                     raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {fits:g}.",
                                      remedy="Choose --storage float32 or int8.")  # fmt: skip
                 lists = quantizer.search(block, 1)[1][:, 0]
                 handle.write(lists.astype(np.int32).tobytes())
-                handle.flush()
-                os.fsync(handle.fileno())
                 truth.update(first, block)
-                with writing(state) as temporary, temporary.open("wb") as saved_to:
-                    np.savez(saved_to, done=first + len(block), scores=truth.scores, rows=truth.rows)
+                done = first + len(block)
+                if number % CHECKPOINT_BLOCKS == 0 or done == self.plan.rows:
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                    with writing(state) as temporary, temporary.open("wb") as saved_to:
+                        np.savez(saved_to, done=done, scores=truth.scores, rows=truth.rows)
                 advance(len(block))
 
     def place(self) -> None:
@@ -466,11 +471,38 @@ class _Build:
                 synced.result()
         assert (filled == sizes).all()
 
-    def write_passages(self) -> None:
-        with (self.progress("Writing passages", self.plan.rows, unit="passages") as advance,
-              writing(self.paths.passages) as temporary):  # fmt: skip
-            for count in write_passages(self.embeddings.passages(), temporary):
-                advance(count)
+    @contextlib.contextmanager
+    def _passages_beside(self) -> Iterator[None]:
+        """Write the passages on a thread while the block runs, then wait for what is left of it."""
+        if self.paths.passages.exists():
+            yield
+            return
+        written = 0
+        unwanted = threading.Event()
+
+        def work() -> None:
+            nonlocal written
+            with writing(self.paths.passages) as temporary:
+                for count in write_passages(self.embeddings.passages(), temporary):
+                    written += count
+                    if unwanted.is_set():
+                        raise InterruptedError  # so that no half of it gets the name
+
+        with ThreadPoolExecutor(1) as beside:
+            future = beside.submit(work)
+            try:
+                yield
+                with self.progress("Writing passages", self.plan.rows, unit="passages") as advance:
+                    shown = 0
+                    ended = False
+                    while not ended:
+                        ended = bool(wait([future], timeout=0.2).done)
+                        advance(written - shown)
+                        shown = written
+            except BaseException:
+                unwanted.set()
+                raise
+            future.result()
 
     def seal(self) -> None:
         """Sum every byte, search the lists while they pass by, and write the manifest."""
