@@ -42,9 +42,12 @@ def test_blend_goes_from_question_to_text():
     question, text = np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)
     np.testing.assert_allclose(blend(question, text, 0.0), question)
     np.testing.assert_allclose(blend(question, text, 1.0), text)
+    weight = text_weight(0.25)
     middle = blend(question, text, 0.25)
-    np.testing.assert_allclose(middle, [2**-0.5, 2**-0.5], rtol=1e-6)
-    np.testing.assert_allclose(blend(-text, text, 0.25), text)  # they cancel: the text is the better guess
+    np.testing.assert_allclose(
+        middle, np.array([1 - weight, weight]) / np.hypot(1 - weight, weight), rtol=1e-6
+    )
+    assert np.linalg.norm(blend(question, 3 * text, 0.4)) == pytest.approx(3)
 
 
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
@@ -68,7 +71,7 @@ def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     plan = Plan(5, 5, kept)
     plan.reorder(np.array([4, 0, 2, 1, 3]))
     assert np.flatnonzero(plan.stay(2)).tolist() == [0, 3, 4]
-    worth = plan.worth()
+    worth = plan.worth
     assert worth[4] == worth.max()
     assert worth[3] == worth.min()
 
@@ -82,8 +85,8 @@ class StubTier:
         self.gone = np.ones(nlist, np.bool_)
         self.started = []
 
-    def absent(self, lists):
-        return self.gone[lists]
+    def absent(self):
+        return self.gone
 
     def prefetch(self, list_no, stay, worth, arrived):
         if self.outcome is Prefetch.STARTED:

@@ -6,12 +6,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 import typer
 
 from telerag_cli import console
 from telerag_cli.errors import EXIT_INTERRUPTED, EXIT_OK, TeleragError
+from telerag_cli.files import explain
 
 P = ParamSpec("P")
 
@@ -36,10 +38,13 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             console.fail("Interrupted; what was finished is kept.")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except TeleragError as error:
+        except (TeleragError, OSError) as error:
             if os.environ.get(DEBUG_VARIABLE):
                 raise
-            console.fail(str(error))
-            raise typer.Exit(error.exit_code) from None
+            known = (
+                error if isinstance(error, TeleragError) else explain(error, Path(error.filename or "stdout"))
+            )
+            console.fail(str(known))
+            raise typer.Exit(known.exit_code) from None
 
     return run

@@ -51,10 +51,11 @@ def search(
         )
     arena_bytes = parse_bytes(fast_memory)
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
-        from telerag_cli.engine.assemble import default_nprobe, open_index, open_retriever
+        from telerag_cli.engine.assemble import byte_plan, default_nprobe, open_index, open_retriever
         from telerag_cli.engine.questions import Question, read_questions
 
         opened = open_index(index, embedder, device)
+        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, None))
         retriever = open_retriever(opened.index, arena_bytes)
         probes = nprobe or default_nprobe(opened.index)
         retriever.check(k, probes)

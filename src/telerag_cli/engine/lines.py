@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -130,7 +131,7 @@ class RunFile:
             while done < len(data):
                 done += self._file.write(data[done:])
         except OSError as error:
-            if end is not None:
+            with contextlib.suppress(OSError):
                 self._file.truncate(end)
             raise explain(error, self.path) from error
 

@@ -30,6 +30,8 @@ class Plan:
         self._nlist = nlist
         self._order: IntArray = np.empty(0, np.int64)
         self._rank: IntArray = np.full(nlist, nlist, np.int64)
+        self.worth: npt.NDArray[np.float64] = np.zeros(nlist)
+        """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
         self._next = 0
 
     def reorder(self, order: IntArray) -> None:
@@ -37,6 +39,7 @@ class Plan:
         self._order = order[: self.reach]
         self._rank = np.full(self._nlist, self._nlist, np.int64)
         self._rank[order] = np.arange(len(order))
+        self.worth = 1.0 - self._rank / self._nlist
         self._next = 0
 
     def next(self, absent: BoolArray) -> int | None:
@@ -62,8 +65,3 @@ class Plan:
         """Lists that may not be evicted for ``list_no``: those ranked before it and those kept, shape (nlist,)."""
         mask: BoolArray = (self._rank < self._rank[list_no]) | self._kept
         return mask
-
-    def worth(self) -> npt.NDArray[np.float64]:
-        """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
-        share: npt.NDArray[np.float64] = 1.0 - self._rank / self._nlist
-        return share

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
-
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.lookahead.plan import Plan
@@ -24,7 +22,6 @@ class Round:
         self._lock = threading.Lock()
         self._under_way = 0
         self._going = True
-        self._everything = np.arange(tier.nlist)
         self.moved: list[int] = []
         """Lists moved in this round, in order of arrival."""
         self.failed = 0
@@ -56,11 +53,11 @@ class Round:
             with self._lock:
                 if not self._going or self._under_way >= self._tier.depth:
                     return
-                list_no = self._plan.next(self._tier.absent(self._everything))
+                list_no = self._plan.next(self._tier.absent())
                 if list_no is None:
                     return
                 self._under_way += 1
-                stay, worth = self._plan.stay(list_no), self._plan.worth()
+                stay, worth = self._plan.stay(list_no), self._plan.worth
             outcome = self._tier.prefetch(list_no, stay, worth, self._arrived)
             if outcome is not Prefetch.STARTED:
                 with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 
 import numpy as np
@@ -20,9 +21,10 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes // PAGE_BYTES * PAGE_BYTES
         self.used_bytes = 0
-        self._starts: list[int] = []  # in address order, with the two lists below
-        self._ends: list[int] = []
-        self._owners: list[int] = []
+        # In address order. Arrays, because NumPy sees them without a copy: this runs for every list that is moved.
+        self._starts = array("q")
+        self._ends = array("q")
+        self._owners = array("q")
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -33,14 +35,15 @@ class Arena:
         assert nbytes % PAGE_BYTES == 0
         if self.used_bytes + nbytes > self.nbytes:
             return None
-        starts = np.array([*self._starts, self.nbytes], np.int64)
-        ends = np.array([0, *self._ends], np.int64)
-        gaps = starts - ends
+        gaps = np.empty(len(self._starts) + 1, np.int64)
+        gaps[:-1] = self._starts
+        gaps[-1] = self.nbytes
+        gaps[1:] -= self._ends
         fitting = np.where(gaps >= nbytes, gaps, np.iinfo(np.int64).max)
         place = int(fitting.argmin())
         if gaps[place] < nbytes:
             return None
-        offset = int(ends[place])
+        offset = self._ends[place - 1] if place else 0
         self._starts.insert(place, offset)
         self._ends.insert(place, offset + nbytes)
         self._owners.insert(place, owner)
@@ -67,11 +70,13 @@ class Arena:
         """
         if not self._starts:
             return None
-        owners = np.array(self._owners, np.int64)
-        left = np.array(
-            [0, *self._ends[:-1]], np.int64
-        )  # where the gap would begin: the gap before counts too
-        right = np.array([*self._starts[1:], self.nbytes], np.int64)
+        owners = np.array(self._owners)
+        left = np.empty_like(owners)  # where the gap would begin: the gap before a slot counts too
+        left[0] = 0
+        left[1:] = self._ends[:-1]
+        right = np.empty_like(owners)
+        right[:-1] = self._starts[1:]
+        right[-1] = self.nbytes
         price = cost[owners]
         fixed = np.isinf(price)
         spent = np.concatenate([[0.0], np.cumsum(np.where(fixed, 0.0, price))])

@@ -57,8 +57,8 @@ class FastTier(Protocol):
     def new_round(self, cache_fraction: float) -> BoolArray:
         """Begin a round; the lists to keep through it (see `Residency.new_round`)."""
 
-    def absent(self, lists: IntArray) -> BoolArray:
-        """Which of these lists are neither in the arena nor on their way."""
+    def absent(self) -> BoolArray:
+        """Which lists are neither in the arena nor on their way, shape (nlist,)."""
 
     def prefetch(
         self, list_no: int, stay: BoolArray, worth: npt.NDArray[np.float64], arrived: ListArrived

@@ -76,10 +76,10 @@ class HostTier:
         with self._lock:
             return self._residency.new_round(cache_fraction)
 
-    def absent(self, lists: IntArray) -> BoolArray:
+    def absent(self) -> BoolArray:
         """See `FastTier`."""
         with self._lock:
-            mask: BoolArray = self._residency.state[lists] == State.ABSENT
+            mask: BoolArray = self._residency.state == State.ABSENT
             return mask
 
     def prefetch(
