@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +69,14 @@ def test_queries_equal_sentence_transformers(encoder, reference):
 
 
 @pytest.mark.model
+def test_a_sketch_is_near_the_query_and_leaves_torch_its_threads(encoder):
+    before = torch.get_num_threads()
+    rough = np.stack([encoder.sketch(text) for text in TEXTS])
+    assert rough.shape == (len(TEXTS), encoder.info.dimension)
+    assert min_cosine(rough, encoder.encode_queries(TEXTS)) > 0.995
+    assert torch.get_num_threads() == before
+
+
 def test_passages_in_float32_equal_sentence_transformers_in_any_order(reference):
     encoder = Encoder.load(device="cpu", dtype="float32")
     done = []

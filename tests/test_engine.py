@@ -46,6 +46,9 @@ class WordHashes:
                 out[row] += np.random.default_rng(int.from_bytes(digest)).standard_normal(DIMENSION)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
+    def sketch(self, text):
+        return self.encode_queries([text])[0]
+
 
 ANIMALS = ("cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows", "hens", "rats")
 TEXTS = [
@@ -109,7 +112,6 @@ def test_hyde_writes_retrieves_and_answers(engine_of):
     assert answered.citations[0]["by"] == "marker"
     assert len(answered.joins) == 1
     assert {
-        "lookahead_s",
         "passage_s",
         "embed_s",
         "join_s",
@@ -173,40 +175,38 @@ def test_fit_keeps_everything_when_there_is_room():
     assert fit("q", hits, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1] == 3
 
 
-def test_refinement_embeds_at_checkpoints_and_never_twice_at_once():
-    embedded, followed = [], []
+def test_refinement_comes_at_checkpoints_and_never_twice_at_once():
+    refined = []
     gate = threading.Event()
 
-    def embed(text):
-        embedded.append(text)
+    def refine(text, fraction):
+        refined.append((text, fraction))
         gate.wait(5)
-        return np.ones(2, np.float32)
 
+    first = int(CHECKPOINTS[0] * 100)
     with ThreadPoolExecutor(1) as executor:
-        refiner = Refiner(np.ones(2, np.float32), embed, followed.append, 100, executor)
-        refiner.on_text("too early", int(CHECKPOINTS[0] * 100) - 1)
-        for tokens in range(int(CHECKPOINTS[0] * 100), 60):
+        refiner = Refiner(refine, 100, executor)
+        refiner.on_text("too early", first - 1)
+        for tokens in range(first, 60):
             refiner.on_text(f"{tokens} tokens", tokens)  # the first is being embedded all the while
         gate.set()
         executor.submit(lambda: None).result()
         refiner.on_text("95 tokens", 95)
         executor.submit(lambda: None).result()
         refiner.on_text("99 tokens", 99)
-    assert embedded == [f"{int(CHECKPOINTS[0] * 100)} tokens", "95 tokens"]
-    assert len(followed) == 2
+    assert refined == [(f"{first} tokens", first / 100), ("95 tokens", 0.95)]
 
 
 def test_a_refinement_that_comes_too_late_is_not_made():
-    embedded = []
+    refined = []
     with ThreadPoolExecutor(1) as executor:
         gate = threading.Event()
         executor.submit(gate.wait, 5)
-        one = np.ones(2, np.float32)
-        refiner = Refiner(one, lambda text: embedded.append(text) or one, lambda query: None, 10, executor)
+        refiner = Refiner(lambda text, fraction: refined.append(text), 10, executor)
         refiner.on_text("half", 5)
         refiner.end()
         gate.set()
-    assert embedded == []
+    assert refined == []
 
 
 def hits(*texts):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ PASSAGE_SCHEMA = pa.schema(
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -215,11 +218,14 @@ class Embeddings:
             groups = list(range(group, len(shard.group_rows)))
             with open_parquet(shard.path) as parquet:
                 try:
-                    for batch in parquet.iter_batches(READ_ROWS, groups, columns, use_threads=False):
-                        skip = min(max(0, start - row), len(batch))
-                        if skip < len(batch):
-                            yield row + skip, batch.slice(skip)
-                        row += len(batch)
+                    read = parquet.iter_batches(READ_ROWS, groups, columns, use_threads=False)
+                    # Closed before the file is, also when the caller stops in the middle.
+                    with contextlib.closing(_ahead(read)) as batches:
+                        for batch in batches:
+                            skip = min(max(0, start - row), len(batch))
+                            if skip < len(batch):
+                                yield row + skip, batch.slice(skip)
+                            row += len(batch)
                 except (OSError, pa.ArrowException) as error:
                     raise _damaged(shard.path, error) from error
 
@@ -334,6 +340,15 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         )
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
+
+
+def _ahead(items: Iterator[T]) -> Generator[T]:
+    """The items, each made on a thread while the one before it is used: the disk and the decoder need not wait for us."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = reader.submit(next, items, None)
+            yield item
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

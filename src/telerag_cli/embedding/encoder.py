@@ -63,6 +63,7 @@ class Encoder:
         self._device = device
         self._precision: Precision | None = None
         self._passages: Callable[[dict[str, Any]], dict[str, Any]] = model
+        self._rough: Callable[[dict[str, Any]], dict[str, Any]] | None = None
         self._lock = threading.Lock()
         self.tokenizer = _tokenizer(model, name)
         self._passage_prompt = _prompt(model, "document", "passage", "corpus")
@@ -198,6 +199,20 @@ class Encoder:
             features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
             return self._vectors(self._model(self._placed(features), task="query"))
 
+    def sketch(self, text: str) -> FloatArray:
+        """Embed a query roughly, shape (dimension,), while an LLM decodes on the same cores: for predictions only.
+
+        It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core from
+        the LLM, and its other threads would wait for them all.
+        """
+        with self._lock, torch.inference_mode(), _threads(1):
+            if self._rough is None:
+                short = _computes_bfloat16(self._device) and hasattr(self._model[0], "auto_model")
+                self._rough = _shortened(self._model, torch.bfloat16) if short else self._model
+            features = self._model.preprocess([text], prompt=self._query_prompt, task="query")
+            vector: FloatArray = self._vectors(self._rough(self._placed(features)))[0]
+            return vector
+
     def _run(self, texts: list[str]) -> FloatArray:
         with self._lock, torch.inference_mode():
             features = self._model.preprocess(texts, prompt=self._passage_prompt, task="document")
@@ -219,6 +234,17 @@ class Encoder:
         return np.minimum([len(encoding.ids) for encoding in encodings], self.info.max_tokens).astype(
             np.int64
         )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def batches(lengths: IntArray, batch_size: int) -> Iterator[IntArray]:

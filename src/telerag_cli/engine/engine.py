@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,6 +20,7 @@ from telerag_cli.engine.refiner import Refiner
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
+from telerag_cli.lookahead.order import blend
 from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Ahead, Pipeline, Retrieved
@@ -27,11 +30,23 @@ LLM = "LLM"
 EMBED = "embed"
 
 
+BACKGROUND_NICENESS = 5
+
+
+def _step_back() -> None:
+    """Let this thread's work yield to the LLM's."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
+
+
 class QueryEmbedder(Protocol):
     """Embeds questions the way the index's passages were embedded."""
 
     def encode_queries(self, texts: Sequence[str]) -> FloatArray:
         """Shape (len(texts), dimension); may be called from several threads."""
+
+    def sketch(self, text: str) -> FloatArray:
+        """A rough embedding, shape (dimension,), that takes little from an LLM decoding meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,8 @@ class Engine:
         self.passages = passages
         self.settings = settings
         self.tracer = tracer or Tracer(enabled=False)
-        self.background = ThreadPoolExecutor(1, thread_name_prefix="refine")
+        # One thread, so that what is begun is there before it is refined; a polite one, because the LLM needs the cores.
+        self.background = ThreadPoolExecutor(1, "refine", initializer=_step_back)
         self._lengths: dict[str, float] = {}
 
     async def ask(self, pipeline: Pipeline, question: str) -> Answered:
@@ -118,10 +134,12 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Ahead(Ahead):
-    """Lookahead of one session that is on: the embedding it began with, shape (dimension,), and its round."""
+    """Lookahead of one session that is on: the embedding it begins with, shape (dimension,), and its round.
 
-    query: FloatArray
-    round: Round
+    Both are made while the LLM already reads its prompt.
+    """
+
+    begun: Future[tuple[FloatArray, Round]]
 
 
 @dataclass
@@ -134,7 +152,7 @@ class _Session:
     joins: list[JoinReport] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     dropped: int = 0
-    rounds: list[Round] = field(default_factory=list)
+    begun: list[Future[tuple[FloatArray, Round]]] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
@@ -143,12 +161,13 @@ class _Session:
         if engine.settings.lookahead is Lookahead.OFF:
             yield Ahead()
             return
-        started_s = time.perf_counter()
-        vector = await asyncio.to_thread(self._embed_one, query)
-        ahead = _Ahead(vector, engine.retriever.begin(vector[None], engine.settings.nprobe))
-        self.rounds.append(ahead.round)
-        self.timings["lookahead_s"] += time.perf_counter() - started_s
-        yield ahead
+
+        def begin() -> tuple[FloatArray, Round]:
+            vector = self._sketch(query)
+            return vector, engine.retriever.begin(vector[None], engine.settings.nprobe)
+
+        self.begun.append(engine.background.submit(begin))
+        yield _Ahead(self.begun[-1])
 
     async def generate(
         self, stage: str, messages: Sequence[Message], *, max_tokens: int, refining: Ahead | None = None
@@ -166,8 +185,9 @@ class _Session:
         started_s = time.perf_counter()
         vectors = await asyncio.to_thread(self._embed, queries)
         embedded_s = time.perf_counter()
-        found = await asyncio.to_thread(self.engine.retriever.search, vectors, settings.k, settings.nprobe,
-                                        ahead.round if isinstance(ahead, _Ahead) else None)  # fmt: skip
+        round_ = (await asyncio.wrap_future(ahead.begun))[1] if isinstance(ahead, _Ahead) else None
+        search = self.engine.retriever.search
+        found = await asyncio.to_thread(search, vectors, settings.k, settings.nprobe, round_)
         self.joins.append(found.report)
         hits = await asyncio.to_thread(self._fetch, found)
         ended_s = time.perf_counter()
@@ -187,8 +207,9 @@ class _Session:
 
     async def end(self) -> None:
         """Stop lookahead that nothing retrieved from."""
-        for ahead in self.rounds:
-            ahead.stop()
+        for begun in self.begun:
+            _vector, round_ = await asyncio.wrap_future(begun)
+            round_.stop()
 
     async def _write(
         self, stage: str, messages: Sequence[Message], max_tokens: int, on_text: OnText | None
@@ -214,22 +235,22 @@ class _Session:
         engine = self.engine
         if engine.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
             return None
-        to = ahead.round
+        begun = ahead.begun
 
-        def follow(query: FloatArray) -> None:
-            to.follow(engine.retriever.order(query[None]))
+        def refine(text: str, fraction: float) -> None:
+            question, to = begun.result()
+            mixed = blend(question, self._sketch(text), fraction)
+            to.follow(engine.retriever.order(mixed[None]))
 
-        return Refiner(
-            ahead.query, self._embed_one, follow, engine.expected_tokens(stage, max_tokens), engine.background
-        )
+        return Refiner(refine, engine.expected_tokens(stage, max_tokens), engine.background)
 
     def _embed(self, texts: Sequence[str]) -> FloatArray:
         with self.engine.tracer.span(EMBED, f"{len(texts)} texts" if len(texts) > 1 else "text"):
             return self.engine.embedder.encode_queries(texts)
 
-    def _embed_one(self, text: str) -> FloatArray:
-        vector: FloatArray = self._embed([text])[0]
-        return vector
+    def _sketch(self, text: str) -> FloatArray:
+        with self.engine.tracer.span(EMBED, "sketch"):
+            return self.engine.embedder.sketch(text)
 
     def _fetch(self, found: Found) -> list[Retrieved]:
         """The best ``k`` passages over all queries, each once, best first."""

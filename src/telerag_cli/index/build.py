@@ -389,15 +389,15 @@ class _Build:
         if done == self.plan.rows:
             return
         quantizer = flat(self.centroids, self.options.metric)
-        fits = MAX_FLOAT16 if self.options.storage is Storage.FLOAT16 else np.inf
+        halves = self.options.storage is Storage.FLOAT16
         with (self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
               self.assignments_path.open("ab") as handle):  # fmt: skip
             handle.truncate(4 * done)
             advance(done)
             for number, (first, block) in enumerate(self.embeddings.batches(ASSIGN_ROWS, done), 1):
-                if np.abs(block).max() > fits:
+                if halves and np.abs(block).max() > MAX_FLOAT16:
                     row = first + int(np.abs(block).max(axis=1).argmax())
-                    raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {fits:g}.",
+                    raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
                                      remedy="Choose --storage float32 or int8.")  # fmt: skip
                 lists = quantizer.search(block, 1)[1][:, 0]
                 handle.write(lists.astype(np.int32).tobytes())

@@ -20,8 +20,8 @@ from telerag_cli.tiers.base import FastTier
 from telerag_cli.tracing import Tracer
 
 JOIN = "join"
-REACH = 8
-"""Lookahead moves at most this many times ``nprobe`` lists; the true probes beyond that rank are too few to pay."""
+REACH = 4
+"""An order is followed for this many times ``nprobe`` lists; the true probes beyond that rank are too few to pay."""
 RETRY_S = 0.002
 
 

@@ -20,6 +20,8 @@ from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.files import explain
 
+LINK_NICENESS = 10
+
 
 @dataclass(frozen=True)
 class Move:
@@ -141,6 +143,10 @@ class DirectReader:
             raise explain(error, self._path) from error
 
     def _work(self) -> None:
+        # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it takes a
+        # core from the LLM, whose other threads then wait at their next barrier: 8 % slower decoding, against 3 % with it.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LINK_NICENESS)
         while (job := self._jobs.get()) is not None:
             move, arrived = job
             error: TeleragError | None = None
