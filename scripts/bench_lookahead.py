@@ -113,9 +113,10 @@ class Useless(Retriever):
 
     random = np.random.default_rng(0)
 
-    def begin(self, queries: FloatArray, nprobe: int) -> Round:
+    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
         """Start lookahead for anything but these queries."""
-        return super().begin(self.random.standard_normal(queries.shape, dtype=np.float32), nprobe)
+        anything = self.random.standard_normal(queries.shape, dtype=np.float32)
+        return super().begin(anything, nprobe, refining=refining)
 
 
 def forget(path: Path) -> float:
@@ -238,9 +239,9 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=30)
     parser.add_argument("--nprobe", type=int, default=256)
-    parser.add_argument("-k", type=int, default=3)
+    parser.add_argument("-k", type=int, default=4)
     parser.add_argument("--fast-memory", default="2GiB")
-    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
 

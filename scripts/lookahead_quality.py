@@ -25,9 +25,8 @@ from telerag_cli.config import Metric
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.index.artifact import FloatArray, IntArray, extent_bytes
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.order import CHECKPOINTS, blend
+from telerag_cli.lookahead.order import CHECKPOINTS, blend, reach
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.retriever import REACH
 
 BUDGETS = (0.64, 1.0, 1.28, 1.6)
 Predict = Callable[[int, float], FloatArray]
@@ -68,11 +67,13 @@ def make_index(
 def replay(coarse: Coarse, extents: IntArray, probed: IntArray, budget_bytes: float, predict: Predict, question: int,
            checkpoints: tuple[float, ...]) -> float:  # fmt: skip
     """Share of the probed lists that the plan has moved when the text is done, for one question."""
-    plan = Plan(coarse.nlist, min(REACH * len(probed), coarse.nlist), np.zeros(coarse.nlist, np.bool_))
+    plan = Plan(coarse.nlist, np.zeros(coarse.nlist, np.bool_))
     absent = np.ones(coarse.nlist, np.bool_)
     moved_bytes = 0.0
     for begin, end in zip((0.0, *checkpoints), (*checkpoints, 1.0), strict=True):
-        plan.reorder(coarse.rank(predict(question, begin)))
+        plan.reorder(
+            coarse.rank(predict(question, begin)), reach(len(probed), begin, refining=bool(checkpoints))
+        )
         while moved_bytes < end * budget_bytes and (list_no := plan.next(absent)) is not None:
             absent[list_no] = False
             moved_bytes += float(extents[list_no])

@@ -63,14 +63,15 @@ class Machine(RuleBasedStateMachine):
         row = self.vectors[near % len(self.vectors)]
         return (row + 0.2 * self.random.standard_normal(row.shape)).astype(np.float32)[None]
 
-    @rule(near=st.integers(0, 600), nprobe=st.integers(1, 24))
-    def look_ahead(self, near, nprobe):
-        self.rounds.append(self.retriever.begin(self.query(near), min(nprobe, self.tier.nlist)))
+    @rule(near=st.integers(0, 600), nprobe=st.integers(1, 24), refining=st.booleans())
+    def look_ahead(self, near, nprobe, refining):
+        nprobe = min(nprobe, self.tier.nlist)
+        self.rounds.append(self.retriever.begin(self.query(near), nprobe, refining=refining))
 
     @precondition(lambda self: self.rounds)
-    @rule(near=st.integers(0, 600))
-    def refine(self, near):
-        self.rounds[-1].follow(self.retriever.order(self.query(near)))
+    @rule(near=st.integers(0, 600), nprobe=st.integers(1, 24), fraction=st.floats(0, 1))
+    def refine(self, near, nprobe, fraction):
+        self.retriever.refine(self.rounds[-1], self.query(near), min(nprobe, self.tier.nlist), fraction)
 
     @rule(pause_s=st.sampled_from([0.0, 0.0005, 0.002]))
     def wait(self, pause_s):

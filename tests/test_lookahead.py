@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import PAGE_BYTES
-from telerag_cli.lookahead.order import CHECKPOINTS, blend, interleave, text_weight
+from telerag_cli.lookahead.order import CHECKPOINTS, blend, interleave, reach, text_weight
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Round
 from telerag_cli.tiers.arena import Arena
@@ -51,25 +51,25 @@ def test_blend_goes_from_question_to_text():
 
 
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
-    plan = Plan(6, 4, np.zeros(6, np.bool_))
+    plan = Plan(6, np.zeros(6, np.bool_))
     absent = np.ones(6, np.bool_)
     assert plan.next(absent) is None
-    plan.reorder(np.array([5, 2, 0, 4, 1, 3]))
+    plan.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
     absent[2] = False
     handed = []
     while (number := plan.next(absent)) is not None:
         handed.append(number)
         absent[number] = False
     assert handed == [5, 0, 4]
-    plan.reorder(np.array([1, 5, 3, 0, 2, 4]))
+    plan.reorder(np.array([1, 5, 3, 0, 2, 4]), 4)
     assert plan.next(absent) == 1
 
 
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     kept = np.zeros(5, np.bool_)
     kept[3] = True
-    plan = Plan(5, 5, kept)
-    plan.reorder(np.array([4, 0, 2, 1, 3]))
+    plan = Plan(5, kept)
+    plan.reorder(np.array([4, 0, 2, 1, 3]), 5)
     assert np.flatnonzero(plan.stay(2)).tolist() == [0, 3, 4]
     worth = plan.worth
     assert worth[4] == worth.max()
@@ -101,31 +101,52 @@ class StubTier:
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
-    ahead = Round(tier, Plan(8, 8, np.zeros(8, np.bool_)))
-    ahead.follow(np.arange(8))
+    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead.follow(np.arange(8), 8)
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
     assert [number for number, _ in tier.started] == [0, 1, 2]
-    ahead.follow(np.arange(8)[::-1])
+    ahead.follow(np.arange(8)[::-1], 8)
     tier.finish(1)
     assert tier.started[-1][0] == 7
     ahead.stop()
     tier.finish(2)
-    ahead.follow(np.arange(8))
+    ahead.follow(np.arange(8), 8)
     assert len(tier.started) == 4
     assert ahead.moved == [0, 1, 2]
     assert ahead.orders == 2
     assert ahead.bytes_moved == 3 * PAGE_BYTES
 
 
+def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
+    tier = StubTier(8, depth=2)
+    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead.follow(np.arange(8), 2)
+    assert not ahead.idle
+    tier.finish(0)
+    tier.finish(1)
+    assert ahead.idle
+    assert len(tier.started) == 2
+    ahead.follow(np.arange(8), 3)
+    assert not ahead.idle
+
+
+def test_reach_grows_with_the_text():
+    reaches = [reach(100, fraction, refining=True) for fraction in (0.0, *CHECKPOINTS)]
+    assert reaches == sorted(reaches)
+    assert reaches[0] == 50
+    assert reaches[-1] > 100
+    assert reach(100, 0.0, refining=False) == 200
+
+
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, outcome=Prefetch.FULL)
-    ahead = Round(tier, Plan(8, 8, np.zeros(8, np.bool_)))
-    ahead.follow(np.arange(8))
+    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead.follow(np.arange(8), 8)
     tier.outcome = Prefetch.STARTED
     ahead._fill()
     assert tier.started == []
-    ahead.follow(np.arange(8))
+    ahead.follow(np.arange(8), 8)
     assert len(tier.started) == 2
 
 
@@ -227,8 +248,8 @@ def test_least_recently_used_leaves_first(kind):
 
 def test_rounds_may_be_driven_from_many_threads():
     tier = StubTier(64, depth=4)
-    ahead = Round(tier, Plan(64, 64, np.zeros(64, np.bool_)))
-    ahead.follow(np.arange(64))
+    ahead = Round(tier, Plan(64, np.zeros(64, np.bool_)))
+    ahead.follow(np.arange(64), 64)
     position = threading.Lock()
     taken = [0]
 

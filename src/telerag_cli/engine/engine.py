@@ -20,7 +20,7 @@ from telerag_cli.engine.refiner import Refiner
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.order import blend
+from telerag_cli.lookahead.order import LATE, blend
 from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Ahead, Pipeline, Retrieved
@@ -164,7 +164,8 @@ class _Session:
 
         def begin() -> tuple[FloatArray, Round]:
             vector = self._sketch(query)
-            return vector, engine.retriever.begin(vector[None], engine.settings.nprobe)
+            refining = engine.settings.lookahead is Lookahead.REFINED
+            return vector, engine.retriever.begin(vector[None], engine.settings.nprobe, refining=refining)
 
         self.begun.append(engine.background.submit(begin))
         yield _Ahead(self.begun[-1])
@@ -238,9 +239,11 @@ class _Session:
         begun = ahead.begun
 
         def refine(text: str, fraction: float) -> None:
-            question, to = begun.result()
+            question, ahead = begun.result()
+            if fraction < LATE and ahead.idle:
+                return
             mixed = blend(question, self._sketch(text), fraction)
-            to.follow(engine.retriever.order(mixed[None]))
+            engine.retriever.refine(ahead, mixed[None], engine.settings.nprobe, fraction)
 
         return Refiner(refine, engine.expected_tokens(stage, max_tokens), engine.background)
 

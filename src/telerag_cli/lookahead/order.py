@@ -11,6 +11,9 @@ from telerag_cli.index.artifact import FloatArray, IntArray
 CHECKPOINTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Shares of the expected text at which it is embedded again. Source: the measurement by scripts/lookahead_quality.py."""
 
+LATE = 0.7
+"""Before this share of the text, an idle link waits: a later order is better, and there is time to follow it."""
+
 
 def interleave(rankings: Sequence[IntArray]) -> IntArray:
     """One order for several queries: everyone's first choice, then everyone's second, each list once.
@@ -36,6 +39,21 @@ def text_weight(fraction: float) -> float:
     Source: the measurement by scripts/lookahead_quality.py, which hardly changes for weights 0.1 to either side.
     """
     return float(np.interp(fraction, (0.0, 0.1, 0.25, 0.5, 0.75, 1.0), (0.0, 0.4, 0.57, 0.8, 0.95, 1.0)))
+
+
+def reach(nprobe: int, fraction: float, *, refining: bool) -> int:
+    """How far down an order moving is worth it, in lists.
+
+    A move takes about 0.2 ms from an LLM that decodes on the same cores, and a miss costs about 1 ms at the join, so what is
+    probed with a probability below a fifth or so is better left. An early order is only a start when refinement follows: what
+    ranks low in it will be ranked better by a later one. Source: the measurement in docs/architecture.md.
+
+    Args:
+        nprobe: lists that the query will probe.
+        fraction: share of the expected text that the order is made from, 0 for the question alone.
+        refining: whether later orders will follow.
+    """
+    return round(nprobe * (0.5 + 0.8 * fraction)) if refining else 2 * nprobe
 
 
 def blend(question: FloatArray, text: FloatArray, fraction: float) -> FloatArray:

@@ -14,18 +14,16 @@ class Plan:
 
     The budget is elastic: there is no number of bytes to move, only an order, followed until the query arrives. Two
     things bound it. A list may evict only what the order ranks behind it and the cache does not keep, so a full arena
-    ends it. And lists beyond ``reach`` are not worth moving.
+    ends it. And each order says how far down it is worth following.
     """
 
-    def __init__(self, nlist: int, reach: int, kept: BoolArray) -> None:
+    def __init__(self, nlist: int, kept: BoolArray) -> None:
         """Begin with nothing to move.
 
         Args:
             nlist: lists in the index.
-            reach: how many of the best-ranked lists are worth moving.
             kept: lists that the cache keeps through this round, shape (nlist,).
         """
-        self.reach = reach
         self._kept = kept
         self._nlist = nlist
         self._order: IntArray = np.empty(0, np.int64)
@@ -34,9 +32,9 @@ class Plan:
         """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
         self._next = 0
 
-    def reorder(self, order: IntArray) -> None:
-        """Follow ``order`` (distinct lists, best first) from now on."""
-        self._order = order[: self.reach]
+    def reorder(self, order: IntArray, reach: int) -> None:
+        """Follow the ``reach`` best of ``order`` (distinct lists, best first) from now on; all of it ranks."""
+        self._order = order[:reach]
         self._rank = np.full(self._nlist, self._nlist, np.int64)
         self._rank[order] = np.arange(len(order))
         self.worth = 1.0 - self._rank / self._nlist
@@ -56,6 +54,11 @@ class Plan:
             return None
         self._next += step + 1
         return int(rest[step])
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to hand out of this order."""
+        return self._next >= len(self._order)
 
     def end(self) -> None:
         """Hand out nothing more of this order."""

@@ -13,15 +13,13 @@ from telerag_cli.config import Metric
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, best
-from telerag_cli.lookahead.order import interleave
+from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Round
 from telerag_cli.tiers.base import FastTier
 from telerag_cli.tracing import Tracer
 
 JOIN = "join"
-REACH = 4
-"""An order is followed for this many times ``nprobe`` lists; the true probes beyond that rank are too few to pay."""
 RETRY_S = 0.002
 
 
@@ -98,12 +96,18 @@ class Retriever:
                     remedy=f"Choose {name} from 1 to {limit:,}.",
                 )
 
-    def begin(self, queries: FloatArray, nprobe: int) -> Round:
-        """Start lookahead for queries expected to be like these, shape (n, dimension)."""
-        kept = self.tier.new_round(self._cache_fraction)
-        ahead = Round(self.tier, Plan(self.tier.nlist, min(REACH * nprobe, self.tier.nlist), kept))
-        ahead.follow(self.order(queries))
+    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
+        """Start lookahead for queries expected to be like these, shape (n, dimension).
+
+        ``refining`` says that `refine` will follow, so that this order is only a start.
+        """
+        ahead = Round(self.tier, Plan(self.tier.nlist, self.tier.new_round(self._cache_fraction)))
+        ahead.follow(self.order(queries), reach(nprobe, 0.0, refining=refining))
         return ahead
+
+    def refine(self, ahead: Round, queries: FloatArray, nprobe: int, fraction: float) -> None:
+        """Follow these queries, shape (n, dimension), made when ``fraction`` of the expected text was written."""
+        ahead.follow(self.order(queries), reach(nprobe, fraction, refining=True))
 
     def order(self, queries: FloatArray) -> IntArray:
         """The order in which lists are worth moving for queries like these, shape (n, dimension)."""

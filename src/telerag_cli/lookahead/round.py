@@ -29,19 +29,25 @@ class Round:
         self.orders = 0
         """How many orders were followed: one, and one more for each refinement."""
 
-    def follow(self, order: IntArray) -> None:
-        """Move lists in this order from now on; what is under way goes on."""
+    def follow(self, order: IntArray, reach: int) -> None:
+        """Move the ``reach`` best lists of this order from now on; what is under way goes on."""
         with self._lock:
             if not self._going:
                 return
             self.orders += 1
-            self._plan.reorder(order)
+            self._plan.reorder(order, reach)
         self._fill()
 
     def stop(self) -> None:
         """Start no more moves. Those under way end by themselves and are waited for only if needed."""
         with self._lock:
             self._going = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether the order has been followed to its end."""
+        with self._lock:
+            return self._plan.ended and not self._under_way
 
     @property
     def bytes_moved(self) -> int:
