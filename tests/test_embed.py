@@ -278,7 +278,7 @@ def test_disk_that_takes_no_more_keeps_whole_shards_and_resumes(lines, tmp_path)
         check=False,
     )
     assert run.returncode == 1
-    assert "shard-00000.parquet: File too large" in run.stderr
+    assert "shard-00000.parquet could not be written: File too large" in run.stderr
     assert "Traceback" not in run.stderr
     assert [path.name for path in (tmp_path / "e").iterdir()] == ["embeddings.json"]
     assert telerag(*command).exit_code == 0

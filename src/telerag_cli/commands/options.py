@@ -13,7 +13,15 @@ IndexArgument = Annotated[
         help="The index folder, made by telerag build-index.", metavar="INDEX", show_default=False
     ),
 ]
-KOption = Annotated[int, typer.Option("-k", min=1, help="Passages to retrieve.")]
+KOption = Annotated[
+    int | None,
+    typer.Option(
+        "-k",
+        min=1,
+        help="Passages to retrieve.  \\[default: 5, or all of a smaller index]",
+        show_default=False,
+    ),
+]
 NprobeOption = Annotated[
     int | None,
     typer.Option(

@@ -18,7 +18,7 @@ from telerag_cli.commands.options import (
     NprobeOption,
 )
 from telerag_cli.commands.search import no_question, open_lines
-from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_GENERATOR, DEFAULT_K, Lookahead, parse_bytes
+from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_GENERATOR, Lookahead, parse_bytes
 from telerag_cli.errors import EXIT_PARTIAL, ResourceError
 from telerag_cli.pipelines.registry import PipelineName
 
@@ -46,7 +46,7 @@ def run(
     ] = Lookahead.REFINED,
     fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
     nprobe: NprobeOption = None,
-    k: KOption = DEFAULT_K,
+    k: KOption = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +101,7 @@ def run(
         open_lines(questions) as (lines, name),
         contextlib.ExitStack() as opened_here,
     ):
-        from telerag_cli.engine.assemble import byte_plan, default_nprobe, open_engine, open_index
+        from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_engine, open_index
         from telerag_cli.engine.batch import answer_all
         from telerag_cli.engine.engine import Settings
         from telerag_cli.engine.lines import RunFile
@@ -119,7 +119,9 @@ def run(
         if trace:
             opened_here.callback(tracer.save, trace)
         generator = LlamaCpp(path, context_tokens=ctx_size, threads=threads, gpu_layers=n_gpu_layers)
-        settings = Settings(k, probes, lookahead, max_tokens, temperature, top_p, seed)
+        settings = Settings(
+            k or default_k(opened.index), probes, lookahead, max_tokens, temperature, top_p, seed
+        )
         engine = open_engine(opened, generator, arena_bytes, settings, tracer=tracer)
         opened_here.callback(engine.close)
         if engine.retriever.tier.note:

@@ -19,7 +19,7 @@ from telerag_cli.commands.options import (
     KOption,
     NprobeOption,
 )
-from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_K, parse_bytes
+from telerag_cli.config import DEFAULT_FAST_MEMORY, parse_bytes
 from telerag_cli.errors import EXIT_PARTIAL, InputError, UsageError
 
 SHOWN_CHARACTERS = 300
@@ -36,7 +36,7 @@ def search(
             help="A file of questions, one a line or JSONL; - is stdin.", metavar="FILE|-", show_default=False
         ),
     ] = None,
-    k: KOption = DEFAULT_K,
+    k: KOption = None,
     nprobe: NprobeOption = None,
     fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
     embedder: EmbedderOption = None,
@@ -51,14 +51,21 @@ def search(
         )
     arena_bytes = parse_bytes(fast_memory)
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
-        from telerag_cli.engine.assemble import byte_plan, default_nprobe, open_index, open_retriever
+        from telerag_cli.engine.assemble import (
+            byte_plan,
+            default_k,
+            default_nprobe,
+            open_index,
+            open_retriever,
+        )
         from telerag_cli.engine.questions import Question, read_questions
 
         opened = open_index(index, embedder, device)
         console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, None))
         retriever = open_retriever(opened.index, arena_bytes)
         probes = nprobe or default_nprobe(opened.index)
-        retriever.check(k, probes)
+        wanted = k or default_k(opened.index)
+        retriever.check(wanted, probes)
         if retriever.tier.note:
             console.warn(retriever.tier.note)
         opened_here.callback(retriever.tier.close)
@@ -76,7 +83,7 @@ def search(
                 if as_json:
                     console.emit_json({"id": item.id, "error": {"message": item.problem}})
                 continue
-            found = retriever.search(opened.embedder.encode_queries([item.text]), k, probes)
+            found = retriever.search(opened.embedder.encode_queries([item.text]), wanted, probes)
             rows = [int(row) for row in found.rows[0] if row >= 0]
             hits = [
                 {

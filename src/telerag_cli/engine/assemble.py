@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from telerag_cli.config import DEFAULT_NPROBE, format_bytes
+from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, format_bytes
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.engine import Engine, Settings
 from telerag_cli.errors import ModelError
@@ -79,6 +79,11 @@ def open_engine(
 def default_nprobe(index: Index) -> int:
     """How many lists to probe if nobody says: 32, or all of a smaller index."""
     return min(DEFAULT_NPROBE, index.manifest.nlist)
+
+
+def default_k(index: Index) -> int:
+    """How many passages to retrieve if nobody says: 5, or all of a smaller index."""
+    return min(DEFAULT_K, index.manifest.ntotal)
 
 
 def byte_plan(index: Index, fast_memory_bytes: int, model: Path | None) -> list[tuple[str, str, str]]:

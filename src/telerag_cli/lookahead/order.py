@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,7 +54,7 @@ def reach(nprobe: int, fraction: float, *, refining: bool) -> int:
         fraction: share of the expected text that the order is made from, 0 for the question alone.
         refining: whether later orders will follow.
     """
-    return round(nprobe * (0.5 + 0.8 * fraction)) if refining else 2 * nprobe
+    return math.ceil(nprobe * (0.5 + 0.8 * fraction)) if refining else 2 * nprobe
 
 
 def blend(question: FloatArray, text: FloatArray, fraction: float) -> FloatArray:
