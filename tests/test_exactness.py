@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.tiers.base import Prefetch
 from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.host import HostTier
 from telerag_cli.tiers.transport import DirectReader
@@ -220,4 +222,33 @@ def test_a_file_cut_short_while_in_use_is_named(small):
     with pytest.raises(ArtifactError, match=r"lists\.bin ends at byte 4,096"):
         retriever.search(vectors[:1], 3, 20)
     assert tier.references() == 0
+    tier.close()
+
+
+def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_missed(small):
+    index, ivf, vectors = small
+    gates = {}
+
+    class GatedLink(ChosenLink):
+        """A move ends when its gate is opened."""
+
+        def _work(self, move, arrived, delay_s):
+            gates.setdefault(move.list_no, threading.Event()).wait(10)
+            super()._work(move, arrived, delay_s)
+
+    query = vectors[:1]
+    order = Coarse(index.centroids, Metric.IP).rank(query[0])
+    wanted = int(order[0])
+    other = next(int(number) for number in order[::-1] if index.extents[number] == index.extents.max())
+    # Room for one list: while the other is on its way, the wanted one is refused.
+    tier, retriever = open_over(index, int(index.extents.max()), GatedLink)
+    nothing = np.zeros(20, np.bool_)
+    assert tier.prefetch(other, nothing, np.zeros(20), lambda _number, _error: None) is Prefetch.STARTED
+    gates.setdefault(wanted, threading.Event()).set()
+    threading.Timer(0.05, gates.setdefault(other, threading.Event()).set).start()
+    found = retriever.search(query, 3, 1)
+    assert (found.report.lists_hit, found.report.lists_coming, found.report.lists_missed) == (0, 0, 1)
+    scores, _rows, ordered = expected(ivf, Metric.IP, query, 3, 1)
+    np.testing.assert_array_equal(found.scores, scores)
+    np.testing.assert_array_equal(found.rows, ordered)
     tier.close()

@@ -183,9 +183,10 @@ class _Join:
                 claim = self._tier.claim(pending, self._told)
                 under_way += len(claim.coming) + len(claim.started)
                 if first:
+                    # What was refused is missed too, however it gets here later: other lookahead may bring it.
                     self.hits, self.coming = len(claim.hits), len(claim.coming)
+                    self.missed = claim.started + claim.refused
                     first = False
-                self.missed += claim.started
                 pending = claim.refused
                 self._score(claim.hits)
             if under_way:
