@@ -239,9 +239,9 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=30)
     parser.add_argument("--nprobe", type=int, default=256)
-    parser.add_argument("-k", type=int, default=4)
+    parser.add_argument("-k", type=int, default=3)
     parser.add_argument("--fast-memory", default="2GiB")
-    parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
 
