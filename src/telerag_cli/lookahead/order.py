@@ -45,9 +45,9 @@ def text_weight(fraction: float) -> float:
 def reach(nprobe: int, fraction: float, *, refining: bool) -> int:
     """How far down an order moving is worth it, in lists.
 
-    A move takes about 0.2 ms from an LLM that decodes on the same cores, and a miss costs about 1 ms at the join, so what is
-    probed with a probability below a fifth or so is better left. An early order is only a start when refinement follows: what
-    ranks low in it will be ranked better by a later one. Source: the measurement in docs/architecture.md.
+    A move takes some time from an LLM that decodes on the same cores, and a miss takes more at the join, so what is unlikely
+    to be probed is better left. An early order is only a start when refinement follows: what ranks low in it will be ranked
+    better by a later one. The numbers are a choice, checked by scripts/lookahead_quality.py and scripts/bench_lookahead.py.
 
     Args:
         nprobe: lists that the query will probe.

@@ -144,7 +144,7 @@ class DirectReader:
 
     def _work(self) -> None:
         # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it takes a
-        # core from the LLM, whose other threads then wait at their next barrier: 8 % slower decoding, against 3 % with it.
+        # core from the LLM, whose other threads then wait for that one at their next barrier.
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LINK_NICENESS)
         while (job := self._jobs.get()) is not None:
