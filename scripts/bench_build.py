@@ -25,6 +25,7 @@ from telerag_cli.index.artifact import ID_BYTES, Index, code_size
 from telerag_cli.index.build import partial_of
 from telerag_cli.index.scoring import faiss_metric
 from telerag_cli.index.train import ITERATIONS, TrainingPlan, draw_rows
+from telerag_cli.tiers.transport import available_bytes
 
 POLL_S = 0.02
 ADD_ROWS = 65536
@@ -87,7 +88,7 @@ def reference(
     train_s = time.monotonic() - began
     del sample
     # The lists grow by doubling, so allow twice what they will hold.
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = available_bytes()
     most = int(free * share / (2 * (code_size(dimension, storage) + ID_BYTES)))
     add_s, added = 0.0, 0
     for _, block in source.batches(ADD_ROWS):

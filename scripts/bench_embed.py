@@ -44,6 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", help="what telerag embed reads; a folder of embeddings too")
     parser.add_argument("--passages", type=int, default=512)
+    parser.add_argument(
+        "--shortest", type=int, default=0, help="leave out passages of fewer characters than this"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default=DEFAULT_EMBEDDER)
     parser.add_argument("--device", default="auto")
@@ -53,7 +56,10 @@ def main() -> None:
     encoder = Encoder.load(options.model, device=options.device)
     baseline = SentenceTransformer(model_path(options.model), device=encoder.device)
     chunker = Chunker(encoder.tokenizer, encoder.info.max_tokens)
-    passages = islice(read_passages(find_sources([options.source]), chunker), options.passages)
+    read = read_passages(find_sources([options.source]), chunker)
+    passages = islice(
+        (passage for passage in read if len(passage.text) >= options.shortest), options.passages
+    )
     texts = [passage.embedded_text for passage in passages]
     tokens = [min(encoder.count_tokens(text), encoder.info.max_tokens) for text in texts]
 
