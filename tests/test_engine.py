@@ -305,6 +305,6 @@ def test_the_trace_shows_moving_during_writing(engine_of, tmp_path):
     spans = [event for event in events if event["ph"] == "X"]
     writing = next(event for event in spans if event["cat"] == "LLM" and event["name"] == "passage")
     moves = [event for event in spans if event["cat"].startswith("link")]
-    inside = [move for move in moves if writing["ts"] <= move["ts"] <= writing["ts"] + writing["dur"]]
-    assert inside
+    # The first may begin before the LLM does; without lookahead none would before it has ended.
+    assert [move for move in moves if move["ts"] < writing["ts"] + writing["dur"]]
     assert {event["cat"] for event in spans} >= {"LLM", "embed", "join"}
