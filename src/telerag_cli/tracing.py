@@ -16,7 +16,7 @@ from telerag_cli.files import writing
 
 @dataclass(frozen=True)
 class Span:
-    """One piece of work: ``start_s`` and ``end_s`` are ``time.perf_counter`` seconds; equal for an instant."""
+    """One piece of work: ``start_s`` and ``end_s`` are ``time.perf_counter`` seconds."""
 
     lane: str
     name: str
@@ -39,11 +39,6 @@ class Tracer:
         if self.enabled:
             with self._lock:
                 self._spans.append(Span(lane, name, start_s, end_s, details))
-
-    def mark(self, lane: str, name: str, **details: Any) -> None:
-        """Record an instant."""
-        now_s = time.perf_counter()
-        self.add(lane, name, now_s, now_s, **details)
 
     @contextlib.contextmanager
     def span(self, lane: str, name: str, **details: Any) -> Iterator[None]:
@@ -68,15 +63,9 @@ class Tracer:
             for lane, number in lanes.items()
         ]
         for span in sorted(spans, key=lambda span: span.start_s):
-            event = {"name": span.name, "cat": span.lane, "pid": 1, "tid": lanes[span.lane],
-                     "ts": round((span.start_s - self._origin_s) * 1e6, 1), "args": span.details}  # fmt: skip
-            instant = span.end_s == span.start_s
-            kind = (
-                {"ph": "i", "s": "t"}
-                if instant
-                else {"ph": "X", "dur": round((span.end_s - span.start_s) * 1e6, 1)}
-            )
-            events.append(event | kind)
+            took_us = round((span.end_s - span.start_s) * 1e6, 1)
+            events.append({"ph": "X", "name": span.name, "cat": span.lane, "pid": 1, "tid": lanes[span.lane],
+                           "ts": round((span.start_s - self._origin_s) * 1e6, 1), "dur": took_us, "args": span.details})  # fmt: skip
         with writing(path) as temporary:
             temporary.write_text(
                 json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"

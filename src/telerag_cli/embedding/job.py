@@ -21,14 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Advance, Encoder, FloatArray, Precision
 from telerag_cli.errors import ArtifactError, InputError
 from telerag_cli.files import checksum, explain, read_json, write_json, writing
 
-FORMAT = "telerag-embeddings"
 VERSION = 1
-MANIFEST = "embeddings.json"
 METADATA_KEY = b"telerag"
 DEFAULT_SHARD_ROWS = 8192
 ROW_GROUP_ROWS = 2048
@@ -100,11 +99,11 @@ def _embed(
     batch_size: int | None,
     advance: Advance | None,
 ) -> Report:
-    manifest = output / MANIFEST
+    manifest = output / DESCRIPTION
     recorded = read_json(manifest) if manifest.exists() else None
     if recorded is None and any(output.glob("shard-*.parquet")):
         raise ArtifactError(
-            f"{output} holds shards and no {MANIFEST}, so what made them is not known.",
+            f"{output} holds shards and no {DESCRIPTION}, so what made them is not known.",
             remedy="Choose another --output.",
         )
     if recorded is not None and (not isinstance(recorded, dict) or recorded.get("format") != FORMAT):
