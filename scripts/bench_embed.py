@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -16,8 +15,6 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 import torch

@@ -511,6 +511,15 @@ def test_output_under_a_file(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_vectors_whose_distances_exceed_float32(tmp_path):
+    vectors = clustered(200, 8)
+    vectors[123] *= 1e30
+    file = write_parquet(tmp_path / "e.parquet", vectors)
+    options = BuildOptions(2, Metric.L2, seed=1)
+    with pytest.raises(InputError, match=r"row 123 is .*e\+30 long.*exceeds float32"):
+        build(Embeddings.open(file), tmp_path / "index", options)
+
+
 # Our own folders
 
 

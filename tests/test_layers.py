@@ -11,7 +11,7 @@ import pytest
 import telerag_cli
 
 PACKAGE = Path(telerag_cli.__file__).parent
-BASE = {"config", "errors", "files", "tracing", "bench_record"}
+BASE = {"config", "errors", "files", "tracing", "processor", "bench_record"}
 LAYERS = [
     {"__main__"},
     {"app"},

@@ -26,8 +26,6 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        # Set here, before any heavy import: quiet libraries and no network unless a model is named.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             command(*args, **kwargs)
             sys.stdout.flush()

@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from telerag_cli import processor
 from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 Advance = Callable[[int], None]
@@ -31,9 +33,8 @@ TRIAL_PASSAGES = 32
 TOKENS_PER_PASSAGE = 64
 """A batch of ``batch_size`` holds at most this many tokens for each, so that its activations stay in the cache."""
 
-ATTENTION = "telerag_cpu"
-PLAIN_ATTENTION = ("bert", "roberta", "xlm-roberta")
-"""Architectures whose attention is the textbook's: equal heads, no bias but the mask."""
+GROUP_TEXTS = 1024
+"""Texts that become tokens at once; batches of similar length are made within them."""
 
 DEFAULT_MAX_TOKENS = 512
 """For models that state no limit."""
@@ -148,9 +149,10 @@ class Encoder:
             trial = list(texts[:TRIAL_PASSAGES])
             self.precision = "float32"
             if trial and _computes_bfloat16(self._device) and self._has_transformer:
-                exact = self._run(trial)
+                tokens = self._tokens(trial).features
+                exact = self._run(tokens)
                 self.precision = "bfloat16"
-                if not min_cosine(exact, self._run(trial)) >= MIN_COSINE:
+                if not min_cosine(exact, self._run(tokens)) >= MIN_COSINE:
                     self.precision = "float32"
         assert self._precision is not None
         return self._precision
@@ -164,7 +166,7 @@ class Encoder:
     ) -> FloatArray:
         """Embed passages.
 
-        The texts are batched by length over the whole call; the result depends on the texts, the batch size, the
+        The texts are batched by length within 1,024 at a time; the result depends on the texts, the batch size, the
         precision and the machine, and on nothing else.
 
         Args:
@@ -181,14 +183,16 @@ class Encoder:
         self.decide(texts)
         size = batch_size or (1024 if self._device.type == "cuda" else 32)
         out = np.empty((len(texts), self.info.dimension), np.float32)
-        for rows in batches(self._lengths(texts), size):
-            try:
-                out[rows] = self._run([texts[row] for row in rows])
-            except torch.cuda.OutOfMemoryError as error:
-                raise ResourceError(f"A batch of {len(rows)} passages does not fit the memory of {self.device}.",
-                                    remedy=f"Use a --batch-size below {size}.") from error  # fmt: skip
-            if advance:
-                advance(len(rows))
+        for start in range(0, len(texts), GROUP_TEXTS):
+            group = self._tokens(texts[start : start + GROUP_TEXTS])
+            for rows in batches(group.lengths, size):
+                try:
+                    out[start + rows] = self._run(group[rows])
+                except torch.cuda.OutOfMemoryError as error:
+                    raise ResourceError(f"A batch of {len(rows)} passages does not fit the memory of {self.device}.",
+                                        remedy=f"Use a --batch-size below {size}.") from error  # fmt: skip
+                if advance:
+                    advance(len(rows))
         return out
 
     def encode_queries(self, texts: Sequence[str]) -> FloatArray:
@@ -207,15 +211,18 @@ class Encoder:
         """
         with self._lock, torch.inference_mode(), _threads(1):
             if self._rough is None:
-                short = _computes_bfloat16(self._device) and hasattr(self._model[0], "auto_model")
+                short = _computes_bfloat16(self._device) and self._has_transformer
                 self._rough = _shortened(self._model, torch.bfloat16) if short else self._model
             features = self._model.preprocess([text], prompt=self._query_prompt, task="query")
             vector: FloatArray = self._vectors(self._rough(self._placed(features)))[0]
             return vector
 
-    def _run(self, texts: list[str]) -> FloatArray:
+    def _tokens(self, texts: Sequence[str]) -> _Tokens:
+        with self._lock:
+            return _Tokens(self._model.preprocess(list(texts), prompt=self._passage_prompt, task="document"))
+
+    def _run(self, features: dict[str, Any]) -> FloatArray:
         with self._lock, torch.inference_mode():
-            features = self._model.preprocess(texts, prompt=self._passage_prompt, task="document")
             return self._vectors(self._passages(self._placed(features)))
 
     def _placed(self, features: dict[str, Any]) -> dict[str, Any]:
@@ -229,11 +236,25 @@ class Encoder:
         vectors: FloatArray = features["sentence_embedding"].float().cpu().numpy()
         return vectors
 
-    def _lengths(self, texts: Sequence[str]) -> IntArray:
-        encodings = self.tokenizer.encode_batch_fast(list(texts))
-        return np.minimum([len(encoding.ids) for encoding in encodings], self.info.max_tokens).astype(
-            np.int64
-        )
+
+class _Tokens:
+    """Tokens of many texts, padded to the longest, from which batches are cut that are padded to their own longest."""
+
+    def __init__(self, features: dict[str, Any]) -> None:
+        self.features = features
+        self._real: torch.Tensor = features["attention_mask"]
+        self.lengths: IntArray = self._real.sum(1).numpy()
+
+    def __getitem__(self, rows: IntArray) -> dict[str, Any]:
+        chosen = torch.from_numpy(rows)
+        used = self._real[chosen].any(0).nonzero()  # padding may be on either side
+        columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+        return {
+            name: value[chosen][:, columns]
+            if isinstance(value, torch.Tensor) and value.shape[:2] == self._real.shape
+            else value
+            for name, value in self.features.items()
+        }
 
 
 @contextlib.contextmanager
@@ -294,12 +315,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is arithmetic of the device itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
-            flags = next(line for line in lines if line.startswith(("flags", "Features"))).split()
-    except (OSError, StopIteration):
-        return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    return processor.computes_bfloat16()
 
 
 class _ToFloat32(torch.nn.Module):
@@ -314,38 +330,12 @@ class _ToFloat32(torch.nn.Module):
 
 def _shortened(model: Any, dtype: torch.dtype) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The model with its transformer in ``dtype`` and the modules after it in float32."""
-    first = copy.deepcopy(model[0]).to(dtype)
-    if dtype is torch.bfloat16 and model.device.type == "cpu" and first.config.model_type in PLAIN_ATTENTION:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import eager_mask
-
-        AttentionInterface.register(ATTENTION, _attention)
-        AttentionMaskInterface.register(ATTENTION, eager_mask)
-        first.auto_model.set_attn_implementation(ATTENTION)
+    first: torch.nn.Module
+    if dtype is torch.bfloat16 and model.device.type == "cpu" and UnpaddedBert.fits(model[0]):
+        first = UnpaddedBert(model[0])
+    else:
+        first = copy.deepcopy(model[0]).to(dtype)
     return torch.nn.Sequential(first, _ToFloat32(), *list(model)[1:]).eval()
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **_options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as two batched products, which oneDNN does in bfloat16 itself; torch's fused kernel is slower on a CPU.
-
-    Takes (batch, heads, tokens, head size) and an additive mask, gives (batch, tokens, heads, head size).
-    """
-    batch, heads, tokens, size = query.shape
-    flat = (batch * heads, tokens, size)
-    keys = key.reshape(flat).transpose(1, 2)
-    scores = torch.baddbmm(query.new_zeros(1, 1, 1), query.reshape(flat), keys, beta=0, alpha=scaling)
-    if attention_mask is not None:
-        scores.view(batch, heads, tokens, tokens).add_(attention_mask)
-    mixed = torch.bmm(scores.softmax(-1), value.reshape(flat))
-    return mixed.view(batch, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
 def _folder(model: str) -> Path | None:

@@ -53,6 +53,7 @@ from telerag_cli.index.artifact import (
     code_size,
     lay_out,
 )
+from telerag_cli.index.assign import Assigner
 from telerag_cli.index.passages import write_passages
 from telerag_cli.index.recall import ListRecall, Nearest
 from telerag_cli.index.scoring import Coarse, empty_ivf, flat
@@ -388,7 +389,7 @@ class _Build:
                 done, truth.scores, truth.rows = int(saved["done"]), saved["scores"], saved["rows"]
         if done == self.plan.rows:
             return
-        quantizer = flat(self.centroids, self.options.metric)
+        nearest_lists = Assigner(self.centroids, self.options.metric)
         halves = self.options.storage is Storage.FLOAT16
         with (self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
               self.assignments_path.open("ab") as handle):  # fmt: skip
@@ -399,7 +400,12 @@ class _Build:
                     row = first + int(np.abs(block).max(axis=1).argmax())
                     raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
                                      remedy="Choose --storage float32 or int8.")  # fmt: skip
-                lists = quantizer.search(block, 1)[1][:, 0]
+                lists = nearest_lists(block)
+                if (lists < 0).any():
+                    row = int(np.flatnonzero(lists < 0)[0])
+                    length = np.linalg.norm(block[row].astype(np.float64))
+                    raise InputError(f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list "
+                                     "exceeds float32.", remedy="Scale the vectors down.")  # fmt: skip
                 handle.write(lists.astype(np.int32).tobytes())
                 truth.update(first, block)
                 done = first + len(block)

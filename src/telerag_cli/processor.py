@@ -1,0 +1,40 @@
+"""The processor of this machine, as the system describes it."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+"""Flags of processors that multiply bfloat16 themselves; emulated, it is slower than float32."""
+
+
+@cache
+def described() -> dict[str, str]:
+    """The fields that ``/proc/cpuinfo`` gives for the last core; empty where there is none."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            fields = (line.split(":", 1) for line in lines if ":" in line)
+            return {name.strip(): value.strip() for name, value in fields}
+    except OSError:
+        return {}
+
+
+def flags() -> set[str]:
+    """Instruction sets."""
+    found = described()
+    return set((found.get("flags") or found.get("Features") or "").split())
+
+
+def model() -> str:
+    """Name, family and model, and the instruction sets that decide how fast we are."""
+    found = described()
+    name = found.get("model name", platform.processor())
+    matter = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags()]
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')}; {', '.join(matter)})"
+
+
+def computes_bfloat16() -> bool:
+    """Whether bfloat16 is arithmetic of the processor itself."""
+    return bool(NATIVE_BFLOAT16 & flags())
