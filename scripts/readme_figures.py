@@ -40,8 +40,8 @@ def render(results: list[tuple[str, dict[str, Any]]]) -> str:
     for name, result in results:
         machines.setdefault(describe(result["hardware"]), []).append(name)
     for machine, names in machines.items():
-        lines += ["", f"{', '.join(names)}: {machine}.", ""]
-    lines += [f"- `{name}`: `{result['command']}`" for name, result in results]
+        lines += ["", f"{', '.join(names)}: {machine}."]
+    lines += ["", *(f"- `{name}`: `{result['command']}`" for name, result in results)]
     return "\n".join(lines)
 
 
@@ -49,7 +49,9 @@ def describe(hardware: dict[str, Any]) -> str:
     """A machine and what was installed on it, in a line."""
     parts = [hardware["cpu"], f"{hardware['cores']} cores", format_bytes(hardware["memory_bytes"])]
     parts += [*hardware["gpus"], hardware["system"], f"Python {hardware['python']}"]
-    return ", ".join([*parts, *(f"{package} {version}" for package, version in hardware["versions"].items())])
+    return ", ".join(
+        [*parts, *(f"{package} {version}" for package, version in sorted(hardware["versions"].items()))]
+    )
 
 
 def fill(readme: str, section: str) -> str:

@@ -90,30 +90,33 @@ def _passages(name: str, title: str, text: str, module: str, kind: str) -> Itera
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut at blank lines into pieces of at most ``MAX_CHARS`` characters."""
+    """Pieces of at most ``MAX_CHARS`` characters: whole paragraphs, else whole lines, else parts of a line."""
+    return _joined(
+        (
+            block
+            for paragraph in re.split(r"\n\s*\n", text.strip("\n"))
+            for block in _joined(_lines(paragraph), "\n")
+        ),
+        "\n\n",
+    )
+
+
+def _joined(parts: Iterable[str], separator: str) -> Iterator[str]:
+    """As many parts together as ``MAX_CHARS`` allows; none that is blank."""
     piece = ""
-    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
-        for block in _blocks(paragraph):
-            if piece and len(piece) + 2 + len(block) > MAX_CHARS:
-                yield piece
-                piece = ""
-            piece = f"{piece}\n\n{block}" if piece else block
+    for part in parts:
+        if piece and len(piece) + len(separator) + len(part) > MAX_CHARS:
+            yield piece
+            piece = ""
+        piece = f"{piece}{separator}{part}" if piece else part
     if piece.strip():
         yield piece
 
 
-def _blocks(paragraph: str) -> Iterator[str]:
-    """A paragraph, or the runs of lines it must be cut into."""
-    block = ""
+def _lines(paragraph: str) -> Iterator[str]:
     for line in paragraph.splitlines():
         for start in range(0, max(len(line), 1), MAX_CHARS):
-            part = line[start : start + MAX_CHARS]
-            if block and len(block) + 1 + len(part) > MAX_CHARS:
-                yield block
-                block = ""
-            block = f"{block}\n{part}" if block else part
-    if block.strip():
-        yield block
+            yield line[start : start + MAX_CHARS]
 
 
 def _topics() -> Iterator[Passage]:
