@@ -22,6 +22,8 @@ from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 Advance = Callable[[int], None]
+Forward = Callable[[dict[str, Any]], dict[str, Any]]
+"""Features of a batch to features with ``sentence_embedding``."""
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -35,6 +37,10 @@ TOKENS_PER_PASSAGE = 64
 
 GROUP_TEXTS = 1024
 """Texts that become tokens at once; batches of similar length are made within them."""
+
+PROBES = ("a", "Texts of several lengths, on which two ways to compute the same model are compared. " * 4)
+SAME_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.995}
+"""What two right ways to compute a model in a type do not fall below."""
 
 DEFAULT_MAX_TOKENS = 512
 """For models that state no limit."""
@@ -63,9 +69,8 @@ class Encoder:
         self._model = model
         self._device = device
         self._precision: Precision | None = None
-        self._passages: Callable[[dict[str, Any]], dict[str, Any]] = model
-        self._rough: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-        self._lock = threading.Lock()
+        self._forwards: dict[torch.dtype, Forward] = {}
+        self._lock = threading.RLock()
         self.tokenizer = _tokenizer(model, name)
         self._passage_prompt = _prompt(model, "document", "passage", "corpus")
         self._query_prompt = _prompt(model, "query")
@@ -138,9 +143,6 @@ class Encoder:
 
     @precision.setter
     def precision(self, precision: Precision) -> None:
-        self._passages = (
-            self._model if precision == "float32" else _shortened(self._model, getattr(torch, precision))
-        )
         self._precision = precision
 
     def decide(self, texts: Sequence[str]) -> Precision:
@@ -150,7 +152,8 @@ class Encoder:
             self.precision = "float32"
             if trial and _computes_bfloat16(self._device) and self._has_transformer:
                 tokens = self._tokens(trial).features
-                exact = self._run(tokens)
+                with self._lock, torch.inference_mode():
+                    exact = self._vectors(self._model(self._placed(tokens)))
                 self.precision = "bfloat16"
                 if not min_cosine(exact, self._run(tokens)) >= MIN_COSINE:
                     self.precision = "float32"
@@ -201,7 +204,7 @@ class Encoder:
             return np.empty((0, self.info.dimension), np.float32)
         with self._lock, torch.inference_mode():
             features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
-            return self._vectors(self._model(self._placed(features), task="query"))
+            return self._vectors(self._forward(torch.float32)(self._placed(features)))
 
     def sketch(self, text: str) -> FloatArray:
         """Embed a query roughly, shape (dimension,), while an LLM decodes on the same cores: for predictions only.
@@ -209,12 +212,11 @@ class Encoder:
         It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core from
         the LLM, and its other threads would wait for them all.
         """
+        short = _computes_bfloat16(self._device) and self._has_transformer
         with self._lock, torch.inference_mode(), _threads(1):
-            if self._rough is None:
-                short = _computes_bfloat16(self._device) and self._has_transformer
-                self._rough = _shortened(self._model, torch.bfloat16) if short else self._model
             features = self._model.preprocess([text], prompt=self._query_prompt, task="query")
-            vector: FloatArray = self._vectors(self._rough(self._placed(features)))[0]
+            rough = self._forward(torch.bfloat16 if short else torch.float32)
+            vector: FloatArray = self._vectors(rough(self._placed(features)))[0]
             return vector
 
     def _tokens(self, texts: Sequence[str]) -> _Tokens:
@@ -223,7 +225,30 @@ class Encoder:
 
     def _run(self, features: dict[str, Any]) -> FloatArray:
         with self._lock, torch.inference_mode():
-            return self._vectors(self._passages(self._placed(features)))
+            dtype = getattr(torch, self._precision or "float32")
+            return self._vectors(self._forward(dtype)(self._placed(features)))
+
+    def _forward(self, dtype: torch.dtype) -> Forward:
+        """The model computing in this type, made at its first use."""
+        if dtype not in self._forwards:
+            self._forwards[dtype] = self._made(dtype)
+        return self._forwards[dtype]
+
+    def _made(self, dtype: torch.dtype) -> Forward:
+        first, *rest = self._model
+        native = dtype is torch.float32 or (dtype is torch.bfloat16 and processor.computes_bfloat16())
+        if self._device.type == "cpu" and native and UnpaddedBert.fits(first):
+            ours = torch.nn.Sequential(UnpaddedBert(first, dtype), *rest).eval()
+            # A relative of BERT may differ in ways that its configuration does not say.
+            features = self._model.preprocess(list(PROBES))
+            if (
+                min_cosine(self._vectors(self._model(features)), self._vectors(ours(features)))
+                >= SAME_COSINE[dtype]
+            ):
+                return ours
+        if dtype is torch.float32:
+            return self._model  # type: ignore[no-any-return]
+        return torch.nn.Sequential(copy.deepcopy(first).to(dtype), _ToFloat32(), *rest).eval()
 
     def _placed(self, features: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -326,16 +351,6 @@ class _ToFloat32(torch.nn.Module):
             key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for key, value in features.items()
         }
-
-
-def _shortened(model: Any, dtype: torch.dtype) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The model with its transformer in ``dtype`` and the modules after it in float32."""
-    first: torch.nn.Module
-    if dtype is torch.bfloat16 and model.device.type == "cpu" and UnpaddedBert.fits(model[0]):
-        first = UnpaddedBert(model[0])
-    else:
-        first = copy.deepcopy(model[0]).to(dtype)
-    return torch.nn.Sequential(first, _ToFloat32(), *list(model)[1:]).eval()
 
 
 def _folder(model: str) -> Path | None:
