@@ -56,13 +56,17 @@ class Tracer:
 
     def save(self, path: Path) -> None:
         """Write the Chrome trace: one process, a lane per thread row, microseconds since the tracer began."""
-        spans = self.spans()
-        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in spans))}
+        spans = sorted(self.spans(), key=lambda span: span.start_s)
+        # Viewers show rows by number, and take 0 for the idle process.
+        lanes = {lane: number for number, lane in enumerate(dict.fromkeys(span.lane for span in spans), 1)}
         events: list[dict[str, Any]] = [
-            {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane}}
-            for lane, number in lanes.items()
+            {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "telerag"}},
+            *(
+                {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": lane}}
+                for lane, number in lanes.items()
+            ),
         ]
-        for span in sorted(spans, key=lambda span: span.start_s):
+        for span in spans:
             took_us = round((span.end_s - span.start_s) * 1e6, 1)
             events.append({"ph": "X", "name": span.name, "cat": span.lane, "pid": 1, "tid": lanes[span.lane],
                            "ts": round((span.start_s - self._origin_s) * 1e6, 1), "dur": took_us, "args": span.details})  # fmt: skip

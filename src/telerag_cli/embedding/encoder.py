@@ -206,6 +206,11 @@ class Encoder:
             features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
             return self._vectors(self._forward(torch.float32)(self._placed(features)))
 
+    def warm_up(self) -> None:
+        """Do now what the first query and the first sketch would wait for."""
+        self.encode_queries(PROBES)
+        self.sketch(PROBES[0])
+
     def sketch(self, text: str) -> FloatArray:
         """Embed a query roughly, shape (dimension,), while an LLM decodes on the same cores: for predictions only.
 

@@ -71,7 +71,8 @@ def open_engine(
     *,
     tracer: Tracer | None = None,
 ) -> Engine:
-    """Everything together."""
+    """Everything together, and ready: the first question waits for nothing."""
+    opened.embedder.warm_up()
     retriever = open_retriever(opened.index, fast_memory_bytes, tracer=tracer)
     return Engine(generator, opened.embedder, retriever, opened.passages, settings, tracer=tracer)
 

@@ -22,7 +22,6 @@ from telerag_cli.tiers.transport import DirectReader, Move, Transport, allocate
 from telerag_cli.tracing import Tracer
 
 TransportFactory = Callable[[Path, npt.NDArray[np.uint8]], Transport]
-LINK = "link"
 
 
 class HostTier:
@@ -184,7 +183,7 @@ class HostTier:
         started_s = time.perf_counter()
 
         def arrived(move: Move, error: TeleragError | None) -> None:
-            self._tracer.add(f"{LINK} {threading.current_thread().name}", f"list {move.list_no}", started_s, time.perf_counter(),
+            self._tracer.add(threading.current_thread().name, f"list {move.list_no}", started_s, time.perf_counter(),
                              bytes=move.nbytes)  # fmt: skip
             self._arrived(move, error)
 

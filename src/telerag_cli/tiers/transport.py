@@ -100,7 +100,7 @@ class DirectReader:
         self._file = self._open()
         self._jobs: SimpleQueue[tuple[Move, Arrived] | None] = SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"link-{i}", daemon=True) for i in range(threads)
+            threading.Thread(target=self._work, name=f"link {i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
