@@ -160,7 +160,11 @@ def test_what_does_not_belong_in_the_folder_is_refused(tmp_path, options, rows, 
 def test_empty_corpus_leaves_no_embeddings(tmp_path):
     with pytest.raises(InputError, match=r"c\.jsonl holds no passage"):
         embed_passages([], Letters(), tmp_path / "e", source="c.jsonl")
-    assert contents(tmp_path / "e") == {}
+    assert not (tmp_path / "e").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(InputError):
+        embed_passages([], Letters(), tmp_path / "mine", source="c.jsonl")
+    assert contents(tmp_path / "mine") == {}
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -246,7 +250,7 @@ def test_bad_lines_on_standard_input(tmp_path):
     assert refused.exit_code == 1
     assert "error: <stdin>:2: not JSON" in refused.stderr
     assert refused.stdout == ""
-    assert not list((tmp_path / "e").iterdir())
+    assert not (tmp_path / "e").exists()
     skipped = telerag("embed", "-", "-o", tmp_path / "e", "--skip-bad", input=piped)
     assert skipped.exit_code == 0
     assert "left out 1 bad line: <stdin>:2: not JSON" in skipped.stderr

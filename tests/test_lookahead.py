@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import PAGE_BYTES
-from telerag_cli.lookahead.order import CHECKPOINTS, blend, interleave, reach, text_weight
+from telerag_cli.lookahead.order import (
+    CHECKPOINTS,
+    PATIENT_CHECKPOINTS,
+    blend,
+    due,
+    interleave,
+    reach,
+    text_weight,
+)
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Round
 from telerag_cli.tiers.arena import Arena
@@ -116,6 +124,21 @@ def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     assert ahead.moved == [0, 1, 2]
     assert ahead.orders == 2
     assert ahead.bytes_moved == 3 * PAGE_BYTES
+
+
+def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle():
+    def looks(idle):
+        made, before = [], 0.0
+        for fraction in (tokens / 100 for tokens in range(1, 101)):
+            if due(fraction, before, idle=idle):
+                made.append(fraction)
+                before = fraction
+        return made
+
+    assert looks(idle=False) == list(CHECKPOINTS)
+    assert looks(idle=True) == list(PATIENT_CHECKPOINTS)
+    assert set(PATIENT_CHECKPOINTS) < set(CHECKPOINTS)
+    assert not due(0.99, 0.91, idle=True)
 
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():

@@ -52,7 +52,7 @@ def test_it_ends_well_and_answers_every_question_with_sources(finished):
 
 def test_lookahead_finds_more_lists_in_fast_memory_and_changes_no_answer(finished):
     _, done = finished
-    rows = re.findall(r"^ *(\d) +(off|refined) +(?:[\d.]+ +){4}(\d+) +(\d+) ", done.stdout, re.MULTILINE)
+    rows = re.findall(r"^ *(\d) +(off|refined) +(?:[\d.]+ +){4}(\d+) of (\d+) ", done.stdout, re.MULTILINE)
     assert len(rows) == len(QUESTIONS) * len(MODES)
     hits = {mode: sum(int(hit) for _, row_mode, hit, _ in rows if row_mode == mode) for mode in MODES}
     wanted = sum(int(of) for _, mode, _, of in rows if mode == "refined")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 Advance = Callable[[int], None]
 """Called with how many more units of work are done."""
 
+WIDE = 200
+"""Columns of a table that goes to a file or a pipe, which has no width to keep to."""
+
 
 def _stderr() -> Console:
     from rich.console import Console
@@ -68,6 +71,8 @@ def table(
         # As Text, so that a bracket in a cell is a bracket and no markup.
         grid.add_row(*(Text(_cell(cell)) for cell in row))
     console = Console(highlight=False) if data else _stderr()
+    if not console.is_terminal:
+        console.width = WIDE
     console.print(grid, markup=False)
 
 

@@ -165,18 +165,8 @@ def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:
             )
     console.emit("")
     rows = [_row(number, mode, answers[mode][number]) for number in range(len(QUESTIONS)) for mode in MODES]
-    columns = [
-        "question",
-        "lookahead",
-        "passage s",
-        "join ms",
-        "answer s",
-        "total s",
-        "lists hit",
-        "of",
-        "read",
-    ]
-    console.table("At the join: probed lists that were in fast memory, and what was still to be read",
+    columns = ["", "lookahead", "passage", "join ms", "answer", "total", "lists hit", "read"]
+    console.table("Seconds by stage; at the join, lists in fast memory and bytes read then",
                   columns, rows, data=True)  # fmt: skip
     same = sum(off.answer == on.answer for off, on in zip(*(answers[mode] for mode in MODES), strict=True))
     console.emit(f"{same} of {len(QUESTIONS)} answers are the same with lookahead off and refined.\n")
@@ -185,7 +175,7 @@ def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:
 def _row(number: int, mode: Lookahead, answered: Answered) -> tuple[object, ...]:
     timings, join = answered.timings, answered.joins[0]
     return (number + 1, str(mode), round(timings["passage_s"], 2), round(1000 * join.join_s, 1),
-            round(timings["answer_s"], 2), round(timings["total_s"], 2), join.lists_hit, join.lists_wanted,
+            round(timings["answer_s"], 2), round(timings["total_s"], 2), f"{join.lists_hit} of {join.lists_wanted}",
             format_bytes(join.bytes_missed))  # fmt: skip
 
 

@@ -163,7 +163,11 @@ def shard_name(number: int) -> str:
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Make the folder and hold it against a second writer; the lock ends with the process, however it ends."""
+    """Make the folder and hold it against a second writer; the lock ends with the process, however it ends.
+
+    A folder made here in which nothing was written is removed again.
+    """
+    new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK | os.X_OK):
@@ -182,6 +186,11 @@ def _locked(output: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{output} is being written by another process.", remedy="Wait for it to end."
         ) from None
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty, and so of use
+                output.rmdir()
+        raise
     finally:
         os.close(handle)
 

@@ -20,7 +20,7 @@ from telerag_cli.engine.refiner import Refiner
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.order import LATE, blend
+from telerag_cli.lookahead.order import blend, due
 from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Ahead, Pipeline, Retrieved
@@ -236,12 +236,14 @@ class _Session:
         engine = self.engine
         if engine.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
             return None
-        begun = ahead.begun
+        begun, before = ahead.begun, 0.0
 
         def refine(text: str, fraction: float) -> None:
+            nonlocal before
             question, ahead = begun.result()
-            if fraction < LATE and ahead.idle:
+            if not due(fraction, before, idle=ahead.idle):
                 return
+            before = fraction
             mixed = blend(question, self._sketch(text), fraction)
             engine.retriever.refine(ahead, mixed[None], engine.settings.nprobe, fraction)
 

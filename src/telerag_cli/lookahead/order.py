@@ -12,8 +12,9 @@ from telerag_cli.index.artifact import FloatArray, IntArray
 CHECKPOINTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Shares of the expected text at which it is embedded again. Source: the measurement by scripts/lookahead_quality.py."""
 
-LATE = 0.7
-"""Before this share of the text, an idle link waits: a later order is better, and there is time to follow it."""
+PATIENT_CHECKPOINTS = (0.45, 0.75, 0.9)
+"""Those of them that count when the link has nothing left to move: each embedding takes some milliseconds from the LLM, and a
+later order is better. The first stands early enough for a text that ends before it was expected to."""
 
 
 def interleave(rankings: Sequence[IntArray]) -> IntArray:
@@ -55,6 +56,13 @@ def reach(nprobe: int, fraction: float, *, refining: bool) -> int:
         refining: whether later orders will follow.
     """
     return math.ceil(nprobe * (0.5 + 0.8 * fraction)) if refining else 2 * nprobe
+
+
+def due(fraction: float, before: float, *, idle: bool) -> bool:
+    """Whether a text of which ``fraction`` is written deserves a new order, the last one being made at ``before``."""
+    return any(
+        before < checkpoint <= fraction for checkpoint in (PATIENT_CHECKPOINTS if idle else CHECKPOINTS)
+    )
 
 
 def blend(question: FloatArray, text: FloatArray, fraction: float) -> FloatArray:
