@@ -127,18 +127,18 @@ def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
 
 
 def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle():
-    def looks(idle):
+    def looks(checkpoints):
         made, before = [], 0.0
         for fraction in (tokens / 100 for tokens in range(1, 101)):
-            if due(fraction, before, idle=idle):
+            if due(fraction, before, checkpoints):
                 made.append(fraction)
                 before = fraction
         return made
 
-    assert looks(idle=False) == list(CHECKPOINTS)
-    assert looks(idle=True) == list(PATIENT_CHECKPOINTS)
+    assert looks(CHECKPOINTS) == list(CHECKPOINTS)
+    assert looks(PATIENT_CHECKPOINTS) == list(PATIENT_CHECKPOINTS)
     assert set(PATIENT_CHECKPOINTS) < set(CHECKPOINTS)
-    assert not due(0.99, 0.91, idle=True)
+    assert not due(0.99, 0.91, PATIENT_CHECKPOINTS)
 
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():

@@ -1,8 +1,11 @@
-"""The processor of this machine, as the system describes it."""
+"""The processor of this machine: what the system says of it, and how a thread leaves it to others."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -38,3 +41,9 @@ def model() -> str:
 def computes_bfloat16() -> bool:
     """Whether bfloat16 is arithmetic of the processor itself."""
     return bool(NATIVE_BFLOAT16 & flags())
+
+
+def give_way(niceness: int) -> None:
+    """Let this thread's work yield to that of less nice ones, where the system allows it."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

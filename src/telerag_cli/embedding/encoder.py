@@ -68,9 +68,10 @@ class Encoder:
     def __init__(self, model: Any, name: str, device: torch.device, precision: Precision | None) -> None:
         self._model = model
         self._device = device
-        self._precision: Precision | None = None
+        self.precision: Precision | None = None
+        """The type in which passages are computed; None as long as ``auto`` has seen no text."""
         self._forwards: dict[torch.dtype, Forward] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.tokenizer = _tokenizer(model, name)
         self._passage_prompt = _prompt(model, "document", "passage", "corpus")
         self._query_prompt = _prompt(model, "query")
@@ -136,18 +137,9 @@ class Encoder:
         """``cpu`` or ``cuda:N``."""
         return str(self._device)
 
-    @property
-    def precision(self) -> Precision | None:
-        """The type in which passages are computed; None as long as ``auto`` has seen no text."""
-        return self._precision
-
-    @precision.setter
-    def precision(self, precision: Precision) -> None:
-        self._precision = precision
-
     def decide(self, texts: Sequence[str]) -> Precision:
         """Settle ``auto``: bfloat16 if the device computes in it and the first passages keep a cosine of 0.999."""
-        if self._precision is None:
+        if self.precision is None:
             trial = list(texts[:TRIAL_PASSAGES])
             self.precision = "float32"
             if trial and _computes_bfloat16(self._device) and self._has_transformer:
@@ -157,8 +149,7 @@ class Encoder:
                 self.precision = "bfloat16"
                 if not min_cosine(exact, self._run(tokens)) >= MIN_COSINE:
                     self.precision = "float32"
-        assert self._precision is not None
-        return self._precision
+        return self.precision
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text as the model would see it untruncated, special tokens included."""
@@ -202,14 +193,14 @@ class Encoder:
         """Embed queries, in float32 and with the model's query prompt, as one batch; shape (len(texts), dimension)."""
         if not texts:
             return np.empty((0, self.info.dimension), np.float32)
-        with self._lock, torch.inference_mode():
-            features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
-            return self._vectors(self._forward(torch.float32)(self._placed(features)))
+        with self._lock:
+            return self._query(texts, torch.float32)
 
-    def warm_up(self) -> None:
-        """Do now what the first query and the first sketch would wait for."""
+    def warm_up(self, *, sketching: bool) -> None:
+        """Do now what the first query, and the first sketch if there will be one, would wait for."""
         self.encode_queries(PROBES)
-        self.sketch(PROBES[0])
+        if sketching:
+            self.sketch(PROBES[0])
 
     def sketch(self, text: str) -> FloatArray:
         """Embed a query roughly, shape (dimension,), while an LLM decodes on the same cores: for predictions only.
@@ -218,11 +209,14 @@ class Encoder:
         the LLM, and its other threads would wait for them all.
         """
         short = _computes_bfloat16(self._device) and self._has_transformer
-        with self._lock, torch.inference_mode(), _threads(1):
-            features = self._model.preprocess([text], prompt=self._query_prompt, task="query")
-            rough = self._forward(torch.bfloat16 if short else torch.float32)
-            vector: FloatArray = self._vectors(rough(self._placed(features)))[0]
+        with self._lock, _threads(1):
+            vector: FloatArray = self._query([text], torch.bfloat16 if short else torch.float32)[0]
             return vector
+
+    def _query(self, texts: Sequence[str], dtype: torch.dtype) -> FloatArray:
+        with torch.inference_mode():
+            features = self._model.preprocess(list(texts), prompt=self._query_prompt, task="query")
+            return self._vectors(self._forward(dtype)(self._placed(features)))
 
     def _tokens(self, texts: Sequence[str]) -> _Tokens:
         with self._lock:
@@ -230,7 +224,7 @@ class Encoder:
 
     def _run(self, features: dict[str, Any]) -> FloatArray:
         with self._lock, torch.inference_mode():
-            dtype = getattr(torch, self._precision or "float32")
+            dtype = getattr(torch, self.precision or "float32")
             return self._vectors(self._forward(dtype)(self._placed(features)))
 
     def _forward(self, dtype: torch.dtype) -> Forward:
@@ -241,7 +235,7 @@ class Encoder:
 
     def _made(self, dtype: torch.dtype) -> Forward:
         first, *rest = self._model
-        native = dtype is torch.float32 or (dtype is torch.bfloat16 and processor.computes_bfloat16())
+        native = dtype is torch.float32 or (dtype is torch.bfloat16 and _computes_bfloat16(self._device))
         if self._device.type == "cpu" and native and UnpaddedBert.fits(first):
             ours = torch.nn.Sequential(UnpaddedBert(first, dtype), *rest).eval()
             # A relative of BERT may differ in ways that its configuration does not say.

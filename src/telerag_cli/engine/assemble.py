@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, format_bytes
+from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, Lookahead, format_bytes
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.engine import Engine, Settings
 from telerag_cli.errors import ModelError
@@ -72,7 +72,7 @@ def open_engine(
     tracer: Tracer | None = None,
 ) -> Engine:
     """Everything together, and ready: the first question waits for nothing."""
-    opened.embedder.warm_up()
+    opened.embedder.warm_up(sketching=settings.lookahead is not Lookahead.OFF)
     retriever = open_retriever(opened.index, fast_memory_bytes, tracer=tracer)
     return Engine(generator, opened.embedder, retriever, opened.passages, settings, tracer=tracer)
 

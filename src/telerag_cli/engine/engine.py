@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
@@ -20,23 +18,16 @@ from telerag_cli.engine.refiner import Refiner
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.order import blend, due
+from telerag_cli.lookahead.order import PATIENT_CHECKPOINTS, blend, due
 from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Ahead, Pipeline, Retrieved
+from telerag_cli.processor import give_way
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
 EMBED = "embed"
-
-
 BACKGROUND_NICENESS = 5
-
-
-def _step_back() -> None:
-    """Let this thread's work yield to the LLM's."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
 
 
 class QueryEmbedder(Protocol):
@@ -97,7 +88,9 @@ class Engine:
         self.settings = settings
         self.tracer = tracer or Tracer(enabled=False)
         # One thread, so that what is begun is there before it is refined; a polite one, because the LLM needs the cores.
-        self.background = ThreadPoolExecutor(1, "refine", initializer=_step_back)
+        self.background = ThreadPoolExecutor(
+            1, "refine", initializer=give_way, initargs=(BACKGROUND_NICENESS,)
+        )
         self._lengths: dict[str, float] = {}
 
     async def ask(self, pipeline: Pipeline, question: str) -> Answered:
@@ -241,7 +234,7 @@ class _Session:
         def refine(text: str, fraction: float) -> None:
             nonlocal before
             question, ahead = begun.result()
-            if not due(fraction, before, idle=ahead.idle):
+            if ahead.idle and not due(fraction, before, PATIENT_CHECKPOINTS):
                 return
             before = fraction
             mixed = blend(question, self._sketch(text), fraction)

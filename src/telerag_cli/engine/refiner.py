@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-from telerag_cli.lookahead.order import CHECKPOINTS
+from telerag_cli.lookahead.order import CHECKPOINTS, due
 
 
 class Refiner:
@@ -28,16 +28,16 @@ class Refiner:
         self._refine = refine
         self._expected = max(expected_tokens, 1.0)
         self._executor = executor
-        self._pending = list(CHECKPOINTS)
+        self._looked = 0.0
         self._busy = threading.Lock()
         self._ended = False
 
     def on_text(self, text: str, tokens: int) -> None:
         """See `OnText`."""
         fraction = tokens / self._expected
-        if not self._pending or fraction < self._pending[0] or not self._busy.acquire(blocking=False):
+        if not due(fraction, self._looked, CHECKPOINTS) or not self._busy.acquire(blocking=False):
             return
-        self._pending = [checkpoint for checkpoint in self._pending if checkpoint > fraction]
+        self._looked = fraction
         self._executor.submit(self._run, text, min(fraction, 1.0))
 
     def end(self) -> None:

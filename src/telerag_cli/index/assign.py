@@ -49,7 +49,7 @@ class Assigner:
         nlist = len(self._centroids)
         squares = np.einsum("ij,ij->i", self._centroids, self._centroids)
         self._bias = -squares / 2 if self._metric is Metric.L2 else np.zeros(nlist, np.float32)
-        self._longest = float(np.sqrt(squares.max()))
+        self._longest, self._largest_bias = float(np.sqrt(squares.max())), float(np.abs(self._bias).max())
         # Columns are filled up with the last list again.
         columns = np.minimum(np.arange(-(-nlist // LANES) * LANES), nlist - 1)
         self._factor = torch.from_numpy(self._centroids[columns]).bfloat16().T.contiguous()
@@ -76,7 +76,7 @@ class Assigner:
             torch.mm(x.bfloat16(), self._factor, out=scores)
         grouped = scores.view(len(x), -1, LANES)
         best = grouped.amax(1)
-        error = 4.1 * UNIT * (x.norm(dim=1) * self._longest + float(np.abs(self._bias).max()))
+        error = 4.1 * UNIT * (x.norm(dim=1) * self._longest + self._largest_bias)
         least = best.amax(1).float() - 2 * error
         rows, lanes = (best.float() >= least[:, None]).nonzero(as_tuple=True)
         near, depths = (grouped[rows, :, lanes].float() >= least[rows, None]).nonzero(as_tuple=True)

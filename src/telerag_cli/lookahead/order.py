@@ -58,11 +58,9 @@ def reach(nprobe: int, fraction: float, *, refining: bool) -> int:
     return math.ceil(nprobe * (0.5 + 0.8 * fraction)) if refining else 2 * nprobe
 
 
-def due(fraction: float, before: float, *, idle: bool) -> bool:
-    """Whether a text of which ``fraction`` is written deserves a new order, the last one being made at ``before``."""
-    return any(
-        before < checkpoint <= fraction for checkpoint in (PATIENT_CHECKPOINTS if idle else CHECKPOINTS)
-    )
+def due(fraction: float, before: float, checkpoints: Sequence[float]) -> bool:
+    """Whether one of the checkpoints was passed since the text was last looked at, when ``before`` of it was written."""
+    return any(before < checkpoint <= fraction for checkpoint in checkpoints)
 
 
 def blend(question: FloatArray, text: FloatArray, fraction: float) -> FloatArray:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.files import explain
+from telerag_cli.processor import give_way
 
 LINK_NICENESS = 10
 
@@ -145,8 +146,7 @@ class DirectReader:
     def _work(self) -> None:
         # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it takes a
         # core from the LLM, whose other threads then wait for that one at their next barrier.
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LINK_NICENESS)
+        give_way(LINK_NICENESS)
         while (job := self._jobs.get()) is not None:
             move, arrived = job
             error: TeleragError | None = None
