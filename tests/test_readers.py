@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 
 import pyarrow as pa
@@ -230,3 +231,16 @@ def test_metadata_is_json_whatever_parquet_held():
     assert json.loads(Passage("i", "t", {"when": datetime.date(2020, 1, 2)}).metadata_json) == {
         "when": "2020-01-02"
     }
+
+
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "none"])
+def test_damaged_pages_of_parquet_are_told_by_file_and_row(tmp_path, codec):
+    path = tmp_path / "c.parquet"
+    pq.write_table(pa.table({"text": [f"passage {n} " * 20 for n in range(2000)]}), path, compression=codec)
+    whole = bytearray(path.read_bytes())
+    whole[100:1100] = b"\xff" * 1000
+    path.write_bytes(whole)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert re.search(r"c\.parquet cannot be read after row 0: [^.]+\.$", caught.value.message)
+    assert caught.value.remedy == "Fetch it again."

@@ -278,9 +278,9 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Any]]:
             for values in batch.to_pylist():
                 row += 1
                 yield row, {name: value for name, value in values.items() if value is not None}
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(
-            f"{source.label} cannot be read after row {row}: {error}.", remedy="Fetch it again."
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(
+            error, source.path, f"{source.label} cannot be read after row {row}", "Fetch it again."
         ) from error
 
 
@@ -298,12 +298,17 @@ def _parquet(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(
-            f"{path} is not Parquet: {error}.", remedy="Fetch it again or name another file."
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(
+            error, path, f"{path} is not Parquet", "Fetch it again or name another file."
         ) from error
-    except OSError as error:
-        raise explain(error, path) from error
+
+
+def _unreadable(error: Exception, path: Path, what: str, remedy: str) -> Exception:
+    """Arrow tells of damaged bytes as an ``OSError`` too, then without the system's number."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return explain(error, path)
+    return InputError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.", remedy=remedy)
 
 
 def _need_text_column(source: Source, columns: Sequence[str]) -> None:
