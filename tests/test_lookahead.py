@@ -18,7 +18,7 @@ from telerag_cli.lookahead.order import (
     text_weight,
 )
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Round
+from telerag_cli.lookahead.round import Mover
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import Prefetch
 from telerag_cli.tiers.cache import CacheKind, make_policy
@@ -109,7 +109,7 @@ class StubTier:
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
-    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
@@ -143,7 +143,7 @@ def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle()
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
     tier = StubTier(8, depth=2)
-    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 2)
     assert not ahead.idle
     tier.finish(0)
@@ -164,10 +164,10 @@ def test_reach_grows_with_the_text():
 
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, outcome=Prefetch.FULL)
-    ahead = Round(tier, Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     tier.outcome = Prefetch.STARTED
-    ahead._fill()
+    ahead._mover.fill()
     assert tier.started == []
     ahead.follow(np.arange(8), 8)
     assert len(tier.started) == 2
@@ -271,7 +271,7 @@ def test_least_recently_used_leaves_first(kind):
 
 def test_rounds_may_be_driven_from_many_threads():
     tier = StubTier(64, depth=4)
-    ahead = Round(tier, Plan(64, np.zeros(64, np.bool_)))
+    ahead = Mover(tier).start(Plan(64, np.zeros(64, np.bool_)))
     ahead.follow(np.arange(64), 64)
     position = threading.Lock()
     taken = [0]

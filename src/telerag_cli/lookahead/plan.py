@@ -30,6 +30,8 @@ class Plan:
         self._rank: IntArray = np.full(nlist, nlist, np.int64)
         self.worth: npt.NDArray[np.float64] = np.zeros(nlist)
         """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
+        self.wanted: BoolArray = np.zeros(nlist, np.bool_)
+        """The lists that are worth moving, whether they have been moved or not."""
         self._next = 0
 
     def reorder(self, order: IntArray, reach: int) -> None:
@@ -38,6 +40,7 @@ class Plan:
         self._rank = np.full(self._nlist, self._nlist, np.int64)
         self._rank[order] = np.arange(len(order))
         self.worth = 1.0 - self._rank / self._nlist
+        self.wanted = self._rank < reach
         self._next = 0
 
     def next(self, absent: BoolArray) -> int | None:

@@ -15,7 +15,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, best
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Round
+from telerag_cli.lookahead.round import Mover, Round
 from telerag_cli.tiers.base import FastTier
 from telerag_cli.tracing import Tracer
 
@@ -60,6 +60,14 @@ class JoinReport:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Queries that belong together, shape (n, dimension), and the lookahead that prepared them; it ends with the search."""
+
+    queries: FloatArray
+    rounds: tuple[Round, ...] = ()
+
+
+@dataclass(frozen=True)
 class Found:
     """The best passages of each query: scores and row numbers, (n, k), best first; row -1 where there is none."""
 
@@ -78,6 +86,12 @@ class Retriever:
         self._coarse = coarse
         self._cache_fraction = cache_fraction
         self._tracer = tracer or Tracer(enabled=False)
+        self._mover = Mover(tier)
+
+    @property
+    def rounds(self) -> int:
+        """Lookahead rounds that have not ended."""
+        return self._mover.rounds
 
     def check(self, k: int, nprobe: int) -> None:
         """Refuse a search that the index cannot answer.
@@ -101,7 +115,7 @@ class Retriever:
 
         ``refining`` says that `refine` will follow, so that this order is only a start.
         """
-        ahead = Round(self.tier, Plan(self.tier.nlist, self.tier.new_round(self._cache_fraction)))
+        ahead = self._mover.start(Plan(self.tier.nlist, self.tier.new_round(self._cache_fraction)))
         ahead.follow(self.order(queries), reach(nprobe, 0.0, refining=refining))
         return ahead
 
@@ -116,45 +130,76 @@ class Retriever:
     def search(self, queries: FloatArray, k: int, nprobe: int, ahead: Round | None = None) -> Found:
         """What ``faiss.IndexIVF`` finds with the same probes; equal scores are ordered by row.
 
-        The join: stop lookahead, score what is in the arena, and score what is missing as it arrives. Only moves that
-        the query needs are waited for.
-
         Args:
             queries: (n, dimension).
             k: passages per query.
             nprobe: lists probed per query.
-            ahead: the lookahead that prepared this search.
+            ahead: the lookahead that prepared this search; it ends.
 
         Raises:
             TeleragError: a list could not be read.
         """
+        return self.search_together([Search(queries, (ahead,) if ahead else ())], k, nprobe)[0]
+
+    def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+        """Several searches at once; each finds what it would find alone, and a list that two of them probe is moved once.
+
+        The join: stop lookahead, score what is in the arena, and score what is missing as it arrives. Only moves that
+        the queries need are waited for.
+
+        Raises:
+            TeleragError: a list could not be read; the rounds have ended all the same.
+        """
         arrived_s = time.perf_counter()
-        if ahead is None:
-            self.tier.new_round(self._cache_fraction)
-        else:
+        rounds = [ahead for search in searches for ahead in search.rounds]
+        for ahead in rounds:
             ahead.stop()
-        _scores, probes = self._coarse.probe(queries, nprobe)
-        coarse_s = time.perf_counter() - arrived_s
-        wanted = np.unique(probes)
-        wanted = wanted[self.tier.extents[wanted] > 0]
-        join = _Join(self.tier, self.index.manifest.metric, queries, probes, k, self._tracer)
-        join.run([int(list_no) for list_no in wanted])
-        self.tier.used(wanted)
-        moved = np.array(ahead.moved if ahead else [], np.int64)
+        try:
+            if not rounds:
+                self.tier.new_round(self._cache_fraction)
+            queries = np.concatenate([search.queries for search in searches])
+            _scores, probes = self._coarse.probe(queries, nprobe)
+            coarse_s = time.perf_counter() - arrived_s
+            join = _Join(self.tier, self.index.manifest.metric, queries, probes, k, self._tracer)
+            wanted = self._lists(probes)
+            join.run(wanted.tolist())
+            self.tier.used(wanted)
+        finally:
+            for ahead in rounds:
+                ahead.end()
+        ended_s = time.perf_counter()
+        found, start = [], 0
+        for search in searches:
+            rows = slice(start, start := start + len(search.queries))
+            report = self._report(search, self._lists(probes[rows]), join, coarse_s, ended_s - arrived_s)
+            found.append(Found(join.scores[rows], join.rows[rows], report))
+            self._tracer.add(JOIN, "join", arrived_s, ended_s, **report.counts())
+        return found
+
+    def _lists(self, probes: IntArray) -> IntArray:
+        """The distinct lists probed, empty ones aside."""
+        lists = np.unique(probes)
+        kept: IntArray = lists[self.tier.extents[lists] > 0]
+        return kept
+
+    def _report(
+        self, search: Search, wanted: IntArray, join: _Join, coarse_s: float, join_s: float
+    ) -> JoinReport:
+        """What the join was for one of its searches; what two of them needed counts for both."""
         extents = self.tier.extents
-        missed = np.array(join.missed, np.int64)
-        report = JoinReport(
-            lists_wanted=len(wanted), lists_hit=join.hits, lists_coming=join.coming, lists_missed=len(missed),
+        moved = np.array([list_no for ahead in search.rounds for list_no in ahead.moved], np.int64)
+        missed = wanted[np.isin(wanted, join.missed)]
+        coming = int(np.isin(wanted, join.coming).sum())
+        return JoinReport(
+            lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - coming, lists_coming=coming, lists_missed=len(missed),
             lists_moved=len(moved), lists_wasted=int((~np.isin(moved, wanted)).sum()),
             bytes_wanted=int(extents[wanted].sum()), bytes_moved=int(extents[moved].sum()), bytes_missed=int(extents[missed].sum()),
-            orders=ahead.orders if ahead else 0,
-            coarse_s=coarse_s, score_s=join.score_s, join_s=time.perf_counter() - arrived_s)  # fmt: skip
-        self._tracer.add(JOIN, "join", arrived_s, time.perf_counter(), **report.counts())
-        return Found(join.scores, join.rows, report)
+            orders=sum(ahead.orders for ahead in search.rounds),
+            coarse_s=coarse_s, score_s=join.score_s, join_s=join_s)  # fmt: skip
 
 
 class _Join:
-    """One search's way through hits, arrivals and misses, keeping the best so far."""
+    """The way of some queries through hits, arrivals and misses, keeping the best so far."""
 
     def __init__(
         self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer
@@ -169,7 +214,7 @@ class _Join:
         worst = -np.inf if metric is Metric.IP else np.inf
         self.scores: FloatArray = np.full((len(queries), k), worst, np.float32)
         self.rows: IntArray = np.full((len(queries), k), -1, np.int64)
-        self.hits = self.coming = 0
+        self.coming: list[int] = []
         self.missed: list[int] = []
         self.score_s = 0.0
 
@@ -184,8 +229,7 @@ class _Join:
                 under_way += len(claim.coming) + len(claim.started)
                 if first:
                     # What was refused is missed too, however it gets here later: other lookahead may bring it.
-                    self.hits, self.coming = len(claim.hits), len(claim.coming)
-                    self.missed = claim.started + claim.refused
+                    self.coming, self.missed = claim.coming, claim.started + claim.refused
                     first = False
                 pending = claim.refused
                 self._score(claim.hits)

@@ -1,27 +1,104 @@
-"""One round of lookahead: keep the link busy with the plan's next list until the query arrives."""
+"""Rounds of lookahead: keep the link busy with the best next list until the query arrives."""
 
 from __future__ import annotations
 
 import threading
+from collections import deque
+from functools import partial
+
+import numpy as np
 
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.tiers.base import FastTier, Prefetch
+from telerag_cli.tiers.residency import BoolArray
+
+
+class Mover:
+    """Keeps ``tier.depth`` moves under way for all rounds together, taking from each in turn its best list.
+
+    A move's end starts the next one, in the link's own thread: nothing polls, and stopping is one flag. The depth is the
+    link's and not each round's, so that what a query waits for has at most that many moves before it.
+    """
+
+    def __init__(self, tier: FastTier) -> None:
+        self.tier = tier
+        self.lock = threading.Lock()
+        self._rounds: deque[Round] = deque()
+        self._under_way = 0
+
+    def start(self, plan: Plan) -> Round:
+        """A new round, which moves nothing until it follows an order and holds a place until `Round.end`."""
+        new = Round(self, plan)
+        with self.lock:
+            self._rounds.append(new)
+        return new
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that have not ended."""
+        with self.lock:
+            return len(self._rounds)
+
+    def remove(self, ended: Round) -> None:
+        """Forget a round; its lists may be evicted for others from now on."""
+        with self.lock:
+            if ended in self._rounds:
+                self._rounds.remove(ended)
+
+    def fill(self) -> None:
+        """Start moves until the link is as deep as it should be, or no round has anything to move."""
+        while True:
+            with self.lock:
+                chosen = self._choose() if self._under_way < self.tier.depth else None
+                if chosen is None:
+                    return
+                taker, list_no, stay = chosen
+                self._under_way += 1
+                taker.under_way += 1
+                worth = taker.plan.worth
+            outcome = self.tier.prefetch(list_no, stay, worth, partial(self._arrived, taker))
+            if outcome is not Prefetch.STARTED:
+                with self.lock:
+                    self._under_way -= 1
+                    taker.under_way -= 1
+                    if outcome is Prefetch.FULL:
+                        # What ranks lower may evict even less: only a new order can go on.
+                        taker.plan.end()
+
+    def _choose(self) -> tuple[Round, int, BoolArray] | None:
+        """The next round in turn that has a list to move, the list, and what may not be evicted for it."""
+        absent = self.tier.absent()
+        for _ in range(len(self._rounds)):
+            taker = self._rounds[0]
+            self._rounds.rotate(-1)
+            list_no = taker.plan.next(absent) if taker.going else None
+            if list_no is not None:
+                # What others are moving for queries to come is worth as much as what this one moves.
+                others = [other.plan.wanted for other in self._rounds if other is not taker]
+                return taker, list_no, np.logical_or.reduce([taker.plan.stay(list_no), *others])
+        return None
+
+    def _arrived(self, taker: Round, list_no: int, error: TeleragError | None) -> None:
+        with self.lock:
+            self._under_way -= 1
+            taker.under_way -= 1
+            if error is None:
+                taker.moved.append(list_no)
+            else:
+                taker.failed += 1
+        self.fill()
 
 
 class Round:
-    """Pulls lists from the plan and starts their moves, ``tier.depth`` at a time, from `follow` until `stop`.
+    """Lookahead for what one question will search next; made by `Mover.start`."""
 
-    A move's end starts the next one, in the link's own thread: nothing polls, and stopping is one flag.
-    """
-
-    def __init__(self, tier: FastTier, plan: Plan) -> None:
-        self._tier = tier
-        self._plan = plan
-        self._lock = threading.Lock()
-        self._under_way = 0
-        self._going = True
+    def __init__(self, mover: Mover, plan: Plan) -> None:
+        self._mover = mover
+        self.plan = plan
+        self.going = True
+        self.under_way = 0
         self.moved: list[int] = []
         """Lists moved in this round, in order of arrival."""
         self.failed = 0
@@ -31,52 +108,30 @@ class Round:
 
     def follow(self, order: IntArray, reach: int) -> None:
         """Move the ``reach`` best lists of this order from now on; what is under way goes on."""
-        with self._lock:
-            if not self._going:
+        with self._mover.lock:
+            if not self.going:
                 return
             self.orders += 1
-            self._plan.reorder(order, reach)
-        self._fill()
+            self.plan.reorder(order, reach)
+        self._mover.fill()
 
     def stop(self) -> None:
         """Start no more moves. Those under way end by themselves and are waited for only if needed."""
-        with self._lock:
-            self._going = False
+        with self._mover.lock:
+            self.going = False
+
+    def end(self) -> None:
+        """Stop, and let others evict what this round has moved."""
+        self.stop()
+        self._mover.remove(self)
 
     @property
     def idle(self) -> bool:
         """Whether the order has been followed to its end."""
-        with self._lock:
-            return self._plan.ended and not self._under_way
+        with self._mover.lock:
+            return self.plan.ended and not self.under_way
 
     @property
     def bytes_moved(self) -> int:
         """Bytes of the lists moved so far."""
-        return int(self._tier.extents[self.moved].sum()) if self.moved else 0
-
-    def _fill(self) -> None:
-        while True:
-            with self._lock:
-                if not self._going or self._under_way >= self._tier.depth:
-                    return
-                list_no = self._plan.next(self._tier.absent())
-                if list_no is None:
-                    return
-                self._under_way += 1
-                stay, worth = self._plan.stay(list_no), self._plan.worth
-            outcome = self._tier.prefetch(list_no, stay, worth, self._arrived)
-            if outcome is not Prefetch.STARTED:
-                with self._lock:
-                    self._under_way -= 1
-                    if outcome is Prefetch.FULL:
-                        # What ranks lower may evict even less: only a new order can go on.
-                        self._plan.end()
-
-    def _arrived(self, list_no: int, error: TeleragError | None) -> None:
-        with self._lock:
-            self._under_way -= 1
-            if error is None:
-                self.moved.append(list_no)
-            else:
-                self.failed += 1
-        self._fill()
+        return int(self._mover.tier.extents[self.moved].sum()) if self.moved else 0
