@@ -1,20 +1,19 @@
-"""llama.cpp through the low-level API of llama-cpp-python: one sequence at a time, on a thread of its own."""
+"""llama.cpp as a generator: many requests at once, decoded together by one thread."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
+import contextlib
+import queue
+import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-import llama_cpp
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-from telerag_cli.errors import ModelError, ResourceError
+from telerag_cli.config import DEFAULT_CTX_SIZE
+from telerag_cli.errors import ModelError
 from telerag_cli.generation.base import (
     FinishReason,
     Generation,
@@ -22,186 +21,297 @@ from telerag_cli.generation.base import (
     OnText,
     Request,
     context_exceeded,
-    cut_at_stop,
 )
+from telerag_cli.generation.batcher import Batcher
+from telerag_cli.generation.llama_model import LlamaDecoder, LlamaModel, Logits
+from telerag_cli.generation.sampling import Sampler, log_probability
+from telerag_cli.generation.writing import Writing
 
-DEFAULT_CONTEXT_TOKENS = 4096
-PREFILL_TOKENS = 512
-"""Prompt tokens evaluated in one call."""
+T = TypeVar("T")
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
-def _no_log(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """llama.cpp tells about every tensor; what matters comes back as a null pointer or a status."""
+@dataclass(frozen=True)
+class Stats:
+    """What a generator is doing and has done; tokens are counted from the start."""
+
+    running: int
+    """Requests with a slot."""
+    waiting: int
+    evaluated_tokens: int
+    """Of prompts, computed."""
+    taken_over_tokens: int
+    """Of prompts, computed for another request before."""
+    written_tokens: int
+    """All but the last of each text."""
 
 
 class LlamaCpp:
-    """A GGUF model. Every generation starts from an empty context, so an answer does not depend on what came before it."""
+    """A GGUF model that answers ``parallel`` requests at a time; more of them wait.
 
-    def __init__(self, path: Path, *, context_tokens: int = DEFAULT_CONTEXT_TOKENS, threads: int | None = None,
-                 gpu_layers: int = 0) -> None:  # fmt: skip
-        """Load the model.
+    On a CPU a request's text does not depend on what is decoded beside it, nor on what was computed before: see
+    `LlamaDecoder`. Prompts go through the model's own chat template. Safe to use from several threads and event loops.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        context_tokens: int = DEFAULT_CTX_SIZE,
+        parallel: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        """Take the memory for the contexts, and the model, which is freed by `close`.
 
         Args:
-            path: a GGUF file.
-            context_tokens: tokens that prompt and answer may have together; at most what the model was trained for.
+            model: the model.
+            context_tokens: tokens that a prompt and its answer may have together; at most what the model was trained for.
+            parallel: requests at a time.
             threads: CPU threads; by default one a core.
-            gpu_layers: layers to put on a GPU, -1 for all.
 
         Raises:
-            ModelError: the file cannot be loaded or has no chat template.
-            ResourceError: no memory for the context, or no GPU where layers were to go.
+            ResourceError: there is not enough memory.
+            UsageError: llama.cpp does not take so many requests at a time.
         """
-        if gpu_layers and not llama_cpp.llama_supports_gpu_offload():
-            raise ResourceError(f"{gpu_layers} layers were to go to a GPU and this build of llama.cpp has none.",
-                                remedy="Install llama-cpp-python with CUDA, or leave out --n-gpu-layers.")  # fmt: skip
-        llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))
-        self.name = path.stem
-        settings = llama_cpp.llama_model_default_params()
-        settings.n_gpu_layers = gpu_layers
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
-        if not self._model:
-            raise ModelError(f"llama.cpp cannot load {path}.",
-                             remedy="Check that the file is whole and its architecture is known to llama.cpp.")  # fmt: skip
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        trained = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.context_tokens = min(context_tokens, trained)
-        self._template = self._chat_template(path)
-        self._context = self._open_context(threads)
-        # One thread owns the context; the event loop stays free to embed, move and serve.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="llm")
+        self.name = model.name
+        self.context_tokens = min(context_tokens, model.trained_tokens)
+        self.parallel = parallel
+        self.context_bytes = parallel * model.context_bytes(self.context_tokens)
+        """What the contexts take."""
+        self._model = model
+        self._decoder = LlamaDecoder(model, parallel, self.context_tokens, threads)
+        self._batcher = Batcher(self._decoder, parallel, self._decoder.chunk)
+        # What the worker is to do between two steps; None to end.
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Once there is one, nothing is ordered any more, and nobody comes near the model: see `_open`.
+        self._refusal: ModelError | None = None
+        self._entrance = threading.Lock()
+        self._worker = threading.Thread(target=self._work, name="llm", daemon=True)
+        self._worker.start()
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of a prompt, chat template included."""
-        return len(self._tokenize(self._render(messages)))
+        """Tokens of a prompt, chat template included; raises ModelError after `close`."""
+        with self._open():
+            return len(self._model.prompt(messages))
 
     async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
-        """See `Generator`. If cancelled, decoding ends at the next token."""
-        cancelled = [False]
-        future = asyncio.get_running_loop().run_in_executor(
-            self._worker, self._generate, request, on_text, cancelled
-        )
+        """See `Generator`.
+
+        What ``on_text`` raises ends this request, and comes out of here.
+
+        Raises:
+            InputError: the prompt and ``max_tokens`` exceed the context, or the shape's grammar is none.
+            ModelError: llama.cpp failed, or the model was closed.
+        """
+        job = self._submit(request, on_text)
+        future = asyncio.wrap_future(job.result)
         try:
-            return await asyncio.shield(future)
+            generation = await asyncio.shield(future)
         except asyncio.CancelledError:
-            cancelled[0] = True
-            await asyncio.wait([future])
+            job.cancelled = True
+            await _settled(future)
             raise
+        assert generation is not None
+        return generation
+
+    def stats(self) -> Stats:
+        """What goes on now."""
+        batcher, counts = self._batcher, self._batcher.counts
+        waiting = batcher.waiting + self._orders.qsize()
+        return Stats(batcher.running, waiting, counts.evaluated, counts.taken_over, counts.written)
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, so that the next ones are computed whole: for measuring."""
+        self.between_steps(self._batcher.forget)
+
+    def check_integrity(self) -> None:
+        """Assert the accounting's invariants."""
+        self.between_steps(self._batcher.check_integrity)
+
+    def between_steps(self, function: Callable[[], T]) -> T:
+        """Have the thread that decodes call a function, and wait for what it returns or raises; ModelError after `close`."""
+        done: Future[T] = Future()
+
+        def order() -> None:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._open():
+            self._orders.put(order)
+        return done.result()
 
     def close(self) -> None:
-        """Wait for the worker and free the model."""
-        self._worker.shutdown()
-        if self._context:
-            llama_cpp.llama_free(self._context)
-            llama_cpp.llama_model_free(self._model)
-            self._context = None
+        """End what is under way, with an error to those who wait for it, and free the model."""
+        with self._entrance:
+            if self._refusal is None:
+                self._refusal = _closed()
+                self._orders.put(None)
+        self._worker.join()
+        self._decoder.close()
+        self._model.close()
 
-    def _generate(self, request: Request, on_text: OnText | None, cancelled: list[bool]) -> Generation:
-        prompt = self._tokenize(self._render(request.messages))
-        if len(prompt) + request.max_tokens > self.context_tokens:
-            raise context_exceeded(len(prompt), request.max_tokens, self.context_tokens)
-        started_s = time.perf_counter()
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
-        sampler = self._sampler(request)
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Keep the model from being closed meanwhile; raises ModelError if it has been."""
+        with self._entrance:
+            if self._refusal is not None:
+                raise self._refusal
+            yield
+
+    def _submit(self, request: Request, on_text: OnText | None) -> _Job:
+        with self._open():
+            prompt = self._model.prompt(request.messages)
+            if len(prompt) + request.max_tokens > self.context_tokens:
+                raise context_exceeded(len(prompt), request.max_tokens, self.context_tokens)
+            job = _Job(prompt, request, on_text, self._model)
+            self._orders.put(lambda: self._batcher.submit(job))
+        return job
+
+    def _work(self) -> None:
         try:
-            for start in range(0, len(prompt), PREFILL_TOKENS):
-                self._decode(prompt[start : start + PREFILL_TOKENS])
-            first_s = last_s = None
-            written = b""
-            text = ""
-            count = 0
-            reason: FinishReason = "length"
-            while count < request.max_tokens and not cancelled[0]:
-                token = llama_cpp.llama_sampler_sample(sampler, self._context, -1)
-                last_s = time.perf_counter()
-                first_s = first_s or last_s
-                if llama_cpp.llama_vocab_is_eog(self._vocab, token):
-                    reason = "stop"
-                    break
-                count += 1
-                written += self._piece(token)
-                # A character may span tokens; an unfinished one at the end is not text yet.
-                text = written.decode("utf-8", errors="ignore")
-                cut = cut_at_stop(text, request.stop)
-                if cut is not None:
-                    text, reason = cut, "stop"
-                    break
-                if on_text:
-                    on_text(text, count)
-                if count < request.max_tokens:
-                    self._decode([token])
-        finally:
-            llama_cpp.llama_sampler_free(sampler)
-        ended_s = time.perf_counter()
-        first_s = first_s or ended_s
-        return Generation(text.strip(), reason, len(prompt), count, first_s - started_s, ended_s - first_s)
+            while self._obey():
+                self._batcher.step()
+            end = _closed()
+        except Exception as error:  # a bug; whatever it is, nobody may wait for ever
+            end = ModelError(f"The thread that decodes broke: {error!r}.", remedy="Report it.")
+            end.__cause__ = error
+        with self._entrance:
+            self._refusal = end
+        while not self._orders.empty():
+            if order := self._orders.get():
+                order()
+        self._batcher.fail_all(end)
 
-    def _decode(self, tokens: list[int]) -> None:
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        status = llama_cpp.llama_decode(self._context, llama_cpp.llama_batch_get_one(array, len(tokens)))
-        if status:
-            raise ModelError(
-                f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status}).",
-                remedy="Try a smaller --ctx-size.",
-            )
+    def _obey(self) -> bool:
+        """Carry out what was ordered; waits for an order if there is nothing else to do. False at the end."""
+        wait = self._batcher.idle
+        while True:
+            try:
+                order = self._orders.get(block=wait)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+            wait = False
 
-    def _sampler(self, request: Request) -> Any:
-        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        if request.temperature <= 0:
-            llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_greedy())
+
+def _closed() -> ModelError:
+    return ModelError("The model was closed.", remedy="Open it again.")
+
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    """Wait for a future, however often that is cancelled, and let its error go."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    future.exception()
+
+
+class _Job:
+    """A request under way: a `batcher.Task` that samples, writes and answers who asked."""
+
+    def __init__(
+        self, prompt: list[int], request: Request, on_text: OnText | None, model: LlamaModel
+    ) -> None:
+        self.prompt = prompt
+        self.cancelled = False
+        self.result: Future[Generation | None] = Future()
+        """None if it was cancelled."""
+        self.result.set_running_or_notify_cancel()  # only the worker ends it
+        self._request = request
+        self._on_text = on_text
+        self._model = model
+        self._sampler = Sampler(model, request)
+        self._writing = Writing(request.stop)
+        self._told = ("", 0)
+        self._outcome: Generation | Exception | None = None
+        self._taken_over = 0
+        self._came_s = self._began_s = time.perf_counter()
+        self._first_s: float | None = None
+
+    def begin(self, taken_over: int) -> None:
+        """See `batcher.Task`."""
+        self._began_s = time.perf_counter()
+        self._taken_over = taken_over
+
+    def pick(self, output: Logits) -> int | None:
+        """See `batcher.Task`."""
+        try:
+            return self._write(output)
+        except Exception as error:  # it is this request's alone: its grammar, or what listens to it
+            self._outcome = error
+            return None
+
+    def end(self) -> None:
+        """See `batcher.Task`."""
+        if isinstance(self._outcome, Exception):
+            self.fail(self._outcome)
         else:
-            llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(request.top_p, 1))
-            llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(request.temperature))
-            llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(request.seed))
-        return chain
+            self._answer(self._outcome)
 
-    def _tokenize(self, text: str) -> list[int]:
-        raw = text.encode()
-        room = len(raw) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        # The template writes the special tokens, the first one too.
-        count = llama_cpp.llama_tokenize(self._vocab, raw, len(raw), tokens, room, False, True)
-        assert count >= 0
-        return list(tokens[:count])
+    def fail(self, error: Exception) -> None:
+        """See `batcher.Task`."""
+        self.close()
+        self.result.set_exception(error)
 
-    def _piece(self, token: int) -> bytes:
-        buffer = ctypes.create_string_buffer(256)
-        length = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
-        return buffer.raw[:length] if length > 0 else b""
+    def drop(self) -> None:
+        """See `batcher.Task`."""
+        self._answer(None)
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        turns: Any = [{"role": message.role, "content": message.content} for message in messages]
-        prompt: str = self._template(messages=turns).prompt
-        return prompt
+    def close(self) -> None:
+        """Free what llama.cpp holds for it."""
+        self._sampler.close()
 
-    def _chat_template(self, path: Path) -> Jinja2ChatFormatter:
-        raw = llama_cpp.llama_model_chat_template(self._model, None)
-        if not raw:
-            raise ModelError(f"{path.name} has no chat template, so it is no instruct model.",
-                             remedy="Choose an instruct or chat model.")  # fmt: skip
-        ends = {}
-        for name, number in (
-            ("bos", llama_cpp.llama_vocab_bos(self._vocab)),
-            ("eos", llama_cpp.llama_vocab_eos(self._vocab)),
-        ):
-            buffer = ctypes.create_string_buffer(256)
-            length = (
-                llama_cpp.llama_token_to_piece(self._vocab, number, buffer, len(buffer), 0, True)
-                if number >= 0
-                else 0
-            )
-            ends[f"{name}_token"] = buffer.raw[: max(length, 0)].decode("utf-8", errors="replace")
-        return Jinja2ChatFormatter(raw.decode(), **ends)
+    def _write(self, logits: Logits) -> int | None:
+        """Choose a token and add it to the text; None if the text has ended."""
+        token = self._sampler.pick(logits)
+        self._first_s = self._first_s or time.perf_counter()
+        reason = self._add(token, logits)
+        if reason is not None:
+            self._finish(reason)
+            return None
+        self._tell(self._writing.shown)
+        return token
 
-    def _open_context(self, threads: int | None) -> Any:
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = self.context_tokens
-        settings.n_batch = settings.n_ubatch = PREFILL_TOKENS
-        settings.n_threads = settings.n_threads_batch = threads or len(os.sched_getaffinity(0))
-        context = llama_cpp.llama_init_from_model(self._model, settings)
-        if not context:
-            raise ResourceError(
-                f"There is no memory for a context of {self.context_tokens:,} tokens.",
-                remedy="Lower --ctx-size.",
-            )
-        return context
+    def _add(self, token: int, logits: Logits) -> FinishReason | None:
+        """Add a token to the text; why it has ended, if it has."""
+        writing, request = self._writing, self._request
+        if self._model.is_eog(token):
+            return "stop"
+        if writing.count < request.max_tokens:
+            self._sampler.accept(token)
+            logprob = log_probability(logits, token) if request.logprobs else None
+            writing.add(self._model.piece(token), logprob)
+        if writing.stopped_by is not None:
+            return "stop"
+        return "length" if writing.count >= request.max_tokens else None
+
+    def _tell(self, text: str) -> None:
+        news = (text, self._writing.count)
+        if self._on_text and news != self._told:
+            self._told = news
+            self._on_text(*news)
+
+    def _finish(self, reason: FinishReason) -> None:
+        ended_s = time.perf_counter()
+        self._tell(self._writing.text)
+        first_s = self._first_s or ended_s
+        text, tokens = self._writing.finished()
+        self._outcome = Generation(
+            text,
+            reason,
+            len(self.prompt),
+            self._writing.count,
+            prefill_s=first_s - self._began_s,
+            decode_s=ended_s - first_s,
+            queue_s=self._began_s - self._came_s,
+            cached_tokens=self._taken_over,
+            stopped_by=self._writing.stopped_by,
+            tokens=tokens,
+        )
+
+    def _answer(self, generation: Generation | None) -> None:
+        self.close()
+        self.result.set_result(generation)

@@ -1,0 +1,594 @@
+"""OpenAI-compatible endpoints: a server that does what a test tells it to, and llama-cpp-python's own."""
+
+import asyncio
+import email.utils
+import gc
+import json
+import math
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from telerag_cli.errors import InputError, ModelError, UsageError
+from telerag_cli.generation import endpoint as module
+from telerag_cli.generation.base import Message, Request
+from telerag_cli.generation.endpoint import Endpoint
+from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+
+ADDRESS = "127.0.0.1"
+
+
+def ask(text="Name a colour.", max_tokens=8, **options):
+    return Request([Message("user", text)], max_tokens, **options)
+
+
+def run(endpoint, request, on_text=None):
+    return asyncio.run(endpoint.generate(request, on_text))
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        script = self.server.script
+        script.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        script.keys.append(self.headers["authorization"])
+        with script.lock:
+            reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
+        try:
+            reply(self)
+        except (BrokenPipeError, ConnectionResetError):
+            script.hung_up.set()
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        data = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "me"}
+            for name in self.server.script.models
+        ]
+        answer(200, {"object": "list", "data": data})(self)
+
+    def log_message(self, *_arguments):
+        pass
+
+    def piece(self, text):
+        self.wfile.write(text.encode())
+        self.wfile.flush()
+
+    def begin(self, status=200, kind="text/event-stream", **headers):
+        self.send_response(status)
+        for name, value in {"content-type": kind, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+
+class Script:
+    """A server on loopback; its replies are given in order, the last one again and again."""
+
+    def __init__(self):
+        self.replies, self.models = [stream("Blue")], ["small"]
+        self.bodies, self.keys = [], []
+        self.lock, self.hung_up = threading.Lock(), threading.Event()
+        self.server = ThreadingHTTPServer((ADDRESS, 0), Handler)
+        self.server.daemon_threads = True
+        self.server.script = self
+        self.url = f"http://{ADDRESS}:{self.server.server_port}/v1"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def endpoint(self, *replies, **options):
+        self.replies = list(replies)
+        return Endpoint(self.url, "small", **{"retries": 2, **options})
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_WAIT_S", 0.02)
+    monkeypatch.delenv(module.KEY_VARIABLE, raising=False)
+    script = Script()
+    yield script
+    script.close()
+    gc.collect()  # what was left open warns here, and warnings are errors
+
+
+def answer(status, body, **headers):
+    def reply(handler):
+        handler.begin(status, "application/json", **headers)
+        handler.piece(json.dumps(body))
+
+    return reply
+
+
+def refuse(status, message, code=None, **headers):
+    return answer(status, {"error": {"message": message, "type": "error", "code": code}}, **headers)
+
+
+def event(delta=None, finish=None, usage=None, **more):
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish, **more}]
+    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "small", "choices": choices}
+    return f"data: {json.dumps(chunk | ({'usage': usage} if usage else {}))}\n\n"
+
+
+def stream(*pieces, finish="stop", usage=None, pause_s=0.0, **end):
+    def reply(handler):
+        handler.begin()
+        handler.piece(event({"role": "assistant", "content": ""}))
+        for piece in pieces:
+            handler.piece(event({"content": piece}))
+            time.sleep(pause_s)
+        if finish:
+            handler.piece(event({}, finish, **end))
+        if usage:
+            handler.piece(event(usage=usage))
+        handler.piece("data: [DONE]\n\n")
+
+    return reply
+
+
+def raw(*texts, silence_s=0.0):
+    def reply(handler):
+        handler.begin()
+        for text in texts:
+            handler.piece(text)
+        time.sleep(silence_s)
+
+    return reply
+
+
+def test_everything_asked_is_passed_on(server):
+    messages = [Message("system", "Be brief."), Message("user", "Which?")]
+    request = Request(messages, 5, temperature=0.5, top_p=0.9, seed=7, stop=("a", "b"))
+    run(server.endpoint(stream("Green")), request)
+    body = server.bodies[0]
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Which?"},
+    ]
+    wanted = {
+        "model": "small",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 7,
+        "stop": ["a", "b"],
+    }
+    assert {name: body[name] for name in wanted} == wanted
+    assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+    assert "response_format" not in body
+    assert "logprobs" not in body
+
+
+def test_usage_and_times_are_the_servers(server):
+    usage = {
+        "prompt_tokens": 11,
+        "completion_tokens": 7,
+        "total_tokens": 18,
+        "prompt_tokens_details": {"cached_tokens": 9},
+    }
+    endpoint = server.endpoint(stream(" Blue", " and", " red ", usage=usage, pause_s=0.05))
+    seen = []
+    result = run(endpoint, ask(), lambda text, tokens: seen.append((text, tokens)))
+    assert seen == [(" Blue", 1), (" Blue and", 2), (" Blue and red ", 3)]
+    assert (result.text, result.finish_reason, result.stopped_by) == ("Blue and red", "stop", None)
+    assert (result.prompt_tokens, result.completion_tokens, result.cached_tokens) == (11, 7, 9)
+    assert 0 < result.prefill_s < 0.5
+    assert 0.08 < result.decode_s < 2  # two pauses
+
+
+def test_without_usage_the_pieces_are_counted_and_the_prompt_is_estimated(server):
+    endpoint = server.endpoint(stream("one", " two", finish="length"))
+    request = ask("Zähle ein wenig.")
+    result = run(endpoint, request)
+    assert (result.completion_tokens, result.finish_reason) == (2, "length")
+    assert result.prompt_tokens == endpoint.count_tokens(request.messages) == math.ceil(17 / 3) + 8
+
+
+def test_a_key_comes_from_the_argument_or_the_environment(server, monkeypatch):
+    run(server.endpoint(stream("x")), ask())
+    monkeypatch.setenv(module.KEY_VARIABLE, "from-environment")
+    run(server.endpoint(stream("x")), ask())
+    run(server.endpoint(stream("x"), api_key="given"), ask())
+    assert server.keys == ["Bearer none", "Bearer from-environment", "Bearer given"]
+
+
+def test_more_stop_texts_than_a_server_takes_are_cut_here(server):
+    endpoint = server.endpoint(stream("one ", "two ", "three ", "four", pause_s=0.01))
+    stop = ("v", "w1", "x", "y", "three")
+    seen = []
+    result = run(endpoint, ask(stop=stop), lambda text, _tokens: seen.append(text))
+    assert server.bodies[0]["stop"] == list(stop[:4])
+    assert (result.text, result.finish_reason, result.stopped_by) == ("one two", "stop", "three")
+    assert result.completion_tokens == 3
+    assert "three" not in "".join(seen)
+
+
+def test_text_that_turns_out_to_begin_a_stop_text_is_not_shown_shorter(server):
+    endpoint = server.endpoint(stream("one ", "thr", "ee ", "four", pause_s=0.01))
+    seen = []
+    shape = Json({"type": "object"})  # with a schema, stop texts are looked for here
+    result = run(endpoint, ask(stop=("three",), shape=shape), lambda text, _tokens: seen.append(text))
+    assert seen == ["one ", "one thr"]
+    assert (result.text, result.stopped_by) == ("one", "three")
+
+
+def test_an_empty_answer_takes_the_time_of_its_end(server):
+    def reply(handler):
+        handler.begin()
+        time.sleep(0.1)
+        handler.piece(event({}, "stop"))
+
+    result = run(server.endpoint(reply), ask())
+    assert (result.text, result.completion_tokens, result.decode_s) == ("", 0, 0)
+    assert result.prefill_s > 0.08
+
+
+@pytest.mark.parametrize(("told", "known"), [("END", "END"), (128009, None), (None, None)])
+def test_the_stop_text_that_a_server_tells(server, told, known):
+    result = run(server.endpoint(stream("one", stop_reason=told)), ask(stop=("END",)))
+    assert (result.text, result.stopped_by) == ("one", known)
+
+
+def test_probabilities_are_placed_in_the_text(server):
+    def token(text, logprob, raw=None):
+        return {"token": text, "logprob": logprob, "bytes": raw and list(raw), "top_logprobs": []}
+
+    def reply(handler):
+        handler.begin()
+        halves = "é".encode()
+        for text, tokens in (
+            (" Caf", [token(" Caf", -0.1)]),
+            ("é", [token("\\xc3", -0.2, halves[:1]), token("\\xa9", -0.3, halves[1:])]),
+            (" au", [token(" au", -0.4)]),
+        ):
+            handler.piece(event({"content": text}, logprobs={"content": tokens}))
+        handler.piece(event({}, "stop", logprobs={"content": [token("<end>", -0.5)]}))
+
+    result = run(server.endpoint(reply), ask(logprobs=True))
+    assert (server.bodies[0]["logprobs"], result.text) == (True, "Café au")
+    spans = [(result.text[token.start : token.end], token.logprob) for token in result.tokens]
+    assert spans == [("Caf", -0.1), ("é", -0.3), (" au", -0.4)]
+    assert result.completion_tokens == 4
+
+    def other(handler):
+        handler.begin()
+        handler.piece(event({"content": "Blue"}, "stop", logprobs={"content": [token("Red", -0.1)]}))
+
+    assert run(server.endpoint(other), ask(logprobs=True)).tokens == ()
+
+
+def test_a_schema_goes_out_as_openai_wants_it_and_comes_back_as_text(server):
+    shape = Choice(("yes", "no"))
+    endpoint = server.endpoint(stream('{"cho', 'ice": "', "ye", 's"}'))
+    seen = []
+    result = run(endpoint, ask(shape=shape, stop=('"',)), lambda text, _tokens: seen.append(text))
+    sent = server.bodies[0]
+    assert sent["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": shape.schema, "strict": True},
+    }
+    assert "stop" not in sent  # the quotation mark is JSON's, not the text's
+    assert sent["max_tokens"] > 8  # the JSON around the word takes some
+    assert (result.text, seen) == ("yes", ["ye", "yes"])
+    lines = '{"lines": ["red  wine", "blue"]}'
+    assert run(server.endpoint(stream(lines)), ask(shape=Lines(2))).text == "red wine\nblue"
+    cut = run(server.endpoint(stream('{"lines": ["red", "bl', finish="length")), ask(shape=Lines(2)))
+    assert (cut.text, cut.finish_reason) == ("red\nbl", "length")
+    ended = run(server.endpoint(stream(lines)), ask(shape=Lines(2), stop=("\n",)))
+    assert (ended.text, ended.stopped_by) == ("red wine", "\n")
+
+
+@pytest.mark.parametrize(
+    ("shape", "reply", "wanted"),
+    [
+        (Choice(("yes", "no")), "Yes, I think so.", "one of yes, no in JSON"),
+        (Choice(("yes", "no")), '{"choice": "maybe"}', "one of yes, no in JSON"),
+        (Lines(2), "1. red 2. blue", "JSON of the schema"),
+        (Lines(2), '{"queries": ["red"]}', "JSON of the schema"),
+        (Json({"type": "object", "required": ["a"]}), '{"a": 1', "JSON of the schema"),
+    ],
+)
+def test_a_server_that_ignores_the_schema_is_found_out(server, shape, reply, wanted):
+    with pytest.raises(ModelError, match=f"which is not {wanted}"):
+        run(server.endpoint(stream(reply)), ask(shape=shape))
+
+
+def test_a_server_that_knows_the_older_form_of_schemas_gets_that(server):
+    notices = []
+    no = refuse(500, "Input should be 'text' or 'json_object', not 'json_schema'")
+    endpoint = server.endpoint(no, stream('{"choice": "no"}'), notice=notices.append, retries=0)
+    assert run(endpoint, ask(shape=Choice(("yes", "no")))).text == "no"
+    assert run(endpoint, ask(shape=Choice(("yes", "no")))).text == "no"
+    assert [body["response_format"]["type"] for body in server.bodies] == [
+        "json_schema",
+        "json_object",
+        "json_object",
+    ]
+    assert server.bodies[1]["response_format"]["schema"] == Choice(("yes", "no")).schema
+    assert endpoint.schema_format == "json_object"
+    assert len(notices) == 1
+    with pytest.raises(ModelError, match="not 'json_schema'"):
+        run(server.endpoint(no, retries=0), ask())  # nothing to do with a request that has no schema
+
+
+def test_what_a_server_cannot_do_is_refused_before_it_is_asked(server):
+    endpoint = server.endpoint(stream("x"))
+    with pytest.raises(UsageError, match="a JSON schema and not a grammar"):
+        run(endpoint, ask(shape=Gbnf('root ::= "x"')))
+    with pytest.raises(UsageError, match="wants all of its max_tokens"):
+        run(endpoint, ask(ignore_eos=True))
+    with pytest.raises(UsageError, match="does not begin with http"):
+        Endpoint("localhost:8000/v1", "small")
+    assert server.bodies == []
+
+
+def test_the_only_model_is_found_and_several_are_listed(server):
+    assert Endpoint(server.url).name == "small"
+    server.models = ["b", "a"]
+    with pytest.raises(UsageError, match="has 2 models: a, b"):
+        Endpoint(server.url)
+    server.models = []
+    with pytest.raises(ModelError, match="lists no model"):
+        Endpoint(server.url)
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_what_may_pass_is_tried_again(server, status):
+    endpoint = server.endpoint(refuse(status, "Later"), stream("Blue"))
+    assert run(endpoint, ask()).text == "Blue"
+    assert len(server.bodies) == 2
+
+
+def test_a_wait_that_the_server_asks_for_is_kept_and_counts_as_waiting(server):
+    endpoint = server.endpoint(refuse(429, "Slow down", retry_after="0.3"), stream("Blue"))
+    result = run(endpoint, ask())
+    assert 0.3 <= result.queue_s < 1
+    assert result.prefill_s < 0.2
+    date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=2))  # which has no fractions
+    assert run(server.endpoint(refuse(503, "Soon", retry_after=date), stream("Blue")), ask()).queue_s > 0.9
+    endpoint = server.endpoint(refuse(429, "Come back tomorrow", retry_after="86400"), stream("Blue"))
+    with pytest.raises(ModelError, match="answers 429: Come back tomorrow"):
+        run(endpoint, ask())
+
+
+@pytest.mark.parametrize(
+    ("reply", "tries", "error", "says", "remedy"),
+    [
+        (refuse(429, "Slow down."), 3, ModelError, "answers 429 after 3 tries: Slow down.", "fewer requests"),
+        (refuse(500, "Out of\nmemory"), 3, ModelError, "answers 500 after 3 tries: Out of memory.", "log"),
+        (answer(502, {"detail": "Bad gateway"}), 3, ModelError, "502 after 3 tries: Bad gateway.", "log"),
+        (refuse(401, "Wrong key"), 1, ModelError, "answers 401: Wrong key.", "Set OPENAI_API_KEY"),
+        (refuse(404, "No such model"), 1, ModelError, "404: No such model; it has small, tiny.", "Name one"),
+        (refuse(400, "Bad seed"), 1, ModelError, "answers 400: Bad seed.", "log"),
+        (
+            refuse(400, "This model's maximum context length is 64 tokens.", "context_length_exceeded"),
+            1, InputError, "maximum context length is 64 tokens.", "Shorten",
+        ),
+        (
+            raw(f"data: {json.dumps({'error': {'message': 'exceeds the context size', 'code': 400}})}\n\n"),
+            1, InputError, "answers 400: exceeds the context size.", "Shorten",
+        ),
+        (
+            raw(f"data: {json.dumps({'error': {'message': 'Overloaded', 'code': 503}})}\n\n"),
+            3, ModelError, "answers 503 after 3 tries: Overloaded.", "log",
+        ),
+        (raw("data: {oops\n\n"), 1, ModelError, "stream that cannot be read: Expecting property", "/v1"),
+        (raw('data: {"hello": 1}\n\n'), 1, ModelError, "is no chunk of a completion.", "/v1"),
+        (raw("data: 5\n\n"), 1, ModelError, "5 is no chunk of a completion.", "/v1"),
+        (stream("a", finish=None), 3, ModelError, "ended its stream after 3 tries and 1 token without", "log"),
+        (stream("a", finish="tool_calls"), 1, ModelError, "ended the answer with 'tool_calls'", "another"),
+        (
+            raw(event({"refusal": "I will not."}), event({}, "stop")),
+            1, ModelError, "refuses to answer: I will not.", "another",
+        ),
+    ],
+)  # fmt: skip
+def test_errors_say_what_the_server_said(server, reply, tries, error, says, remedy):
+    server.models = ["tiny", "small"]
+    with pytest.raises(error) as caught:
+        run(server.endpoint(reply), ask())
+    assert says in caught.value.message
+    assert remedy in caught.value.remedy
+    assert len(server.bodies) == tries
+    assert "\n" not in str(caught.value)
+
+
+def cut_short(handler):
+    """A body that promises more than it has."""
+    handler.begin(content_length="10000")
+    handler.piece(event({"content": "Blue"}))
+
+
+@pytest.mark.parametrize("broken", [cut_short, stream("Bl", finish=None)])
+def test_a_stream_that_breaks_is_tried_again_unless_text_was_shown(server, broken):
+    assert run(server.endpoint(broken, stream("Green")), ask()).text == "Green"
+    assert len(server.bodies) == 2
+    seen = []
+    with pytest.raises(ModelError, match="after 1 token"):
+        run(server.endpoint(broken, stream("Green")), ask(), lambda text, _tokens: seen.append(text))
+    assert len(seen) == 1
+    assert len(server.bodies) == 3
+
+
+def test_a_broken_connection_says_so(server):
+    with pytest.raises(ModelError, match=r"broke the connection after 2 tries and 1 token: .+"):
+        run(server.endpoint(cut_short, retries=1), ask())
+
+
+def test_silence_ends_at_its_limit_and_slow_text_does_not(server):
+    endpoint = server.endpoint(raw(event({"content": "Bl"}), silence_s=0.6), timeout_s=0.2, retries=1)
+    with pytest.raises(ModelError, match=r"sent nothing for 0.2 s after 2 tries and 1 token"):
+        run(endpoint, ask())
+    slow = server.endpoint(stream(*"abcdef", pause_s=0.1), timeout_s=0.3, retries=0)
+    assert run(slow, ask()).text == "abcdef"
+
+
+def test_no_server_at_all(monkeypatch):
+    monkeypatch.setattr(module, "FIRST_WAIT_S", 0.01)
+    with socket.create_server((ADDRESS, 0)) as taken:
+        port = taken.getsockname()[1]
+    url = f"http://{ADDRESS}:{port}/v1"
+    with pytest.raises(ModelError) as caught:
+        run(Endpoint(url, "small", retries=1), ask())
+    assert caught.value.message == f"The server at {url} cannot be reached after 2 tries: connection refused."
+    with pytest.raises(ModelError, match="cannot be reached: connection refused"):
+        Endpoint(url, retries=0)
+
+
+def test_at_most_so_many_at_once(server):
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def reply(handler):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        stream("a", pause_s=0.1)(handler)
+        with lock:
+            running -= 1
+
+    endpoint = server.endpoint(reply, parallel=2)
+
+    async def several():
+        return await asyncio.gather(*(endpoint.generate(ask()) for _ in range(5)))
+
+    results = asyncio.run(several())
+    assert most == 2
+    assert sorted(result.queue_s > 0.05 for result in results) == [False, False, True, True, True]
+
+
+def test_a_cancelled_request_hangs_up_and_frees_its_place(server):
+    endpoint = server.endpoint(stream(*["word "] * 1000, pause_s=0.01), parallel=1)
+
+    async def cancel():
+        begun = asyncio.Event()
+        task = asyncio.create_task(endpoint.generate(ask(), lambda _text, _tokens: begun.set()))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        server.replies = [stream("Blue")]
+        return await asyncio.wait_for(endpoint.generate(ask()), 2)
+
+    assert asyncio.run(cancel()).text == "Blue"
+    assert server.hung_up.wait(2)
+
+
+def test_every_event_loop_has_its_own_connections_and_close_ends_them(server):
+    endpoint = server.endpoint(stream("Blue"))
+    assert run(endpoint, ask()).text == "Blue"
+    assert run(endpoint, ask()).text == "Blue"
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(endpoint.generate(ask())).text == "Blue"
+    endpoint.close()
+    loop.close()
+    endpoint.close()
+
+    async def within():
+        await endpoint.generate(ask())
+        endpoint.close()
+
+    asyncio.run(within())
+    assert endpoint._sessions == {}
+
+
+@pytest.fixture(scope="module")
+def llama_url(tmp_path_factory):
+    from telerag_cli.generation.models import resolve_model
+
+    with socket.create_server((ADDRESS, 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(resolve_model(None, None))]
+    command += ["--host", ADDRESS, "--port", str(port), "--n_ctx", "1024", "--model_alias", "small"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    url = f"http://{ADDRESS}:{port}/v1"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(f"{url}/models", timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.mark.model
+def test_llama_answers_streams_and_stops(llama_url):
+    endpoint = Endpoint(llama_url, parallel=2)
+    assert endpoint.name == "small"
+    # The server computes a prompt it has seen in another way, which rounds differently.
+    run(endpoint, ask("Name a colour.", 12))
+    seen = []
+    first = run(endpoint, ask("Name a colour.", 12), lambda text, tokens: seen.append((text, tokens)))
+    assert seen[-1][0].strip() == first.text
+    assert [tokens for _text, tokens in seen] == list(range(1, first.completion_tokens + 1))
+    assert first.prefill_s > 0
+    assert first.decode_s > 0
+    assert run(endpoint, ask("Name a colour.", 12)).text == first.text
+    word = first.text.split()[2]
+    stopped = run(endpoint, ask("Name a colour.", 12, stop=(word,)))
+    assert (stopped.text, stopped.finish_reason) == (first.text.split(word)[0].strip(), "stop")
+    told = run(endpoint, ask("Name a colour.", 12, logprobs=True))
+    assert "".join(told.text[token.start : token.end] for token in told.tokens) == told.text
+    assert all(token.logprob <= 0 for token in told.tokens)
+
+
+@pytest.mark.model
+def test_llama_samples_by_seed(llama_url):
+    endpoint = Endpoint(llama_url, "small")
+    texts = [
+        run(endpoint, ask("Tell a story.", 16, temperature=1.5, seed=seed)).text for seed in (1, 1, 1, 2)
+    ]
+    assert texts[1] == texts[2]  # the first met a prompt that the server had not seen
+    assert texts[2] != texts[3]
+
+
+@pytest.mark.model
+def test_llama_keeps_to_shapes(llama_url):
+    notices = []
+    endpoint = Endpoint(llama_url, "small", notice=notices.append)
+    choice = run(endpoint, ask("Is the sky blue?", 8, shape=Choice(("certainly", "hardly"))))
+    assert choice.text in ("certainly", "hardly")
+    assert len(notices) == 1
+    lines = run(endpoint, ask("Name colours.", 40, shape=Lines(3)))
+    assert 1 <= len(lines.text.splitlines()) <= 3
+    with pytest.raises(ModelError, match="without saying that the answer is complete"):
+        run(Endpoint(llama_url, "small", retries=0), ask("word " * 2000))
+
+
+@pytest.mark.model
+def test_llama_answers_the_next_when_one_is_cancelled(llama_url):
+    endpoint = Endpoint(llama_url, "small")
+
+    async def cancel():
+        begun = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        long = ask("Tell a very long story.", 900, temperature=1.0)
+        task = asyncio.create_task(
+            endpoint.generate(long, lambda _text, _tokens: loop.call_soon_threadsafe(begun.set))
+        )
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await endpoint.generate(ask("Name a colour.", 2))
+
+    assert asyncio.run(cancel()).completion_tokens

@@ -1,0 +1,362 @@
+"""llama.cpp with the bundled model: that what is written does not depend on what goes on beside it, and that it ends well."""
+
+import asyncio
+import itertools
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from telerag_cli.errors import InputError, ModelError, UsageError
+from telerag_cli.generation.base import Message, Request
+from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+
+pytestmark = pytest.mark.model
+
+CONTEXT_TOKENS = 1024
+LONG = "A list is changed in place and a tuple is not. " * 45
+
+
+def ask(text, max_tokens=8, **options):
+    return Request([Message("user", text)], max_tokens, **options)
+
+
+def load(parallel, context_tokens=CONTEXT_TOKENS):
+    from telerag_cli.generation.llama_model import LlamaModel
+    from telerag_cli.generation.llamacpp import LlamaCpp
+    from telerag_cli.generation.models import resolve_model
+
+    return LlamaCpp(LlamaModel(resolve_model(None, None)), context_tokens=context_tokens, parallel=parallel)
+
+
+@pytest.fixture(scope="module")
+def shared_llama():
+    generator = load(8)
+    yield generator
+    generator.close()
+
+
+@pytest.fixture
+def llama(shared_llama):
+    """With nothing kept from other tests; it must leave nothing behind."""
+    shared_llama.forget()
+    yield shared_llama
+    stats = shared_llama.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    shared_llama.check_integrity()
+
+
+@pytest.fixture
+def own_llama():
+    """For tests that break it."""
+    generator = load(2, 512)
+    yield generator
+    generator.close()
+
+
+def write(llama, *requests, width=8):
+    """The generations of requests, at most ``width`` of them at a time."""
+
+    async def write_all():
+        gate = asyncio.Semaphore(width)
+
+        async def one(request):
+            async with gate:
+                return await llama.generate(request)
+
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(write_all())
+
+
+def test_the_text_is_the_same_at_any_width(llama):
+    requests = [
+        ask(
+            LONG + "What is the difference?", 24, logprobs=True
+        ),  # longer than llama.cpp's way for short ones
+        ask("Name a colour.", 12, logprobs=True),
+        ask("Tell a story about a fox.", 40, logprobs=True),
+        ask("How do I sort a list in Python?", 32, temperature=0.8, top_p=0.9, seed=7, logprobs=True),
+        ask(LONG + "Why?", 16, temperature=1.2, seed=-1, logprobs=True),
+        ask("What is a decorator?", 24, shape=Lines(3), temperature=1.0, seed=3, logprobs=True),
+        ask("How do I read a file line by line?", 28, logprobs=True),
+        ask("What does yield do?", 20, logprobs=True),
+    ]
+    single = load(1)
+    one_by_one = write(single, *requests, width=1)
+    single.close()
+    for width in (3, 8):
+        llama.forget()
+        for alone, beside in zip(one_by_one, write(llama, *requests, width=width), strict=True):
+            assert beside.text == alone.text
+            assert beside.tokens == alone.tokens  # every bit of every logarithm
+            assert beside.finish_reason == alone.finish_reason
+
+
+def test_a_prompt_that_is_kept_gives_the_same_text(llama):
+    story = ask("Tell a story about a fox.", 24, logprobs=True)
+    first, _other, again = (write(llama, request)[0] for request in (story, ask("Count to three."), story))
+    assert (first.cached_tokens, again.cached_tokens) == (0, first.prompt_tokens - 1)
+    assert (again.text, again.tokens) == (first.text, first.tokens)
+
+
+def test_a_beginning_that_many_share_is_computed_once(llama):
+    requests = [ask(f"{LONG}{number}?", 3) for number in range(12)]
+    prompts = [llama.count_tokens(request.messages) for request in requests]
+    before = llama.stats()
+    done = write(llama, *requests, width=12)
+    after = llama.stats()
+    assert [one.prompt_tokens for one in done] == prompts
+    cached = sorted(one.cached_tokens for one in done)
+    assert cached[0] == 0
+    assert cached[1] > 400
+    assert (
+        after.evaluated_tokens - before.evaluated_tokens
+        == sum(prompts) - sum(cached)
+        < max(prompts) + 12 * 12
+    )
+    assert after.taken_over_tokens - before.taken_over_tokens == sum(cached)
+
+
+def test_seeds(llama):
+    requests = [ask("Tell a story.", 16, temperature=1.5, seed=seed) for seed in (1, 1, 2, -1, -1)]
+    texts = [one.text for one in write(llama, *requests)]
+    assert texts[0] == texts[1]
+    assert texts[3] == texts[4]
+    assert len(set(texts)) == 3
+    # With nothing left to choose from, the seed has no part.
+    likely, narrow = write(
+        llama, ask("Tell a story.", 16), ask("Tell a story.", 16, temperature=1.5, top_p=1e-6, seed=1)
+    )
+    assert narrow.text == likely.text
+
+
+def test_it_streams_and_counts(llama):
+    seen = []
+    done = asyncio.run(
+        llama.generate(ask("Name a colour.", 12), lambda text, count: seen.append((text, count)))
+    )
+    counts = [count for _text, count in seen]
+    assert sorted(set(counts)) == list(range(1, done.completion_tokens + 1))
+    assert all(later[0].startswith(earlier[0]) for earlier, later in itertools.pairwise(seen))
+    assert seen[-1][0].strip() == done.text
+    assert done.prompt_tokens == llama.count_tokens([Message("user", "Name a colour.")])
+    assert done.queue_s >= 0
+    assert done.prefill_s > 0
+    assert done.decode_s > 0
+
+
+def test_a_stop_text_ends_it_and_is_not_shown(llama):
+    whole = write(llama, ask("Name a colour.", 12))[0].text
+    first, second, third = whole.split()[:3]
+    seen = []
+    mark = f"{second} {third}"
+    done = asyncio.run(
+        llama.generate(ask("Name a colour.", 12, stop=("none", mark)), lambda text, _count: seen.append(text))
+    )
+    assert (done.text, done.finish_reason, done.stopped_by) == (first, "stop", mark)
+    assert second not in "".join(seen)
+
+
+def test_shapes_are_obeyed_however_wild_the_model(llama):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "people": {"type": "integer"}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    shapes = [Choice(("yes", "no", "perhaps")), Lines(2), Json(schema), Gbnf('root ::= [a-c]{5} "€"')]
+    requests = [
+        ask("Tell me.", 40, temperature=1.5, seed=seed, shape=shape) for shape in shapes for seed in range(4)
+    ]
+    done = write(llama, *requests, width=16)
+    choices, lines, objects, letters = (done[start : start + 4] for start in range(0, 16, 4))
+    assert {one.text for one in choices} <= {"yes", "no", "perhaps"}
+    for one in lines:
+        assert 1 <= len(one.text.splitlines()) <= 2
+        assert "" not in [line.strip() for line in one.text.splitlines()]
+    finished = [json.loads(one.text) for one in objects if one.finish_reason == "stop"]
+    assert finished
+    assert all(made.keys() == {"city", "people"} and isinstance(made["people"], int) for made in finished)
+    for one in letters:
+        assert one.finish_reason == "stop"
+        assert len(one.text) == 6
+        assert set(one.text[:5]) <= set("abc")
+        assert one.text[5] == "€"
+
+
+def test_a_grammar_that_cannot_be_obeyed_or_read(llama):
+    with pytest.raises(InputError, match="cannot read the grammar 'root ::= nothing'"):
+        write(llama, ask("Tell me.", shape=Gbnf("root ::= nothing")))
+    one = write(llama, ask("Tell me.", 20, shape=Choice(("yes",)), ignore_eos=True))[0]
+    assert (one.text, one.finish_reason) == ("yes", "stop")  # the shape is the stronger
+
+
+def test_probabilities_are_the_models_own(llama):
+    from telerag_cli.generation.sampling import log_probability
+
+    logits = np.random.default_rng(0).normal(0, 5, 1000).astype(np.float32)
+    wanted = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+    assert log_probability(logits, 17) == pytest.approx(wanted[17], abs=1e-5)
+
+    options = {"logprobs": True, "shape": Choice(("green", "blue"))}
+    cold, hot = write(
+        llama,
+        ask("Name a colour.", temperature=0, **options),
+        ask("Name a colour.", temperature=50.0, seed=1, **options),
+    )
+    # With two words to choose from, each token would be likely if it were not the model's own probability.
+    for one in (cold, hot):
+        assert "".join(one.text[token.start : token.end] for token in one.tokens) == one.text
+        assert sum(token.logprob for token in one.tokens) < -1
+    free = write(llama, ask("Name a colour.", 12, logprobs=True))[0]
+    assert [token.start for token in free.tokens] == [0, *(token.end for token in free.tokens[:-1])]
+    assert free.tokens[-1].end == len(free.text)
+    assert all(-20 < token.logprob <= 0 for token in free.tokens)
+    assert write(llama, ask("Name a colour.", 12))[0].tokens == ()
+
+
+def test_the_end_can_be_ignored(llama):
+    ended = write(llama, ask("Say only the word yes.", 60))[0]
+    assert ended.finish_reason == "stop"
+    assert ended.completion_tokens < 60
+    longer = write(llama, ask("Say only the word yes.", 60, ignore_eos=True))[0]
+    assert (longer.finish_reason, longer.completion_tokens) == ("length", 60)
+    assert longer.text.startswith(ended.text)
+
+
+def test_nothing_is_written_when_nothing_may_be(llama):
+    done = write(llama, ask("Name a colour.", 0))[0]
+    assert (done.text, done.completion_tokens, done.finish_reason) == ("", 0, "length")
+
+
+def test_what_does_not_fit_is_refused(llama):
+    with pytest.raises(InputError, match=f"the context holds {CONTEXT_TOKENS:,}"):
+        write(llama, ask("word " * 1100))
+
+
+def test_cancelled_requests_leave_at_once(llama):
+    async def cancel():
+        counted = []
+        others = [asyncio.create_task(llama.generate(ask("Count.", 900, ignore_eos=True))) for _ in range(7)]
+        task = asyncio.create_task(
+            llama.generate(
+                ask("Tell a story.", 900, ignore_eos=True), lambda _text, count: counted.append(count)
+            )
+        )
+        waiting = asyncio.create_task(llama.generate(ask("Later.", 900, ignore_eos=True)))
+        while len(counted) < 3:
+            await asyncio.sleep(0.005)
+        assert (llama.stats().running, llama.stats().waiting) == (8, 1)
+        for cancelled in (waiting, task):
+            cancelled.cancel()
+            await asyncio.sleep(0)
+            cancelled.cancel()  # impatience changes nothing
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+        assert (llama.stats().running, llama.stats().waiting) == (7, 0)
+        at_end = len(counted)
+        for other in others:
+            other.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert llama.stats().running == 0
+        assert len(counted) == at_end < 900
+
+    asyncio.run(cancel())
+
+
+def test_an_error_of_the_listener_is_its_own(llama):
+    def listen(_text, count):
+        if count == 2:
+            raise LookupError("nobody listens")
+
+    async def both():
+        return await asyncio.gather(
+            llama.generate(ask("Name a colour."), listen),
+            llama.generate(ask("Name a colour.")),
+            return_exceptions=True,
+        )
+
+    broken, whole = asyncio.run(both())
+    assert isinstance(broken, LookupError)
+    assert whole.completion_tokens == 8
+
+
+def test_several_threads_may_ask(llama):
+    texts = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(write(llama, ask("Name a colour."))[0].text))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 3
+    assert len(set(texts)) == 1
+
+
+def test_a_failure_of_llama_cpp_ends_what_was_in_the_call(llama, monkeypatch):
+    import llama_cpp
+
+    whole = write(llama, ask("Name a colour."))[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(llama_cpp, "llama_decode", lambda _context, _batch: -3)
+        with pytest.raises(ModelError, match=r"failed to evaluate \d+ tokens \(status -3\)"):
+            write(llama, ask("Name a colour."))
+    llama.check_integrity()
+    assert write(llama, ask("Name a colour."))[0].text == whole.text
+
+
+def test_nobody_waits_for_ever_when_the_thread_breaks(own_llama, monkeypatch):
+    monkeypatch.setattr(own_llama._batcher, "step", lambda: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="The thread that decodes broke: ZeroDivisionError"):
+            write(own_llama, ask("Name a colour."), ask("Count."))
+
+
+def test_closing_ends_what_is_under_way(own_llama):
+    async def close():
+        tasks = [
+            asyncio.create_task(own_llama.generate(ask("Tell a story.", 400, ignore_eos=True)))
+            for _ in range(3)
+        ]
+        while own_llama.stats().running < 2:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(own_llama.close)
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [str(error) for error in asyncio.run(close())] == ["The model was closed. Open it again."] * 3
+    own_llama.close()
+    with pytest.raises(ModelError, match="was closed"):
+        write(own_llama, ask("Name a colour."))
+    with pytest.raises(ModelError, match="was closed"):
+        own_llama.count_tokens([Message("user", "Name a colour.")])
+
+
+def test_the_memory_is_known_before_it_is_taken(own_llama):
+    from telerag_cli.generation.llama_model import LlamaModel
+    from telerag_cli.generation.llamacpp import LlamaCpp
+    from telerag_cli.generation.models import resolve_model
+
+    path = resolve_model(None, None)
+    model = LlamaModel(path)
+    # 30 layers, 3 heads for keys and values, 64 numbers of 2 bytes for each of both.
+    assert model.context_bytes(256) == 256 * 30 * 3 * 2 * 64 * 2
+    assert model.context_bytes(1) == model.context_bytes(256) == model.context_bytes(257) / 2
+    assert own_llama.context_bytes == 2 * model.context_bytes(512)
+    assert 0.9 < model.weights_bytes / path.stat().st_size < 1
+    assert (model.name, model.trained_tokens) == (path.stem, 8192)
+    with pytest.raises(UsageError, match=r"1000 requests .* takes 256"):
+        LlamaCpp(model, context_tokens=256, parallel=1000)
+    model.close()
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    from telerag_cli.generation.llama_model import LlamaModel
+
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(ModelError, match="cannot load"):
+        LlamaModel(broken)
