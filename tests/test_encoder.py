@@ -71,7 +71,7 @@ def test_queries_equal_sentence_transformers(encoder, reference):
 @pytest.mark.model
 def test_a_sketch_is_near_the_query_and_leaves_torch_its_threads(encoder):
     before = torch.get_num_threads()
-    rough = np.stack([encoder.sketch(text) for text in TEXTS])
+    rough = encoder.sketch(TEXTS)
     assert rough.shape == (len(TEXTS), encoder.info.dimension)
     assert min_cosine(rough, encoder.encode_queries(TEXTS)) > 0.995
     assert torch.get_num_threads() == before

@@ -1,96 +1,31 @@
 """The engine with a scripted LLM and an embedder made of word hashes: flows, refinement, citations, context, lines."""
 
 import asyncio
-import hashlib
 import io
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
+from concurrent.futures import Future
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from indexes import make_index
-from telerag_cli.config import Lookahead, Metric, Storage
-from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
+from animals import ANIMALS
+from telerag_cli.config import Lookahead
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.engine.citations import cite
-from telerag_cli.engine.engine import Engine, Settings
 from telerag_cli.engine.lines import RunFile, answer_line, error_line
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.questions import read_questions
-from telerag_cli.engine.refiner import Refiner
+from telerag_cli.engine.refiner import Begun, Refiner
+from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.errors import ArtifactError, InputError, ModelError
-from telerag_cli.generation.scripted import ScriptedGenerator
-from telerag_cli.index.passages import Passages, write_passages
-from telerag_cli.index.scoring import Coarse
+from telerag_cli.generation.shapes import Lines
 from telerag_cli.lookahead.order import CHECKPOINTS
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.pipelines.base import Retrieved
-from telerag_cli.pipelines.registry import PIPELINES, PipelineName
-from telerag_cli.tiers.host import HostTier
+from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.pipelines.prompts import answer_prompt
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 from telerag_cli.tracing import Tracer
-
-DIMENSION = 24
-
-
-class WordHashes:
-    """An embedding that needs no model: texts with words in common are near."""
-
-    def encode_queries(self, texts):
-        out = np.zeros((len(texts), DIMENSION), np.float32)
-        for row, text in enumerate(texts):
-            for word in text.lower().split():
-                digest = hashlib.blake2b(word.strip(".,?").encode(), digest_size=8).digest()
-                out[row] += np.random.default_rng(int.from_bytes(digest)).standard_normal(DIMENSION)
-        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
-
-    def sketch(self, text):
-        return self.encode_queries([text])[0]
-
-
-ANIMALS = ("cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows", "hens", "rats")
-TEXTS = [
-    f"{animal} number {n} live in place {n * 7 % 13} and eat food {n % 5}."
-    for animal in ANIMALS
-    for n in range(30)
-]
-
-
-@pytest.fixture
-def engine_of(tmp_path):
-    vectors = WordHashes().encode_queries(TEXTS)
-    index, _ivf = make_index(tmp_path / "index", vectors, 20, Metric.IP, Storage.FLOAT32)
-    columns = [[f"p{n}" for n in range(len(TEXTS))], TEXTS, ["{}"] * len(TEXTS)]
-    rows = pa.record_batch(columns, schema=PASSAGE_SCHEMA)
-    assert sum(write_passages([rows], index.paths.passages)) == len(TEXTS)
-    opened = []
-
-    def make(
-        script,
-        lookahead=Lookahead.REFINED,
-        *,
-        token_s=0.0,
-        context_tokens=4096,
-        tracer=None,
-        arena=0.5,
-        max_tokens=20,
-    ):
-        coarse = Coarse(index.centroids, Metric.IP)
-        tier = HostTier(index, coarse, int(index.extents.sum() * arena), tracer=tracer)
-        generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
-        retriever = Retriever(index, coarse, tier, tracer=tracer)
-        engine = Engine(generator, WordHashes(), retriever, Passages.open(index.paths.passages),
-                        Settings(3, 4, lookahead, max_tokens), tracer=tracer)  # fmt: skip
-        opened.append(engine)
-        return engine
-
-    yield make
-    for engine in opened:
-        assert engine.retriever.tier.references() == 0
-        engine.retriever.tier.check_integrity()
-        engine.close()
 
 
 def script(request):
@@ -100,7 +35,7 @@ def script(request):
 
 
 def run(engine, pipeline, question="Where do owls live?"):
-    return asyncio.run(engine.ask(PIPELINES[pipeline], question))
+    return asyncio.run(engine.ask(make_pipeline(pipeline), question))
 
 
 def test_hyde_writes_retrieves_and_answers(engine_of):
@@ -153,10 +88,8 @@ def test_a_generator_that_fails_in_the_middle_leaves_nothing(engine_of):
     engine = engine_of(failing)
     with pytest.raises(ModelError, match="the model broke"):
         run(engine, PipelineName.HYDE)
-    before = len(engine.retriever.tier.moves_under_way())
-    engine.generator = ScriptedGenerator(script)
-    assert run(engine, PipelineName.HYDE).found
-    assert before <= engine.retriever.tier.depth
+    assert engine.retriever.rounds == 0
+    assert len(engine.retriever.tier.moves_under_way()) <= engine.retriever.tier.depth
 
 
 def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
@@ -172,41 +105,152 @@ def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
 
 def test_fit_keeps_everything_when_there_is_room():
     hits = [Retrieved(Passage(str(n), "text", {}), n, 1.0) for n in range(3)]
-    assert fit("q", hits, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1] == 3
+    assert (
+        fit("q", hits, answer_prompt, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1]
+        == 3
+    )
 
 
-def test_refinement_comes_at_checkpoints_and_never_twice_at_once():
-    refined = []
-    gate = threading.Event()
+class StubRound:
+    idle = False
 
-    def refine(text, fraction):
-        refined.append((text, fraction))
-        gate.wait(5)
 
+class StubRetriever:
+    def __init__(self):
+        self.refined = []
+
+    def refine(self, ahead, queries, nprobe, fraction):
+        self.refined.append((len(queries), fraction))
+
+
+class Sketches:
+    """Vectors of length one, each call noted and held back until the gate opens."""
+
+    def __init__(self):
+        self.texts = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, texts):
+        self.texts.append(list(texts))
+        self.gate.wait(5)
+        return np.ones((len(texts), 2), np.float32)
+
+
+@pytest.fixture
+def sketches():
+    made = Sketches()
+    made.sketcher = Sketcher(made, share=1.0, allowance_s=10.0)
+    yield made
+    made.gate.set()
+    made.sketcher.close()
+
+
+def refiner_of(sketches, expected_tokens, expect=None):
+    begun = Future()
+    begun.set_result(Begun(np.ones(2, np.float32), StubRound()))
+    retriever = StubRetriever()
+    return Refiner(begun, retriever, 4, expected_tokens, sketches.sketcher, expect), retriever
+
+
+def settled(sketches):
+    """Wait until everything submitted before was served."""
+    done = threading.Event()
+
+    class Last:
+        urgent = False
+
+        def take(self):
+            done.set()
+            return []
+
+    sketches.sketcher.submit(Last())
+    assert done.wait(5)
+
+
+def test_refinement_comes_at_checkpoints_and_looks_at_the_newest_text(sketches):
+    refiner, retriever = refiner_of(sketches, 100)
     first = int(CHECKPOINTS[0] * 100)
-    with ThreadPoolExecutor(1) as executor:
-        refiner = Refiner(refine, 100, executor)
-        refiner.on_text("too early", first - 1)
-        for tokens in range(first, 60):
-            refiner.on_text(f"{tokens} tokens", tokens)  # the first is being embedded all the while
-        gate.set()
-        executor.submit(lambda: None).result()
-        refiner.on_text("95 tokens", 95)
-        executor.submit(lambda: None).result()
-        refiner.on_text("99 tokens", 99)
-    assert refined == [(f"{first} tokens", first / 100), ("95 tokens", 0.95)]
+    sketches.gate.clear()
+    refiner("too early", first - 1)
+    assert sketches.texts == []
+    refiner(f"{first} tokens", first)
+    while not sketches.texts:
+        time.sleep(0.001)
+    for tokens in range(first + 1, 60):
+        refiner(f"{tokens} tokens", tokens)  # the first is being embedded all the while
+    sketches.gate.set()
+    settled(sketches)
+    assert sketches.texts == [[f"{first} tokens"], ["59 tokens"]]
+    assert retriever.refined == [(1, first / 100), (1, 0.59)]
 
 
-def test_a_refinement_that_comes_too_late_is_not_made():
-    refined = []
-    with ThreadPoolExecutor(1) as executor:
-        gate = threading.Event()
-        executor.submit(gate.wait, 5)
-        refiner = Refiner(lambda text, fraction: refined.append(text), 10, executor)
-        refiner.on_text("half", 5)
+def test_each_finished_query_is_followed_at_once(sketches):
+    refiner, retriever = refiner_of(sketches, 1000, Lines(3).finished)
+    for text in ("one", "one\nt", "one\ntwo", "one\ntwo\nth", "one\ntwo\nthree\n"):
+        refiner(text, 200 + len(text))
+        settled(sketches)
+    assert sketches.texts == [["one", "two"], ["one", "two", "three"]]
+    assert [count for count, _fraction in retriever.refined] == [2, 3]
+
+
+def test_a_refinement_that_comes_too_late_is_not_made(sketches):
+    sketches.gate.clear()
+    busy, _retriever = refiner_of(sketches, 10)
+    busy("busy", 9)
+    while not sketches.texts:
+        time.sleep(0.001)
+    refiner, retriever = refiner_of(sketches, 10)
+    refiner("half", 5)
+    refiner.end()
+    sketches.gate.set()
+    settled(sketches)
+    assert retriever.refined == []
+
+
+def test_what_goes_wrong_in_a_refinement_is_told(sketches):
+    refiner, retriever = refiner_of(sketches, 10)
+    retriever.refine = None
+    refiner("half", 5)
+    settled(sketches)
+    with pytest.raises(TypeError):
         refiner.end()
-        gate.set()
-    assert refined == []
+
+
+def test_sketching_takes_no_more_than_its_share():
+    calls = []
+
+    def slow(texts):
+        calls.append((time.perf_counter(), len(texts)))
+        time.sleep(0.02)
+        return np.ones((len(texts), 2), np.float32)
+
+    class Wish:
+        def __init__(self, urgent):
+            self.urgent = urgent
+            self.done = threading.Event()
+
+        def take(self):
+            return ["text"]
+
+        def give(self, vectors):
+            self.done.set()
+
+    sketcher = Sketcher(slow, share=0.1, allowance_s=0.01)
+    wishes = [Wish(False) for _ in range(3)]
+    sketcher.submit(wishes[0])
+    assert wishes[0].done.wait(5)
+    sketcher.submit(wishes[1])
+    sketcher.submit(wishes[2])
+    urgent = Wish(True)
+    sketcher.submit(urgent)
+    assert urgent.done.wait(5)
+    assert not wishes[1].done.is_set()  # 10 ms too many were used, and the urgent one used 20 more
+    assert wishes[1].done.wait(5)
+    assert wishes[2].done.wait(5)
+    sketcher.close()
+    assert [count for _at, count in calls] == [1, 1, 2]
+    assert calls[2][0] - calls[0][0] > 0.2
 
 
 def hits(*texts):

@@ -36,6 +36,8 @@ HEAVY = [
     "transformers",
     "huggingface_hub",
     "numpy",
+    "openai",
+    "prompt_toolkit",
 ]
 
 
@@ -145,7 +147,9 @@ def test_click_is_never_imported():
         assert "click" not in {name.split(".")[0] for _, name in imports(ast.parse(path.read_text()))}, path
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"], ["chat", "--help"]]
+)
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys\n"

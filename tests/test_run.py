@@ -143,7 +143,7 @@ def test_run_in_a_shell_pipeline(index, questions):
 
 def test_bad_lines_are_answered_with_an_error_and_the_rest_go_on(index):
     stdin = 'good?\n{"id": "b", "question": \n' + json.dumps({"id": "long", "question": "why " * 5000}) + "\n"
-    result = telerag("run", index, "--max-tokens", 4, "--pipeline", "naive", stdin=stdin)
+    result = telerag("run", index, "--max-tokens", 4, "--pipeline", "naive", "--ordered", stdin=stdin)
     lines = lines_of(result.stdout)
     assert result.exit_code == 3
     assert "answer" in lines[0]

@@ -20,6 +20,18 @@ PAGE_BYTES = 4096
 """Alignment of lists in ``lists.bin`` and in the arena; what ``O_DIRECT`` asks for."""
 
 
+DEFAULT_CTX_SIZE = 4096
+MOST_CONCURRENT = 16
+"""Questions answered at once if nobody says: beyond it, decoding on a CPU gains little."""
+
+
+class GeneratorKind(StrEnum):
+    """What writes: a model in this process, or a server that speaks OpenAI's protocol."""
+
+    LLAMA = "llama.cpp"
+    OPENAI = "openai"
+
+
 class Metric(StrEnum):
     """How two vectors are compared: inner product (larger is nearer) or squared L2 (smaller is nearer)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import threading
 import time
@@ -32,6 +33,7 @@ class Tracer:
         self.enabled = enabled
         self._spans: list[Span] = []
         self._lock = threading.Lock()
+        self._busy: set[tuple[str, int]] = set()
         self._origin_s = time.perf_counter()
 
     def add(self, lane: str, name: str, start_s: float, end_s: float, **details: Any) -> None:
@@ -49,10 +51,27 @@ class Tracer:
         finally:
             self.add(lane, name, start_s, time.perf_counter(), **details)
 
+    @contextlib.contextmanager
+    def lane(self, kind: str) -> Iterator[str]:
+        """A lane that nobody else has meanwhile, for work that overlaps with more of its kind: ``LLM``, ``LLM 2``, ..."""
+        with self._lock:
+            number = next(n for n in itertools.count(1) if (kind, n) not in self._busy)
+            self._busy.add((kind, number))
+        try:
+            yield kind if number == 1 else f"{kind} {number}"
+        finally:
+            with self._lock:
+                self._busy.remove((kind, number))
+
     def spans(self) -> list[Span]:
         """What was recorded so far."""
         with self._lock:
             return list(self._spans)
+
+    def clear(self) -> None:
+        """Forget what was recorded so far."""
+        with self._lock:
+            self._spans.clear()
 
     def save(self, path: Path) -> None:
         """Write the Chrome trace: one process, a lane per thread row, microseconds since the tracer began."""

@@ -200,18 +200,17 @@ class Encoder:
         """Do now what the first query, and the first sketch if there will be one, would wait for."""
         self.encode_queries(PROBES)
         if sketching:
-            self.sketch(PROBES[0])
+            self.sketch(PROBES[:1])
 
-    def sketch(self, text: str) -> FloatArray:
-        """Embed a query roughly, shape (dimension,), while an LLM decodes on the same cores: for predictions only.
+    def sketch(self, texts: Sequence[str]) -> FloatArray:
+        """Embed queries roughly, shape (len(texts), dimension), while an LLM decodes on the same cores: for predictions only.
 
         It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core from
         the LLM, and its other threads would wait for them all.
         """
         short = _computes_bfloat16(self._device) and self._has_transformer
         with self._lock, _threads(1):
-            vector: FloatArray = self._query([text], torch.bfloat16 if short else torch.float32)[0]
-            return vector
+            return self._query(texts, torch.bfloat16 if short else torch.float32)
 
     def _query(self, texts: Sequence[str], dtype: torch.dtype) -> FloatArray:
         with torch.inference_mode():

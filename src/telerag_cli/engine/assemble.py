@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, Lookahead, format_bytes
 from telerag_cli.embedding.encoder import Encoder
-from telerag_cli.engine.engine import Engine, Settings
+from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.session import Settings
 from telerag_cli.errors import ModelError
 from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import Index
@@ -18,6 +21,9 @@ from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.host import HostTier
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
+
+Row = tuple[str, str, str]
+"""Of a byte plan: what, where, how much."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +71,20 @@ def open_retriever(
 
 def open_engine(
     opened: Opened,
-    generator: Generator,
+    open_llm: Callable[[], Generator],
     fast_memory_bytes: int,
     settings: Settings,
     *,
     tracer: Tracer | None = None,
 ) -> Engine:
-    """Everything together, and ready: the first question waits for nothing."""
+    """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails."""
     opened.embedder.warm_up(sketching=settings.lookahead is not Lookahead.OFF)
     retriever = open_retriever(opened.index, fast_memory_bytes, tracer=tracer)
+    with contextlib.ExitStack() as undo:
+        undo.callback(retriever.tier.close)
+        retriever.check(settings.k, settings.nprobe)
+        generator = open_llm()
+        undo.pop_all()
     return Engine(generator, opened.embedder, retriever, opened.passages, settings, tracer=tracer)
 
 
@@ -87,15 +98,13 @@ def default_k(index: Index) -> int:
     return min(DEFAULT_K, index.manifest.ntotal)
 
 
-def byte_plan(index: Index, fast_memory_bytes: int, model: Path | None) -> list[tuple[str, str, str]]:
-    """What will take memory: (what, where, how much), and last what is free."""
+def byte_plan(index: Index, fast_memory_bytes: int, llm: Sequence[Row] = ()) -> list[Row]:
+    """What will take memory, the LLM's rows included, and last what is free."""
     lists = int(index.extents.sum())
-    rows = [
+    return [
         ("index lists", "disk", format_bytes(lists)),
         ("arena", "RAM", format_bytes(min(fast_memory_bytes, lists))),
+        ("centroids", "RAM", format_bytes(2 * index.centroids.nbytes)),
+        *llm,
+        ("free", "RAM", format_bytes(available_bytes())),
     ]
-    rows.append(("centroids", "RAM", format_bytes(2 * index.centroids.nbytes)))
-    if model:
-        rows.append((f"LLM {model.stem}", "RAM", format_bytes(model.stat().st_size)))
-    rows.append(("free", "RAM", format_bytes(available_bytes())))
-    return rows

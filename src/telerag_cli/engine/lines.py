@@ -31,9 +31,11 @@ def answer_line(
         ],
         "citations": answered.citations,
         "pipeline": pipeline.value,
+        "queries": [list(retrieval.queries) for retrieval in answered.retrievals],
         "stages": [
             {"name": stage.name, "text": stage.generation.text, "finish_reason": stage.generation.finish_reason,
-             "prompt_tokens": stage.generation.prompt_tokens, "completion_tokens": stage.generation.completion_tokens,
+             "prompt_tokens": stage.generation.prompt_tokens, "cached_tokens": stage.generation.cached_tokens,
+             "completion_tokens": stage.generation.completion_tokens, "queue_s": round(stage.generation.queue_s, 6),
              "prefill_s": round(stage.generation.prefill_s, 6), "decode_s": round(stage.generation.decode_s, 6)}
             for stage in answered.stages
         ],
@@ -56,6 +58,39 @@ def error_line(question: Question, message: str) -> dict[str, Any]:
         "custom_id": question.id,
         "response": None,
         "error": {"code": "failed", **error},
+    }
+
+
+def trace_line(question: Question, answered: Answered, pipeline: PipelineName) -> dict[str, Any]:
+    """The line of a recording: every prompt, text, query and length, enough to replay it."""
+    return {
+        "id": question.id,
+        "question": question.text,
+        "pipeline": pipeline.value,
+        "answer": answered.answer,
+        "generations": [
+            {
+                "stage": stage.name,
+                "messages": [{"role": turn.role, "content": turn.content} for turn in stage.request.messages],
+                "max_tokens": stage.request.max_tokens,
+                "text": stage.generation.text,
+                "finish_reason": stage.generation.finish_reason,
+                "stopped_by": stage.generation.stopped_by,
+                "prompt_tokens": stage.generation.prompt_tokens,
+                "completion_tokens": stage.generation.completion_tokens,
+                "tokens": [[token.start, token.end, token.logprob] for token in stage.generation.tokens],
+                "took_s": round(stage.took_s, 6),
+            }
+            for stage in answered.stages
+        ],
+        "retrievals": [
+            {
+                "queries": list(retrieval.queries),
+                "passages": [{"id": hit.passage.id, "score": hit.score} for hit in retrieval.found],
+            }
+            for retrieval in answered.retrievals
+        ],
+        "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
     }
 
 

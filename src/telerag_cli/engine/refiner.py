@@ -3,50 +3,142 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
-from telerag_cli.lookahead.order import CHECKPOINTS, due
+import numpy as np
+
+from telerag_cli.engine.sketcher import Sketcher
+from telerag_cli.index.artifact import FloatArray
+from telerag_cli.lookahead.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, due
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.lookahead.round import Round
+from telerag_cli.pipelines.base import Expect
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Lookahead that is under way: the embedding it began with, shape (dimension,), and its round."""
+
+    vector: FloatArray
+    round: Round
+
+
+class Beginning:
+    """A `Subject` that starts lookahead for a query while the LLM already reads its prompt."""
+
+    urgent = True
+
+    def __init__(self, query: str, begin: Callable[[FloatArray], Round]) -> None:
+        """Get ready.
+
+        Args:
+            query: the lookahead query.
+            begin: starts a round for its embedding, shape (1, dimension).
+        """
+        self._query = query
+        self._begin = begin
+        self.begun: Future[Begun] = Future()
+
+    def take(self) -> Sequence[str]:
+        """See `Subject`."""
+        return [self._query] if self.begun.set_running_or_notify_cancel() else []
+
+    def give(self, vectors: FloatArray) -> None:
+        """See `Subject`."""
+        self.begun.set_result(Begun(vectors[0], self._begin(vectors)))
+
+    def fail(self, error: Exception) -> None:
+        """See `Subject`."""
+        if not self.begun.done():
+            self.begun.set_exception(error)
 
 
 class Refiner:
-    """Watches one generation; at each checkpoint it has what is written refined, off the LLM's thread.
+    """Watches one generation, as its `OnText`; at each checkpoint what is written is embedded and lookahead follows it.
 
-    Never more than one refinement at a time: what comes while one runs is covered by the next checkpoint.
+    Never more than one refinement at a time: what comes while one waits is looked at when its turn comes.
     """
 
+    urgent = False
+
     def __init__(
-        self, refine: Callable[[str, float], None], expected_tokens: float, executor: Executor
+        self,
+        begun: Future[Begun],
+        retriever: Retriever,
+        nprobe: int,
+        expected_tokens: float,
+        sketcher: Sketcher,
+        expect: Expect | None = None,
     ) -> None:
         """Get ready.
 
         Args:
-            refine: takes the text so far and the share of the expected text that it is, 0 to 1.
+            begun: the lookahead to refine.
+            retriever: what it is of.
+            nprobe: lists that will be probed.
             expected_tokens: how long the text will probably be.
-            executor: where refinement runs.
+            sketcher: what embeds.
+            expect: the queries that a text leads to; the text itself if not given.
         """
-        self._refine = refine
+        self._begun = begun
+        self._retriever = retriever
+        self._nprobe = nprobe
         self._expected = max(expected_tokens, 1.0)
-        self._executor = executor
-        self._looked = 0.0
-        self._busy = threading.Lock()
+        self._sketcher = sketcher
+        self._expect: Expect = expect or (lambda text: [text])
+        self._lock = threading.Lock()
+        self._text, self._fraction = "", 0.0
+        self._looked, self._followed = 0.0, 0.0
+        self._taken: Sequence[str] = ()
         self._ended = False
+        self._error: Exception | None = None
 
-    def on_text(self, text: str, tokens: int) -> None:
+    def __call__(self, text: str, tokens: int) -> None:
         """See `OnText`."""
-        fraction = tokens / self._expected
-        if not due(fraction, self._looked, CHECKPOINTS) or not self._busy.acquire(blocking=False):
-            return
-        self._looked = fraction
-        self._executor.submit(self._run, text, min(fraction, 1.0))
+        fraction = min(tokens / self._expected, 1.0)
+        with self._lock:
+            self._text, self._fraction = text, fraction
+            # A query more than there was says more than any checkpoint.
+            if not due(fraction, self._looked, CHECKPOINTS) and len(self._expect(text)) <= max(
+                len(self._taken), 1
+            ):
+                return
+            self._looked = fraction
+        self._sketcher.submit(self)
 
     def end(self) -> None:
-        """The text is complete: its own embedding comes next, so a refinement that still waits is pointless."""
-        self._ended = True
+        """The text is complete: its own embedding comes next, so a refinement that still waits is pointless.
 
-    def _run(self, text: str, fraction: float) -> None:
-        try:
-            if not self._ended:
-                self._refine(text, fraction)
-        finally:
-            self._busy.release()
+        Raises:
+            Exception: what went wrong with one that did not.
+        """
+        self._ended = True
+        if self._error:
+            raise self._error
+
+    def take(self) -> Sequence[str]:
+        """See `Subject`."""
+        if self._ended or not self._begun.done() or self._begun.cancelled() or self._begun.exception():
+            return []
+        with self._lock:
+            text, fraction = self._text, self._fraction
+        if self._begun.result().round.idle and not due(fraction, self._followed, PATIENT_CHECKPOINTS):
+            return []
+        queries = self._expect(text)
+        if queries == self._taken:
+            return []
+        self._taken, self._followed = queries, fraction
+        return queries
+
+    def give(self, vectors: FloatArray) -> None:
+        """See `Subject`."""
+        begun = self._begun.result()
+        fraction = self._followed
+        mixed = [blend(begun.vector, vector, fraction) for vector in vectors]
+        self._retriever.refine(begun.round, np.stack(mixed), self._nprobe, fraction)
+
+    def fail(self, error: Exception) -> None:
+        """See `Subject`."""
+        self._error = error

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
-from telerag_cli.corpus.passages import Passage
-from telerag_cli.generation.base import Message
-
-
-@dataclass(frozen=True)
-class Retrieved:
-    """A passage that was found: its row in the index and its score (inner product, or squared L2 distance)."""
-
-    passage: Passage
-    row: int
-    score: float
+from telerag_cli.generation.base import Generation, Message
+from telerag_cli.generation.shapes import Shape
+from telerag_cli.pipelines.found import Answer, Retrieved
+from telerag_cli.pipelines.prompts import answer_prompt
 
 
 class Ahead:
     """Lookahead under way; handed from `Rag.lookahead` to `Rag.generate` and `Rag.retrieve`."""
+
+
+Expect = Callable[[str], Sequence[str]]
+"""The queries to which a text will probably lead, by what is written of it so far; none yet is an empty sequence."""
+
+Prompt = Callable[[str, Sequence[Retrieved]], Sequence[Message]]
+"""Makes the prompt from a question and as many of the passages as fit."""
 
 
 class Rag(Protocol):
@@ -31,16 +30,34 @@ class Rag(Protocol):
         """Move what a query like this one will need while the block runs, and on until something is retrieved."""
 
     async def generate(
-        self, stage: str, messages: Sequence[Message], *, max_tokens: int, refining: Ahead | None = None
-    ) -> str:
-        """Let the LLM write; what it has written so far refines ``refining``."""
+        self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
+        shape: Shape | None = None, logprobs: bool = False, refining: Ahead | None = None, expect: Expect | None = None,
+    ) -> Generation:  # fmt: skip
+        """Let the LLM write.
+
+        Args:
+            stage: what the call is for, in timings and traces.
+            messages: the prompt.
+            max_tokens: the longest text.
+            stop: see `Request`.
+            shape: see `Request`.
+            logprobs: see `Request`.
+            refining: the lookahead that follows the text as it grows.
+            expect: what will be searched, by the text so far; the text itself if not given.
+        """
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
         """The best passages for these queries together, best first, each once."""
 
-    async def answer(self, question: str, found: Sequence[Retrieved]) -> str:
-        """Let the LLM answer from the passages."""
+    async def answer(
+        self, question: str, found: Sequence[Retrieved], *, stage: str = "answer", prompt: Prompt = answer_prompt,
+        max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
+    ) -> Answer:  # fmt: skip
+        """Let the LLM answer from as many of the passages as its context holds, best first.
+
+        ``max_tokens`` is what the user wants for an answer if not given; for the others see `generate`.
+        """
 
 
-Pipeline = Callable[[Rag, str], Awaitable[str]]
+Pipeline = Callable[[Rag, str], Awaitable[Answer]]
 """Answers one question."""

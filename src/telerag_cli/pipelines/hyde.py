@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from telerag_cli.generation.base import Message
 from telerag_cli.pipelines.base import Rag
+from telerag_cli.pipelines.found import Answer
 
 PASSAGE_TOKENS = 96
 
@@ -18,11 +19,11 @@ def hypothetical_passage(question: str) -> list[Message]:
     ]
 
 
-async def hyde(rag: Rag, question: str) -> str:
+async def hyde(rag: Rag, question: str) -> Answer:
     """Answer from the passages nearest to a hypothetical answer."""
     async with rag.lookahead(question) as ahead:
         passage = await rag.generate(
             "passage", hypothetical_passage(question), max_tokens=PASSAGE_TOKENS, refining=ahead
         )
-    found = await rag.retrieve([passage], ahead)
+    found = await rag.retrieve([passage.text], ahead)
     return await rag.answer(question, found)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from telerag_cli.pipelines.base import Rag
+from telerag_cli.pipelines.found import Answer
 
 
-async def naive(rag: Rag, question: str) -> str:
+async def naive(rag: Rag, question: str) -> Answer:
     """Answer from the passages nearest to the question."""
     found = await rag.retrieve([question])
     return await rag.answer(question, found)

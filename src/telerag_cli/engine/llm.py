@@ -1,0 +1,146 @@
+"""Which LLM writes, how many questions it writes for at once, and the memory that takes; planned before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from telerag_cli.config import DEFAULT_CTX_SIZE, MOST_CONCURRENT, GeneratorKind, format_bytes
+from telerag_cli.engine.assemble import Row
+from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.generation.base import Generator
+from telerag_cli.tiers.transport import available_bytes
+
+FEWEST_SLOTS = 4
+"""Requests that are written at once, memory permitting, even for one question: some pipelines ask several things together,
+and a slot that is free keeps a prompt's beginning for the next."""
+
+
+@dataclass(frozen=True)
+class LlmOptions:
+    """What a user said about the LLM."""
+
+    kind: GeneratorKind = GeneratorKind.LLAMA
+    model: str | None = None
+    hf_repo: str | None = None
+    base_url: str | None = None
+    ctx_size: int = DEFAULT_CTX_SIZE
+    n_gpu_layers: int = 0
+    threads: int | None = None
+    timeout_s: float = 60.0
+    replay: Path | None = None
+    """A recorded trace: its texts are given, in the time that the model takes for as many tokens."""
+
+
+@dataclass(frozen=True)
+class PlannedLlm:
+    """An LLM that can be opened."""
+
+    concurrency: int
+    """Questions to answer at once."""
+    rows: list[Row]
+    """Its part of the byte plan."""
+    open: Callable[[], Generator]
+    """Take the memory; raises ResourceError if there is not enough."""
+
+
+def plan_llm(
+    options: LlmOptions, concurrency: int | None, arena_bytes: int, notice: Callable[[str], None]
+) -> PlannedLlm:
+    """Choose how many questions to answer at once and say what memory that takes.
+
+    Args:
+        options: which model.
+        concurrency: questions at once; by default as many as half of the memory left holds contexts for, at most 16.
+        arena_bytes: what the arena will take of the memory that is free.
+        notice: takes what a user should know of a server.
+
+    Raises:
+        UsageError: options contradict each other.
+        ModelError: there is no such model.
+        ResourceError: the contexts do not fit the memory.
+    """
+    if options.kind is GeneratorKind.OPENAI:
+        planned = _plan_endpoint(options, concurrency or MOST_CONCURRENT // 2, notice)
+    else:
+        planned = _plan_llama(options, concurrency, arena_bytes)
+    if options.replay is None:
+        return planned
+    replay = options.replay
+
+    def open_replay() -> Generator:
+        from telerag_cli.generation.replay import Replay
+
+        return Replay(replay, planned.open())
+
+    return PlannedLlm(planned.concurrency, planned.rows, open_replay)
+
+
+def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str], None]) -> PlannedLlm:
+    if options.base_url is None:
+        raise UsageError(
+            "--generator openai needs the server's address.",
+            remedy="Give --base-url, like http://127.0.0.1:8000/v1.",
+        )
+    for name, value in (
+        ("--hf-repo", options.hf_repo),
+        ("--n-gpu-layers", options.n_gpu_layers),
+        ("--threads", options.threads),
+    ):
+        if value:
+            raise UsageError(
+                f"{name} {value} has no part in --generator openai.",
+                remedy="Leave it out; the server decides.",
+            )
+    if options.replay is not None:
+        raise UsageError(
+            "--replay needs a model in this process for its time.", remedy="Leave out --generator openai."
+        )
+    base_url = options.base_url
+
+    def open_endpoint() -> Generator:
+        from telerag_cli.generation.endpoint import Endpoint
+
+        return Endpoint(
+            base_url,
+            options.model,
+            context_tokens=options.ctx_size,
+            parallel=max(concurrency, FEWEST_SLOTS),
+            timeout_s=options.timeout_s,
+            notice=notice,
+        )
+
+    return PlannedLlm(concurrency, [(f"LLM {options.model or ''}".rstrip(), base_url, "")], open_endpoint)
+
+
+def _plan_llama(options: LlmOptions, concurrency: int | None, arena_bytes: int) -> PlannedLlm:
+    from telerag_cli.generation.llama_model import LlamaModel
+    from telerag_cli.generation.llamacpp import LlamaCpp
+    from telerag_cli.generation.models import resolve_model
+
+    if options.base_url is not None:
+        raise UsageError(
+            f"--base-url {options.base_url} has no part in --generator llama.cpp.",
+            remedy="Add --generator openai.",
+        )
+    model = LlamaModel(resolve_model(options.model, options.hf_repo), gpu_layers=options.n_gpu_layers)
+    context_tokens = min(options.ctx_size, model.trained_tokens)
+    slot_bytes = model.context_bytes(context_tokens)
+    free_bytes = available_bytes() - arena_bytes - model.weights_bytes
+    fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
+    at_once = concurrency or fitting
+    slots = max(at_once, min(fitting, FEWEST_SLOTS))
+    if slots * slot_bytes > free_bytes:
+        raise ResourceError(
+            f"{slots} contexts of {context_tokens:,} tokens take {format_bytes(slots * slot_bytes)} and "
+            f"{format_bytes(max(free_bytes, 0))} of memory are free.",
+            remedy="Lower --concurrency, --ctx-size or --fast-memory.",
+        )
+    where = "GPU" if options.n_gpu_layers else "RAM"
+    rows = [
+        (f"LLM {model.name}", where, format_bytes(model.weights_bytes)),
+        (f"LLM context, {slots} x {context_tokens:,} tokens", where, format_bytes(slots * slot_bytes)),
+    ]
+    return PlannedLlm(at_once, rows,
+                      lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads))  # fmt: skip

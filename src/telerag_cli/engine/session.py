@@ -1,0 +1,212 @@
+"""What one question uses while it is answered: the `Rag` that its pipeline sees."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from telerag_cli.config import Lookahead
+from telerag_cli.engine.prompt import fit
+from telerag_cli.engine.refiner import Beginning, Begun, Refiner
+from telerag_cli.engine.retrieval import Retrieval, Retrievals
+from telerag_cli.engine.sketcher import Sketcher
+from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
+from telerag_cli.generation.shapes import Shape
+from telerag_cli.index.artifact import FloatArray
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.lookahead.round import Round
+from telerag_cli.pipelines.base import Ahead, Expect, Prompt
+from telerag_cli.pipelines.found import Answer, Retrieved
+from telerag_cli.pipelines.prompts import answer_prompt
+from telerag_cli.tracing import Tracer
+
+LLM = "LLM"
+
+Watch = Callable[[str, str], None]
+"""Called with a stage and all it has written so far, from any thread. It must return quickly."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How questions are answered."""
+
+    k: int
+    nprobe: int
+    lookahead: Lookahead
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One LLM call: its name, what was asked, and what came of it."""
+
+    name: str
+    request: Request
+    generation: Generation
+    took_s: float
+
+
+class Lengths:
+    """How long the texts of each stage were, as a moving average in which the last one weighs a quarter."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, float] = {}
+
+    def expected(self, stage: str, max_tokens: int) -> float:
+        """Tokens that a stage's text will probably have; at first all that it may."""
+        return min(self._known.get(stage, float(max_tokens)), float(max_tokens))
+
+    def observe(self, stage: str, tokens: int) -> None:
+        """Learn from a text."""
+        known = self._known.get(stage)
+        self._known[stage] = tokens if known is None else 0.75 * known + 0.25 * tokens
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all questions use together."""
+
+    generator: Generator
+    retriever: Retriever
+    retrievals: Retrievals
+    sketcher: Sketcher
+    settings: Settings
+    lengths: Lengths
+    tracer: Tracer
+
+
+@dataclass(frozen=True)
+class _Ahead(Ahead):
+    """Lookahead of a session that has it on."""
+
+    begun: Future[Begun]
+
+
+@dataclass
+class Session:
+    """One question's way through its pipeline, and all that is noted of it."""
+
+    shared: Shared
+    watch: Watch | None = None
+    stages: list[Stage] = field(default_factory=list)
+    retrievals: list[Retrieval] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds of each stage, summed over its calls."""
+    dropped: int = 0
+    """Passages that did not fit a prompt."""
+    _begun: list[Future[Begun]] = field(default_factory=list)
+
+    @contextlib.asynccontextmanager
+    async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
+        """See `Rag`. It goes on after the block, until the next retrieval, and ends with the session at the latest."""
+        shared = self.shared
+        if shared.settings.lookahead is Lookahead.OFF:
+            yield Ahead()
+            return
+        refining = shared.settings.lookahead is Lookahead.REFINED
+
+        def begin(vectors: FloatArray) -> Round:
+            return shared.retriever.begin(vectors, shared.settings.nprobe, refining=refining)
+
+        beginning = Beginning(query, begin)
+        self._begun.append(beginning.begun)
+        shared.sketcher.submit(beginning)
+        yield _Ahead(beginning.begun)
+
+    async def generate(
+        self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
+        shape: Shape | None = None, logprobs: bool = False, refining: Ahead | None = None, expect: Expect | None = None,
+    ) -> Generation:  # fmt: skip
+        """See `Rag`."""
+        settings = self.shared.settings
+        request = Request(
+            messages, max_tokens, settings.temperature, settings.top_p, settings.seed, stop, shape, logprobs
+        )
+        refiner = self._refiner(stage, max_tokens, refining, expect)
+        started_s = time.perf_counter()
+        with self.shared.tracer.lane(LLM) as lane:
+            generation = await self.shared.generator.generate(request, self._listener(stage, refiner))
+            ended_s = time.perf_counter()
+            self.shared.tracer.add(lane, stage, started_s, ended_s, prompt_tokens=generation.prompt_tokens,
+                                   completion_tokens=generation.completion_tokens, cached_tokens=generation.cached_tokens)  # fmt: skip
+        if refiner:
+            refiner.end()
+        self._note(Stage(stage, request, generation, ended_s - started_s))
+        return generation
+
+    async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
+        """See `Rag`; all lookahead of this question ends here."""
+        started_s = time.perf_counter()
+        # What has not begun by now would only begin to move what is being searched.
+        begun = [await asyncio.wrap_future(future) for future in self._begun if not future.cancel()]
+        retrieval = await self.shared.retrievals.find(queries, [each.round for each in begun])
+        self._begun.clear()
+        self.retrievals.append(retrieval)
+        self.timings["embed_s"] += retrieval.embed_s
+        self.timings["join_s"] += retrieval.join.join_s
+        self.timings["retrieval_s"] += time.perf_counter() - started_s
+        return retrieval.found
+
+    async def answer(
+        self, question: str, found: Sequence[Retrieved], *, stage: str = "answer", prompt: Prompt = answer_prompt,
+        max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
+    ) -> Answer:  # fmt: skip
+        """See `Rag`."""
+        generator = self.shared.generator
+        longest = max_tokens or self.shared.settings.max_tokens
+        messages, kept = fit(
+            question, found, prompt, generator.context_tokens - longest, generator.count_tokens
+        )
+        self.dropped += len(found) - kept
+        generation = await self.generate(
+            stage, messages, max_tokens=longest, stop=stop, refining=refining, expect=expect
+        )
+        return Answer(generation.text, found)
+
+    def end(self) -> None:
+        """Stop lookahead that nothing retrieved from."""
+        for begun in self._begun:
+            if not begun.cancel():
+                begun.add_done_callback(_end_round)
+
+    def _refiner(
+        self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None
+    ) -> Refiner | None:
+        shared = self.shared
+        if shared.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
+            return None
+        expected = shared.lengths.expected(stage, max_tokens)
+        return Refiner(
+            ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.sketcher, expect
+        )
+
+    def _listener(self, stage: str, refiner: Refiner | None) -> OnText | None:
+        watch = self.watch
+        if watch is None:
+            return refiner
+
+        def on_text(text: str, tokens: int) -> None:
+            watch(stage, text)
+            if refiner:
+                refiner(text, tokens)
+
+        return on_text
+
+    def _note(self, stage: Stage) -> None:
+        self.shared.lengths.observe(stage.name, stage.generation.completion_tokens)
+        self.timings[f"{stage.name}_s"] += stage.took_s
+        self.timings["llm_s"] += stage.took_s
+        self.stages.append(stage)
+
+
+def _end_round(begun: Future[Begun]) -> None:
+    if not begun.cancelled() and not begun.exception():
+        begun.result().round.end()

@@ -1,0 +1,99 @@
+"""A question that leans on earlier ones: it is first made to stand by itself, and then any pipeline answers it.
+
+The rewriting is generation before retrieval, so lookahead runs behind it whatever the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from telerag_cli.generation.base import Message
+from telerag_cli.generation.shapes import Lines
+from telerag_cli.pipelines.base import Pipeline, Rag
+from telerag_cli.pipelines.found import Answer
+
+MOST_TURNS = 3
+"""Earlier turns that a question may lean on."""
+MOST_CHARACTERS = 400
+"""Of an earlier question, and of an earlier answer."""
+REWRITE_TOKENS = 64
+STANDALONE = Lines(1)
+INSTRUCTION = "Write the follow-up question again as one complete question."
+EXAMPLES = (
+    (
+        "Q: What is the capital of France?\nA: Paris.",
+        "How many people live there?",
+        "How many people live in Paris?",
+    ),
+    (
+        "Q: Who invented the telephone?\nA: Alexander Graham Bell, in 1876.",
+        "And when did he die?",
+        "When did Alexander Graham Bell die?",
+    ),
+)
+"""What was said, a follow-up question, and what it means."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as it was asked, and its answer."""
+
+    question: str
+    answer: str
+
+
+def standalone_prompt(turns: Sequence[Turn], question: str) -> list[Message]:
+    """The prompt for a question that says all that it means; small models need the examples."""
+    shown = [
+        message
+        for said, follow_up, rewritten in EXAMPLES
+        for message in (Message("user", _ask(said, follow_up)), Message("assistant", rewritten))
+    ]
+    said = "\n".join(f"Q: {_short(turn.question)}\nA: {_short(turn.answer)}" for turn in turns)
+    return [Message("system", INSTRUCTION), *shown, Message("user", _ask(said, question))]
+
+
+def recalled(
+    turns: Sequence[Turn], question: str, room: int, count_tokens: Callable[[Sequence[Message]], int]
+) -> Sequence[Turn]:
+    """The turns that a question is rewritten with: the last `MOST_TURNS`, or as many of them as fit.
+
+    Args:
+        turns: all so far.
+        question: the next one.
+        room: tokens that the prompt may have.
+        count_tokens: tokens of a prompt.
+    """
+    recent = turns[-MOST_TURNS:]
+    while recent and count_tokens(standalone_prompt(recent, question)) > room:
+        recent = recent[1:]
+    return recent
+
+
+def in_conversation(pipeline: Pipeline, turns: Sequence[Turn]) -> Pipeline:
+    """The pipeline for a question that comes after these turns; without any, the pipeline itself."""
+    if not turns:
+        return pipeline
+
+    async def rewrite_first(rag: Rag, question: str) -> Answer:
+        async with rag.lookahead(question) as ahead:
+            written = await rag.generate(
+                "rewrite",
+                standalone_prompt(turns, question),
+                max_tokens=REWRITE_TOKENS,
+                shape=STANDALONE,
+                refining=ahead,
+            )
+        return await pipeline(rag, next(iter(STANDALONE.read(written.text)), question))
+
+    return rewrite_first
+
+
+def _ask(said: str, question: str) -> str:
+    return f"{said}\n\nFollow-up: {' '.join(question.split())}\nComplete question:"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"

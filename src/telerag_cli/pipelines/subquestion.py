@@ -1,0 +1,41 @@
+"""Sub-questions: split the question into simpler ones, retrieve for all of them, answer from the union.
+
+The decomposition is that of Self-Ask (Press et al., arXiv 2210.03350), asked for at once instead of one by one, as
+LlamaIndex's sub-question query engine does.
+"""
+
+from __future__ import annotations
+
+from telerag_cli.generation.base import Message
+from telerag_cli.generation.shapes import Lines
+from telerag_cli.pipelines.base import Rag
+from telerag_cli.pipelines.found import Answer
+
+QUESTION_TOKENS = 32
+
+
+def decomposition(question: str, most: int) -> list[Message]:
+    """The prompt for the sub-questions, one a line."""
+    return [
+        Message(
+            "user",
+            f"List up to {most} simple questions, one per line, whose answers together answer this question.\n\n"
+            f"Question: {question}",
+        )
+    ]
+
+
+async def subquestion(rag: Rag, question: str, *, sub_questions: int = 3) -> Answer:
+    """Answer from the passages nearest to any of at most ``sub_questions`` sub-questions."""
+    shape = Lines(sub_questions)
+    async with rag.lookahead(question) as ahead:
+        written = await rag.generate(
+            "sub_questions",
+            decomposition(question, sub_questions),
+            max_tokens=QUESTION_TOKENS * sub_questions,
+            shape=shape,
+            refining=ahead,
+            expect=shape.finished,
+        )
+    found = await rag.retrieve(shape.read(written.text) or [question], ahead)
+    return await rag.answer(question, found)

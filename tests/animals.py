@@ -1,0 +1,84 @@
+"""A small world for the engine: passages about animals, an embedding that needs no model, engines with a scripted LLM."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+from indexes import make_index
+from telerag_cli.config import Lookahead, Metric, Storage
+from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
+from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.session import Settings
+from telerag_cli.generation.scripted import ScriptedGenerator
+from telerag_cli.index.passages import Passages, write_passages
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.tiers.host import HostTier
+
+DIMENSION = 24
+
+
+class WordHashes:
+    """An embedding that needs no model: texts with words in common are near."""
+
+    def encode_queries(self, texts):
+        out = np.zeros((len(texts), DIMENSION), np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().split():
+                digest = hashlib.blake2b(word.strip(".,?").encode(), digest_size=8).digest()
+                out[row] += np.random.default_rng(int.from_bytes(digest)).standard_normal(DIMENSION)
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
+
+    def sketch(self, texts):
+        return self.encode_queries(texts)
+
+
+ANIMALS = ("cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows", "hens", "rats")
+TEXTS = [
+    f"{animal} number {n} live in place {n * 7 % 13} and eat food {n % 5}."
+    for animal in ANIMALS
+    for n in range(30)
+]
+
+
+class World:
+    """Makes engines over one index, and checks that they leave nothing behind."""
+
+    def __init__(self, folder):
+        vectors = WordHashes().encode_queries(TEXTS)
+        self.index, _ivf = make_index(folder, vectors, 20, Metric.IP, Storage.FLOAT32)
+        columns = [[f"p{n}" for n in range(len(TEXTS))], TEXTS, ["{}"] * len(TEXTS)]
+        rows = pa.record_batch(columns, schema=PASSAGE_SCHEMA)
+        assert sum(write_passages([rows], self.index.paths.passages)) == len(TEXTS)
+        self.opened = []
+
+    def engine(
+        self,
+        script,
+        lookahead=Lookahead.REFINED,
+        *,
+        token_s=0.0,
+        context_tokens=4096,
+        tracer=None,
+        arena=0.5,
+        max_tokens=20,
+        link=None,
+    ):
+        coarse = Coarse(self.index.centroids, Metric.IP)
+        chosen = {"transport": link} if link else {}
+        tier = HostTier(self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen)
+        generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
+        retriever = Retriever(self.index, coarse, tier, tracer=tracer)
+        passages = Passages.open(self.index.paths.passages)
+        engine = Engine(generator, WordHashes(), retriever, passages, Settings(3, 4, lookahead, max_tokens), tracer=tracer)  # fmt: skip
+        self.opened.append(engine)
+        return engine
+
+    def close(self):
+        for engine in self.opened:
+            engine.close()
+            assert engine.generator.running == 0
+            assert engine.retriever.rounds == 0
+            assert engine.retriever.tier.references() == 0
+            engine.retriever.tier.check_integrity()

@@ -1,0 +1,272 @@
+"""Many questions at a time: their lines, their order, shared retrieval, shared lookahead, and what happens when one fails."""
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from animals import ANIMALS, WordHashes
+from doubles import ChosenLink
+from telerag_cli.engine.batch import Outputs, answer_all
+from telerag_cli.engine.lines import trace_line
+from telerag_cli.engine.questions import Question
+from telerag_cli.errors import ArtifactError, ModelError, ResourceError
+from telerag_cli.lookahead.plan import Plan
+from telerag_cli.lookahead.round import Mover
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.tracing import Tracer
+from test_lookahead import StubTier
+
+
+class Taken:
+    """Collects what a run writes and tells."""
+
+    def __init__(self, record=False):
+        self.lines, self.told, self.traces, self.advanced = [], [], [], 0
+        self.outputs = Outputs(
+            self.lines.append, self.traces.append if record else None, self.told.append, self.advance
+        )
+
+    def advance(self, count):
+        self.advanced += count
+
+
+def questions_of(*texts):
+    return [Question(str(n), text) for n, text in enumerate(texts, 1)]
+
+
+def answer(engine, questions, taken, *, name=PipelineName.HYDE, concurrency=4, answered=(), ordered=False):
+    return answer_all(engine, name, make_pipeline(name), questions, taken.outputs, concurrency=concurrency,
+                      answered=set(answered), ordered=ordered)  # fmt: skip
+
+
+def echo(request):
+    """The longer the question's number, the later its answer."""
+    text = request.messages[-1].content
+    if "passage that answers" in text:
+        return "owls number 3 live in place 8"
+    return "word " * (30 if "slow" in text else 3)
+
+
+def test_as_many_as_asked_for_are_under_way_and_no_more(engine_of):
+    busiest = 0
+
+    def script(request):
+        nonlocal busiest
+        busiest = max(busiest, engine.generator.running)
+        return echo(request)
+
+    engine = engine_of(script, token_s=0.002)
+    taken = Taken()
+    summary = answer(
+        engine, questions_of(*(f"Where do {animal} live?" for animal in ANIMALS)), taken, concurrency=3
+    )
+    assert sorted(line["id"] for line in taken.lines) == sorted(str(n) for n in range(1, 11))
+    assert (summary.asked, summary.failed, taken.advanced) == (10, 0, 10)
+    assert busiest == 3
+
+
+def test_lines_come_as_they_are_done_or_in_order(engine_of):
+    questions = questions_of("slow one", "quick", "quick")
+    for ordered, expected in ((False, ["2", "3", "1"]), (True, ["1", "2", "3"])):
+        taken = Taken()
+        answer(engine_of(echo, token_s=0.002, max_tokens=30), questions, taken, ordered=ordered)
+        assert [line["id"] for line in taken.lines] == expected
+
+
+def test_one_that_fails_and_one_that_is_no_question_do_not_disturb_the_rest(engine_of):
+    def script(request):
+        if "broken" in request.messages[-1].content:
+            raise ModelError("the model broke")
+        return echo(request)
+
+    taken = Taken(record=True)
+    questions = [*questions_of("fine", "broken", "fine"), Question("4", "", problem="q.txt:4 is not JSON.")]
+    summary = answer(engine_of(script), questions, taken, answered={"3"}, ordered=True)
+    assert [(line["id"], "error" in line) for line in taken.lines] == [("1", False), ("2", True), ("4", True)]
+    assert (summary.asked, summary.failed, summary.skipped) == (3, 2, 1)
+    assert [told.split(":")[0] for told in taken.told] == ["question 2", "question 4"]
+    assert [line["id"] for line in taken.traces] == ["1"]
+
+
+def test_an_output_that_cannot_be_written_ends_the_run(engine_of):
+    engine = engine_of(echo, token_s=0.001)
+    taken = Taken()
+
+    def full(line):
+        raise ResourceError("The disk is full.")
+
+    with pytest.raises(ResourceError, match="disk is full"):
+        answer_all(engine, PipelineName.HYDE, make_pipeline(PipelineName.HYDE), questions_of(*["why"] * 8),
+                   Outputs(full, None, taken.told.append, taken.advance), concurrency=4, answered=set())  # fmt: skip
+    assert engine.generator.running == 0
+
+
+def test_questions_are_read_as_they_are_needed_and_their_trouble_is_told(engine_of):
+    read = []
+
+    def source():
+        for n in range(100):
+            read.append(n)
+            yield Question(str(n), "why")
+            if n == 5:
+                raise ArtifactError("The questions end in the middle.")
+
+    with pytest.raises(ArtifactError, match="end in the middle"):
+        answer(engine_of(echo), source(), Taken(), concurrency=2)
+    assert read == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_source_that_waits_holds_nothing_up(engine_of):
+    gate = threading.Event()
+    taken = Taken()
+
+    def source():
+        yield Question("1", "why")
+        assert gate.wait(5), "the first answer waited for the second question"
+        yield Question("2", "why")
+
+    def write(line):
+        taken.lines.append(line)
+        gate.set()
+
+    engine = engine_of(echo)
+    answer_all(engine, PipelineName.NAIVE, make_pipeline(PipelineName.NAIVE), source(),
+               Outputs(write, None, taken.told.append, taken.advance), concurrency=2, answered=set())  # fmt: skip
+    assert [line["id"] for line in taken.lines] == ["1", "2"]
+
+
+def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):
+    engine = engine_of(echo)
+    answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), "Where do owls live?"))
+    line = json.loads(
+        json.dumps(trace_line(Question("7", "Where do owls live?"), answered, PipelineName.HYDE))
+    )
+    assert (line["id"], line["pipeline"], line["answer"]) == ("7", "hyde", answered.answer)
+    passage, final = line["generations"]
+    assert (passage["stage"], final["stage"]) == ("passage", "answer")
+    assert "Where do owls live?" in passage["messages"][-1]["content"]
+    assert (passage["text"], passage["completion_tokens"]) == ("owls number 3 live in place 8", 7)
+    assert line["retrievals"][0]["queries"] == [passage["text"]]
+    assert [hit["id"] for hit in line["retrievals"][0]["passages"]] == [
+        hit.passage.id for hit in answered.found
+    ]
+
+
+class CountingEmbedder(WordHashes):
+    def __init__(self):
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def encode_queries(self, texts):
+        self.batches.append(len(texts))
+        self.gate.wait(5)
+        return super().encode_queries(texts)
+
+
+def test_what_is_retrieved_while_a_batch_runs_is_the_next_batch(engine_of):
+    alone = engine_of(echo)
+    together = engine_of(echo)
+    embedder = together.shared.retrievals._embedder = CountingEmbedder()
+    texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
+
+    async def ask_all():
+        embedder.gate.clear()
+        tasks = [asyncio.create_task(together.shared.retrievals.find([text], [])) for text in texts]
+        while not embedder.batches:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        embedder.gate.set()
+        return await asyncio.gather(*tasks)
+
+    found = asyncio.run(ask_all())
+    assert sum(embedder.batches) == len(texts)
+    assert len(embedder.batches) <= 2
+    for text, result in zip(texts, found, strict=True):
+        expected = asyncio.run(alone.shared.retrievals.find([text], []))
+        assert [(hit.row, hit.score) for hit in result.found] == [
+            (hit.row, hit.score) for hit in expected.found
+        ]
+        assert result.join.lists_wanted == expected.join.lists_wanted
+
+
+def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
+    links = []
+
+    def link(path, memory):
+        links.append(ChosenLink(path, memory))
+        return links[0]
+
+    engine = engine_of(echo, link=link)
+    texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
+    coarse = engine.retriever._coarse
+    probes = [set(coarse.probe(WordHashes().encode_queries([text]), 4)[1][0].tolist()) for text in texts]
+    broken = next(number for number in probes[0] if any(number not in others for others in probes[1:]))
+    links[0].broken.add(broken)
+
+    async def find(text):
+        try:
+            return (await engine.shared.retrievals.find([text], [])).found
+        except ArtifactError as error:
+            return str(error)
+
+    async def find_all():
+        return await asyncio.gather(*map(find, texts))
+
+    results = asyncio.run(find_all())
+    for needed, result in zip(probes, results, strict=True):
+        assert isinstance(result, str) == (broken in needed)
+    links[0].broken.clear()
+
+
+def test_rounds_share_the_link_and_take_turns():
+    tier = StubTier(8, depth=2)
+    mover = Mover(tier)
+    first, second = (mover.start(Plan(8, np.zeros(8, np.bool_))) for _ in range(2))
+    first.follow(np.arange(8), 8)
+    second.follow(np.arange(8)[::-1], 8)
+    assert [number for number, _ in tier.started] == [0, 1]
+    tier.finish(0)
+    tier.finish(1)
+    assert len(tier.started) == 4  # two under way, whoever they are for
+    assert {number for number, _ in tier.started[2:]} == {2, 7}
+    first.end()
+    tier.finish(2)
+    tier.finish(3)
+    assert [number for number, _ in tier.started[4:]] == [6, 5]
+    assert mover.rounds == 1
+    second.end()
+    second.end()
+    assert mover.rounds == 0
+
+
+def test_what_one_round_moves_another_does_not_evict():
+    tier = StubTier(6, depth=1)
+    stays = []
+    usual = tier.prefetch
+
+    def prefetch(list_no, stay, worth, arrived):
+        stays.append((list_no, set(np.flatnonzero(stay).tolist())))
+        return usual(list_no, stay, worth, arrived)
+
+    tier.prefetch = prefetch
+    mover = Mover(tier)
+    first, second = (mover.start(Plan(6, np.zeros(6, np.bool_))) for _ in range(2))
+    first.follow(np.array([0, 1, 2, 3, 4, 5]), 2)
+    second.follow(np.array([5, 4, 3, 2, 1, 0]), 2)
+    tier.finish(0)
+    assert stays == [(0, set()), (5, {0, 1})]
+    first.end()
+    tier.finish(1)
+    assert stays[-1] == (4, {5})
+
+
+def test_lanes_are_not_shared_while_they_are_in_use():
+    tracer = Tracer()
+    with tracer.lane("LLM") as first, tracer.lane("LLM") as second:
+        assert (first, second) == ("LLM", "LLM 2")
+    with tracer.lane("LLM") as again:
+        assert again == "LLM"
