@@ -36,17 +36,19 @@ import numpy as np
 from telerag_cli.bench_record import record
 from telerag_cli.config import Lookahead, parse_bytes
 from telerag_cli.engine.assemble import Opened, open_index, open_retriever
-from telerag_cli.engine.engine import Answered, Engine, Settings
-from telerag_cli.engine.prompt import answer_prompt
+from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.questions import read_questions
+from telerag_cli.engine.session import Settings
 from telerag_cli.generation.base import Generator, Request
+from telerag_cli.generation.llama_model import LlamaModel
 from telerag_cli.generation.llamacpp import LlamaCpp
 from telerag_cli.generation.models import resolve_model
 from telerag_cli.index.artifact import FloatArray, Index
 from telerag_cli.index.scoring import Coarse, empty_ivf
-from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever
+from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever, Search
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.hyde import PASSAGE_TOKENS, hyde, hypothetical_passage
+from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.tiers.base import FastTier
 from telerag_cli.tiers.cache import CacheKind
 
@@ -94,8 +96,11 @@ class FaissOnDisk(Retriever):
         ivf.parallel_mode = 1
         self._ivf, self._lists = ivf, lists
 
-    def search(self, queries: FloatArray, k: int, nprobe: int, ahead: Round | None = None) -> Found:
-        """Faiss's search, timed."""
+    def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+        """Faiss's search, timed, one after the other."""
+        return [self._search(search.queries, k, nprobe) for search in searches]
+
+    def _search(self, queries: FloatArray, k: int, nprobe: int) -> Found:
         started_s = time.perf_counter()
         self._ivf.nprobe = nprobe
         scores, rows = self._ivf.search(queries, k)
@@ -250,7 +255,7 @@ def main() -> None:
             : options.limit
         ]
     opened = open_index(options.index, None)
-    generator = LlamaCpp(resolve_model(None, None))
+    generator = LlamaCpp(LlamaModel(resolve_model(None, None)))
     settings = Settings(options.k, options.nprobe, Lookahead.OFF, options.max_tokens)
     results = measure(opened, generator, settings, parse_bytes(options.fast_memory), questions)
     generator.close()

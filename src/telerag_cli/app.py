@@ -9,6 +9,7 @@ import typer
 
 from telerag_cli import __version__
 from telerag_cli.commands.build_index import build_index
+from telerag_cli.commands.chat import chat
 from telerag_cli.commands.embed import embed
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
 from telerag_cli.commands.inspect import inspect
@@ -44,7 +45,7 @@ def options(
         os.environ[DEBUG_VARIABLE] = "1"
 
 
-for command in (quickstart, embed, build_index, inspect, search, run):
+for command in (quickstart, embed, build_index, inspect, search, run, chat):
     app.command()(guarded(command))
 
 

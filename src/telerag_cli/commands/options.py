@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from telerag_cli.config import DEFAULT_GENERATOR, GeneratorKind, Lookahead
+from telerag_cli.pipelines.registry import PipelineName
+
 IndexArgument = Annotated[
     Path,
     typer.Argument(
@@ -45,3 +48,102 @@ EmbedderOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where the embedder runs: auto, cpu or cuda:N.")]
+
+PipelineOption = Annotated[
+    PipelineName, typer.Option(help="How questions are answered; see docs/pipelines.md.")
+]
+LookaheadOption = Annotated[
+    Lookahead, typer.Option(help="What predicts the lists to move while the LLM writes.")
+]
+RoundsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rounds of iterative and iter_retgen.  \\[default: 3]", show_default=False),
+]
+SubQuestionsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most sub-questions of subquestion.  \\[default: 3]", show_default=False),
+]
+FlareThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="flare looks up what has tokens less probable than this.  \\[default: 0.4]",
+        show_default=False,
+    ),
+]
+SentencesOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most sentences that flare writes.  \\[default: 4]", show_default=False),
+]
+
+_LLM = "The LLM"
+GeneratorOption = Annotated[
+    GeneratorKind,
+    typer.Option(help="llama.cpp in this process, or any server with OpenAI's API.", rich_help_panel=_LLM),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"A GGUF file, or the server's name for its model.  \\[default: {DEFAULT_GENERATOR}, or the only one served]",
+        metavar="GGUF|NAME",
+        show_default=False,
+        rich_help_panel=_LLM,
+    ),
+]
+HfRepoOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A Hugging Face repository instead, like user/model:Q4_K_M.",
+        metavar="USER/MODEL[:QUANT]",
+        show_default=False,
+        rich_help_panel=_LLM,
+    ),
+]
+BaseUrlOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Address of the server, like http://127.0.0.1:8000/v1; its key is taken from OPENAI_API_KEY.",
+        metavar="URL",
+        show_default=False,
+        rich_help_panel=_LLM,
+    ),
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(min=0.1, help="Seconds for which a server may send nothing.", rich_help_panel=_LLM),
+]
+CtxSizeOption = Annotated[
+    int,
+    typer.Option(min=64, help="Tokens that a prompt and its answer may have together.", rich_help_panel=_LLM),
+]
+NGpuLayersOption = Annotated[
+    int,
+    typer.Option(min=-1, help="Layers of the LLM to put on a GPU, -1 for all.", rich_help_panel=_LLM),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="CPU threads of the LLM.  \\[default: one a core]",
+        show_default=False,
+        rich_help_panel=_LLM,
+    ),
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_LLM)]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(min=0.0, help="0 always takes the likeliest token.", rich_help_panel=_LLM),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Sample from the likeliest tokens of this total probability.",
+        rich_help_panel=_LLM,
+    ),
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="For sampling at temperatures above 0.", rich_help_panel=_LLM)
+]

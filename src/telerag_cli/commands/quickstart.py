@@ -124,21 +124,20 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     import asyncio
 
     from telerag_cli.engine.assemble import Opened, default_nprobe, open_engine
-    from telerag_cli.engine.engine import Settings
+    from telerag_cli.engine.llm import LlmOptions, plan_llm
+    from telerag_cli.engine.session import Settings
     from telerag_cli.generation.base import Message, Request
-    from telerag_cli.generation.llamacpp import LlamaCpp
-    from telerag_cli.generation.models import resolve_model
     from telerag_cli.index.passages import Passages
     from telerag_cli.pipelines.hyde import hyde
 
     opened = Opened(index, Passages.open(index.paths.passages), encoder)
     settings = Settings(min(K, index.manifest.ntotal), default_nprobe(index), mode, MAX_TOKENS)
-    generator = LlamaCpp(resolve_model(None, None))
-    engine = open_engine(opened, generator, arena_bytes, settings, tracer=tracer)
+    llm = plan_llm(LlmOptions(), 1, arena_bytes, console.warn)
+    engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
 
     async def ask_all() -> list[Answered]:
         encoder.encode_queries(QUESTIONS[:1])
-        await generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
+        await engine.generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
         answered = []
         with console.progress(f"Asking, lookahead {mode}", len(QUESTIONS), unit="questions") as advance:
             for question in QUESTIONS:

@@ -10,17 +10,35 @@ import typer
 
 from telerag_cli import console
 from telerag_cli.commands.options import (
+    BaseUrlOption,
+    CtxSizeOption,
     DeviceOption,
     EmbedderOption,
     FastMemoryOption,
+    FlareThresholdOption,
+    GeneratorOption,
+    HfRepoOption,
     IndexArgument,
     KOption,
+    LookaheadOption,
+    MaxTokensOption,
+    ModelOption,
+    NGpuLayersOption,
     NprobeOption,
+    PipelineOption,
+    RoundsOption,
+    SeedOption,
+    SentencesOption,
+    SubQuestionsOption,
+    TemperatureOption,
+    ThreadsOption,
+    TimeoutOption,
+    TopPOption,
 )
 from telerag_cli.commands.search import no_question, open_lines
-from telerag_cli.config import DEFAULT_FAST_MEMORY, DEFAULT_GENERATOR, Lookahead, parse_bytes
+from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_FAST_MEMORY, GeneratorKind, Lookahead, parse_bytes
 from telerag_cli.errors import EXIT_PARTIAL, ResourceError
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 
 def run(
@@ -40,44 +58,38 @@ def run(
             "--output", "-o", help="Where answers go, one JSON line each; - is stdout.", metavar="FILE|-"
         ),
     ] = "-",
-    pipeline: Annotated[PipelineName, typer.Option(help="How questions are answered.")] = PipelineName.HYDE,
-    lookahead: Annotated[
-        Lookahead, typer.Option(help="What predicts the lists to move while the LLM writes.")
-    ] = Lookahead.REFINED,
+    pipeline: PipelineOption = PipelineName.HYDE,
+    rounds: RoundsOption = None,
+    sub_questions: SubQuestionsOption = None,
+    flare_threshold: FlareThresholdOption = None,
+    sentences: SentencesOption = None,
+    lookahead: LookaheadOption = Lookahead.REFINED,
     fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
     nprobe: NprobeOption = None,
     k: KOption = None,
-    model: Annotated[
-        str | None,
+    concurrency: Annotated[
+        int | None,
         typer.Option(
-            help=f"A GGUF file.  \\[default: {DEFAULT_GENERATOR}]", metavar="GGUF", show_default=False
-        ),
-    ] = None,
-    hf_repo: Annotated[
-        str | None,
-        typer.Option(
-            help="A Hugging Face repository instead, like user/model:Q4_K_M.",
-            metavar="USER/MODEL[:QUANT]",
+            min=1,
+            help="Questions answered at once.  \\[default: what the memory holds contexts for, at most 16; 8 with a server]",
             show_default=False,
         ),
     ] = None,
-    ctx_size: Annotated[
-        int, typer.Option(min=64, help="Tokens that a prompt and its answer may have together.")
-    ] = 4096,
-    n_gpu_layers: Annotated[
-        int, typer.Option(min=-1, help="Layers of the LLM to put on a GPU, -1 for all.")
-    ] = 0,
-    threads: Annotated[
-        int | None,
-        typer.Option(min=1, help="CPU threads of the LLM.  \\[default: one a core]", show_default=False),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this total probability."),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="For sampling at temperatures above 0.")] = 0,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Write answers in the order of the questions.")
+    ] = False,
+    generator: GeneratorOption = GeneratorKind.LLAMA,
+    model: ModelOption = None,
+    hf_repo: HfRepoOption = None,
+    base_url: BaseUrlOption = None,
+    timeout: TimeoutOption = 60.0,
+    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
+    n_gpu_layers: NGpuLayersOption = 0,
+    threads: ThreadsOption = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     embedder: EmbedderOption = None,
     device: DeviceOption = "auto",
     resume: Annotated[
@@ -89,9 +101,32 @@ def run(
             help="Write a Chrome trace of the run, for Perfetto.", metavar="FILE", show_default=False
         ),
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep every prompt, text, query and length, as JSON lines.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Give the texts of a recording, in the time the model takes for as many tokens.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""
     arena_bytes = parse_bytes(fast_memory)
+    answering = make_pipeline(
+        pipeline,
+        rounds=rounds,
+        sub_questions=sub_questions,
+        flare_threshold=flare_threshold,
+        sentences=sentences,
+    )
     if trace and not trace.parent.is_dir():
         raise ResourceError(
             f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
@@ -102,39 +137,48 @@ def run(
         contextlib.ExitStack() as opened_here,
     ):
         from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_engine, open_index
-        from telerag_cli.engine.batch import answer_all
-        from telerag_cli.engine.engine import Settings
+        from telerag_cli.engine.batch import Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
+        from telerag_cli.engine.llm import LlmOptions, plan_llm
         from telerag_cli.engine.questions import read_questions
-        from telerag_cli.generation.llamacpp import LlamaCpp
-        from telerag_cli.generation.models import resolve_model
+        from telerag_cli.engine.session import Settings
         from telerag_cli.tracing import Tracer
 
-        path = resolve_model(model, hf_repo)
+        llm_options = LlmOptions(
+            generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout, replay
+        )
+        llm = plan_llm(llm_options, concurrency, arena_bytes, console.warn)
         opened = open_index(index, embedder, device)
-        probes = nprobe or default_nprobe(opened.index)
         file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
-        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, path))
+        recording = opened_here.enter_context(RunFile(record, resume=resume)) if record else None
+        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, llm.rows))
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
-        generator = LlamaCpp(path, context_tokens=ctx_size, threads=threads, gpu_layers=n_gpu_layers)
         settings = Settings(
-            k or default_k(opened.index), probes, lookahead, max_tokens, temperature, top_p, seed
+            k or default_k(opened.index),
+            nprobe or default_nprobe(opened.index),
+            lookahead,
+            max_tokens,
+            temperature,
+            top_p,
+            seed,
         )
-        engine = open_engine(opened, generator, arena_bytes, settings, tracer=tracer)
+        engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
         opened_here.callback(engine.close)
         if engine.retriever.tier.note:
             console.warn(engine.retriever.tier.note)
         with console.progress("answering", None, unit="questions") as advance:
+            write = file.append if file else console.emit_json
             summary = answer_all(
                 engine,
                 pipeline,
+                answering,
                 read_questions(lines, name),
+                Outputs(write, recording.append if recording else None, console.fail, advance),
+                concurrency=llm.concurrency,
                 answered=file.answered if file else set(),
-                write=file.append if file else console.emit_json,
-                tell=console.fail,
-                advance=advance,
+                ordered=ordered,
             )
     for line in summary.lines():
         console.say(line)

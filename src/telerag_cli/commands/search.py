@@ -61,7 +61,7 @@ def search(
         from telerag_cli.engine.questions import Question, read_questions
 
         opened = open_index(index, embedder, device)
-        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, None))
+        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes))
         retriever = open_retriever(opened.index, arena_bytes)
         probes = nprobe or default_nprobe(opened.index)
         wanted = k or default_k(opened.index)

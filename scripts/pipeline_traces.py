@@ -1,0 +1,58 @@
+"""Draw a real trace of every pipeline into docs/pipelines.md: one question each, over the index of `telerag quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from telerag_cli.commands.chat_screen import seconds, timeline
+from telerag_cli.config import Lookahead
+from telerag_cli.engine.assemble import default_nprobe, open_engine, open_index
+from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.llm import LlmOptions, plan_llm
+from telerag_cli.engine.session import Settings
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.tracing import Tracer
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "pipelines.md"
+QUESTION = "How do I find the median of a list of numbers, and its variance?"
+WIDTH = 100
+ARENA_BYTES = 3 * 2**20
+MAX_TOKENS = 48
+
+
+def drawn(answered: Answered, tracer: Tracer) -> str:
+    """The question's lanes, its queries, and what it took."""
+    queries = [f"searched: {query}" for retrieval in answered.retrievals for query in retrieval.queries]
+    shown = [
+        line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+        for line in (" ".join(q.split()) for q in queries)
+    ]
+    return "\n".join([*timeline(tracer.spans(), WIDTH), "", *shown, *seconds(answered, WIDTH)])
+
+
+def main() -> None:
+    """Ask, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("index", type=Path, help="the index that telerag quickstart made")
+    options = parser.parse_args()
+    opened = open_index(options.index, None)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name in PipelineName:
+        tracer = Tracer()
+        settings = Settings(3, default_nprobe(opened.index), Lookahead.REFINED, MAX_TOKENS)
+        llm = plan_llm(LlmOptions(), 1, ARENA_BYTES, print)
+        engine = open_engine(opened, llm.open, ARENA_BYTES, settings, tracer=tracer)
+        try:
+            answered = asyncio.run(engine.ask(make_pipeline(name), QUESTION))
+        finally:
+            engine.close()
+        begin, end = f"<!-- trace:{name} -->", "<!-- trace:end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n```text\n{drawn(answered, tracer)}\n```\n{end}{rest.partition(end)[2]}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""``telerag chat``: questions and answers in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from telerag_cli import console
+from telerag_cli.commands.options import (
+    BaseUrlOption,
+    CtxSizeOption,
+    DeviceOption,
+    EmbedderOption,
+    FastMemoryOption,
+    FlareThresholdOption,
+    GeneratorOption,
+    HfRepoOption,
+    IndexArgument,
+    KOption,
+    LookaheadOption,
+    MaxTokensOption,
+    ModelOption,
+    NGpuLayersOption,
+    NprobeOption,
+    PipelineOption,
+    RoundsOption,
+    SeedOption,
+    SentencesOption,
+    SubQuestionsOption,
+    TemperatureOption,
+    ThreadsOption,
+    TimeoutOption,
+    TopPOption,
+)
+from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_FAST_MEMORY, GeneratorKind, Lookahead, parse_bytes
+from telerag_cli.errors import EXIT_PARTIAL, ResourceError
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+
+
+def chat(
+    index: IndexArgument,
+    pipeline: PipelineOption = PipelineName.HYDE,
+    rounds: RoundsOption = None,
+    sub_questions: SubQuestionsOption = None,
+    flare_threshold: FlareThresholdOption = None,
+    sentences: SentencesOption = None,
+    lookahead: LookaheadOption = Lookahead.REFINED,
+    fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
+    nprobe: NprobeOption = None,
+    k: KOption = None,
+    generator: GeneratorOption = GeneratorKind.LLAMA,
+    model: ModelOption = None,
+    hf_repo: HfRepoOption = None,
+    base_url: BaseUrlOption = None,
+    timeout: TimeoutOption = 60.0,
+    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
+    n_gpu_layers: NGpuLayersOption = 0,
+    threads: ThreadsOption = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    embedder: EmbedderOption = None,
+    device: DeviceOption = "auto",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a Chrome trace of the conversation, for Perfetto.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Ask questions in a terminal, one leaning on another; /help says what else can be typed.
+
+    From a pipe, each line is a question.
+    """
+    arena_bytes = parse_bytes(fast_memory)
+    given = {
+        "rounds": rounds,
+        "sub_questions": sub_questions,
+        "flare_threshold": flare_threshold,
+        "sentences": sentences,
+    }
+    make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
+    if trace and not trace.parent.is_dir():
+        raise ResourceError(
+            f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
+        )
+    with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:
+        from telerag_cli.commands.chat_input import Piped, Typed
+        from telerag_cli.commands.chat_screen import Screen
+        from telerag_cli.commands.chat_session import COMMANDS, Chat, converse
+        from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_engine, open_index
+        from telerag_cli.engine.llm import LlmOptions, plan_llm
+        from telerag_cli.engine.session import Settings
+        from telerag_cli.tracing import Tracer
+
+        llm_options = LlmOptions(
+            generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout
+        )
+        llm = plan_llm(llm_options, 1, arena_bytes, console.warn)
+        opened = open_index(index, embedder, device)
+        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, llm.rows))
+        tracer = Tracer()
+        if trace:
+            opened_here.callback(tracer.save, trace)
+        settings = Settings(
+            k or default_k(opened.index),
+            nprobe or default_nprobe(opened.index),
+            lookahead,
+            max_tokens,
+            temperature,
+            top_p,
+            seed,
+        )
+        engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
+        opened_here.callback(engine.close)
+        interactive = sys.stdin.isatty()
+        screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
+        if engine.retriever.tier.note:
+            screen.warn(engine.retriever.tier.note)
+        talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
+        if interactive:
+            screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")
+            words = {name: command.words for name, command in COMMANDS.items()}
+            failed = converse(talk, Typed(words, screen.warn), screen)
+        else:
+            failed = converse(talk, Piped(sys.stdin.buffer), screen)
+    if failed and not interactive:
+        raise typer.Exit(EXIT_PARTIAL)
