@@ -226,12 +226,13 @@ def test_what_a_slot_holds_beyond_a_short_beginning_is_kept():
     assert again.taken_over == 299
 
 
-def test_a_beginning_that_many_share_is_computed_once():
+@pytest.mark.parametrize("shared", [MIN_SHARED, 300, 5 * CHUNK + 1])
+def test_a_beginning_that_many_share_is_computed_once(shared):
     bench = Bench(4)
-    tasks = [bench.submit(words(0, 300) + words(number, 5)) for number in range(1, 17)]
+    tasks = [bench.submit(words(0, shared) + words(number, 5)) for number in range(1, 17)]
     bench.finish()
-    assert bench.batcher.counts.evaluated == 300 + 16 * 5
-    assert [task.taken_over for task in tasks] == [0] + [300] * 15
+    assert bench.batcher.counts.evaluated == shared + 16 * 5
+    assert [task.taken_over for task in tasks] == [0] + [shared] * 15
     assert {task.outcomes[0] for task in tasks} == {"done"}
 
 

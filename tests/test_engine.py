@@ -155,17 +155,23 @@ def refiner_of(sketches, expected_tokens, expect=None):
 
 def settled(sketches):
     """Wait until everything submitted before was served."""
-    done = threading.Event()
 
     class Last:
         urgent = False
 
+        def __init__(self):
+            self.taken = threading.Event()
+
         def take(self):
-            done.set()
+            self.taken.set()
             return []
 
-    sketches.sketcher.submit(Last())
-    assert done.wait(5)
+    for last in (
+        Last(),
+        Last(),
+    ):  # the first may be taken together with what is waited for, the second comes after it
+        sketches.sketcher.submit(last)
+        assert last.taken.wait(5)
 
 
 def test_refinement_comes_at_checkpoints_and_looks_at_the_newest_text(sketches):
@@ -222,7 +228,9 @@ def test_sketching_takes_no_more_than_its_share():
 
     def slow(texts):
         calls.append((time.perf_counter(), len(texts)))
-        time.sleep(0.02)
+        began_s = time.thread_time()
+        while time.thread_time() - began_s < 0.02:  # sleeping would cost nobody anything
+            pass
         return np.ones((len(texts), 2), np.float32)
 
     class Wish:
@@ -245,12 +253,12 @@ def test_sketching_takes_no_more_than_its_share():
     urgent = Wish(True)
     sketcher.submit(urgent)
     assert urgent.done.wait(5)
-    assert not wishes[1].done.is_set()  # 10 ms too many were used, and the urgent one used 20 more
+    assert not wishes[1].done.is_set()  # 10 ms too many were used
     assert wishes[1].done.wait(5)
     assert wishes[2].done.wait(5)
     sketcher.close()
     assert [count for _at, count in calls] == [1, 1, 2]
-    assert calls[2][0] - calls[0][0] > 0.2
+    assert calls[2][0] - calls[0][0] > 0.1
 
 
 def hits(*texts):

@@ -80,21 +80,21 @@ class Sketcher:
     def _work(self) -> None:
         give_way(NICENESS)
         while chosen := self._next():
+            began_s = time.thread_time()
             self._serve(chosen)
+            if not chosen[0].urgent:
+                # Processor time, not time: that is what the LLM does not get.
+                self._credit_s -= time.thread_time() - began_s
 
     def _next(self) -> list[Subject]:
-        """What to do now: waits for it; empty at the end."""
+        """What to do now, all of it urgent or none; waits for it. Empty at the end."""
         with self._changed:
             while not self._closing:
                 pause_s = self._pause_s()
-                urgent = [subject for subject in self._waiting if subject.urgent]
-                others = (
-                    []
-                    if pause_s
-                    else [subject for subject in self._waiting if not subject.urgent][:MOST_TEXTS]
-                )
-                if urgent or others:
-                    chosen = urgent + others
+                chosen = [subject for subject in self._waiting if subject.urgent]
+                if not chosen and not pause_s:
+                    chosen = self._waiting[:MOST_TEXTS]
+                if chosen:
                     self._waiting = [subject for subject in self._waiting if subject not in chosen]
                     return chosen
                 self._changed.wait(pause_s if self._waiting else None)
@@ -109,7 +109,6 @@ class Sketcher:
         return 0.0 if self._credit_s > 0 else (1e-4 - self._credit_s) / self._share
 
     def _serve(self, subjects: Sequence[Subject]) -> None:
-        started_s = time.perf_counter()
         try:
             texts = [subject.take() for subject in subjects]
             flat = [text for each in texts for text in each]
@@ -118,7 +117,6 @@ class Sketcher:
             for subject in subjects:
                 subject.fail(error)
             return
-        self._credit_s -= time.perf_counter() - started_s
         start = 0
         for subject, each in zip(subjects, texts, strict=True):
             if vectors is not None and each:

@@ -228,9 +228,12 @@ class Batcher:
         return source, shared if self._decoder.can_cut and shared >= MIN_SHARED else 0
 
     def _is_being_read(self, prompt: list[int], shared: int) -> bool:
-        """Whether somebody is computing a clearly longer common beginning than there is."""
+        """Whether somebody is computing a longer common beginning than there is.
+
+        Be it by one token: many may wait, and it will be there as soon as one of them could compute it.
+        """
         return self._decoder.can_cut and any(
-            _alike(slot.task.prompt, prompt) >= shared + MIN_SHARED
+            _alike(slot.task.prompt, prompt) >= max(shared + 1, MIN_SHARED)
             for slot in self._slots
             if slot.task and slot.reading
         )

@@ -128,7 +128,10 @@ class LlamaCpp:
         self.between_steps(self._batcher.check_integrity)
 
     def between_steps(self, function: Callable[[], T]) -> T:
-        """Have the thread that decodes call a function, and wait for what it returns or raises; ModelError after `close`."""
+        """Have the thread that decodes call a function, and wait for what it returns or raises; ModelError after `close`.
+
+        Not from ``on_text``, which is called by that thread.
+        """
         done: Future[T] = Future()
 
         def order() -> None:
