@@ -78,7 +78,7 @@ class World:
     def close(self):
         for engine in self.opened:
             engine.close()
-            assert engine.generator.running == 0
+            assert getattr(engine.generator, "running", 0) == 0
             assert engine.retriever.rounds == 0
             assert engine.retriever.tier.references() == 0
             engine.retriever.tier.check_integrity()

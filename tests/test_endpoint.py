@@ -11,16 +11,20 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from telerag_cli.engine.batch import Outputs, answer_all
+from telerag_cli.engine.questions import Question
 from telerag_cli.errors import InputError, ModelError, UsageError
 from telerag_cli.generation import endpoint as module
 from telerag_cli.generation.base import Message, Request
 from telerag_cli.generation.endpoint import Endpoint
 from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 ADDRESS = "127.0.0.1"
 
@@ -36,7 +40,8 @@ def run(endpoint, request, on_text=None):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         script = self.server.script
-        script.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+        self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        script.bodies.append(self.body)
         script.keys.append(self.headers["authorization"])
         with script.lock:
             reply = script.replies.pop(0) if len(script.replies) > 1 else script.replies[0]
@@ -500,6 +505,52 @@ def test_every_event_loop_has_its_own_connections_and_close_ends_them(server):
 
     asyncio.run(within())
     assert endpoint._sessions == {}
+
+
+def answer_by_a_server(engine, endpoint, texts):
+    """The lines of a run whose LLM is the endpoint, in order."""
+    engine.shared.generator.close()
+    engine.shared = replace(engine.shared, generator=endpoint)
+    lines = []
+    outputs = Outputs(lines.append, None, lambda _message: None, lambda _count: None)
+    name = PipelineName.NAIVE
+    questions = [Question(str(number), text) for number, text in enumerate(texts)]
+    answer_all(
+        engine, name, make_pipeline(name), questions, outputs, concurrency=4, answered=set(), ordered=True
+    )
+    return lines
+
+
+TROUBLES = {
+    "limited": (refuse(429, "Slow down."), "Slow down."),
+    "broken": (refuse(500, "The model burnt down."), "The model burnt down."),
+    "malformed": (raw("data: {no json\n\n"), "stream"),
+    "silent": (raw(silence_s=2.0), "sent nothing for 0.3 s"),
+    "cut": (raw(event({"content": "Blu"})), "without saying that the answer is complete"),
+}
+
+
+def test_each_line_of_a_run_tells_what_became_of_its_question(server, engine_of):
+    def by_question(handler):
+        text = handler.body["messages"][-1]["content"]
+        trouble = next((reply for kind, (reply, _told) in TROUBLES.items() if f"{kind}?" in text), None)
+        (trouble or stream("Blue"))(handler)
+
+    endpoint = server.endpoint(by_question, retries=1, timeout_s=0.3)
+    texts = ["fine?", *(f"{kind}?" for kind in TROUBLES), "fine again?"]
+    lines = answer_by_a_server(engine_of({}), endpoint, texts)
+    assert [line["question"] for line in lines] == texts
+    assert lines[0]["answer"] == lines[-1]["answer"] == "Blue"
+    for line, (_reply, told) in zip(lines[1:-1], TROUBLES.values(), strict=True):
+        assert told in line["error"]["message"], line
+
+
+def test_a_server_that_is_gone_is_every_lines_error(server, engine_of):
+    with socket.socket() as unused:
+        unused.bind((ADDRESS, 0))
+        gone = f"http://{ADDRESS}:{unused.getsockname()[1]}/v1"
+    lines = answer_by_a_server(engine_of({}), Endpoint(gone, "small", retries=1), ["one?", "two?"])
+    assert ["cannot be reached" in line["error"]["message"] for line in lines] == [True, True]
 
 
 @pytest.fixture(scope="module")

@@ -260,3 +260,58 @@ def _reads_directly(path):
     finally:
         os.close(file)
     return True
+
+
+def test_answers_are_the_same_one_at_a_time_and_together_and_when_replayed(index, questions, tmp_path):
+    """In the order of the questions, with what was recorded given back in the model's own time."""
+    record = tmp_path / "record.jsonl"
+    common = (
+        "run",
+        index,
+        "-q",
+        questions,
+        "--max-tokens",
+        12,
+        "-k",
+        2,
+        "--ordered",
+        "--pipeline",
+        "iterative",
+        "--rounds",
+        2,
+    )
+    alone = telerag(*common, "--concurrency", 1, "--record", record)
+    together = telerag(*common, "--concurrency", 3, "--ctx-size", 2048)
+    replayed = telerag(*common, "--concurrency", 2, "--replay", record)
+    for result in (alone, together, replayed):
+        assert result.exit_code == 0, result.stderr
+    answers = [
+        [(line["id"], line["answer"], line["queries"]) for line in lines_of(result.stdout)]
+        for result in (alone, together, replayed)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert "3 x 2,048 tokens" in together.stderr or "4 x 2,048 tokens" in together.stderr
+    recorded = lines_of(record.read_text())
+    assert {line["id"] for line in recorded} == {"1", "2", "3"}
+    assert all(
+        call["messages"] and call["completion_tokens"] for line in recorded for call in line["generations"]
+    )
+    other = telerag("run", index, "-q", questions, "--pipeline", "hyde", "--replay", record)
+    assert other.exit_code == 3
+    assert "has no answer" in lines_of(other.stdout)[0]["error"]["message"]
+
+
+def test_options_that_do_not_fit_together_are_refused_before_anything_is_loaded(index):
+    for options, told in (
+        (("--pipeline", "hyde", "--rounds", 2), "--rounds has no part in the pipeline hyde"),
+        (("--generator", "openai"), "--generator openai needs the server's address"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "has no part in --generator llama.cpp"),
+        (
+            ("--generator", "openai", "--base-url", "http://127.0.0.1:1/v1", "--n-gpu-layers", 1),
+            "--n-gpu-layers 1 has no part",
+        ),
+        (("--concurrency", 200, "--ctx-size", 8192), "of memory are free"),
+    ):
+        result = telerag("run", index, *options, stdin="why?\n")
+        assert result.exit_code in (1, 2), result.stderr
+        assert told in " ".join(result.stderr.split()), result.stderr
