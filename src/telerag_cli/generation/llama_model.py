@@ -168,9 +168,10 @@ class LlamaDecoder:
     Each slot is a stream of its own. On a CPU, keys are kept as bfloat16 and values as float16. With that pair, and with
     streams apart, llama.cpp computes attention in one way whatever else is in the batch, so that a token's logits are the
     same bits for any number of rows beside it. With equal types it has further ways, for a sequence that is alone and for
-    long chunks, and their roundings differ; so do those of a cache that all sequences share. Whether the products with the
-    weights keep to it too is up to the weights' type: see ``scripts/bench_decode.py``. On a GPU both are float16, which its
-    kernels want, and equality is up to rounding.
+    long chunks, and their roundings differ; so do those of a cache that all sequences share. The products with the
+    weights keep to it as well if these are Q4_0, Q4_1 or Q8_0, and not if they are float16 or of the K types, which have a
+    way of their own for several rows: see ``scripts/bench_decode.py``. On a GPU both are float16, which its kernels want,
+    and equality is up to rounding.
     """
 
     def __init__(self, model: LlamaModel, slots: int, tokens: int, threads: int | None) -> None:

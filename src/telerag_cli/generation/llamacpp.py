@@ -48,8 +48,9 @@ class Stats:
 class LlamaCpp:
     """A GGUF model that answers ``parallel`` requests at a time; more of them wait.
 
-    On a CPU a request's text does not depend on what is decoded beside it, nor on what was computed before: see
-    `LlamaDecoder`. Prompts go through the model's own chat template. Safe to use from several threads and event loops.
+    On a CPU, and with weights of the right type, a request's text does not depend on what is decoded beside it, nor on
+    what was computed before: see `LlamaDecoder`. Prompts go through the model's own chat template. Safe to use from several
+    threads and event loops.
     """
 
     def __init__(
