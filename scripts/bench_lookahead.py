@@ -152,7 +152,7 @@ async def llm_only(
 
 
 def measure(
-    opened: Opened, generator: Generator, settings: Settings, arena_bytes: int, questions: Sequence[str]
+    opened: Opened, generator: LlamaCpp, settings: Settings, arena_bytes: int, questions: Sequence[str]
 ) -> list[dict[str, Any]]:
     """One entry a question: what each system took and found."""
     lists = opened.index.paths.lists
@@ -175,6 +175,7 @@ def measure(
             turn = SYSTEMS[number % len(SYSTEMS) :] + SYSTEMS[: number % len(SYSTEMS)]
             for name in turn:
                 mapped.unmap()
+                generator.forget()  # prompts kept of one system would make the next one quicker
                 cached = forget(lists)
                 if name == "llm-only":
                     # It needs the passages, which the first system of this question has found; not measured if it is first.
