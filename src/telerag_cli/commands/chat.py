@@ -35,9 +35,17 @@ from telerag_cli.commands.options import (
     ThreadsOption,
     TimeoutOption,
     TopPOption,
+    check_trace,
 )
-from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_FAST_MEMORY, GeneratorKind, Lookahead, parse_bytes
-from telerag_cli.errors import EXIT_PARTIAL, ResourceError
+from telerag_cli.config import (
+    DEFAULT_CTX_SIZE,
+    DEFAULT_FAST_MEMORY,
+    DEFAULT_TIMEOUT_S,
+    GeneratorKind,
+    Lookahead,
+    parse_bytes,
+)
+from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 
@@ -56,7 +64,7 @@ def chat(
     model: ModelOption = None,
     hf_repo: HfRepoOption = None,
     base_url: BaseUrlOption = None,
-    timeout: TimeoutOption = 60.0,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
     n_gpu_layers: NGpuLayersOption = 0,
     threads: ThreadsOption = None,
@@ -87,10 +95,7 @@ def chat(
         "sentences": sentences,
     }
     make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
-    if trace and not trace.parent.is_dir():
-        raise ResourceError(
-            f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
-        )
+    check_trace(trace)
     with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:
         from telerag_cli.commands.chat_input import Piped, Typed
         from telerag_cli.commands.chat_screen import Screen

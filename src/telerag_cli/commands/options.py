@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from telerag_cli.config import DEFAULT_GENERATOR, GeneratorKind, Lookahead
+from telerag_cli.errors import ResourceError
 from telerag_cli.pipelines.registry import PipelineName
 
 IndexArgument = Annotated[
@@ -147,3 +148,15 @@ TopPOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(min=0, help="For sampling at temperatures above 0.", rich_help_panel=_LLM)
 ]
+
+
+def check_trace(trace: Path | None) -> None:
+    """Refuse a trace file that could not be written at the end.
+
+    Raises:
+        ResourceError: its folder does not exist.
+    """
+    if trace and not trace.parent.is_dir():
+        raise ResourceError(
+            f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
+        )

@@ -34,10 +34,18 @@ from telerag_cli.commands.options import (
     ThreadsOption,
     TimeoutOption,
     TopPOption,
+    check_trace,
 )
 from telerag_cli.commands.search import no_question, open_lines
-from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_FAST_MEMORY, GeneratorKind, Lookahead, parse_bytes
-from telerag_cli.errors import EXIT_PARTIAL, ResourceError
+from telerag_cli.config import (
+    DEFAULT_CTX_SIZE,
+    DEFAULT_FAST_MEMORY,
+    DEFAULT_TIMEOUT_S,
+    GeneratorKind,
+    Lookahead,
+    parse_bytes,
+)
+from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 
@@ -82,7 +90,7 @@ def run(
     model: ModelOption = None,
     hf_repo: HfRepoOption = None,
     base_url: BaseUrlOption = None,
-    timeout: TimeoutOption = 60.0,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
     n_gpu_layers: NGpuLayersOption = 0,
     threads: ThreadsOption = None,
@@ -127,10 +135,7 @@ def run(
         flare_threshold=flare_threshold,
         sentences=sentences,
     )
-    if trace and not trace.parent.is_dir():
-        raise ResourceError(
-            f"The trace cannot be written: {trace.parent} is no folder.", remedy="Choose another --trace."
-        )
+    check_trace(trace)
     with (
         console.stdout_reserved(),
         open_lines(questions) as (lines, name),

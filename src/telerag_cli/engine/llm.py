@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from telerag_cli.config import DEFAULT_CTX_SIZE, MOST_CONCURRENT, GeneratorKind, format_bytes
+from telerag_cli.config import (
+    DEFAULT_CTX_SIZE,
+    DEFAULT_TIMEOUT_S,
+    MOST_CONCURRENT,
+    GeneratorKind,
+    format_bytes,
+)
 from telerag_cli.engine.assemble import Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.generation.base import Generator
@@ -28,7 +34,7 @@ class LlmOptions:
     ctx_size: int = DEFAULT_CTX_SIZE
     n_gpu_layers: int = 0
     threads: int | None = None
-    timeout_s: float = 60.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
     replay: Path | None = None
     """A recorded trace: its texts are given, in the time that the model takes for as many tokens."""
 

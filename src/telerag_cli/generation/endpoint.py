@@ -24,6 +24,7 @@ import httpx2
 import openai
 from openai.types.chat import ChatCompletionChunk
 
+from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
 from telerag_cli.errors import InputError, ModelError, TeleragError, UsageError
 from telerag_cli.generation.base import (
     FinishReason,
@@ -37,9 +38,7 @@ from telerag_cli.generation.base import (
 )
 from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines, Shape
 
-DEFAULT_CONTEXT_TOKENS = 4096
 DEFAULT_PARALLEL = 8
-DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_RETRIES = 3
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -62,7 +61,7 @@ _SAID_CHARACTERS = 300
 class Endpoint:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, base_url: str, model: str | None = None, *, context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+    def __init__(self, base_url: str, model: str | None = None, *, context_tokens: int = DEFAULT_CTX_SIZE,
                  parallel: int = DEFAULT_PARALLEL, api_key: str | None = None, timeout_s: float = DEFAULT_TIMEOUT_S,
                  retries: int = DEFAULT_RETRIES, notice: Callable[[str], None] | None = None) -> None:  # fmt: skip
         """Take the address; nothing is asked of the server yet unless ``model`` is None.
