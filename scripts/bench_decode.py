@@ -3,24 +3,23 @@
 Both run on the same thread: once two threads of a process have called llama.cpp, OpenMP has more threads than there are
 cores, no longer lets them spin, and short steps take nearly twice as long.
 
-Tokens per second while 1, 8 and 16 requests are being answered; the wait for a first token on an idle model and on a busy
-one; the tokens computed for prompts that begin alike; and how often a text is another one than when its request is alone.
+Tokens per second while 1, 8 and 16 requests are being answered, and of a long prompt; the wait for a first token on an idle
+model and on a busy one; the tokens computed for prompts that begin alike; and how often a text is another one than when its
+request is alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import itertools
 import json
 import os
 import shlex
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,14 +39,9 @@ QUESTIONS = Path(__file__).resolve().parent.parent / "datasets" / "python_questi
 CONTEXT_TOKENS = 512
 OTHERS = 7
 """Requests that are being answered while another comes."""
+LONG_PROMPT = 1024
 SHARING = 16
 PREFIX_WORDS = 300
-TYPES = {
-    name.removeprefix("LLAMA_FTYPE_MOSTLY_"): number
-    for name, number in vars(llama_cpp).items()
-    if name.startswith("LLAMA_FTYPE_MOSTLY_")
-}
-"""llama.cpp's numbers for types of weights."""
 
 
 class UsualDecoder(LlamaDecoder):
@@ -170,6 +164,31 @@ def close_keeping(generator: LlamaCpp, model: LlamaModel) -> None:
         generator.close()
 
 
+def reading_rate(model: LlamaModel, decoder: type[LlamaDecoder], tokens: int) -> float:
+    """Tokens per second of a prompt on an idle model."""
+    reader = decoder(model, 1, tokens, None)
+    prompt = model.prompt([Message("user", words(0, tokens))])[:tokens]
+    started_s = time.perf_counter()
+    for start in range(0, len(prompt), reader.chunk):
+        reader.decode([Part(0, start, prompt[start : start + reader.chunk], wants_output=False)])
+    llama_cpp.llama_synchronize(reader._context)
+    rate = len(prompt) / (time.perf_counter() - started_s)
+    reader.close()
+    return rate
+
+
+def measure_reading(model: LlamaModel, repeats: int) -> dict[str, Any]:
+    """A long prompt with our cache, on which a text does not depend on its neighbours, and with llama.cpp's usual one."""
+    pairs = [{"telerag": reading_rate(model, LlamaDecoder, LONG_PROMPT), "usual": reading_rate(model, UsualDecoder, LONG_PROMPT)}
+             for _ in range(repeats + 1)][1:]  # fmt: skip
+    middle = {name: statistics.median(pair[name] for pair in pairs) for name in pairs[0]}
+    ratio = statistics.median(pair["telerag"] / pair["usual"] for pair in pairs)
+    print(
+        f"a prompt of {LONG_PROMPT} tokens: {middle['telerag']:.1f} tokens/s, usual cache {middle['usual']:.1f}, {ratio:.2f}"
+    )
+    return {"tokens": LONG_PROMPT, **middle, "ratio": ratio, "pairs": pairs}
+
+
 def measure_first_token(model: LlamaModel, repeats: int) -> dict[str, Any]:
     """Seconds until the first token of a prompt on an idle model and while others are being answered, in turn."""
     generator = LlamaCpp(model, context_tokens=CONTEXT_TOKENS, parallel=OTHERS + 1)
@@ -287,44 +306,25 @@ def count_differing(
     return differing
 
 
-def requantized(path: Path, name: str, folder: Path) -> Path:
-    """The model with weights of another type. What was lost before stays lost; here only the type matters."""
-    target = folder / f"{name}.gguf"
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = TYPES[name]
-    settings.allow_requantize = True
-    status = llama_cpp.llama_model_quantize(os.fsencode(path), os.fsencode(target), ctypes.byref(settings))
-    if status:
-        sys.exit(f"error: llama.cpp cannot make {name} of {path} (status {status}).")
-    return target
+def many(questions: Sequence[str], count: int) -> list[str]:
+    """So many questions, no two alike: once all are asked, they are asked for a short answer."""
+    return [question if place < len(questions) else f"In short: {question}"
+            for place, question in zip(range(count), itertools.cycle(questions), strict=False)]  # fmt: skip
 
 
-def measure_sameness(path: Path, types: Sequence[str], **options: Any) -> list[dict[str, Any]]:
-    """How often texts differ: the file as it is with our cache and the usual one, and other types of weights with ours."""
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-
-        def cases() -> Iterator[tuple[str, str, Path, type[LlamaDecoder]]]:
-            yield "as in the file", "telerag", path, LlamaDecoder
-            yield "as in the file", "usual", path, UsualDecoder
-            for name in types:
-                yield name, "telerag", requantized(path, name, Path(folder)), LlamaDecoder
-
-        for weights, cache, file, decoder in cases():
-            model = LlamaModel(file)
-            differing = count_differing(model, decoder, **options)
-            model.close()
-            results.append({"weights": weights, "cache": cache, "differing": differing})
-            print(
-                f"weights {weights}, {cache} cache: of {len(options['questions'])} texts differ {differing}"
-            )
-    return results
+def measure_sameness(model: LlamaModel, **options: Any) -> dict[str, dict[str, int]]:
+    """How often texts differ, with our cache and the usual one."""
+    caches = {"telerag": LlamaDecoder, "usual": UsualDecoder}
+    differing = {name: count_differing(model, decoder, **options) for name, decoder in caches.items()}
+    for name, counts in differing.items():
+        print(f"{name} cache: of {len(options['questions'])} texts differ {counts}")
+    return differing
 
 
 def rows_for_readme(result: dict[str, Any]) -> list[dict[str, str]]:
     """The figures."""
     first, sharing = result["first_token"], result["sharing"]
-    ours, usual = result["sameness"][:2]
+    ours, usual = (result["differing"][cache] for cache in ("telerag", "usual"))
     rows = [
         {
             "what": f"Decoding at width {rate['width']}",
@@ -334,6 +334,14 @@ def rows_for_readme(result: dict[str, Any]) -> list[dict[str, str]]:
         }
         for rate in result["rates"]
     ]
+    reading = result["reading"]
+    rows.append(
+        {
+            "what": f"Reading a prompt of {reading['tokens']:,} tokens, so that no text depends on its neighbours",
+            "value": f"{reading['telerag']:.0f} tokens/s ({reading['ratio']:.2f} x)",
+            "against": f"with llama.cpp's usual cache: {reading['usual']:.0f} tokens/s",
+        }
+    )
     limit_s = 2 * first["idle_s"] + first["chunk_s"]
     rows.append(
         {
@@ -355,10 +363,10 @@ def rows_for_readme(result: dict[str, Any]) -> list[dict[str, str]]:
     rows.append(
         {
             "what": "Answers at temperature 0 that differ from those of width 1, at width "
-            + " and ".join(ours["differing"]),
-            "value": " and ".join(f"{number} of {count}" for number in ours["differing"].values()),
+            + " and ".join(ours),
+            "value": " and ".join(f"{number} of {count}" for number in ours.values()),
             "against": "with llama.cpp's usual cache: "
-            + " and ".join(f"{number} of {count}" for number in usual["differing"].values()),
+            + " and ".join(f"{number} of {count}" for number in usual.values()),
             "goal": "0",
         }
     )
@@ -374,25 +382,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--questions", type=int, default=48, help="texts that are compared")
     parser.add_argument("--question-tokens", type=int, default=48, help="tokens of each of them")
-    parser.add_argument(
-        "--weights", nargs="*", default=[], choices=sorted(TYPES), metavar="TYPE",
-        help="compare texts with weights of these types too, such as Q8_0",
-    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the result")
     options = parser.parse_args()
 
     path = resolve_model(options.model, None)
     asked = QUESTIONS.read_text(encoding="utf-8").splitlines()
-    questions = [question if place < len(asked) else f"In short: {question}"
-                 for place, question in zip(range(options.questions), itertools.cycle(asked), strict=False)]  # fmt: skip
+    questions = many(asked, options.questions)
     model = LlamaModel(path)
     rates = measure_rates(model, asked, options.widths, options.tokens, options.repeats)
+    reading = measure_reading(model, options.repeats)
     first_token = measure_first_token(model, options.repeats)
     sharing = measure_sharing(model)
-    model.close()
-    sameness = measure_sameness(
-        path, options.weights, questions=questions, widths=options.widths, tokens=options.question_tokens
+    differing = measure_sameness(
+        model, questions=questions, widths=options.widths, tokens=options.question_tokens
     )
+    model.close()
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         result = {
@@ -400,11 +404,12 @@ def main() -> None:
             "threads": len(os.sched_getaffinity(0)),
             "tokens": options.tokens,
             "rates": rates,
+            "reading": reading,
             "first_token": first_token,
             "sharing": sharing,
             "questions": len(questions),
             "question_tokens": options.question_tokens,
-            "sameness": sameness,
+            "differing": differing,
         }
         made = record(shlex.join(["python", *sys.argv]), **result, figures=rows_for_readme(result))
         write_json(options.output, json.loads(json.dumps(made)))

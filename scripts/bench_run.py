@@ -21,6 +21,7 @@ from telerag_cli.engine.llm import LlmOptions, plan_llm
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.engine.session import Settings
 from telerag_cli.files import write_json
+from telerag_cli.generation.models import resolve_model
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 ALONE, TOGETHER, UNREFINED = "one at a time", "together", "together, not refined"
@@ -31,11 +32,10 @@ def talk(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def turn(opened: Opened, questions: list[Question], name: PipelineName, concurrency: int, lookahead: Lookahead,
-         max_tokens: int, arena_bytes: int) -> dict[str, Any]:  # fmt: skip
+def turn(opened: Opened, questions: list[Question], name: PipelineName, concurrency: int, settings: Settings,
+         model: str | None, arena_bytes: int) -> dict[str, Any]:  # fmt: skip
     """Answer all questions; what it took, and the answers."""
-    llm = plan_llm(LlmOptions(), concurrency, arena_bytes, talk)
-    settings = Settings(default_k(opened.index), default_nprobe(opened.index), lookahead, max_tokens)
+    llm = plan_llm(LlmOptions(model=model), concurrency, arena_bytes, talk)
     engine = open_engine(opened, llm.open, arena_bytes, settings)
     lines: list[dict[str, Any]] = []
     outputs = Outputs(lines.append, None, talk, lambda _count: None)
@@ -47,11 +47,17 @@ def turn(opened: Opened, questions: list[Question], name: PipelineName, concurre
         engine.close()
     if summary.failed:
         raise SystemExit(f"{summary.failed} questions failed")
-    tokens = sum(stage["completion_tokens"] for line in lines for stage in line["stages"])
+    stages = [stage for line in lines for stage in line["stages"]]
     orders = sum(line["lookahead"]["orders"] for line in lines)
-    return {"wall_s": round(summary.wall_s, 3), "questions_per_s": round(len(lines) / summary.wall_s, 4), "tokens": tokens,
-            "orders": orders, "lists_hit_share": round(summary.lists_hit / summary.lists_wanted, 4),
-            "answers": {line["id"]: line["answer"] for line in lines}}  # fmt: skip
+    return {
+        "wall_s": round(summary.wall_s, 3),
+        "questions_per_s": round(len(lines) / summary.wall_s, 4),
+        "prompt_tokens": sum(stage["prompt_tokens"] for stage in stages),
+        "completion_tokens": sum(stage["completion_tokens"] for stage in stages),
+        "orders": orders,
+        "lists_hit_share": round(summary.lists_hit / summary.lists_wanted, 4),
+        "answers": {line["id"]: line["answer"] for line in lines},
+    }
 
 
 def main() -> None:
@@ -63,6 +69,8 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--pipeline", type=PipelineName, default=PipelineName.HYDE)
+    parser.add_argument("--model", help="a GGUF file; by default the bundled model")
+    parser.add_argument("-k", type=int, help="passages for an answer; by default as in `telerag run`")
     parser.add_argument("--concurrency", type=int, default=MOST_CONCURRENT)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--fast-memory", default="512MiB")
@@ -73,13 +81,18 @@ def main() -> None:
     with options.questions.open("rb") as lines:
         questions = list(read_questions(lines, str(options.questions)))[: options.limit]
     opened = open_index(options.index, None)
-    systems = {ALONE: (1, Lookahead.REFINED), TOGETHER: (options.concurrency, Lookahead.REFINED),
-               UNREFINED: (options.concurrency, Lookahead.QUESTION)}  # fmt: skip
+    refined, unrefined = (Settings(options.k or default_k(opened.index), default_nprobe(opened.index), lookahead, options.max_tokens)
+                          for lookahead in (Lookahead.REFINED, Lookahead.QUESTION))  # fmt: skip
+    systems = {
+        ALONE: (1, refined),
+        TOGETHER: (options.concurrency, refined),
+        UNREFINED: (options.concurrency, unrefined),
+    }
     rounds: list[dict[str, dict[str, Any]]] = []
     for number in range(options.repeats):
         names = list(systems)
         names = names[number % 3 :] + names[: number % 3]
-        rounds.append({name: turn(opened, questions, options.pipeline, *systems[name], options.max_tokens,
+        rounds.append({name: turn(opened, questions, options.pipeline, *systems[name], options.model,
                                   parse_bytes(options.fast_memory)) for name in names})  # fmt: skip
         talk(
             f"{number + 1}/{options.repeats}  "
@@ -98,7 +111,8 @@ def main() -> None:
     print(f"together against one at a time: {faster:.3f} x; refining costs {slowed - 1:+.1%} of the time")
     print(f"the same answer in every turn: {same} of {len(questions)}")
     if options.output:
-        setting = f"{len(questions)} {options.pipeline} questions, answers up to {options.max_tokens} tokens"
+        weights = resolve_model(options.model, None).stem
+        setting = f"{weights}, {len(questions)} {options.pipeline} questions, k {refined.k}, answers up to {options.max_tokens} tokens"
         figures = [
             {"what": f"{setting}, {options.concurrency} at once", "value": f"{rate[TOGETHER]:.2f} questions/s ({faster:.2f} x)",
              "against": f"one at a time: {rate[ALONE]:.2f} questions/s", "goal": "at least 1.5 x"},
@@ -107,7 +121,7 @@ def main() -> None:
             {"what": "The same answer, one at a time and together", "value": f"{same} of {len(questions)}", "against": "", "goal": "all"},
         ]  # fmt: skip
         write_json(options.output, record(shlex.join(["python", *sys.argv]), figures=figures, questions=len(questions),
-                                          concurrency=options.concurrency, together_over_alone=round(faster, 4),
+                                          concurrency=options.concurrency, model=weights, k=refined.k, together_over_alone=round(faster, 4),
                                           refining_over_not=round(slowed, 4), same_answers=same, rounds=rounds))  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The program around the commands: help, exit codes, pipes and signals."""
 
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from telerag_cli.app import app
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["quickstart", "embed", "build-index", "inspect", "search", "run"]
+COMMANDS = ["quickstart", "embed", "build-index", "inspect", "search", "run", "chat"]
 
 
 @pytest.fixture
@@ -172,3 +173,15 @@ def test_progress_is_silent_when_stderr_is_no_terminal(capsys):
     with console.progress("embedding", 10, unit="passages") as advance:
         advance(10)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
+def test_openmp_spins_at_barriers_unless_the_environment_says_otherwise(given):
+    policy = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    script = f"import telerag_cli, os; print([os.environ.get(name) for name in {policy}])"
+    bare = {name: value for name, value in os.environ.items() if name not in policy}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], env={**bare, **given}, capture_output=True, text=True, check=True
+    ).stdout
+    wanted = [given.get(name) for name in policy] if given else ["active", "300000"]
+    assert printed.strip() == str(wanted)

@@ -47,3 +47,15 @@ def give_way(niceness: int) -> None:
     """Let this thread's work yield to that of less nice ones, where the system allows it."""
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def spin_at_barriers() -> None:
+    """Keep GNU OpenMP's threads from sleeping at barriers that last microseconds, unless the environment says otherwise.
+
+    torch and llama.cpp share one copy of it. As soon as both have threads there are more than cores, and by default it then
+    hardly spins any more: the LLM's threads sleep and wake some thousand times a token. ``GOMP_SPINCOUNT`` is the default
+    for as many threads as cores, without which ``active`` would spin for minutes. To be called before either is loaded.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "active"
+        os.environ["GOMP_SPINCOUNT"] = "300000"
