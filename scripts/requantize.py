@@ -13,6 +13,7 @@ from pathlib import Path
 
 import llama_cpp
 
+from telerag_cli.files import writing
 from telerag_cli.generation.models import resolve_model
 
 TYPES: dict[str, int] = {
@@ -29,12 +30,12 @@ def requantize(source: Path, weights: str, target: Path) -> None:
     settings.ftype = TYPES[weights]
     settings.allow_requantize = True
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(settings))
-    if status:
-        partial.unlink(missing_ok=True)
-        sys.exit(f"error: llama.cpp cannot make {weights} of {source} (status {status}).")
-    partial.replace(target)
+    with writing(target) as partial:
+        status = llama_cpp.llama_model_quantize(
+            os.fsencode(source), os.fsencode(partial), ctypes.byref(settings)
+        )
+        if status:
+            sys.exit(f"error: llama.cpp cannot make {weights} of {source} (status {status}).")
 
 
 def main() -> None:

@@ -166,10 +166,8 @@ def settled(sketches):
             self.taken.set()
             return []
 
-    for last in (
-        Last(),
-        Last(),
-    ):  # the first may be taken together with what is waited for, the second comes after it
+    # The first may be taken together with what is waited for, the second comes after it.
+    for last in (Last(), Last()):
         sketches.sketcher.submit(last)
         assert last.taken.wait(5)
 

@@ -170,7 +170,7 @@ class LlamaDecoder:
     same bits for any number of rows beside it. With equal types it has further ways, for a sequence that is alone and for
     long chunks, and their roundings differ; so do those of a cache that all sequences share. The products with the
     weights keep to it as well if these are Q4_0, Q4_1 or Q8_0, and not if they are float16 or of the K types, which have a
-    way of their own for several rows: see ``scripts/bench_decode.py``. On a GPU both are float16, which its kernels want,
+    way of their own for several rows: see ``scripts/bench_weights.py``. On a GPU both are float16, which its kernels want,
     and equality is up to rounding.
     """
 
