@@ -194,7 +194,7 @@ def measure(
             results.append(entry)
             print(f"{number + 1:3}/{len(questions)}  " + "  ".join(
                 f"{name} {entry[name]['total_s']:.2f}/{entry[name]['retrieval_s']:.3f}" for name in SYSTEMS), file=sys.stderr)  # fmt: skip
-    base.tier.close()
+    base.close()
     return results
 
 

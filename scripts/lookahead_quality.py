@@ -74,9 +74,9 @@ def replay(coarse: Coarse, extents: IntArray, probed: IntArray, budget_bytes: fl
         plan.reorder(
             coarse.rank(predict(question, begin)), reach(len(probed), begin, refining=bool(checkpoints))
         )
-        while moved_bytes < end * budget_bytes and (list_no := plan.next(absent)) is not None:
-            absent[list_no] = False
-            moved_bytes += float(extents[list_no])
+        while moved_bytes < end * budget_bytes and (taken := plan.take(absent, 1)):
+            absent[taken] = False
+            moved_bytes += float(extents[taken].sum())
     return float((~absent[probed]).mean())
 
 

@@ -14,7 +14,7 @@ from telerag_cli.generation.scripted import ScriptedGenerator
 from telerag_cli.index.passages import Passages, write_passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.tiers.host import HostTier
+from telerag_cli.tiers.host import open_host_tier
 
 DIMENSION = 24
 
@@ -67,7 +67,7 @@ class World:
     ):
         coarse = Coarse(self.index.centroids, Metric.IP)
         chosen = {"transport": link} if link else {}
-        tier = HostTier(self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen)
+        tier = open_host_tier(self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen)
         generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)

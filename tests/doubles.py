@@ -23,12 +23,13 @@ class ChosenLink:
         self._random = random.Random(seed)
         self._threads = []
 
-    def submit(self, move, arrived):
-        self.moves.append(move)
-        delay_s = self._random.random() * self._longest_s
-        thread = threading.Thread(target=self._work, args=(move, arrived, delay_s))
-        thread.start()
-        self._threads.append(thread)
+    def submit(self, moves, arrived):
+        for move in moves:
+            self.moves.append(move)
+            delay_s = self._random.random() * self._longest_s
+            thread = threading.Thread(target=self._work, args=(move, arrived, delay_s))
+            thread.start()
+            self._threads.append(thread)
 
     def _work(self, move, arrived, delay_s):
         time.sleep(delay_s)
@@ -36,12 +37,12 @@ class ChosenLink:
             # A torn read: half of it arrives.
             half = move.nbytes // 2
             self._memory[move.target : move.target + half] = self._image[move.source : move.source + half]
-            arrived(move, ArtifactError(f"list {move.list_no} cannot be read"))
+            arrived([move], ArtifactError(f"list {move.list_no} cannot be read"))
             return
         self._memory[move.target : move.target + move.nbytes] = self._image[
             move.source : move.source + move.nbytes
         ]
-        arrived(move, None)
+        arrived([move], None)
 
     def close(self):
         for thread in self._threads:

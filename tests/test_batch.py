@@ -248,9 +248,9 @@ def test_what_one_round_moves_another_does_not_evict():
     stays = []
     usual = tier.prefetch
 
-    def prefetch(list_no, stay, worth, arrived):
-        stays.append((list_no, set(np.flatnonzero(stay).tolist())))
-        return usual(list_no, stay, worth, arrived)
+    def prefetch(lists, stay, worth, arrived):
+        stays.extend((list_no, set(np.flatnonzero(stay(list_no)).tolist())) for list_no in lists)
+        return usual(lists, stay, worth, arrived)
 
     tier.prefetch = prefetch
     mover = Mover(tier)

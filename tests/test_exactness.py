@@ -18,9 +18,8 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.tiers.base import Prefetch
 from telerag_cli.tiers.cache import CacheKind
-from telerag_cli.tiers.host import HostTier
+from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import DirectReader
 
 
@@ -57,7 +56,7 @@ class Machine(RuleBasedStateMachine):
         link = DirectReader if direct else functools.partial(ChosenLink, longest_s=longest_s, seed=seed)
         largest, total = int(index.extents.max()), int(index.extents.sum())
         arena_bytes = max(largest, int(room * total))
-        self.tier = HostTier(index, coarse, arena_bytes, cache=cache, transport=link)
+        self.tier = open_host_tier(index, coarse, arena_bytes, cache=cache, transport=link)
         self.retriever = Retriever(index, coarse, self.tier, cache_fraction=fraction)
         self.rounds = []
 
@@ -108,7 +107,7 @@ class Machine(RuleBasedStateMachine):
         if hasattr(self, "tier"):
             for ahead in self.rounds:
                 ahead.stop()
-            self.tier.close()
+            self.retriever.close()
             self.tier.check_integrity()
             self.folder.cleanup()
 
@@ -128,7 +127,7 @@ def small(tmp_path):
 
 def open_over(index, arena_bytes, link=DirectReader):
     coarse = Coarse(index.centroids, index.manifest.metric)
-    tier = HostTier(index, coarse, arena_bytes, transport=link)
+    tier = open_host_tier(index, coarse, arena_bytes, transport=link)
     return tier, Retriever(index, coarse, tier)
 
 
@@ -157,7 +156,7 @@ def test_lists_that_cannot_be_read_are_an_error_and_leave_nothing_held(small):
     scores, _rows, ordered = expected(ivf, Metric.IP, query, 5, 8)
     np.testing.assert_array_equal(found.scores, scores)
     np.testing.assert_array_equal(found.rows, ordered)
-    tier.close()
+    retriever.close()
 
 
 def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
@@ -177,7 +176,7 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
     unneeded = [move for move in links[0].moves if move.list_no not in wanted]
     assert len(unneeded) <= tier.depth
     assert found.report.lists_missed + found.report.lists_coming + found.report.lists_hit == len(wanted)
-    tier.close()
+    retriever.close()
 
 
 def test_the_second_search_finds_its_lists_in_fast_memory(small):
@@ -189,7 +188,7 @@ def test_the_second_search_finds_its_lists_in_fast_memory(small):
     assert first.lists_missed == first.lists_wanted
     assert second.lists_hit == second.lists_wanted
     assert second.bytes_missed == 0
-    tier.close()
+    retriever.close()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +200,7 @@ def test_more_than_there_is(small, k, nprobe, message):
     tier, retriever = open_over(index, int(index.extents.sum()))
     with pytest.raises(UsageError, match=message):
         retriever.check(k, nprobe)
-    tier.close()
+    retriever.close()
 
 
 def test_an_arena_below_the_largest_list_is_refused(small):
@@ -211,7 +210,7 @@ def test_an_arena_below_the_largest_list_is_refused(small):
         open_over(index, largest - 4096)
     tier, retriever = open_over(index, largest)
     assert retriever.search(_vectors[:1], 3, 20).report.lists_missed == 20
-    tier.close()
+    retriever.close()
 
 
 def test_a_file_cut_short_while_in_use_is_named(small):
@@ -222,7 +221,7 @@ def test_a_file_cut_short_while_in_use_is_named(small):
     with pytest.raises(ArtifactError, match=r"lists\.bin ends at byte 4,096"):
         retriever.search(vectors[:1], 3, 20)
     assert tier.references() == 0
-    tier.close()
+    retriever.close()
 
 
 def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_missed(small):
@@ -243,7 +242,8 @@ def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_misse
     # Room for one list: while the other is on its way, the wanted one is refused.
     tier, retriever = open_over(index, int(index.extents.max()), GatedLink)
     nothing = np.zeros(20, np.bool_)
-    assert tier.prefetch(other, nothing, np.zeros(20), lambda _number, _error: None) is Prefetch.STARTED
+    prefetched = tier.prefetch([other], lambda _number: nothing, np.zeros(20), lambda _lists, _error: None)
+    assert prefetched.started == [other]
     gates.setdefault(wanted, threading.Event()).set()
     threading.Timer(0.05, gates.setdefault(other, threading.Event()).set).start()
     found = retriever.search(query, 3, 1)
@@ -251,4 +251,4 @@ def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_misse
     scores, _rows, ordered = expected(ivf, Metric.IP, query, 3, 1)
     np.testing.assert_array_equal(found.scores, scores)
     np.testing.assert_array_equal(found.rows, ordered)
-    tier.close()
+    retriever.close()

@@ -20,7 +20,7 @@ from telerag_cli.lookahead.order import (
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Mover
 from telerag_cli.tiers.arena import Arena
-from telerag_cli.tiers.base import Prefetch
+from telerag_cli.tiers.base import Prefetched
 from telerag_cli.tiers.cache import CacheKind, make_policy
 from telerag_cli.tiers.residency import Residency, State
 
@@ -61,16 +61,16 @@ def test_blend_goes_from_question_to_text():
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
     plan = Plan(6, np.zeros(6, np.bool_))
     absent = np.ones(6, np.bool_)
-    assert plan.next(absent) is None
+    assert plan.take(absent, 1) == []
     plan.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
     absent[2] = False
     handed = []
-    while (number := plan.next(absent)) is not None:
-        handed.append(number)
-        absent[number] = False
+    while numbers := plan.take(absent, 1):
+        handed += numbers
+        absent[numbers] = False
     assert handed == [5, 0, 4]
     plan.reorder(np.array([1, 5, 3, 0, 2, 4]), 4)
-    assert plan.next(absent) == 1
+    assert plan.take(absent, 1) == [1]
 
 
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
@@ -78,7 +78,7 @@ def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     kept[3] = True
     plan = Plan(5, kept)
     plan.reorder(np.array([4, 0, 2, 1, 3]), 5)
-    assert np.flatnonzero(plan.stay(2)).tolist() == [0, 3, 4]
+    assert np.flatnonzero(plan.stay()(2)).tolist() == [0, 3, 4]
     worth = plan.worth
     assert worth[4] == worth.max()
     assert worth[3] == worth.min()
@@ -87,8 +87,8 @@ def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
 class StubTier:
     """Starts moves and leaves their end to the test."""
 
-    def __init__(self, nlist, depth, outcome=Prefetch.STARTED):
-        self.nlist, self.depth, self.outcome = nlist, depth, outcome
+    def __init__(self, nlist, depth, full=False):
+        self.nlist, self.depth, self.full = nlist, depth, full
         self.extents = np.full(nlist, PAGE_BYTES)
         self.gone = np.ones(nlist, np.bool_)
         self.started = []
@@ -96,15 +96,16 @@ class StubTier:
     def absent(self):
         return self.gone
 
-    def prefetch(self, list_no, stay, worth, arrived):
-        if self.outcome is Prefetch.STARTED:
-            self.gone[list_no] = False
-            self.started.append((list_no, arrived))
-        return self.outcome
+    def prefetch(self, lists, stay, worth, arrived):
+        if self.full:
+            return Prefetched([], full=True)
+        self.gone[lists] = False
+        self.started.extend((list_no, arrived) for list_no in lists)
+        return Prefetched(list(lists), full=False)
 
     def finish(self, position):
         list_no, arrived = self.started[position]
-        arrived(list_no, None)
+        arrived([list_no], None)
 
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
@@ -163,10 +164,10 @@ def test_reach_grows_with_the_text():
 
 
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
-    tier = StubTier(8, depth=2, outcome=Prefetch.FULL)
+    tier = StubTier(8, depth=2, full=True)
     ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
-    tier.outcome = Prefetch.STARTED
+    tier.full = False
     ahead._mover.fill()
     assert tier.started == []
     ahead.follow(np.arange(8), 8)
@@ -233,8 +234,8 @@ def test_hot_lists_are_kept_and_cold_ones_leave_first():
         residency.policy.used(np.array([1, 2]))
         kept = residency.new_round(0.5)
     assert np.flatnonzero(kept).tolist() == [1, 2]
-    residency.reserve(4, stay=kept)
-    residency.reserve(5, stay=kept)
+    residency.reserve(4, stay=lambda _list_no: kept)
+    residency.reserve(5, stay=lambda _list_no: kept)
     assert residency.state[[1, 2]].tolist() == [State.RESIDENT] * 2
     assert residency.state[[0, 3]].tolist() == [State.ABSENT] * 2
 

@@ -127,8 +127,8 @@ def chat(
         opened_here.callback(engine.close)
         interactive = sys.stdin.isatty()
         screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
-        if engine.retriever.tier.note:
-            screen.warn(engine.retriever.tier.note)
+        for note in engine.retriever.tier.notes:
+            screen.warn(note)
         talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
         if interactive:
             screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")

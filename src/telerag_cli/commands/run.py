@@ -171,8 +171,8 @@ def run(
         )
         engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
         opened_here.callback(engine.close)
-        if engine.retriever.tier.note:
-            console.warn(engine.retriever.tier.note)
+        for note in engine.retriever.tier.notes:
+            console.warn(note)
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
             summary = answer_all(

@@ -66,9 +66,9 @@ def search(
         probes = nprobe or default_nprobe(opened.index)
         wanted = k or default_k(opened.index)
         retriever.check(wanted, probes)
-        if retriever.tier.note:
-            console.warn(retriever.tier.note)
-        opened_here.callback(retriever.tier.close)
+        for note in retriever.tier.notes:
+            console.warn(note)
+        opened_here.callback(retriever.close)
         name = ""
         asked: Iterable[Question] = (Question(str(n), text) for n, text in enumerate(question or [], 1))
         if queries:

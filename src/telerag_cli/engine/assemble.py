@@ -18,7 +18,7 @@ from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever
 from telerag_cli.tiers.cache import CacheKind
-from telerag_cli.tiers.host import HostTier
+from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
 
@@ -65,7 +65,7 @@ def open_retriever(
 ) -> Retriever:
     """A retriever over the ``host`` link with an arena of this size."""
     coarse = Coarse(index.centroids, index.manifest.metric)
-    tier = HostTier(index, coarse, fast_memory_bytes, cache=cache, tracer=tracer)
+    tier = open_host_tier(index, coarse, fast_memory_bytes, cache=cache, tracer=tracer)
     return Retriever(index, coarse, tier, tracer=tracer)
 
 
@@ -81,7 +81,7 @@ def open_engine(
     opened.embedder.warm_up(sketching=settings.lookahead is not Lookahead.OFF)
     retriever = open_retriever(opened.index, fast_memory_bytes, tracer=tracer)
     with contextlib.ExitStack() as undo:
-        undo.callback(retriever.tier.close)
+        undo.callback(retriever.close)
         retriever.check(settings.k, settings.nprobe)
         generator = open_llm()
         undo.pop_all()

@@ -100,7 +100,7 @@ class Engine:
         self.shared.sketcher.close()
         self.shared.retrievals.close()
         self.shared.generator.close()
-        self.shared.retriever.tier.close()
+        self.shared.retriever.close()
 
     def _sketch(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):

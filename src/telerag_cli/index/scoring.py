@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import FloatArray, IntArray, TableArray
+from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
 
 COARSE_BLOCK = 16
 """Queries per call of the coarse quantizer. Faiss turns to BLAS, and other roundings, at 20 queries; staying below
@@ -36,6 +36,11 @@ def empty_ivf(quantizer: Any, dimension: int, nlist: int, metric: Metric, storag
         faiss.copy_array_to_vector(np.ascontiguousarray(trained), index.sq.trained)
     index.is_trained = storage is Storage.FLOAT16 or trained is not None
     return index
+
+
+def faiss_threads() -> int:
+    """Threads that Faiss scores with."""
+    return int(faiss.omp_get_max_threads())
 
 
 def flat(centroids: FloatArray, metric: Metric) -> Any:
@@ -93,6 +98,12 @@ class ListScorer:
         self._ivf.replace_invlists(self._lists, False)
         # Over probes, not over queries: the default runs a single query on a single thread.
         self._ivf.parallel_mode = 1
+
+    @classmethod
+    def over(cls, memory: npt.NDArray[np.uint8], index: Index, coarse: Coarse) -> ListScorer:
+        """A scorer of an index's lists in some memory, none of which is there yet."""
+        manifest = index.manifest
+        return cls(memory, coarse, manifest.metric, manifest.storage, manifest.code_size, index.trained)
 
     def close(self) -> None:
         """Let go of the memory; Faiss would otherwise unmap it when the lists are freed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,20 +45,21 @@ class Plan:
         self.wanted = self._rank < reach
         self._next = 0
 
-    def next(self, absent: BoolArray) -> int | None:
-        """The best list not handed out in this order and absent; None at the end.
+    def take(self, absent: BoolArray, count: int) -> list[int]:
+        """The best lists not handed out in this order and absent, at most ``count``; none at the end.
 
         Args:
             absent: which lists are neither in fast memory nor on their way, shape (nlist,).
+            count: at least 1.
         """
         rest = self._order[self._next :]
-        wanted = absent[rest]
-        step = int(wanted.argmax()) if len(wanted) else 0
-        if not len(wanted) or not wanted[step]:
+        places = np.flatnonzero(absent[rest])[:count]
+        if not len(places):
             self.end()
-            return None
-        self._next += step + 1
-        return int(rest[step])
+            return []
+        self._next += int(places[-1]) + 1
+        taken: list[int] = rest[places].tolist()
+        return taken
 
     @property
     def ended(self) -> bool:
@@ -67,7 +70,12 @@ class Plan:
         """Hand out nothing more of this order."""
         self._next = len(self._order)
 
-    def stay(self, list_no: int) -> BoolArray:
-        """Lists that may not be evicted for ``list_no``: those ranked before it and those kept, shape (nlist,)."""
-        mask: BoolArray = (self._rank < self._rank[list_no]) | self._kept
-        return mask
+    def stay(self) -> Callable[[int], BoolArray]:
+        """Says which lists may not be evicted for one: those that this order ranks before it and those kept, shape (nlist,)."""
+        rank, kept = self._rank, self._kept
+
+        def before(list_no: int) -> BoolArray:
+            mask: BoolArray = (rank < rank[list_no]) | kept
+            return mask
+
+        return before

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from queue import Empty, SimpleQueue
 
 import numpy as np
 
 from telerag_cli.config import Metric
-from telerag_cli.errors import TeleragError, UsageError
+from telerag_cli.errors import ResourceError, TeleragError, UsageError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
-from telerag_cli.index.scoring import Coarse, best
+from telerag_cli.index.scoring import Coarse, best, faiss_threads
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Mover, Round
-from telerag_cli.tiers.base import FastTier
+from telerag_cli.lookahead.split import Misses
+from telerag_cli.tiers.base import FastTier, InPlace
 from telerag_cli.tracing import Tracer
 
 JOIN = "join"
+IN_PLACE = "in place"
 RETRY_S = 0.002
 
 
@@ -34,7 +37,7 @@ class JoinReport:
     lists_coming: int
     """Of those, on their way when the query arrived."""
     lists_missed: int
-    """Of those, read because the query needed them."""
+    """Of those, neither: moved because the query needed them, or scored where they lie."""
     lists_moved: int
     """Lists that lookahead moved in this round."""
     lists_wasted: int
@@ -42,6 +45,10 @@ class JoinReport:
     bytes_wanted: int
     bytes_moved: int
     bytes_missed: int
+    lists_in_place: int
+    """Of those missed, scored where they lie in the slow tier."""
+    lists_failed: int
+    """Lists that the device failed to move or to score, and that were scored in place."""
     orders: int
     """Orders that lookahead followed: the first, and one for each refinement."""
     coarse_s: float
@@ -87,6 +94,12 @@ class Retriever:
         self._cache_fraction = cache_fraction
         self._tracer = tracer or Tracer(enabled=False)
         self._mover = Mover(tier)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="in place")
+
+    def close(self) -> None:
+        """Wait for what is under way and free the arena."""
+        self._beside.shutdown()
+        self.tier.close()
 
     @property
     def rounds(self) -> int:
@@ -144,8 +157,8 @@ class Retriever:
     def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
         """Several searches at once; each finds what it would find alone, and a list that two of them probe is moved once.
 
-        The join: stop lookahead, score what is in the arena, and score what is missing as it arrives. Only moves that
-        the queries need are waited for.
+        The join: stop lookahead, score what is in the arena, and deal with what is missing, by moving it and, where that is
+        possible, by scoring it in place. Only moves that the queries need are waited for.
 
         Raises:
             TeleragError: a list could not be read; the rounds have ended all the same.
@@ -160,7 +173,9 @@ class Retriever:
             queries = np.concatenate([search.queries for search in searches])
             _scores, probes = self._coarse.probe(queries, nprobe)
             coarse_s = time.perf_counter() - arrived_s
-            join = _Join(self.tier, self.index.manifest.metric, queries, probes, k, self._tracer)
+            join = _Join(
+                self.tier, self.index.manifest.metric, queries, probes, k, self._tracer, self._beside
+            )
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
@@ -194,84 +209,178 @@ class Retriever:
             lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - coming, lists_coming=coming, lists_missed=len(missed),
             lists_moved=len(moved), lists_wasted=int((~np.isin(moved, wanted)).sum()),
             bytes_wanted=int(extents[wanted].sum()), bytes_moved=int(extents[moved].sum()), bytes_missed=int(extents[missed].sum()),
+            lists_in_place=int(np.isin(missed, join.in_place).sum()), lists_failed=int(np.isin(wanted, join.failed).sum()),
             orders=sum(ahead.orders for ahead in search.rounds),
             coarse_s=coarse_s, score_s=join.score_s, join_s=join_s)  # fmt: skip
 
 
-class _Join:
-    """The way of some queries through hits, arrivals and misses, keeping the best so far."""
+@dataclass(frozen=True)
+class _Arrived:
+    """Lists that are in fast memory now, or the error that kept them out."""
 
-    def __init__(
-        self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer
-    ) -> None:
+    lists: Sequence[int]
+    error: TeleragError | None = None
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What scoring some lists in place gave; nothing when that end has stopped."""
+
+    lists: Sequence[int]
+    scores: FloatArray
+    rows: IntArray
+
+
+class _Join:
+    """The way of some queries through hits, arrivals and misses, keeping the best so far.
+
+    Where the slow tier can be scored in place, misses are dealt with from two ends: the link moves from one, and a thread
+    beside this one scores from the other. What cannot be moved, or not be scored where it was moved to, is scored in place too.
+    """
+
+    def __init__(self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer,
+                 beside: Executor) -> None:  # fmt: skip
         self._tier = tier
         self._metric = metric
         self._queries = queries
         self._probes = probes
         self._k = k
         self._tracer = tracer
-        self._arrivals: SimpleQueue[tuple[int, TeleragError | None]] = SimpleQueue()
+        self._beside = beside
+        self._events: SimpleQueue[_Arrived | _Scored | BaseException | None] = SimpleQueue()
         worst = -np.inf if metric is Metric.IP else np.inf
         self.scores: FloatArray = np.full((len(queries), k), worst, np.float32)
         self.rows: IntArray = np.full((len(queries), k), -1, np.int64)
         self.coming: list[int] = []
         self.missed: list[int] = []
+        self.in_place: list[int] = []
+        self.failed: list[int] = []
         self.score_s = 0.0
+        self._coming_now = 0
+        self._scoring_beside = False
+        self._error: BaseException | None = None
 
     def run(self, wanted: Sequence[int]) -> None:
-        pending = list(wanted)
-        under_way = 0
-        error: TeleragError | None = None
-        first = True
-        while pending or under_way:
-            if pending and error is None:
-                claim = self._tier.claim(pending, self._told)
-                under_way += len(claim.coming) + len(claim.started)
-                if first:
-                    # What was refused is missed too, however it gets here later: other lookahead may bring it.
-                    self.coming, self.missed = claim.coming, claim.started + claim.refused
-                    first = False
-                pending = claim.refused
-                self._score(claim.hits)
-            if under_way:
-                here, trouble = self._next_arrivals()
-                under_way -= len(here) + len(trouble)
-                self._score(here)
-                error = error or next(iter(trouble), None)
-            elif pending and error is None:
+        claim = self._tier.claim(wanted, self._told, move=self._tier.in_place is None)
+        self._coming_now = len(claim.coming) + len(claim.started)
+        # What found no room is missed too, however it gets here later: other lookahead may bring it.
+        self.coming, self.missed = claim.coming, claim.started + claim.absent
+        self._misses = self._row_of(claim.absent)
+        self._go_on()
+        self._score(claim.hits)
+        while self._coming_now or self._scoring_beside or (len(self._misses) and self._error is None):
+            if self._coming_now or self._scoring_beside:
+                self._take_in(self._next_events())
+            else:
                 # Only moves that this search does not wait for stand in the way; they end by themselves.
                 time.sleep(RETRY_S)
-            if error is not None:
-                pending = []
-        if error is not None:
-            raise error
+                self._misses.room()
+            self._go_on()
+        if self._error is not None:
+            raise self._error
 
-    def _told(self, list_no: int, error: TeleragError | None) -> None:
-        self._arrivals.put((list_no, error))
+    def _row_of(self, absent: Sequence[int]) -> Misses:
+        nbytes = self._tier.extents[absent].astype(np.float64)
+        place = self._tier.in_place
+        if place is None:
+            return Misses(absent, np.zeros(len(absent)), np.full(len(absent), np.inf), 1)
+        queries = np.bincount(self._probes[self._probes >= 0], minlength=self._tier.nlist)[absent]
+        return Misses(absent, nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring.bytes_per_s,
+                      faiss_threads())  # fmt: skip
 
-    def _next_arrivals(self) -> tuple[list[int], list[TeleragError]]:
-        """At least one arrival, and all that came with it: fewer and larger calls of the scanner."""
-        told = [self._arrivals.get()]
+    def _go_on(self) -> None:
+        """Give both ends what they should do next."""
+        if self._error is not None:
+            return
+        place = self._tier.in_place
+        if place and not self._scoring_beside and (lists := self._misses.in_place()):
+            self._scoring_beside = True
+            self._beside.submit(self._score_in_place, place, lists)
+        most = len(self._misses) if place is None else self._tier.depth - self._coming_now
+        if most > 0 and (lists := self._misses.for_link(most)):
+            claim = self._tier.claim(lists, self._told)
+            if claim.absent:
+                self._misses.refused(claim.absent)
+            self._coming_now += len(claim.coming) + len(claim.started)
+            self._score(claim.hits)  # other lookahead has brought them
+
+    def _score_in_place(self, place: InPlace, lists: list[int]) -> None:
+        """Score from the one end until it has nothing more to do; on the thread beside."""
+        try:
+            while lists:
+                started_s = time.perf_counter()
+                keys = self._keys(lists)
+                scores, rows = place.score(self._queries, keys, self._k)
+                ended_s = time.perf_counter()
+                scored = self._tier.extents[keys[keys >= 0]].sum()
+                place.scoring.observe(float(scored), ended_s - started_s)
+                self._tracer.add(IN_PLACE, f"score {len(lists)} lists", started_s, ended_s)
+                self._events.put(_Scored(lists, scores, rows))
+                lists = self._misses.in_place() if self._error is None else []
+            self._events.put(None)
+        except BaseException as error:
+            self._events.put(error)
+
+    def _told(self, lists: Sequence[int], error: TeleragError | None) -> None:
+        self._events.put(_Arrived(lists, error))
+
+    def _next_events(self) -> list[_Arrived | _Scored | BaseException | None]:
+        """At least one, and all that came with it: fewer and larger calls of the scorer."""
+        events = [self._events.get()]
         try:
             while True:
-                told.append(self._arrivals.get_nowait())
+                events.append(self._events.get_nowait())
         except Empty:
-            pass
-        return [list_no for list_no, error in told if error is None], [
-            error for _list_no, error in told if error
-        ]
+            return events
+
+    def _take_in(self, events: Sequence[_Arrived | _Scored | BaseException | None]) -> None:
+        here: list[int] = []
+        for event in events:
+            if isinstance(event, _Arrived):
+                self._coming_now -= len(event.lists)
+                if event.error is None:
+                    here.extend(event.lists)
+                else:
+                    self._fall_back(event.lists, event.error)
+            elif isinstance(event, _Scored):
+                self.in_place.extend(event.lists)
+                self._merge(event.scores, event.rows)
+            else:
+                self._scoring_beside = False
+                self._error = self._error or event
+        self._misses.moved(busy=self._coming_now > 0)
+        self._score(here)
+
+    def _fall_back(self, lists: Sequence[int], error: TeleragError) -> None:
+        if self._tier.in_place is None:
+            self._error = self._error or error
+        else:
+            self.failed.extend(lists)
+            self._misses.failed(lists)
+
+    def _keys(self, lists: Sequence[int]) -> IntArray:
+        """The lists that each query scores of these, (n, m) with -1 to skip."""
+        chosen = np.array(lists, np.int64)
+        single = len(self._queries) == 1
+        return chosen[None] if single else np.where(np.isin(self._probes, chosen), self._probes, -1)
 
     def _score(self, lists: Sequence[int]) -> None:
         if not lists:
             return
         started_s = time.perf_counter()
-        chosen = np.array(lists, np.int64)
-        single = len(self._queries) == 1
-        keys = chosen[None] if single else np.where(np.isin(self._probes, chosen), self._probes, -1)
-        scores, rows = self._tier.score(self._queries, keys, self._k)
-        self._tier.release(lists)
-        self.scores, self.rows = best(np.concatenate([self.scores, scores], 1), np.concatenate([self.rows, rows], 1),
-                                      self._k, self._metric)  # fmt: skip
+        try:
+            found = self._tier.score(self._queries, self._keys(lists), self._k)
+        except ResourceError as error:
+            self._fall_back(lists, error)
+        else:
+            self._merge(*found)
+        finally:
+            self._tier.release(lists)
+            self._misses.room()
         ended_s = time.perf_counter()
         self.score_s += ended_s - started_s
         self._tracer.add(JOIN, f"score {len(lists)} lists", started_s, ended_s)
+
+    def _merge(self, scores: FloatArray, rows: IntArray) -> None:
+        self.scores, self.rows = best(np.concatenate([self.scores, scores], 1), np.concatenate([self.rows, rows], 1),
+                                      self._k, self._metric)  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -11,15 +12,15 @@ import numpy as np
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.tiers.base import FastTier, Prefetch
-from telerag_cli.tiers.residency import BoolArray
+from telerag_cli.tiers.base import FastTier, Stay
 
 
 class Mover:
-    """Keeps ``tier.depth`` moves under way for all rounds together, taking from each in turn its best list.
+    """Keeps ``tier.depth`` moves under way for all rounds together, taking from each in turn its best lists.
 
     A move's end starts the next one, in the link's own thread: nothing polls, and stopping is one flag. The depth is the
-    link's and not each round's, so that what a query waits for has at most that many moves before it.
+    link's and not each round's, so that what a query waits for has at most that many moves before it. On a deep link several
+    moves are started at a time: there, what is done once for each start would take longer than the moves.
     """
 
     def __init__(self, tier: FastTier) -> None:
@@ -27,6 +28,7 @@ class Mover:
         self.lock = threading.Lock()
         self._rounds: deque[Round] = deque()
         self._under_way = 0
+        self._least = max(1, tier.depth // 4)
 
     def start(self, plan: Plan) -> Round:
         """A new round, which moves nothing until it follows an order and holds a place until `Round.end`."""
@@ -51,43 +53,44 @@ class Mover:
         """Start moves until the link is as deep as it should be, or no round has anything to move."""
         while True:
             with self.lock:
-                chosen = self._choose() if self._under_way < self.tier.depth else None
+                room = self.tier.depth - self._under_way
+                chosen = self._choose(room) if room >= self._least else None
                 if chosen is None:
                     return
-                taker, list_no, stay = chosen
-                self._under_way += 1
-                taker.under_way += 1
+                taker, lists, stay = chosen
+                self._under_way += len(lists)
+                taker.under_way += len(lists)
                 worth = taker.plan.worth
-            outcome = self.tier.prefetch(list_no, stay, worth, partial(self._arrived, taker))
-            if outcome is not Prefetch.STARTED:
-                with self.lock:
-                    self._under_way -= 1
-                    taker.under_way -= 1
-                    if outcome is Prefetch.FULL:
-                        # What ranks lower may evict even less: only a new order can go on.
-                        taker.plan.end()
+            outcome = self.tier.prefetch(lists, stay, worth, partial(self._arrived, taker))
+            with self.lock:
+                self._under_way -= len(lists) - len(outcome.started)
+                taker.under_way -= len(lists) - len(outcome.started)
+                if outcome.full:
+                    # What ranks lower may evict even less: only a new order can go on.
+                    taker.plan.end()
 
-    def _choose(self) -> tuple[Round, int, BoolArray] | None:
-        """The next round in turn that has a list to move, the list, and what may not be evicted for it."""
+    def _choose(self, room: int) -> tuple[Round, list[int], Stay] | None:
+        """The next round in turn that has lists to move, its share of the room in lists, and what may not be evicted for them."""
         absent = self.tier.absent()
+        share = max(1, room // max(1, sum(each.going for each in self._rounds)))
         for _ in range(len(self._rounds)):
             taker = self._rounds[0]
             self._rounds.rotate(-1)
-            list_no = taker.plan.next(absent) if taker.going else None
-            if list_no is not None:
+            if taker.going and (lists := taker.plan.take(absent, share)):
                 # What others are moving for queries to come is worth as much as what this one moves.
+                own = taker.plan.stay()
                 others = [other.plan.wanted for other in self._rounds if other is not taker]
-                return taker, list_no, np.logical_or.reduce([taker.plan.stay(list_no), *others])
+                return taker, lists, lambda list_no: np.logical_or.reduce([own(list_no), *others])
         return None
 
-    def _arrived(self, taker: Round, list_no: int, error: TeleragError | None) -> None:
+    def _arrived(self, taker: Round, lists: Sequence[int], error: TeleragError | None) -> None:
         with self.lock:
-            self._under_way -= 1
-            taker.under_way -= 1
+            self._under_way -= len(lists)
+            taker.under_way -= len(lists)
             if error is None:
-                taker.moved.append(list_no)
+                taker.moved.extend(lists)
             else:
-                taker.failed += 1
+                taker.failed += len(lists)
         self.fill()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Protocol
 
 import numpy as np
@@ -14,18 +13,24 @@ from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.tiers.residency import BoolArray
 
-ListArrived = Callable[[int, TeleragError | None], None]
-"""Called with a list's number when it is in the arena, or with the error that kept it out; from any thread."""
+ListsArrived = Callable[[Sequence[int], TeleragError | None], None]
+"""Called with the numbers of lists that are in the arena now, or with the error that kept them out; from any thread."""
+
+Stay = Callable[[int], BoolArray]
+"""Which lists may not be evicted for the one named, shape (nlist,)."""
+
+ScoreLists = Callable[[FloatArray, IntArray, int], tuple[FloatArray, IntArray]]
+"""The ``k`` best (score, row) of the lists named, (n, m) with -1 to skip, for queries (n, dimension); see `ListScorer.score`."""
 
 
-class Prefetch(Enum):
-    """What became of a move that nobody waits for."""
+@dataclass(frozen=True)
+class Prefetched:
+    """What became of moves that nobody waits for."""
 
-    STARTED = auto()
-    PRESENT = auto()
-    """The list is in the arena or on its way already."""
-    FULL = auto()
-    """No room, and nothing that may leave for it."""
+    started: list[int]
+    """The others were in the arena or on their way already, or came after the one for which there was no room."""
+    full: bool
+    """There was no room for a list, and nothing that may leave for it."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,41 @@ class Claim:
     """Already under way when they were asked for."""
     started: list[int]
     """Absent; a move was started."""
-    refused: list[int]
-    """Absent and no room now; ask again after a release."""
+    absent: list[int]
+    """Absent still: there is no room now (ask again after a release), or no move was wanted."""
+
+
+class Rate:
+    """How many bytes a second something does, from what it did: the average, in which old work fades by half with each ``HALF``."""
+
+    HALF_BYTES = 1 << 30
+
+    def __init__(self, nbytes: float, took_s: float) -> None:
+        """Begin with a first measurement."""
+        self._bytes = float(nbytes)
+        self._took_s = took_s
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The rate."""
+        return self._bytes / max(self._took_s, 1e-9)
+
+    def observe(self, nbytes: float, took_s: float) -> None:
+        """Learn from work done."""
+        kept = 0.5 ** (nbytes / self.HALF_BYTES)
+        self._bytes = kept * self._bytes + nbytes
+        self._took_s = kept * self._took_s + took_s
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """Scoring lists where they lie in the slow tier, as an alternative to moving them."""
+
+    score: ScoreLists
+    scoring: Rate
+    """Bytes of lists scored in place a second, counted for each query."""
+    link: Rate
+    """Bytes that the link moves a second."""
 
 
 class FastTier(Protocol):
@@ -51,8 +89,10 @@ class FastTier(Protocol):
     """Moves that lookahead keeps under way."""
     extents: IntArray
     """Bytes each list takes, shape (nlist,)."""
-    note: str | None
+    notes: list[str]
     """What a user should know about the link, if anything."""
+    in_place: InPlace | None
+    """How lists are scored where they lie in the slow tier; None where they must be moved for it."""
 
     def new_round(self, cache_fraction: float) -> BoolArray:
         """Begin a round; the lists to keep through it (see `Residency.new_round`)."""
@@ -61,19 +101,19 @@ class FastTier(Protocol):
         """Which lists are neither in the arena nor on their way, shape (nlist,)."""
 
     def prefetch(
-        self, list_no: int, stay: BoolArray, worth: npt.NDArray[np.float64], arrived: ListArrived
-    ) -> Prefetch:
-        """Start moving a list that nobody waits for.
+        self, lists: Sequence[int], stay: Stay, worth: npt.NDArray[np.float64], arrived: ListsArrived
+    ) -> Prefetched:
+        """Start moving lists that nobody waits for, in this order, until there is no room for one.
 
         Args:
-            list_no: the list.
-            stay: lists that may not be evicted for it, shape (nlist,).
+            lists: numbers of lists.
+            stay: asked only when something must leave.
             worth: added to each list's heat when choosing what to evict, shape (nlist,).
-            arrived: called once it has ended, if the answer is STARTED.
+            arrived: called once for each list started.
         """
 
-    def claim(self, lists: Sequence[int], arrived: ListArrived) -> Claim:
-        """Reference lists for scoring and start what is absent; ``arrived`` is called for each coming or started one."""
+    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
+        """Reference lists for scoring, and start what is absent if ``move``; ``arrived`` is called for each coming or started one."""
 
     def release(self, lists: Sequence[int]) -> None:
         """Give back references taken by `claim` (or by an arrival that followed it)."""
@@ -82,7 +122,11 @@ class FastTier(Protocol):
         """Tell the cache that these lists were probed."""
 
     def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
-        """The ``k`` best (score, row) of the named, referenced lists; see `ListScorer.score`."""
+        """The ``k`` best (score, row) of the named, referenced lists; see `ScoreLists`.
+
+        Raises:
+            ResourceError: the device failed at it; the lists stay referenced.
+        """
 
     def check_integrity(self) -> None:
         """Assert the accounting's invariants."""

@@ -74,13 +74,17 @@ class Residency:
         return kept
 
     def reserve(
-        self, list_no: int, *, stay: BoolArray | None = None, worth: npt.NDArray[np.float64] | None = None
+        self,
+        list_no: int,
+        *,
+        stay: Callable[[int], BoolArray] | None = None,
+        worth: npt.NDArray[np.float64] | None = None,
     ) -> int | None:
         """Take room for a list that is ABSENT, evicting the coldest run if there must be room; it becomes MOVING.
 
         Args:
             list_no: the list.
-            stay: mask of lists that may not be evicted for it.
+            stay: asked, if something must leave, for the mask of lists that may not be evicted for it.
             worth: added to the heat when choosing what leaves.
 
         Returns:
@@ -92,7 +96,7 @@ class Residency:
         if offset is None:
             evictable = self._evictable()
             if stay is not None:
-                evictable &= ~stay
+                evictable &= ~stay(list_no)
             heat = self.policy.heat if worth is None else self.policy.heat + worth
             # One unit in a million per slot: of two equally cold runs the one with fewer lists goes.
             run = self.arena.cheapest_run(nbytes, np.where(evictable, heat + 1e-6, np.inf))

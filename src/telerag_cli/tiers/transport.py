@@ -7,7 +7,7 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,8 +34,8 @@ class Move:
     nbytes: int
 
 
-Arrived = Callable[[Move, TeleragError | None], None]
-"""Called from a transport's thread when a move has ended, well or not."""
+Arrived = Callable[[Sequence[Move], TeleragError | None], None]
+"""Called from a transport's thread when moves have ended: all of them well, or all with this error."""
 
 
 class Transport(Protocol):
@@ -46,8 +46,8 @@ class Transport(Protocol):
     note: str | None
     """What a user should know about how it moves, if it is not the best way."""
 
-    def submit(self, move: Move, arrived: Arrived) -> None:
-        """Start a move; return at once."""
+    def submit(self, moves: Sequence[Move], arrived: Arrived) -> None:
+        """Start moves, in this order if they cannot all go at once; return without waiting for any."""
 
     def close(self) -> None:
         """Wait for moves under way, then let go of threads and files."""
@@ -111,9 +111,10 @@ class DirectReader:
         """Whether reads go past the page cache."""
         return self.note is None
 
-    def submit(self, move: Move, arrived: Arrived) -> None:
-        """Queue a read; ``arrived`` is called from the thread that did it."""
-        self._jobs.put((move, arrived))
+    def submit(self, moves: Sequence[Move], arrived: Arrived) -> None:
+        """Queue reads; ``arrived`` is called for each, from the thread that did it."""
+        for move in moves:
+            self._jobs.put((move, arrived))
 
     def close(self) -> None:
         """Finish what is queued, then stop the threads and close the file."""
@@ -156,7 +157,7 @@ class DirectReader:
                 error = explain(trouble, self._path)
             except TeleragError as trouble:
                 error = trouble
-            arrived(move, error)
+            arrived([move], error)
 
     def _read(self, move: Move) -> None:
         done = 0

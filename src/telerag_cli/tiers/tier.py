@@ -1,0 +1,239 @@
+"""The fast tier: accounting, a link and a scorer put together, whatever the memory is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import format_bytes
+from telerag_cli.errors import TeleragError, UsageError
+from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
+from telerag_cli.tiers.arena import Arena
+from telerag_cli.tiers.base import Claim, InPlace, ListsArrived, Prefetched, Stay
+from telerag_cli.tiers.cache import CacheKind, make_policy
+from telerag_cli.tiers.residency import BoolArray, Residency, State
+from telerag_cli.tiers.transport import Move, Transport
+from telerag_cli.tracing import Tracer
+
+
+class Scorer(Protocol):
+    """Scores lists that lie in an arena."""
+
+    table: TableArray
+    """Size and capacity in vectors and byte offset of each list in the arena, shape (nlist, 3); zeros for those not there."""
+
+    def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
+        """See `FastTier.score`."""
+
+    def close(self) -> None:
+        """Let go of the arena's memory."""
+
+
+def size_arena(index: Index, nbytes: int, option: str) -> Arena:
+    """The accounting of an arena of so many bytes, or of what the whole index needs if that is less.
+
+    Raises:
+        UsageError: it is smaller than the largest list.
+    """
+    largest = int(index.extents.max(initial=0))
+    arena = Arena(min(nbytes, max(int(index.extents.sum()), 1)))
+    if arena.nbytes < largest:
+        raise UsageError(
+            f"Fast memory of {format_bytes(nbytes)} is smaller than the largest list, {format_bytes(largest)}.",
+            remedy=f"Give {option} at least {largest}, or build the index with more lists.",
+        )
+    return arena
+
+
+class ArenaTier:
+    """A `FastTier`. One lock guards the accounting; callbacks are made outside it."""
+
+    def __init__(self, index: Index, arena: Arena, transport: Transport, scorer: Scorer, *, cache: CacheKind = CacheKind.HOTNESS,
+                 in_place: InPlace | None = None, notes: Sequence[str] = (), closing: Callable[[], None] = lambda: None,
+                 tracer: Tracer | None = None) -> None:  # fmt: skip
+        """Begin with an empty arena.
+
+        Args:
+            index: the opened index.
+            arena: the accounting of the memory that the transport writes and the scorer reads.
+            transport: the link.
+            scorer: scores what is in the arena.
+            cache: what stays between queries.
+            in_place: how the slow tier's lists are scored without moving them, if they can be.
+            notes: what a user should know, beside the transport's own note.
+            closing: called last by `close`.
+            tracer: where moves are recorded.
+        """
+        self.extents = index.extents
+        self.nlist = index.manifest.nlist
+        self.arena_bytes = arena.nbytes
+        self.depth = transport.depth
+        self.notes = [*notes, *([transport.note] if transport.note else [])]
+        self.in_place = in_place
+        self._source = index.offsets
+        self._shape = index.table
+        self._tracer = tracer or Tracer(enabled=False)
+        self._scorer = scorer
+        self._transport = transport
+        self._residency = Residency(self.extents, arena, make_policy(cache, self.nlist), self._forget)
+        self._waiting: dict[int, list[ListsArrived]] = {}
+        self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
+        self._closing = False
+        self._close_rest = closing
+
+    def new_round(self, cache_fraction: float) -> BoolArray:
+        """See `FastTier`."""
+        with self._lock:
+            return self._residency.new_round(cache_fraction)
+
+    def absent(self) -> BoolArray:
+        """See `FastTier`."""
+        with self._lock:
+            mask: BoolArray = self._residency.state == State.ABSENT
+            return mask
+
+    def prefetch(
+        self, lists: Sequence[int], stay: Stay, worth: npt.NDArray[np.float64], arrived: ListsArrived
+    ) -> Prefetched:
+        """See `FastTier`."""
+        moves: list[Move] = []
+        full = False
+        with self._lock:
+            for list_no in lists:
+                if self._residency.state[list_no] != State.ABSENT:
+                    continue
+                move = None if self._closing else self._reserve(list_no, arrived, stay, worth)
+                if move is None:
+                    full = True
+                    break
+                moves.append(move)
+        self._submit(moves)
+        return Prefetched([move.list_no for move in moves], full)
+
+    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
+        """See `FastTier`."""
+        claim = Claim([], [], [], [])
+        moves: list[Move] = []
+        with self._lock:
+            # First hold all that is here or coming, so that making room for the absent cannot evict it.
+            absent = []
+            for list_no in lists:
+                state = self._residency.state[list_no]
+                if state == State.ABSENT:
+                    absent.append(list_no)
+                    continue
+                self._residency.hold([list_no])
+                if state == State.RESIDENT:
+                    claim.hits.append(list_no)
+                else:
+                    claim.coming.append(list_no)
+                    self._waiting[list_no].append(arrived)
+            for list_no in absent if move else []:
+                started = self._reserve(list_no, arrived)
+                if started is None:
+                    break
+                self._residency.hold([list_no])
+                moves.append(started)
+        claim.started.extend(move.list_no for move in moves)
+        claim.absent.extend(absent[len(moves) :])
+        self._submit(moves)
+        return claim
+
+    def release(self, lists: Sequence[int]) -> None:
+        """See `FastTier`."""
+        with self._lock:
+            self._residency.drop(lists)
+
+    def used(self, lists: IntArray) -> None:
+        """See `FastTier`."""
+        with self._lock:
+            self._residency.policy.used(lists)
+
+    def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
+        """See `FastTier`."""
+        return self._scorer.score(queries, lists, k)
+
+    def check_integrity(self) -> None:
+        """See `FastTier`."""
+        with self._lock:
+            self._residency.check_integrity()
+            resident = (self._residency.state == State.RESIDENT) & (self.extents > 0)
+            table = self._scorer.table
+            assert (table[~resident] == 0).all(), "the scorer can see a list that is not there"
+            assert (table[resident, :2] == self._shape[resident, :2]).all()
+            assert (table[resident, 2] == self._residency.offset[resident].astype(np.uint64)).all()
+            assert set(self._waiting) == set(np.flatnonzero(self._residency.state == State.MOVING))
+
+    def moves_under_way(self) -> list[int]:
+        """Lists on their way now."""
+        with self._lock:
+            return list(self._waiting)
+
+    def references(self) -> int:
+        """References held now; zero when no query is being answered."""
+        with self._lock:
+            return int(self._residency.references.sum())
+
+    def close(self) -> None:
+        """See `FastTier`."""
+        with self._settled:
+            self._closing = True  # lookahead that nobody stopped ends here
+            self._settled.wait_for(lambda: not self._waiting)
+        self._transport.close()
+        self._scorer.close()
+        self._close_rest()
+
+    def _reserve(
+        self,
+        list_no: int,
+        arrived: ListsArrived,
+        stay: Stay | None = None,
+        worth: npt.NDArray[np.float64] | None = None,
+    ) -> Move | None:
+        offset = self._residency.reserve(list_no, stay=stay, worth=worth)
+        if offset is None:
+            return None
+        self._waiting[list_no] = [arrived]
+        return Move(list_no, int(self._source[list_no]), offset, int(self.extents[list_no]))
+
+    def _submit(self, moves: Sequence[Move]) -> None:
+        if not moves:
+            return
+        started_s = time.perf_counter()
+
+        def arrived(ended: Sequence[Move], error: TeleragError | None) -> None:
+            if self._tracer.enabled:
+                lane, ended_s = threading.current_thread().name, time.perf_counter()
+                for move in ended:
+                    self._tracer.add(lane, f"list {move.list_no}", started_s, ended_s, bytes=move.nbytes)
+            self._arrived(ended, error)
+
+        self._transport.submit(moves, arrived)
+
+    def _arrived(self, moves: Sequence[Move], error: TeleragError | None) -> None:
+        told: dict[ListsArrived, list[int]] = {}
+        with self._lock:
+            for move in moves:
+                for tell in self._waiting.pop(move.list_no):
+                    told.setdefault(tell, []).append(move.list_no)
+                if error is None:
+                    # The table first: whoever sees the list as resident may score it at once.
+                    self._scorer.table[move.list_no, :2] = self._shape[move.list_no, :2]
+                    self._scorer.table[move.list_no, 2] = move.target
+                    self._residency.commit(move.list_no)
+                else:
+                    self._residency.references[move.list_no] = 0  # those who wait are told, and hold nothing
+                    self._residency.abort(move.list_no)
+            if not self._waiting:
+                self._settled.notify_all()
+        for tell, lists in told.items():
+            tell(lists, error)
+
+    def _forget(self, list_no: int) -> None:
+        self._scorer.table[list_no] = 0
