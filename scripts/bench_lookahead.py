@@ -34,9 +34,10 @@ import faiss
 import numpy as np
 
 from telerag_cli.bench_record import record
-from telerag_cli.config import Lookahead, parse_bytes
+from telerag_cli.config import Lookahead, TierKind, parse_bytes
 from telerag_cli.engine.assemble import Opened, open_index, open_retriever
 from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.placement import TierOptions, plan_tier
 from telerag_cli.engine.questions import read_questions
 from telerag_cli.engine.session import Settings
 from telerag_cli.generation.base import Generator, Request
@@ -156,7 +157,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One entry a question: what each system took and found."""
     lists = opened.index.paths.lists
-    base = open_retriever(opened.index, arena_bytes, cache=CacheKind.NONE)
+    options = TierOptions(TierKind.HOST, fast_memory_bytes=arena_bytes, cache=CacheKind.NONE)
+    base = open_retriever(opened.index, plan_tier(opened.index, options))
     coarse = Coarse(opened.index.centroids, opened.index.manifest.metric)
     mapped = FaissOnDisk(opened.index, coarse, base.tier)
     kinds: dict[str, tuple[Retriever, Lookahead]] = {
@@ -255,7 +257,7 @@ def main() -> None:
         questions = [question.text for question in read_questions(lines, str(options.questions))][
             : options.limit
         ]
-    opened = open_index(options.index, None)
+    opened = open_index(Index.open(options.index), None)
     generator = LlamaCpp(LlamaModel(resolve_model(None, None)))
     settings = Settings(options.k, options.nprobe, Lookahead.OFF, options.max_tokens)
     results = measure(opened, generator, settings, parse_bytes(options.fast_memory), questions)

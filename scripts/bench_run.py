@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from telerag_cli.bench_record import record
-from telerag_cli.config import MOST_CONCURRENT, Lookahead, parse_bytes
+from telerag_cli.config import MOST_CONCURRENT, Lookahead, TierKind, parse_bytes
 from telerag_cli.engine.assemble import Opened, default_k, default_nprobe, open_engine, open_index
 from telerag_cli.engine.batch import Outputs, answer_all
 from telerag_cli.engine.llm import LlmOptions, plan_llm
+from telerag_cli.engine.placement import TierOptions, plan_tier
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.engine.session import Settings
 from telerag_cli.files import write_json
 from telerag_cli.generation.models import resolve_model
+from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 ALONE, TOGETHER, UNREFINED = "one at a time", "together", "together, not refined"
@@ -35,8 +37,9 @@ def talk(message: str) -> None:
 def turn(opened: Opened, questions: list[Question], name: PipelineName, concurrency: int, settings: Settings,
          model: str | None, arena_bytes: int) -> dict[str, Any]:  # fmt: skip
     """Answer all questions; what it took, and the answers."""
-    llm = plan_llm(LlmOptions(model=model), concurrency, arena_bytes, talk)
-    engine = open_engine(opened, llm.open, arena_bytes, settings)
+    tier = plan_tier(opened.index, TierOptions(TierKind.HOST, fast_memory_bytes=arena_bytes))
+    llm = plan_llm(LlmOptions(model=model), concurrency, tier, talk)
+    engine = open_engine(opened, llm.open, tier, settings)
     lines: list[dict[str, Any]] = []
     outputs = Outputs(lines.append, None, talk, lambda _count: None)
     try:
@@ -80,7 +83,7 @@ def main() -> None:
 
     with options.questions.open("rb") as lines:
         questions = list(read_questions(lines, str(options.questions)))[: options.limit]
-    opened = open_index(options.index, None)
+    opened = open_index(Index.open(options.index), None)
     refined, unrefined = (Settings(options.k or default_k(opened.index), default_nprobe(opened.index), lookahead, options.max_tokens)
                           for lookahead in (Lookahead.REFINED, Lookahead.QUESTION))  # fmt: skip
     systems = {

@@ -7,11 +7,13 @@ import asyncio
 from pathlib import Path
 
 from telerag_cli.commands.chat_screen import seconds, timeline
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, TierKind
 from telerag_cli.engine.assemble import default_nprobe, open_engine, open_index
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.llm import LlmOptions, plan_llm
+from telerag_cli.engine.placement import TierOptions, plan_tier
 from telerag_cli.engine.session import Settings
+from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 from telerag_cli.tracing import Tracer
 
@@ -37,13 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("index", type=Path, help="the index that telerag quickstart made")
     options = parser.parse_args()
-    opened = open_index(options.index, None)
+    opened = open_index(Index.open(options.index), None)
     text = DOCUMENT.read_text(encoding="utf-8")
     for name in PipelineName:
         tracer = Tracer()
         settings = Settings(3, default_nprobe(opened.index), Lookahead.REFINED, MAX_TOKENS)
-        llm = plan_llm(LlmOptions(), 1, ARENA_BYTES, print)
-        engine = open_engine(opened, llm.open, ARENA_BYTES, settings, tracer=tracer)
+        tier = plan_tier(opened.index, TierOptions(TierKind.HOST, fast_memory_bytes=ARENA_BYTES))
+        llm = plan_llm(LlmOptions(), 1, tier, print)
+        engine = open_engine(opened, llm.open, tier, settings, tracer=tracer)
         try:
             answered = asyncio.run(engine.ask(make_pipeline(name), QUESTION))
         finally:

@@ -67,7 +67,9 @@ class World:
     ):
         coarse = Coarse(self.index.centroids, Metric.IP)
         chosen = {"transport": link} if link else {}
-        tier = open_host_tier(self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen)
+        tier = open_host_tier(
+            self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen
+        )
         generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import faiss
 import numpy as np
@@ -21,11 +23,11 @@ from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, TeleragError, UsageError
 from telerag_cli.index.artifact import ID_BYTES, Index
-from telerag_cli.index.build import BuildOptions, build, partial_of, plan_build
+from telerag_cli.index.build import BuildOptions, build, finished, partial_of, plan_build
 from telerag_cli.index.passages import BATCH_ROWS, Passages
 from telerag_cli.index.recall import NEIGHBOURS, Nearest
 from telerag_cli.index.scoring import empty_ivf, flat
-from telerag_cli.index.train import auto_nlist, draw_rows, plan_training
+from telerag_cli.index.train import auto_nlist, draw_rows, find_gpu, plan_training
 from vector_files import clustered, embeddings_folder, vector_column, write_parquet
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
@@ -198,6 +200,144 @@ def test_too_little_memory_is_refused(tmp_path):
         plan_build(source, tmp_path / "index", BuildOptions(memory_bytes=1 << 20))
 
 
+# Where k-means runs
+
+
+def library(gpus=None):
+    """Stands in for ``faiss``: without support for GPUs, or with it and this many of them."""
+    support = {} if gpus is None else {"StandardGpuResources": object, "get_num_gpus": lambda: gpus}
+    return SimpleNamespace(__version__="1.2.3", **support)
+
+
+@pytest.mark.parametrize(("device", "gpus", "found"), [
+    ("auto", None, None), ("auto", 0, None), ("auto", 2, 0), ("cpu", None, None), ("cpu", 2, None),
+    ("cuda", 2, 0), ("cuda:0", 1, 0), ("cuda:1", 2, 1)])  # fmt: skip
+def test_the_gpu_that_is_found(device, gpus, found):
+    assert find_gpu(device, library(gpus)) == found
+
+
+@pytest.mark.parametrize(("device", "gpus", "message"), [
+    ("cuda", None, r"cuda was asked for, and faiss-cpu 1\.2\.3 .* has no GPU support.*telerag-cli\[gpu\]"),
+    ("cuda:1", 0, r"cuda:1 was asked for, and faiss-gpu 1\.2\.3 .* finds no GPU"),
+    ("cuda:1", 1, r"cuda:1 was asked for, and Faiss finds 1 GPU, the last of which is cuda:0"),
+    ("cuda:3", 2, r"cuda:3 was asked for, and Faiss finds 2 GPUs, the last of which is cuda:1")])  # fmt: skip
+def test_a_gpu_that_is_not_there_says_what_is(device, gpus, message):
+    with pytest.raises(ResourceError, match=message):
+        find_gpu(device, library(gpus))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda0", ""])
+def test_what_is_no_device(device):
+    with pytest.raises(UsageError, match=rf"'{device}' is no device"):
+        find_gpu(device, library(2))
+
+
+@pytest.mark.skipif(hasattr(faiss, "StandardGpuResources"), reason="this Faiss supports GPUs")
+def test_cuda_without_a_faiss_for_it(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), "--device", "cuda"])
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert f"faiss-cpu {faiss.__version__} is installed, which has no GPU support" in said
+    assert "pip uninstall faiss-cpu && pip install 'telerag-cli[gpu]'" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]
+
+
+def test_a_build_does_not_go_on_on_another_device(tmp_path):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
+    assert build(source, tmp_path / "index", BuildOptions(4)).manifest.trained_on == "cpu"
+    with pytest.raises(ArtifactError, match="training device cpu, and this asks for training device cuda"):
+        build(source, tmp_path / "index", BuildOptions(4, gpu=0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_gpu("auto") is None, reason="Faiss finds no GPU, or has no support for them")
+@pytest.mark.parametrize("metric", Metric)
+def test_trained_on_a_gpu(tmp_path, metric):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 24)))
+    options = BuildOptions(64, metric)
+    reference = build(source, tmp_path / "cpu", options).manifest
+    index = build(source, tmp_path / "cuda", replace(options, gpu=find_gpu("cuda")))
+    assert (index.manifest.trained_on, index.sizes.sum()) == ("cuda", 20_000)
+    for nprobe, recall in index.manifest.recall_at_10.items():
+        assert recall == pytest.approx(reference.recall_at_10[nprobe], abs=0.05)
+
+
+# Vectors kept in row order
+
+
+@pytest.mark.parametrize("kept", ["float16", "float32"])
+@pytest.mark.parametrize("storage", [Storage.FLOAT16, Storage.INT8])
+def test_kept_vectors_are_those_of_the_embeddings(tmp_path, storage, kept):
+    vectors = clustered(5000, 20)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    options = BuildOptions(16, storage=storage, keep_vectors=kept)
+    plan = replace(plan_build(source, tmp_path / "index", options), place_rows=700)
+    index = build(source, tmp_path / "index", options, plan=plan)
+    assert index.manifest.kept_vectors == kept
+    assert isinstance(index.vectors, np.memmap)
+    assert index.vectors.dtype == kept
+    np.testing.assert_array_equal(index.vectors, vectors.astype(kept))
+    np.testing.assert_array_equal(np.load(index.paths.vectors, mmap_mode="r"), index.vectors)
+    assert (
+        plan.vectors_bytes == index.paths.vectors.stat().st_size == index.manifest.files["vectors.npy"].bytes
+    )
+    without = plan_build(source, tmp_path / "other", replace(options, keep_vectors=""))
+    plan = plan_build(source, tmp_path / "other", options)
+    assert plan.needed_disk_bytes - without.needed_disk_bytes == plan.vectors_bytes
+
+
+def test_vectors_are_kept_if_asked_for(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
+    arguments = ["build-index", str(file), "--nlist", "4", "--storage", "int8"]
+    plain = runner.invoke(app, [*arguments, "-o", str(tmp_path / "plain")])
+    assert plain.exit_code == 0
+    index = Index.open(tmp_path / "plain")
+    assert (index.vectors, index.manifest.kept_vectors, index.paths.vectors.exists()) == (None, "", False)
+    kept = runner.invoke(app, [*arguments, "-o", str(tmp_path / "kept"), "--keep-vectors", "float16"])
+    assert kept.exit_code == 0
+    in_plan = [
+        line.split() for line in kept.stderr.splitlines() if line.split()[:3] == ["kept", "vectors", "disk"]
+    ]
+    assert [line[3:] for line in in_plan] == [["7.94", "KiB"]]  # 500 * 8 * 2 and the header
+    assert not [line for line in plain.stderr.splitlines() if line.split()[:3] == ["kept", "vectors", "disk"]]
+
+
+def test_lists_of_float32_hold_the_vectors_already(tmp_path):
+    file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
+    result = runner.invoke(
+        app, ["build-index", str(file), "-o", str(tmp_path / "i"), "--keep-vectors", "float16"]
+    )
+    assert result.exit_code == 2
+    assert "--keep-vectors float16 was asked for with --storage float32" in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]
+
+
+def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(64, 8)))
+    index = build(source, tmp_path / "index", BuildOptions(2, storage=Storage.INT8, keep_vectors="float16"))
+    right = np.array(index.vectors)
+    for wrong, found in ((right.T.copy(), r"float16 \(8, 64\)"), (right.view(np.int16), r"int16 \(64, 8\)")):
+        np.save(index.paths.vectors, wrong)
+        with pytest.raises(
+            ArtifactError, match=rf"vectors.npy is {found}, and the manifest asks for float16 \(64, 8\)"
+        ):
+            Index.open(index.paths.root)
+    index.paths.vectors.unlink()
+    with pytest.raises(ArtifactError, match=r"vectors\.npy is missing"):
+        Index.open(index.paths.root)
+
+
+def test_a_manifest_of_before_there_were_devices_and_kept_vectors(tmp_path):
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
+    index = build(source, tmp_path / "index", BuildOptions(4))
+    known = json.loads(index.paths.manifest.read_text())
+    del known["trained_on"], known["kept_vectors"]
+    index.paths.manifest.write_text(json.dumps(known))
+    assert Index.open(index.paths.root).manifest == index.manifest
+    assert finished(plan_build(source, index.paths.root, BuildOptions(4)))
+
+
 # Passages
 
 
@@ -308,12 +448,14 @@ def test_missing_vectors_name_the_row(tmp_path):
         build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
 
 
-def test_too_large_for_float16(tmp_path):
+@pytest.mark.parametrize("options", [BuildOptions(storage=Storage.FLOAT16),
+                                     BuildOptions(storage=Storage.INT8, keep_vectors="float16")])  # fmt: skip
+def test_too_large_for_float16(tmp_path, options):
     vectors = clustered(300, 8)
     vectors[123] *= 1e6
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
     with pytest.raises(InputError, match=r"row 123 .* float16 ends at 65504"):
-        build(source, tmp_path / "index", BuildOptions(storage=Storage.FLOAT16))
+        build(source, tmp_path / "index", options)
 
 
 def test_no_rows(tmp_path):
@@ -341,7 +483,7 @@ def telerag(*arguments, **options):
 
 def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(80_000, 32), group=20_000)
-    arguments = ("build-index", file, "--nlist", "256", "--storage", "int8")
+    arguments = ("build-index", file, "--nlist", "256", "--storage", "int8", "--keep-vectors", "float16")
     began = time.monotonic()
     whole = telerag(*arguments, "-o", tmp_path / "whole")
     assert whole.communicate()[0] == f"{tmp_path / 'whole'}\n"
@@ -383,7 +525,7 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
     import contextlib
 
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 8)))
-    options = BuildOptions(32, storage=Storage.INT8)
+    options = BuildOptions(32, storage=Storage.INT8, keep_vectors="float32")
     build(source, tmp_path / "whole", options)
     advanced = []
 
@@ -410,7 +552,11 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
         ):
             build(other, tmp_path / "index", options)
         with pytest.raises(ArtifactError, match=r"was begun with nlist 32, .* and this asks for nlist 16, "):
-            build(source, tmp_path / "index", BuildOptions(16, storage=Storage.INT8))
+            build(source, tmp_path / "index", replace(options, nlist=16))
+        with pytest.raises(
+            ArtifactError, match="begun with kept vectors float32, and this asks for kept vectors none"
+        ):
+            build(source, tmp_path / "index", replace(options, keep_vectors=""))
     advanced.clear()
     build(source, tmp_path / "index", options)
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
@@ -559,7 +705,8 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_usage_errors(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
-    for flags in (["--nlist", "many"], ["--nlist", "0"], ["--memory", "lots"], ["--metric", "cos"]):
+    for flags in (["--nlist", "many"], ["--nlist", "0"], ["--memory", "lots"], ["--metric", "cos"],
+                  ["--device", "gpu"], ["--keep-vectors", "int8"]):  # fmt: skip
         result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), *flags])
         assert result.exit_code == 2, flags
     assert [Path(path).name for path in tmp_path.iterdir()] == ["e.parquet"]

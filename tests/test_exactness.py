@@ -17,7 +17,7 @@ from indexes import expected, make_index, make_vectors
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.lookahead.retriever import Retriever, check_search
 from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import DirectReader
@@ -181,7 +181,7 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
 
 def test_the_second_search_finds_its_lists_in_fast_memory(small):
     index, _ivf, vectors = small
-    tier, retriever = open_over(index, int(index.extents.sum()))
+    _tier, retriever = open_over(index, int(index.extents.sum()))
     first = retriever.search(vectors[:1], 3, 6).report
     second = retriever.search(vectors[:1], 3, 6).report
     assert first.lists_hit == 0
@@ -197,9 +197,9 @@ def test_the_second_search_finds_its_lists_in_fast_memory(small):
 )
 def test_more_than_there_is(small, k, nprobe, message):
     index, _ivf, _vectors = small
-    tier, retriever = open_over(index, int(index.extents.sum()))
+    _tier, retriever = open_over(index, int(index.extents.sum()))
     with pytest.raises(UsageError, match=message):
-        retriever.check(k, nprobe)
+        check_search(index, k, nprobe)
     retriever.close()
 
 
@@ -208,7 +208,7 @@ def test_an_arena_below_the_largest_list_is_refused(small):
     largest = int(index.extents.max())
     with pytest.raises(UsageError, match="smaller than the largest list"):
         open_over(index, largest - 4096)
-    tier, retriever = open_over(index, largest)
+    _tier, retriever = open_over(index, largest)
     assert retriever.search(_vectors[:1], 3, 20).report.lists_missed == 20
     retriever.close()
 

@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from telerag_cli.app import app
+from telerag_cli.config import Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.artifact import Index
@@ -76,6 +77,24 @@ def test_other_damaged_files_are_named(index, name):
     result = inspect(index.paths.root, "--verify", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["damage"] == [f"{name} does not match its checksum"]
+
+
+def test_kept_vectors(tmp_path, folder):
+    options = BuildOptions(12, storage=Storage.INT8, keep_vectors="float16")
+    index = build(Embeddings.open(folder), tmp_path / "index", options)
+    result = inspect(index.paths.root, "--verify")
+    assert result.exit_code == 0
+    for part in ("float16, in row order", "vectors.npy 9.50 KiB"):
+        assert part in " ".join(result.stdout.split())
+    flip(index.paths.vectors, index.paths.vectors.stat().st_size // 2)
+    assert inspect(index.paths.root).exit_code == 0
+    result = inspect(index.paths.root, "--verify", "--json")
+    assert result.exit_code == 1
+    answer = json.loads(result.stdout)
+    assert (answer["kept_vectors"], answer["damage"]) == (
+        "float16",
+        ["vectors.npy does not match its checksum"],
+    )
 
 
 def test_truncated_lists_are_refused_on_opening(index):

@@ -130,15 +130,27 @@ def test_only_the_transport_reads_with_descriptors():
 
 
 def test_planning_and_accounting_name_no_library_that_touches_a_device():
-    """They can be tested anywhere, because they are integers."""
+    """They can be tested anywhere, because they are integers; what is on a device is in a folder of its own."""
     found = [
         f"{path.relative_to(PACKAGE)}:{line}: {name}"
         for path in sources()
-        if part_of(path) in ("lookahead", "tiers")
+        if part_of(path) in ("lookahead", "tiers") and "cuda" not in path.parts
         for line, name in imports(ast.parse(path.read_text()))
         if name.split(".")[0] in ("torch", "llama_cpp", "pyarrow", "sentence_transformers")
     ]
     assert found == []
+
+
+def test_only_what_opens_a_tier_knows_of_devices():
+    """Torch costs seconds, so a host tier must not load it, and no policy may depend on it."""
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in sources()
+        if "cuda" not in path.parts
+        for _line, name in imports(ast.parse(path.read_text()))
+        if name.startswith("telerag_cli.tiers.cuda")
+    }
+    assert users == {"engine/placement.py", "engine/llm.py"}
 
 
 def test_click_is_never_imported():

@@ -49,6 +49,23 @@ class Storage(StrEnum):
     INT8 = "int8"
 
 
+class KeptType(StrEnum):
+    """How vectors are kept in row order, beside the lists."""
+
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class TierKind(StrEnum):
+    """Where lists are kept for scoring, and what they come over: RAM from disk, or a GPU from host memory."""
+
+    AUTO = "auto"
+    HOST = "host"
+    CUDA = "cuda"
+    SIMULATED = "simulated"
+    """As cuda, with the processor in the GPU's place: to try it out, and for tests."""
+
+
 class Lookahead(StrEnum):
     """What predicts the query while the LLM writes: nothing, the question, or the question and the text so far."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from telerag_cli import console
-from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
+from telerag_cli.config import KeptType, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import UsageError
 
 COLUMNS = ("what", "value")
@@ -28,8 +28,16 @@ def build_index(
     ] = "auto",
     metric: Annotated[Metric, typer.Option(help="Inner product or squared L2.")] = Metric.IP,
     storage: Annotated[Storage, typer.Option(help="How vectors are kept in the lists.")] = Storage.FLOAT32,
+    keep_vectors: Annotated[
+        KeptType | None,
+        typer.Option(
+            help="Keep the vectors in row order too, in vectors.npy.  \\[default: not kept]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and of k-means.", min=0)] = 0,
     memory: Annotated[str, typer.Option(help="For the training sample and blocks of vectors.")] = "2GiB",
+    device: Annotated[str, typer.Option(help="Where k-means runs: auto, cpu, cuda or cuda:N.")] = "auto",
     column: Annotated[str | None, typer.Option(help="The vector column, if there are several.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index, or a build begun otherwise.")
@@ -44,15 +52,19 @@ def build_index(
 
     from telerag_cli.corpus.embeddings import Embeddings
     from telerag_cli.index.build import BuildOptions, build, finished, plan_build
+    from telerag_cli.index.train import find_gpu
 
     with console.stdout_reserved():
+        gpu = find_gpu(device)
         source = Embeddings.open(embeddings, column)
-        options = BuildOptions(count, metric, storage, seed, memory_bytes)
+        options = BuildOptions(count, metric, storage, seed, memory_bytes, gpu, str(keep_vectors or ""))
         plan = plan_build(source, output, options)
         if finished(plan) and not overwrite:
             console.say(f"{output} is already built from these embeddings with these options.")
         else:
             _show_plan(plan)
+            if device == "auto" and gpu is not None:
+                console.say(f"k-means runs on cuda:{gpu}, which Faiss finds; --device cpu keeps it off.")
         index = build(source, output, options, overwrite=overwrite, progress=console.progress, plan=plan)
         console.table("", COLUMNS, index_rows(index.manifest))
     console.emit(str(output))
@@ -78,6 +90,7 @@ def _show_plan(plan: BuildPlan) -> None:
         ("block of vectors", "memory", plan.block_bytes),
         ("lists", "disk", plan.lists_bytes),
         ("passages (estimate)", "disk", plan.passages_bytes),
+        *([("kept vectors", "disk", plan.vectors_bytes)] if plan.vectors_bytes else []),
         ("assignments, centroids", "disk", plan.work_bytes),
     ]
     title = f"{plan.rows:,} vectors of {plan.dimension} dimensions into {plan.training.nlist:,} lists of {plan.parameters['storage']}"
@@ -101,10 +114,11 @@ def index_rows(manifest: Manifest) -> list[tuple[str, str]]:
                        sorted(manifest.recall_at_10.items(), key=lambda item: int(item[0])))  # fmt: skip
     return [
         ("vectors", f"{manifest.ntotal:,} of {manifest.dimension} dimensions, {manifest.storage}, {manifest.metric}"),
-        ("lists", f"{manifest.nlist:,}, seed {manifest.seed}, trained on {manifest.training_rows:,} vectors"),
+        ("lists", f"{manifest.nlist:,}, seed {manifest.seed}, trained on {manifest.training_rows:,} vectors ({manifest.trained_on})"),
         ("vectors per list", f"least {even['min']:,.0f}, median {even['median']:,.0f}, most {even['max']:,.0f}; "
                              f"{even['empty']:,.0f} empty; imbalance {even['imbalance']:.2f}"),
         ("bytes", ", ".join(f"{name} {format_bytes(info.bytes)}" for name, info in sorted(manifest.files.items()))),
+        ("kept vectors", f"{manifest.kept_vectors}, in row order" if manifest.kept_vectors else "none"),
         ("embedder", manifest.embedder.model or "unknown"),
         ("recall@10 at nprobe", f"{recall} ({manifest.recall_queries} held-out queries)" if recall else "too few vectors to measure"),
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from telerag_cli.commands.options import (
     FastMemoryOption,
     FlareThresholdOption,
     GeneratorOption,
+    GpuMemoryOption,
     HfRepoOption,
     IndexArgument,
     KOption,
@@ -27,23 +28,26 @@ from telerag_cli.commands.options import (
     NGpuLayersOption,
     NprobeOption,
     PipelineOption,
+    RequirePinnedOption,
+    RescoreOption,
     RoundsOption,
     SeedOption,
     SentencesOption,
     SubQuestionsOption,
     TemperatureOption,
     ThreadsOption,
+    TierOption,
     TimeoutOption,
     TopPOption,
     check_trace,
+    tier_options,
 )
 from telerag_cli.config import (
     DEFAULT_CTX_SIZE,
-    DEFAULT_FAST_MEMORY,
     DEFAULT_TIMEOUT_S,
     GeneratorKind,
     Lookahead,
-    parse_bytes,
+    TierKind,
 )
 from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
@@ -57,9 +61,13 @@ def chat(
     flare_threshold: FlareThresholdOption = None,
     sentences: SentencesOption = None,
     lookahead: LookaheadOption = Lookahead.REFINED,
-    fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
     nprobe: NprobeOption = None,
     k: KOption = None,
+    rescore: RescoreOption = None,
+    tier: TierOption = TierKind.AUTO,
+    fast_memory: FastMemoryOption = None,
+    gpu_memory: GpuMemoryOption = "auto",
+    require_pinned: RequirePinnedOption = False,
     generator: GeneratorOption = GeneratorKind.LLAMA,
     model: ModelOption = None,
     hf_repo: HfRepoOption = None,
@@ -87,7 +95,6 @@ def chat(
 
     From a pipe, each line is a question.
     """
-    arena_bytes = parse_bytes(fast_memory)
     given = {
         "rounds": rounds,
         "sub_questions": sub_questions,
@@ -100,35 +107,24 @@ def chat(
         from telerag_cli.commands.chat_input import Piped, Typed
         from telerag_cli.commands.chat_screen import Screen
         from telerag_cli.commands.chat_session import COMMANDS, Chat, converse
-        from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_engine, open_index
-        from telerag_cli.engine.llm import LlmOptions, plan_llm
-        from telerag_cli.engine.session import Settings
+        from telerag_cli.commands.opening import Answering, Searching, open_answering
+        from telerag_cli.engine.llm import LlmOptions
         from telerag_cli.tracing import Tracer
 
         llm_options = LlmOptions(
             generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout
         )
-        llm = plan_llm(llm_options, 1, arena_bytes, console.warn)
-        opened = open_index(index, embedder, device)
-        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, llm.rows))
+        where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
+        searching = Searching(index, embedder, where, k, nprobe, rescore)
+        answering = Answering(llm_options, 1, lookahead, max_tokens, temperature, top_p, seed)
         tracer = Tracer()
         if trace:
             opened_here.callback(tracer.save, trace)
-        settings = Settings(
-            k or default_k(opened.index),
-            nprobe or default_nprobe(opened.index),
-            lookahead,
-            max_tokens,
-            temperature,
-            top_p,
-            seed,
-        )
-        engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
-        opened_here.callback(engine.close)
         interactive = sys.stdin.isatty()
         screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
-        for note in engine.retriever.tier.notes:
-            screen.warn(note)
+        engine, _at_once = opened_here.enter_context(
+            open_answering(searching, answering, tracer, screen.warn)
+        )
         talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
         if interactive:
             screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from telerag_cli.config import DEFAULT_GENERATOR, GeneratorKind, Lookahead
+from telerag_cli.config import (
+    DEFAULT_FAST_MEMORY,
+    DEFAULT_GENERATOR,
+    GeneratorKind,
+    Lookahead,
+    TierKind,
+    parse_bytes,
+)
 from telerag_cli.errors import ResourceError
 from telerag_cli.pipelines.registry import PipelineName
+
+if TYPE_CHECKING:
+    from telerag_cli.engine.placement import TierOptions
 
 IndexArgument = Annotated[
     Path,
@@ -34,10 +44,47 @@ NprobeOption = Annotated[
         show_default=False,
     ),
 ]
+_TIER = "Where the index is kept"
+TierOption = Annotated[
+    TierKind,
+    typer.Option(
+        help="host: lists come from disk to RAM. cuda: from host memory to a GPU. auto: cuda if there is a GPU and the index "
+        "fits the host's memory. simulated: cuda without a GPU, to try it out.",
+        rich_help_panel=_TIER,
+    ),
+]
 FastMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help=f"Size of the arena in RAM (host tier), like 512MiB or 2GB.  \\[default: {DEFAULT_FAST_MEMORY}]",
+        show_default=False,
+        rich_help_panel=_TIER,
+    ),
+]
+GpuMemoryOption = Annotated[
     str,
     typer.Option(
-        metavar="SIZE", help="Size of the arena: the RAM that lists are kept in, like 512MiB or 2GB."
+        metavar="SIZE|auto",
+        help="Size of the arena on the GPU (cuda tier); auto is what the LLM leaves, less a reserve.",
+        rich_help_panel=_TIER,
+    ),
+]
+RequirePinnedOption = Annotated[
+    bool,
+    typer.Option(
+        "--require-pinned",
+        help="Refuse host memory that cannot be page-locked (cuda tier).",
+        rich_help_panel=_TIER,
+    ),
+]
+RescoreOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Candidates a result that are scored again from the vectors that the index keeps.  "
+        "\\[default: 4 if it keeps them, else 0]",
+        show_default=False,
     ),
 ]
 EmbedderOption = Annotated[
@@ -48,7 +95,9 @@ EmbedderOption = Annotated[
         metavar="NAME|PATH",
     ),
 ]
-DeviceOption = Annotated[str, typer.Option(help="Where the embedder runs: auto, cpu or cuda:N.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="The GPU for the embedder and the cuda tier: auto, cuda:N, or cpu for none.")
+]
 
 PipelineOption = Annotated[
     PipelineName, typer.Option(help="How questions are answered; see docs/pipelines.md.")
@@ -148,6 +197,25 @@ TopPOption = Annotated[
 SeedOption = Annotated[
     int, typer.Option(min=0, help="For sampling at temperatures above 0.", rich_help_panel=_LLM)
 ]
+
+
+def tier_options(
+    tier: TierKind, device: str, fast_memory: str | None, gpu_memory: str, require_pinned: bool
+) -> TierOptions:
+    """What the options say of where the index is kept.
+
+    Raises:
+        UsageError: a size is none.
+    """
+    from telerag_cli.engine.placement import TierOptions
+
+    return TierOptions(
+        tier,
+        device,
+        None if fast_memory is None else parse_bytes(fast_memory),
+        None if gpu_memory == "auto" else parse_bytes(gpu_memory),
+        require_pinned,
+    )
 
 
 def check_trace(trace: Path | None) -> None:

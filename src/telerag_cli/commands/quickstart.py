@@ -20,7 +20,7 @@ from telerag_cli.errors import ArtifactError
 if TYPE_CHECKING:
     from telerag_cli.corpus.passages import Passage
     from telerag_cli.embedding.encoder import Encoder
-    from telerag_cli.engine.engine import Answered
+    from telerag_cli.engine.engine import Answered, Engine
     from telerag_cli.index.artifact import Index
     from telerag_cli.tracing import Tracer
 
@@ -123,19 +123,20 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     """All questions, from an empty arena; the models have run before, so that no mode pays for loading them."""
     import asyncio
 
-    from telerag_cli.engine.assemble import Opened, default_nprobe, open_engine
-    from telerag_cli.engine.llm import LlmOptions, plan_llm
-    from telerag_cli.engine.session import Settings
+    from telerag_cli.commands.opening import Answering, Searching, open_answering
+    from telerag_cli.engine.assemble import Opened
+    from telerag_cli.engine.llm import LlmOptions
+    from telerag_cli.engine.placement import TierOptions
     from telerag_cli.generation.base import Message, Request
     from telerag_cli.index.passages import Passages
     from telerag_cli.pipelines.hyde import hyde
 
     opened = Opened(index, Passages.open(index.paths.passages), encoder)
-    settings = Settings(min(K, index.manifest.ntotal), default_nprobe(index), mode, MAX_TOKENS)
-    llm = plan_llm(LlmOptions(), 1, arena_bytes, console.warn)
-    engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
+    where = TierOptions(fast_memory_bytes=arena_bytes)
+    searching = Searching(index.paths.root, None, where, min(K, index.manifest.ntotal), None)
+    answering = Answering(LlmOptions(), 1, mode, MAX_TOKENS)
 
-    async def ask_all() -> list[Answered]:
+    async def ask_all(engine: Engine) -> list[Answered]:
         encoder.encode_queries(QUESTIONS[:1])
         await engine.generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
         answered = []
@@ -145,10 +146,8 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
                 advance(1)
         return answered
 
-    try:
-        return asyncio.run(ask_all())
-    finally:
-        engine.close()
+    with open_answering(searching, answering, tracer, opened=opened) as (engine, _at_once):
+        return asyncio.run(ask_all(engine))
 
 
 def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:

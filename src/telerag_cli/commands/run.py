@@ -17,6 +17,7 @@ from telerag_cli.commands.options import (
     FastMemoryOption,
     FlareThresholdOption,
     GeneratorOption,
+    GpuMemoryOption,
     HfRepoOption,
     IndexArgument,
     KOption,
@@ -26,24 +27,27 @@ from telerag_cli.commands.options import (
     NGpuLayersOption,
     NprobeOption,
     PipelineOption,
+    RequirePinnedOption,
+    RescoreOption,
     RoundsOption,
     SeedOption,
     SentencesOption,
     SubQuestionsOption,
     TemperatureOption,
     ThreadsOption,
+    TierOption,
     TimeoutOption,
     TopPOption,
     check_trace,
+    tier_options,
 )
 from telerag_cli.commands.search import no_question, open_lines
 from telerag_cli.config import (
     DEFAULT_CTX_SIZE,
-    DEFAULT_FAST_MEMORY,
     DEFAULT_TIMEOUT_S,
     GeneratorKind,
     Lookahead,
-    parse_bytes,
+    TierKind,
 )
 from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
@@ -72,9 +76,13 @@ def run(
     flare_threshold: FlareThresholdOption = None,
     sentences: SentencesOption = None,
     lookahead: LookaheadOption = Lookahead.REFINED,
-    fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
     nprobe: NprobeOption = None,
     k: KOption = None,
+    rescore: RescoreOption = None,
+    tier: TierOption = TierKind.AUTO,
+    fast_memory: FastMemoryOption = None,
+    gpu_memory: GpuMemoryOption = "auto",
+    require_pinned: RequirePinnedOption = False,
     concurrency: Annotated[
         int | None,
         typer.Option(
@@ -127,8 +135,7 @@ def run(
     ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""
-    arena_bytes = parse_bytes(fast_memory)
-    answering = make_pipeline(
+    how = make_pipeline(
         pipeline,
         rounds=rounds,
         sub_questions=sub_questions,
@@ -141,47 +148,34 @@ def run(
         open_lines(questions) as (lines, name),
         contextlib.ExitStack() as opened_here,
     ):
-        from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_engine, open_index
+        from telerag_cli.commands.opening import Answering, Searching, open_answering
         from telerag_cli.engine.batch import Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
-        from telerag_cli.engine.llm import LlmOptions, plan_llm
+        from telerag_cli.engine.llm import LlmOptions
         from telerag_cli.engine.questions import read_questions
-        from telerag_cli.engine.session import Settings
         from telerag_cli.tracing import Tracer
 
         llm_options = LlmOptions(
             generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout, replay
         )
-        llm = plan_llm(llm_options, concurrency, arena_bytes, console.warn)
-        opened = open_index(index, embedder, device)
+        where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
+        searching = Searching(index, embedder, where, k, nprobe, rescore)
+        answering = Answering(llm_options, concurrency, lookahead, max_tokens, temperature, top_p, seed)
         file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
         recording = opened_here.enter_context(RunFile(record, resume=resume)) if record else None
-        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes, llm.rows))
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
-        settings = Settings(
-            k or default_k(opened.index),
-            nprobe or default_nprobe(opened.index),
-            lookahead,
-            max_tokens,
-            temperature,
-            top_p,
-            seed,
-        )
-        engine = open_engine(opened, llm.open, arena_bytes, settings, tracer=tracer)
-        opened_here.callback(engine.close)
-        for note in engine.retriever.tier.notes:
-            console.warn(note)
+        engine, at_once = opened_here.enter_context(open_answering(searching, answering, tracer))
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
             summary = answer_all(
                 engine,
                 pipeline,
-                answering,
+                how,
                 read_questions(lines, name),
                 Outputs(write, recording.append if recording else None, console.fail, advance),
-                concurrency=llm.concurrency,
+                concurrency=at_once,
                 answered=file.answered if file else set(),
                 ordered=ordered,
             )

@@ -15,11 +15,16 @@ from telerag_cli.commands.options import (
     DeviceOption,
     EmbedderOption,
     FastMemoryOption,
+    GpuMemoryOption,
     IndexArgument,
     KOption,
     NprobeOption,
+    RequirePinnedOption,
+    RescoreOption,
+    TierOption,
+    tier_options,
 )
-from telerag_cli.config import DEFAULT_FAST_MEMORY, parse_bytes
+from telerag_cli.config import TierKind
 from telerag_cli.errors import EXIT_PARTIAL, InputError, UsageError
 
 SHOWN_CHARACTERS = 300
@@ -38,7 +43,11 @@ def search(
     ] = None,
     k: KOption = None,
     nprobe: NprobeOption = None,
-    fast_memory: FastMemoryOption = DEFAULT_FAST_MEMORY,
+    rescore: RescoreOption = None,
+    tier: TierOption = TierKind.AUTO,
+    fast_memory: FastMemoryOption = None,
+    gpu_memory: GpuMemoryOption = "auto",
+    require_pinned: RequirePinnedOption = False,
     embedder: EmbedderOption = None,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question on stdout.")] = False,
@@ -49,26 +58,13 @@ def search(
             "Give questions as arguments or a file of them with --queries.",
             remedy="For example: telerag search INDEX 'What is a generator?'",
         )
-    arena_bytes = parse_bytes(fast_memory)
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
-        from telerag_cli.engine.assemble import (
-            byte_plan,
-            default_k,
-            default_nprobe,
-            open_index,
-            open_retriever,
-        )
+        from telerag_cli.commands.opening import Searching, open_search
         from telerag_cli.engine.questions import Question, read_questions
 
-        opened = open_index(index, embedder, device)
-        console.table("Memory", ("what", "where", "size"), byte_plan(opened.index, arena_bytes))
-        retriever = open_retriever(opened.index, arena_bytes)
-        probes = nprobe or default_nprobe(opened.index)
-        wanted = k or default_k(opened.index)
-        retriever.check(wanted, probes)
-        for note in retriever.tier.notes:
-            console.warn(note)
-        opened_here.callback(retriever.close)
+        where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
+        searching = Searching(index, embedder, where, k, nprobe, rescore)
+        opened, retriever, wanted, probes = opened_here.enter_context(open_search(searching))
         name = ""
         asked: Iterable[Question] = (Question(str(n), text) for n, text in enumerate(question or [], 1))
         if queries:

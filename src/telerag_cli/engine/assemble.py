@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, Lookahead, format_bytes
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.placement import PlannedTier, Row
 from telerag_cli.engine.session import Settings
 from telerag_cli.errors import ModelError
 from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import Index
+from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.tiers.cache import CacheKind
-from telerag_cli.tiers.host import open_host_tier
+from telerag_cli.lookahead.retriever import Retriever, check_search
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
-
-Row = tuple[str, str, str]
-"""Of a byte plan: what, where, how much."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,14 @@ class Opened:
     embedder: Encoder
 
 
-def open_index(root: Path, embedder: str | None, device: str = "auto") -> Opened:
-    """Open an index and the embedder that its manifest names, or the one named here.
+def open_index(index: Index, embedder: str | None, device: str = "auto") -> Opened:
+    """Open an index's passages and the embedder that its manifest names, or the one named here.
 
     Raises:
         ArtifactError: the index is damaged.
         ModelError: no embedder is known, or its vectors are of another dimension.
     """
-    index = Index.open(root)
+    root = index.paths.root
     passages = Passages.open(index.paths.passages)
     name = embedder or index.manifest.embedder.model
     if name is None:
@@ -56,34 +52,25 @@ def open_index(root: Path, embedder: str | None, device: str = "auto") -> Opened
     return Opened(index, passages, encoder)
 
 
-def open_retriever(
-    index: Index,
-    fast_memory_bytes: int,
-    *,
-    cache: CacheKind = CacheKind.HOTNESS,
-    tracer: Tracer | None = None,
-) -> Retriever:
-    """A retriever over the ``host`` link with an arena of this size."""
+def open_retriever(index: Index, tier: PlannedTier, *, rescore: int | None = None, tracer: Tracer | None = None,
+                   progress: Progress = silent) -> Retriever:  # fmt: skip
+    """A retriever over the planned tier, which takes its memory now."""
     coarse = Coarse(index.centroids, index.manifest.metric)
-    tier = open_host_tier(index, coarse, fast_memory_bytes, cache=cache, tracer=tracer)
-    return Retriever(index, coarse, tier, tracer=tracer)
+    return Retriever(index, coarse, tier.open(coarse, tracer, progress), rescore=rescore, tracer=tracer)
 
 
-def open_engine(
-    opened: Opened,
-    open_llm: Callable[[], Generator],
-    fast_memory_bytes: int,
-    settings: Settings,
-    *,
-    tracer: Tracer | None = None,
-) -> Engine:
-    """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails."""
+def open_engine(opened: Opened, open_llm: Callable[[], Generator], tier: PlannedTier, settings: Settings, *,
+                rescore: int | None = None, tracer: Tracer | None = None, progress: Progress = silent) -> Engine:  # fmt: skip
+    """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails.
+
+    The LLM comes before the arena, which on a GPU may take what is left.
+    """
+    check_search(opened.index, settings.k, settings.nprobe)
     opened.embedder.warm_up(sketching=settings.lookahead is not Lookahead.OFF)
-    retriever = open_retriever(opened.index, fast_memory_bytes, tracer=tracer)
     with contextlib.ExitStack() as undo:
-        undo.callback(retriever.close)
-        retriever.check(settings.k, settings.nprobe)
         generator = open_llm()
+        undo.callback(generator.close)
+        retriever = open_retriever(opened.index, tier, rescore=rescore, tracer=tracer, progress=progress)
         undo.pop_all()
     return Engine(generator, opened.embedder, retriever, opened.passages, settings, tracer=tracer)
 
@@ -98,13 +85,6 @@ def default_k(index: Index) -> int:
     return min(DEFAULT_K, index.manifest.ntotal)
 
 
-def byte_plan(index: Index, fast_memory_bytes: int, llm: Sequence[Row] = ()) -> list[Row]:
+def byte_plan(tier: PlannedTier, llm: Sequence[Row] = ()) -> list[Row]:
     """What will take memory, the LLM's rows included, and last what is free."""
-    lists = int(index.extents.sum())
-    return [
-        ("index lists", "disk", format_bytes(lists)),
-        ("arena", "RAM", format_bytes(min(fast_memory_bytes, lists))),
-        ("centroids", "RAM", format_bytes(2 * index.centroids.nbytes)),
-        *llm,
-        ("free", "RAM", format_bytes(available_bytes())),
-    ]
+    return [*tier.rows, *llm, ("free", "RAM", format_bytes(available_bytes()))]

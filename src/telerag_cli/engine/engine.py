@@ -14,7 +14,7 @@ from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.retriever import JoinReport, Retriever
+from telerag_cli.lookahead.retriever import JoinReport, Retriever, check_search
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.tracing import Tracer
@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(self, generator: Generator, embedder: QueryEmbedder, retriever: Retriever, passages: Passages, settings: Settings,
                  *, tracer: Tracer | None = None) -> None:  # fmt: skip
-        retriever.check(settings.k, settings.nprobe)
+        check_search(retriever.index, settings.k, settings.nprobe)
         self.tracer = tracer or Tracer(enabled=False)
         self._embedder = embedder
         retrievals = Retrievals(embedder, retriever, passages, settings.k, settings.nprobe, self.tracer)

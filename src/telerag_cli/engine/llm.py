@@ -13,11 +13,12 @@ from telerag_cli.config import (
     GeneratorKind,
     format_bytes,
 )
-from telerag_cli.engine.assemble import Row
+from telerag_cli.engine.placement import PlannedTier, Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.generation.base import Generator
 from telerag_cli.tiers.transport import available_bytes
 
+ALL_LAYERS = -1
 FEWEST_SLOTS = 4
 """Requests that are written at once, memory permitting, even for one question: some pipelines ask several things together,
 and a slot that is free keeps a prompt's beginning for the next."""
@@ -52,14 +53,14 @@ class PlannedLlm:
 
 
 def plan_llm(
-    options: LlmOptions, concurrency: int | None, arena_bytes: int, notice: Callable[[str], None]
+    options: LlmOptions, concurrency: int | None, tier: PlannedTier, notice: Callable[[str], None]
 ) -> PlannedLlm:
     """Choose how many questions to answer at once and say what memory that takes.
 
     Args:
         options: which model.
         concurrency: questions at once; by default as many as half of the memory left holds contexts for, at most 16.
-        arena_bytes: what the arena will take of the memory that is free.
+        tier: what the index will take of the memory that is free.
         notice: takes what a user should know of a server.
 
     Raises:
@@ -70,7 +71,7 @@ def plan_llm(
     if options.kind is GeneratorKind.OPENAI:
         planned = _plan_endpoint(options, concurrency or MOST_CONCURRENT // 2, notice)
     else:
-        planned = _plan_llama(options, concurrency, arena_bytes)
+        planned = _plan_llama(options, concurrency, tier)
     if options.replay is None:
         return planned
     replay = options.replay
@@ -120,7 +121,7 @@ def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str]
     return PlannedLlm(concurrency, [(f"LLM {options.model or ''}".rstrip(), base_url, "")], open_endpoint)
 
 
-def _plan_llama(options: LlmOptions, concurrency: int | None, arena_bytes: int) -> PlannedLlm:
+def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier) -> PlannedLlm:
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
     from telerag_cli.generation.models import resolve_model
@@ -133,7 +134,7 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, arena_bytes: int) 
     model = LlamaModel(resolve_model(options.model, options.hf_repo), gpu_layers=options.n_gpu_layers)
     context_tokens = min(options.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = available_bytes() - arena_bytes - model.weights_bytes
+    free_bytes = _free_bytes(options, tier) - model.weights_bytes
     fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = concurrency or fitting
     slots = max(at_once, min(fitting, FEWEST_SLOTS))
@@ -141,7 +142,7 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, arena_bytes: int) 
         raise ResourceError(
             f"{slots} contexts of {context_tokens:,} tokens take {format_bytes(slots * slot_bytes)} and "
             f"{format_bytes(max(free_bytes, 0))} of memory are free.",
-            remedy="Lower --concurrency, --ctx-size or --fast-memory.",
+            remedy=f"Lower --concurrency, --ctx-size or {'--gpu-memory' if tier.gpu_bytes else '--fast-memory'}.",
         )
     where = "GPU" if options.n_gpu_layers else "RAM"
     rows = [
@@ -150,3 +151,12 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, arena_bytes: int) 
     ]
     return PlannedLlm(at_once, rows,
                       lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads))  # fmt: skip
+
+
+def _free_bytes(options: LlmOptions, tier: PlannedTier) -> int:
+    """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
+    if options.n_gpu_layers != ALL_LAYERS:
+        return available_bytes() - tier.ram_bytes
+    from telerag_cli.tiers.cuda.gpu import find_gpu
+
+    return find_gpu("auto").free_bytes() - tier.gpu_bytes

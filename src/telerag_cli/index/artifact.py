@@ -8,6 +8,7 @@ offsets.npy        uint64 (nlist, 3): size (vectors), capacity (vectors), byte o
 checksums.npy      uint64 (nlist,): xxh3-64 of each list's bytes, padding included
 lists.bin          the lists, each ``[codes | int64 row numbers]`` at a multiple of 4 KiB
 passages.arrow     Arrow IPC file, memory-mapped: ``id``, ``text``, ``metadata`` (JSON), addressed by row number
+vectors.npy        float16 or float32 (ntotal, dimension), memory-mapped, addressed by row number; if kept
 =================  ==========================================================================================
 
 A list of ``capacity`` vectors takes ``capacity * (code_size + 8)`` bytes, rounded up to 4 KiB; its row numbers start at
@@ -16,11 +17,12 @@ A list of ``capacity`` vectors takes ``capacity * (code_size + 8)`` bytes, round
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +81,11 @@ class IndexPaths:
         """The passages."""
         return self.root / "passages.arrow"
 
+    @property
+    def vectors(self) -> Path:
+        """The vectors in row order, if they were kept."""
+        return self.root / "vectors.npy"
+
 
 @dataclass(frozen=True)
 class EmbedderInfo:
@@ -119,6 +126,10 @@ class Manifest:
     """Vectors that were kept out of the training sample and asked as queries."""
     training_rows: int = 0
     """Vectors the coarse quantizer was trained on."""
+    trained_on: str = "cpu"
+    """``cpu`` or ``cuda``: where k-means ran, which rounds otherwise on each."""
+    kept_vectors: str = ""
+    """``float16`` or ``float32``: the type of ``vectors.npy``; empty if there is none."""
     source: str = ""
     """Digest of the embeddings the index was built from."""
     created_by: str = ""
@@ -192,9 +203,19 @@ def extent_bytes(capacity: TableArray, code_bytes: int) -> IntArray:
     return -(-used // PAGE_BYTES) * PAGE_BYTES
 
 
+def lay_out_vectors(rows: int, dimension: int, kept: str) -> tuple[bytes, int]:
+    """The header that ``vectors.npy`` begins with, and the bytes of each row after it; empty and 0 if ``kept`` is."""
+    if not kept:
+        return b"", 0
+    dtype, header = np.dtype(kept), io.BytesIO()
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (rows, dimension)}
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue(), dimension * dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Index:
-    """An opened index: small parts in memory, lists and passages on disk."""
+    """An opened index: small parts in memory, lists, passages and kept vectors on disk."""
 
     paths: IndexPaths
     manifest: Manifest
@@ -202,6 +223,8 @@ class Index:
     table: TableArray
     trained: FloatArray | None
     """Faiss's trained ranges for ``int8``, else None."""
+    vectors: npt.NDArray[np.floating] | None = None
+    """The kept vectors, float16 or float32 (ntotal, dimension) in row order, memory-mapped; None if none were kept."""
 
     @classmethod
     def open(cls, root: Path) -> Index:
@@ -225,7 +248,11 @@ class Index:
         trained = None
         if manifest.storage is Storage.INT8:
             trained = _load_array(paths.quantizer, np.dtype(np.float32), (2 * manifest.dimension,))
-        return cls(paths, manifest, centroids, table, trained)
+        vectors = None
+        if manifest.kept_vectors:
+            shape = (manifest.ntotal, manifest.dimension)
+            vectors = _load_array(paths.vectors, np.dtype(manifest.kept_vectors), shape, "r")
+        return cls(paths, manifest, centroids, table, trained, vectors)
 
     @cached_property
     def extents(self) -> IntArray:
@@ -243,9 +270,11 @@ class Index:
         return self.table[:, 0].astype(np.int64)
 
 
-def _load_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _load_array(
+    path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], mapped: Literal["r"] | None = None
+) -> npt.NDArray[Any]:
     try:
-        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
+        array: npt.NDArray[Any] = np.load(path, mmap_mode=mapped, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} cannot be read as an array: {error}.", remedy="Build the index again."

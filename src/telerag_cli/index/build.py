@@ -9,7 +9,8 @@ stage      what it leaves                                              after a k
 train      work/queries.npz, quantizer.npy, centroids.npy (last)       starts again, from the same sample
 assign     work/assignments.i32, work/assigned.npz (rows done, truth)  goes on from the last checkpoint
 passages   passages.arrow                                              starts again
-place      offsets.npy, lists.bin, work/placed.json (rows done)        goes on; a row's place is arithmetic
+place      offsets.npy, lists.bin, vectors.npy if they are kept,       goes on; a row's place is arithmetic
+           work/placed.json (rows done)
 seal       checksums.npy, manifest.json (last)                         starts again
 =========  ==========================================================  =============================================
 
@@ -52,6 +53,7 @@ from telerag_cli.index.artifact import (
     TableArray,
     code_size,
     lay_out,
+    lay_out_vectors,
 )
 from telerag_cli.index.assign import Assigner
 from telerag_cli.index.passages import write_passages
@@ -96,6 +98,15 @@ class BuildOptions:
     seed: int = 0
     memory_bytes: int = 2 << 30
     """For the training sample and blocks of vectors; the libraries themselves take some 200 MB beside it."""
+    gpu: int | None = None
+    """The GPU that k-means runs on, from `telerag_cli.index.train.find_gpu`; None: the CPU."""
+    keep_vectors: str = ""
+    """``float16`` or ``float32``: keep the vectors in row order too, in this type; empty: do not."""
+
+    @property
+    def trained_on(self) -> str:
+        """``cpu`` or ``cuda``, for the manifest."""
+        return "cpu" if self.gpu is None else "cuda"
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,8 @@ class BuildPlan:
     block_bytes: int
     lists_bytes: int
     passages_bytes: int
+    vectors_bytes: int
+    """Of ``vectors.npy``, its header included; 0 if no vectors are kept."""
     work_bytes: int
     on_disk_bytes: int
     """What a killed build has left, and this one will use."""
@@ -122,7 +135,8 @@ class BuildPlan:
     @property
     def needed_disk_bytes(self) -> int:
         """What is still to be written."""
-        return max(0, self.lists_bytes + self.passages_bytes + self.work_bytes - self.on_disk_bytes)
+        all_bytes = self.lists_bytes + self.passages_bytes + self.vectors_bytes + self.work_bytes
+        return max(0, all_bytes - self.on_disk_bytes)
 
     @property
     def partial(self) -> Path:
@@ -149,9 +163,13 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         options: what the user chose.
 
     Raises:
-        UsageError: ``nlist`` or ``memory_bytes`` do not fit the data.
+        UsageError: ``nlist`` or ``memory_bytes`` do not fit the data, or ``keep_vectors`` the storage.
         ResourceError: the disk has not enough room.
     """
+    if options.keep_vectors and options.storage is Storage.FLOAT32:
+        raise UsageError(f"--keep-vectors {options.keep_vectors} was asked for with --storage float32, whose lists hold the "
+                         "vectors themselves.",
+                         remedy="Leave --keep-vectors out, or choose --storage float16 or int8.")  # fmt: skip
     dimension, rows = embeddings.dimension, embeddings.rows
     code_bytes = code_size(dimension, options.storage)
     # A block to assign, with its scores against a few hundred queries; at its end Parquet's own buffers.
@@ -167,6 +185,7 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
     place_bytes = min((options.memory_bytes - (32 << 20)) // 2, LARGEST_PLACE_BYTES)
     place_rows = max(1, min(rows, place_bytes // per_row))
     _, even = lay_out(np.full(training.nlist, -(-rows // training.nlist), np.int64), code_bytes)
+    header, vector_bytes = lay_out_vectors(rows, dimension, options.keep_vectors)
     partial = partial_of(root)
     try:
         left = (
@@ -187,6 +206,8 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         "nlist": training.nlist,
         "seed": options.seed,
         "training rows": training.training_rows,
+        "training device": options.trained_on,
+        "kept vectors": options.keep_vectors or "none",
         "telerag": __version__,
     }
     return BuildPlan(
@@ -195,6 +216,7 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         block_bytes=max(block_bytes, place_rows * per_row),
         lists_bytes=even,
         passages_bytes=embeddings.passage_bytes(),
+        vectors_bytes=len(header) + rows * vector_bytes,
         work_bytes=4 * rows + training.nlist * (4 * dimension + 64) + (1 << 20),
         on_disk_bytes=left,
         free_disk_bytes=free,
@@ -262,6 +284,8 @@ def parameters_of(manifest: Manifest) -> dict[str, Any]:
         "nlist": manifest.nlist,
         "seed": manifest.seed,
         "training rows": manifest.training_rows,
+        "training device": manifest.trained_on,
+        "kept vectors": manifest.kept_vectors or "none",
         "telerag": manifest.created_by.removeprefix("telerag "),
     }
 
@@ -376,7 +400,9 @@ class _Build:
         with self.progress(f"Training {plan.training.nlist:,} lists on {len(sample):,} vectors", None):
             if options.storage is Storage.INT8:
                 _save(self.paths.quantizer, train_ranges(sample))
-            centroids = train_centroids(sample, plan.training.nlist, options.metric, options.seed)
+            centroids = train_centroids(
+                sample, plan.training.nlist, options.metric, options.seed, options.gpu
+            )
         _save(self.paths.centroids, centroids)
 
     def assign(self) -> None:
@@ -390,7 +416,7 @@ class _Build:
         if done == self.plan.rows:
             return
         nearest_lists = Assigner(self.centroids, self.options.metric)
-        halves = self.options.storage is Storage.FLOAT16
+        halves = self.options.storage is Storage.FLOAT16 or self.options.keep_vectors == "float16"
         with (self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
               self.assignments_path.open("ab") as handle):  # fmt: skip
             handle.truncate(4 * done)
@@ -399,7 +425,7 @@ class _Build:
                 if halves and np.abs(block).max() > MAX_FLOAT16:
                     row = first + int(np.abs(block).max(axis=1).argmax())
                     raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
-                                     remedy="Choose --storage float32 or int8.")  # fmt: skip
+                                     remedy="Choose another type than float16 for --storage and --keep-vectors.")  # fmt: skip
                 lists = nearest_lists(block)
                 if (lists < 0).any():
                     row = int(np.flatnonzero(lists < 0)[0])
@@ -430,6 +456,7 @@ class _Build:
             return
         filled = _count(lists, plan.training.nlist, 0, done)
         encode = self._encoder()
+        header, vector_bytes = lay_out_vectors(plan.rows, plan.dimension, self.options.keep_vectors)
         offset, rows_at = (
             table[:, 2].astype(np.int64),
             (table[:, 2] + table[:, 1] * np.uint64(plan.code_size)).astype(np.int64),
@@ -437,17 +464,27 @@ class _Build:
         synced: Future[None] | None = None
         with (
             self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
-            self._lists_file(total_bytes) as descriptor,
+            _sized(self.paths.lists, total_bytes) as descriptor,
+            _sized(self.paths.vectors, plan.vectors_bytes) if header else contextlib.nullcontext() as vectors,
             ThreadPoolExecutor(1) as disk,
         ):
+            if vectors is not None:
+                _write(vectors, memoryview(header), 0)
 
             def keep(rows: int) -> None:
                 """What was written is on disk before it is counted as done; meanwhile the next block is placed."""
                 os.fdatasync(descriptor)
+                if vectors is not None:
+                    os.fdatasync(vectors)
                 write_json(state, {"rows": rows})
 
             advance(done)
             for first, block in self.embeddings.batches(plan.place_rows, done):
+                if vectors is not None:
+                    # Before there are codes, so that this copy takes no memory beside theirs.
+                    kept = block.astype(self.options.keep_vectors, copy=False)
+                    _write(vectors, kept.data.cast("B"), len(header) + first * vector_bytes)
+                    del kept
                 chosen = lists[first : first + len(block)]
                 order = np.argsort(chosen, kind="stable")
                 codes, rows = encode(block)[order], first + order
@@ -524,7 +561,9 @@ class _Build:
         _save(paths.checksums, sums)
         names = [paths.centroids, paths.offsets, paths.checksums, paths.passages]
         names += [paths.quantizer] if options.storage is Storage.INT8 else []
-        files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in names}
+        names += [paths.vectors] if options.keep_vectors else []
+        with self.progress("Checking the other files", None):
+            files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in names}
         files[paths.lists.name] = FileInfo(paths.lists.stat().st_size, whole)
         told = self.embeddings.description
         Manifest(
@@ -533,8 +572,8 @@ class _Build:
             embedder=EmbedderInfo(told.get("model"), told.get("pooling"), told.get("normalized"), told.get("prompt")),
             files=dict(sorted(files.items())), balance=balance(table[:, 0].astype(np.int64)),
             recall_at_10=recall.result(), recall_queries=plan.training.queries,
-            training_rows=plan.training.training_rows, source=plan.parameters["embeddings"],
-            created_by=f"telerag {__version__}",
+            training_rows=plan.training.training_rows, trained_on=options.trained_on, kept_vectors=options.keep_vectors,
+            source=plan.parameters["embeddings"], created_by=f"telerag {__version__}",
         ).save(paths.manifest)  # fmt: skip
 
     def _truth(self) -> Nearest:
@@ -549,15 +588,6 @@ class _Build:
                         self.options.metric, self.options.storage, self.ranges)  # fmt: skip
         encode: Callable[[FloatArray], npt.NDArray[np.uint8]] = lambda block: ivf.sq.compute_codes(block)  # noqa: E731
         return encode
-
-    @contextlib.contextmanager
-    def _lists_file(self, total_bytes: int) -> Iterator[int]:
-        descriptor = os.open(self.paths.lists, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            os.ftruncate(descriptor, total_bytes)  # padding reads as zeros
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
 
 def balance(sizes: IntArray) -> dict[str, float]:
@@ -594,6 +624,17 @@ def _drop(vectors: FloatArray, out: npt.NDArray[np.bool_]) -> FloatArray:
 def _save(path: Path, array: npt.NDArray[Any]) -> None:
     with writing(path) as temporary, temporary.open("wb") as handle:
         np.save(handle, array)
+
+
+@contextlib.contextmanager
+def _sized(path: Path, size: int) -> Iterator[int]:
+    """A descriptor of a file of this many bytes, to be written in any order; what was there stays, the rest is zeros."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        os.ftruncate(descriptor, size)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import faiss
@@ -98,6 +99,9 @@ class ListScorer:
         self._ivf.replace_invlists(self._lists, False)
         # Over probes, not over queries: the default runs a single query on a single thread.
         self._ivf.parallel_mode = 1
+        # One for good: the wrapper never frees what this makes.
+        self._scanner = self._ivf.get_InvertedListScanner(False, None, None)
+        self._scanning = threading.Lock()
 
     @classmethod
     def over(cls, memory: npt.NDArray[np.uint8], index: Index, coarse: Coarse) -> ListScorer:
@@ -130,6 +134,30 @@ class ListScorer:
                 return best(scores, rows, k, self.metric)
             width *= 2
 
+    def score_some(self, query: FloatArray, lists: IntArray, places: IntArray) -> tuple[FloatArray, IntArray]:
+        """Scores, as `score` gives them, of some vectors only.
+
+        Args:
+            query: (dimension,).
+            lists: (m,) the list of each vector.
+            places: (m,) its place in the list.
+
+        Returns:
+            Scores and rows, (m,).
+        """
+        query = np.ascontiguousarray(query, np.float32)
+        code_bytes = int(self._lists.code_size)
+        table = self.table[lists].astype(np.int64)
+        begins = table[:, 2] + places * code_bytes
+        codes = [faiss.swig_ptr(self._memory[begin : begin + code_bytes]) for begin in begins.tolist()]
+        with self._scanning:
+            self._scanner.set_query(faiss.swig_ptr(query))
+            # Codes are of the vectors themselves, so any list will do; some scanners take the query only now.
+            self._scanner.set_list(0, 0.0)
+            scores = np.array([self._scanner.distance_to_code(code) for code in codes], np.float32)
+        rows = self._memory.view(np.int64)[(table[:, 2] + table[:, 1] * code_bytes) // 8 + places]
+        return scores, rows
+
     def _scan(self, queries: FloatArray, lists: IntArray, width: int) -> tuple[FloatArray, IntArray]:
         n, probes = lists.shape
         scores = np.empty((n, width), np.float32)
@@ -149,3 +177,43 @@ def best(scores: FloatArray, rows: IntArray, k: int, metric: Metric) -> tuple[Fl
     keys = np.where(rows < 0, last, rows)
     order = np.lexsort((keys, -scores if metric is Metric.IP else scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def merge(
+    some: tuple[FloatArray, IntArray], others: tuple[FloatArray, IntArray], k: int, metric: Metric
+) -> tuple[FloatArray, IntArray]:
+    """The ``k`` best of two sets of candidates, (n, m1) and (n, m2); absent ones fill up."""
+    scores, rows = (np.concatenate([one, other], axis=1) for one, other in zip(some, others, strict=True))
+    return best(scores, rows, k, metric)
+
+
+def nothing(n: int, k: int, metric: Metric) -> tuple[FloatArray, IntArray]:
+    """No result in each of ``k`` places of ``n`` queries: the worst score and row -1."""
+    worst = -np.inf if metric is Metric.IP else np.inf
+    return np.full((n, k), worst, np.float32), np.full((n, k), -1, np.int64)
+
+
+def score_again(
+    queries: FloatArray, rows: IntArray, vectors: npt.NDArray[Any], k: int, metric: Metric
+) -> tuple[FloatArray, IntArray]:
+    """The ``k`` best of candidates by their scores against the vectors themselves, as ``faiss.IndexRefine`` does it.
+
+    Args:
+        queries: (n, dimension).
+        rows: (n, m) candidates, -1 for none.
+        vectors: (ntotal, dimension) of any float type; only the candidates' rows are read.
+        k: results per query, at most ``m``.
+        metric: how to compare.
+
+    Returns:
+        Scores and rows, (n, k).
+    """
+    scores = np.full(rows.shape, -np.inf if metric is Metric.IP else np.inf, np.float32)
+    for query, candidates, out in zip(queries, rows, scores, strict=True):
+        known = candidates >= 0
+        held = vectors[candidates[known]].astype(np.float32)
+        # Sums along a row do not depend on what other rows there are, as a product of matrices would.
+        out[known] = (
+            (held * query).sum(axis=1) if metric is Metric.IP else np.square(held - query).sum(axis=1)
+        )
+    return best(scores, rows, k, metric)

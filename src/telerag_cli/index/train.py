@@ -1,15 +1,16 @@
-"""Training: how many lists, which rows to learn from, the centroids and the ranges of ``int8``."""
+"""Training: how many lists, which rows to learn from, on which device, the centroids and the ranges of ``int8``."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
 
 from telerag_cli.config import Metric, format_bytes
-from telerag_cli.errors import UsageError
+from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import FloatArray, IntArray
 
 POINTS_PER_CENTROID = 64
@@ -69,19 +70,69 @@ def draw_rows(rows: int, plan: TrainingPlan, seed: int) -> tuple[IntArray, IntAr
     return np.sort(drawn[plan.queries :]), np.sort(drawn[: plan.queries])
 
 
-def train_centroids(sample: FloatArray, nlist: int, metric: Metric, seed: int) -> FloatArray:
+def find_gpu(device: str, library: Any = faiss) -> int | None:
+    """The number of the GPU that k-means shall run on, or None for the CPU.
+
+    Args:
+        device: ``auto`` (the first GPU if Faiss finds one), ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
+        library: the ``faiss`` module.
+
+    Raises:
+        UsageError: the device is no such thing.
+        ResourceError: a GPU was asked for, and Faiss has no support for GPUs or does not find that one.
+    """
+    kind, _, number = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+        raise UsageError(f"'{device}' is no device.", remedy="Use auto, cpu, cuda or cuda:N.")
+    if device == "cpu":
+        return None
+    supported = hasattr(library, "StandardGpuResources")
+    count = library.get_num_gpus() if supported else 0
+    if device == "auto":
+        return 0 if count else None
+    if not supported:
+        raise ResourceError(f"{device} was asked for, and faiss-cpu {library.__version__} is installed, which has no GPU support.",
+                            remedy="Install the other wheel of the same module, pip uninstall faiss-cpu && "
+                                   "pip install 'telerag-cli[gpu]', or use --device cpu.")  # fmt: skip
+    if not count:
+        raise ResourceError(f"{device} was asked for, and faiss-gpu {library.__version__} is installed and finds no GPU.",
+                            remedy="Check the driver with nvidia-smi, or use --device cpu.")  # fmt: skip
+    if int(number or 0) >= count:
+        raise ResourceError(
+            f"{device} was asked for, and Faiss finds {count} GPU{'s' * (count != 1)}, the last of which is cuda:{count - 1}.",
+            remedy="Name one that is there, or use --device cpu.",
+        )
+    return int(number or 0)
+
+
+def train_centroids(
+    sample: FloatArray, nlist: int, metric: Metric, seed: int, gpu: int | None = None
+) -> FloatArray:
     """Centroids (nlist, dimension) by Faiss's k-means; for inner product on the sphere, as ``IndexIVF`` does.
+
+    Args:
+        sample: vectors to learn from, (n, dimension).
+        nlist: how many centroids.
+        metric: of the index.
+        seed: of the centroids to begin with.
+        gpu: where the nearest centroids are looked for, from `find_gpu`. A GPU rounds otherwise than the CPU does.
 
     Raises:
         KeyboardInterrupt: Ctrl-C while Faiss was at it.
+        ResourceError: the GPU cannot do it; its memory is taken, say.
     """
     kmeans = faiss.Kmeans(sample.shape[1], nlist, niter=ITERATIONS, seed=seed, spherical=metric is Metric.IP,
                           min_points_per_centroid=1, max_points_per_centroid=len(sample))  # fmt: skip
     try:
+        if gpu is not None:  # the option of Kmeans itself is how many GPUs, not which
+            kmeans.index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, kmeans.index)
         kmeans.train(sample)
     except RuntimeError as error:  # Faiss's own answer to Ctrl-C
         if "interrupt" in str(error):
             raise KeyboardInterrupt from error
+        if gpu is not None:
+            raise ResourceError(f"k-means cannot run on cuda:{gpu}: {' '.join(str(error).split())}.",
+                                remedy="Free the GPU's memory, or start over with --device cpu --overwrite.") from error  # fmt: skip
         raise
     return np.ascontiguousarray(kmeans.centroids, np.float32)
 

@@ -13,7 +13,7 @@ import numpy as np
 from telerag_cli.config import Metric
 from telerag_cli.errors import ResourceError, TeleragError, UsageError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
-from telerag_cli.index.scoring import Coarse, best, faiss_threads
+from telerag_cli.index.scoring import Coarse, faiss_threads, merge, nothing, score_again
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Mover, Round
@@ -24,6 +24,8 @@ from telerag_cli.tracing import Tracer
 JOIN = "join"
 IN_PLACE = "in place"
 RETRY_S = 0.002
+RESCORE = 4
+"""Candidates a result that are scored again, where the index keeps vectors for it: Faiss's ``k_factor``."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,47 @@ class Found:
     report: JoinReport
 
 
+def check_search(index: Index, k: int, nprobe: int) -> None:
+    """Refuse a search that the index cannot answer.
+
+    Raises:
+        UsageError: ``nprobe`` exceeds the lists, or ``k`` the passages.
+    """
+    manifest = index.manifest
+    for name, value, limit, what in (
+        ("nprobe", nprobe, manifest.nlist, "lists"),
+        ("k", k, manifest.ntotal, "passages"),
+    ):
+        if not 1 <= value <= limit:
+            raise UsageError(
+                f"{name} is {value:,} and the index has {limit:,} {what}.",
+                remedy=f"Choose {name} from 1 to {limit:,}.",
+            )
+
+
 class Retriever:
     """Searches an index of any size through a fast tier of any size; the result depends on neither."""
 
-    def __init__(self, index: Index, coarse: Coarse, tier: FastTier, *, cache_fraction: float = 0.5,
+    def __init__(self, index: Index, coarse: Coarse, tier: FastTier, *, cache_fraction: float = 0.5, rescore: int | None = None,
                  tracer: Tracer | None = None) -> None:  # fmt: skip
+        """Begin.
+
+        Args:
+            index: the index.
+            coarse: its coarse quantizer.
+            tier: where its lists are scored.
+            cache_fraction: share of the arena that hot lists may hold.
+            rescore: candidates a result that are scored again from the vectors that the index keeps, 0 for none; by default
+                `RESCORE` if it keeps them.
+            tracer: where joins are recorded.
+
+        Raises:
+            UsageError: re-scoring is asked for, and the index keeps no vectors.
+        """
+        if rescore and index.vectors is None:
+            raise UsageError(f"--rescore is {rescore}, and {index.paths.root} keeps no vectors beside its lists.",
+                             remedy="Leave it out, or build the index with --keep-vectors.")  # fmt: skip
+        self._rescore = (RESCORE if rescore is None else rescore) if index.vectors is not None else 0
         self.index = index
         self.tier = tier
         self._coarse = coarse
@@ -105,23 +143,6 @@ class Retriever:
     def rounds(self) -> int:
         """Lookahead rounds that have not ended."""
         return self._mover.rounds
-
-    def check(self, k: int, nprobe: int) -> None:
-        """Refuse a search that the index cannot answer.
-
-        Raises:
-            UsageError: ``nprobe`` exceeds the lists, or ``k`` the passages.
-        """
-        manifest = self.index.manifest
-        for name, value, limit, what in (
-            ("nprobe", nprobe, manifest.nlist, "lists"),
-            ("k", k, manifest.ntotal, "passages"),
-        ):
-            if not 1 <= value <= limit:
-                raise UsageError(
-                    f"{name} is {value:,} and the index has {limit:,} {what}.",
-                    remedy=f"Choose {name} from 1 to {limit:,}.",
-                )
 
     def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
         """Start lookahead for queries expected to be like these, shape (n, dimension).
@@ -142,6 +163,8 @@ class Retriever:
 
     def search(self, queries: FloatArray, k: int, nprobe: int, ahead: Round | None = None) -> Found:
         """What ``faiss.IndexIVF`` finds with the same probes; equal scores are ordered by row.
+
+        Where candidates are scored again, they are what it finds for ``rescore * k``.
 
         Args:
             queries: (n, dimension).
@@ -179,6 +202,10 @@ class Retriever:
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
+            if self._rescore and self.index.vectors is not None:
+                join.scores, join.rows = score_again(
+                    queries, join.rows, self.index.vectors, k, self.index.manifest.metric
+                )
         finally:
             for ahead in rounds:
                 ahead.end()
@@ -248,9 +275,7 @@ class _Join:
         self._tracer = tracer
         self._beside = beside
         self._events: SimpleQueue[_Arrived | _Scored | BaseException | None] = SimpleQueue()
-        worst = -np.inf if metric is Metric.IP else np.inf
-        self.scores: FloatArray = np.full((len(queries), k), worst, np.float32)
-        self.rows: IntArray = np.full((len(queries), k), -1, np.int64)
+        self.scores, self.rows = nothing(len(queries), k, metric)
         self.coming: list[int] = []
         self.missed: list[int] = []
         self.in_place: list[int] = []
@@ -382,5 +407,4 @@ class _Join:
         self._tracer.add(JOIN, f"score {len(lists)} lists", started_s, ended_s)
 
     def _merge(self, scores: FloatArray, rows: IntArray) -> None:
-        self.scores, self.rows = best(np.concatenate([self.scores, scores], 1), np.concatenate([self.rows, rows], 1),
-                                      self._k, self._metric)  # fmt: skip
+        self.scores, self.rows = merge((self.scores, self.rows), (scores, rows), self._k, self._metric)

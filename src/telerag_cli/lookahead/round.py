@@ -13,6 +13,7 @@ from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.tiers.base import FastTier, Stay
+from telerag_cli.tiers.residency import BoolArray
 
 
 class Mover:
@@ -78,9 +79,8 @@ class Mover:
             self._rounds.rotate(-1)
             if taker.going and (lists := taker.plan.take(absent, share)):
                 # What others are moving for queries to come is worth as much as what this one moves.
-                own = taker.plan.stay()
                 others = [other.plan.wanted for other in self._rounds if other is not taker]
-                return taker, lists, lambda list_no: np.logical_or.reduce([own(list_no), *others])
+                return taker, lists, partial(_stay, taker.plan.stay(), others)
         return None
 
     def _arrived(self, taker: Round, lists: Sequence[int], error: TeleragError | None) -> None:
@@ -92,6 +92,11 @@ class Mover:
             else:
                 taker.failed += len(lists)
         self.fill()
+
+
+def _stay(own: Stay, others: Sequence[BoolArray], list_no: int) -> BoolArray:
+    mask: BoolArray = np.logical_or.reduce([own(list_no), *others])
+    return mask
 
 
 class Round:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
@@ -116,8 +116,11 @@ class DirectReader:
         for move in moves:
             self._jobs.put((move, arrived))
 
-    def close(self) -> None:
-        """Finish what is queued, then stop the threads and close the file."""
+    def close(self, *, drop: bool = False) -> None:
+        """Finish what is queued, or ``drop`` what has not begun without a word; then stop the threads and close the file."""
+        with contextlib.suppress(Empty):
+            while drop:
+                self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:

@@ -1,0 +1,117 @@
+"""Opening an index with all that answers from it, the same way for every command: planned, shown, then taken."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from telerag_cli import console
+from telerag_cli.config import Lookahead
+
+if TYPE_CHECKING:
+    from telerag_cli.engine.assemble import Opened
+    from telerag_cli.engine.engine import Engine
+    from telerag_cli.engine.llm import LlmOptions
+    from telerag_cli.engine.placement import PlannedTier, Row, TierOptions
+    from telerag_cli.index.artifact import Index
+    from telerag_cli.lookahead.retriever import Retriever
+    from telerag_cli.tracing import Tracer
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Searching:
+    """What a user said about where and how to search; None for what the index suggests."""
+
+    index: Path
+    embedder: str | None
+    tier: TierOptions
+    k: int | None
+    nprobe: int | None
+    rescore: int | None = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """What a user said about the LLM and its answers."""
+
+    llm: LlmOptions
+    concurrency: int | None
+    lookahead: Lookahead
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@contextlib.contextmanager
+def open_search(searching: Searching) -> Iterator[tuple[Opened, Retriever, int, int]]:
+    """An index ready for searches, and the ``k`` and ``nprobe`` to search with; closed at the end."""
+    from telerag_cli.engine.assemble import default_k, default_nprobe, open_index, open_retriever
+    from telerag_cli.engine.placement import plan_tier
+    from telerag_cli.index.artifact import Index
+    from telerag_cli.lookahead.retriever import check_search
+
+    index = Index.open(searching.index)
+    k, nprobe = searching.k or default_k(index), searching.nprobe or default_nprobe(index)
+    check_search(index, k, nprobe)
+    tier = plan_tier(index, searching.tier)
+    opened = open_index(index, searching.embedder, searching.tier.device)
+    _show(tier, [])
+    retriever = open_retriever(index, tier, rescore=searching.rescore, progress=console.progress)
+    with contextlib.closing(retriever):
+        for note in retriever.tier.notes:
+            console.warn(note)
+        yield opened, retriever, k, nprobe
+
+
+@contextlib.contextmanager
+def open_answering(
+    searching: Searching, answering: Answering, tracer: Tracer, warn: Warn = console.warn, opened: Opened | None = None
+) -> Iterator[tuple[Engine, int]]:  # fmt: skip
+    """An engine ready for questions, and how many to ask at once; closed at the end.
+
+    Args:
+        searching: where and how to search.
+        answering: what answers.
+        tracer: where work is recorded.
+        warn: takes what a user should know.
+        opened: index, passages and embedder, if they are open already.
+    """
+    from telerag_cli.engine.assemble import default_k, default_nprobe, open_engine, open_index
+    from telerag_cli.engine.llm import plan_llm
+    from telerag_cli.engine.placement import plan_tier
+    from telerag_cli.engine.session import Settings
+    from telerag_cli.index.artifact import Index
+
+    index: Index = opened.index if opened else Index.open(searching.index)
+    settings = Settings(
+        searching.k or default_k(index),
+        searching.nprobe or default_nprobe(index),
+        answering.lookahead,
+        answering.max_tokens,
+        answering.temperature,
+        answering.top_p,
+        answering.seed,
+    )
+    tier = plan_tier(index, searching.tier)
+    llm = plan_llm(answering.llm, answering.concurrency, tier, warn)
+    opened = opened or open_index(index, searching.embedder, searching.tier.device)
+    _show(tier, llm.rows)
+    engine = open_engine(
+        opened, llm.open, tier, settings, rescore=searching.rescore, tracer=tracer, progress=console.progress
+    )
+    with contextlib.closing(engine):
+        for note in engine.retriever.tier.notes:
+            warn(note)
+        yield engine, llm.concurrency
+
+
+def _show(tier: PlannedTier, llm: list[Row]) -> None:
+    from telerag_cli.engine.assemble import byte_plan
+
+    console.table(f"Memory ({tier.kind} tier: {tier.why})", ("what", "where", "size"), byte_plan(tier, llm))

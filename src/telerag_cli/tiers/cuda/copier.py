@@ -1,0 +1,145 @@
+"""The PCIe link: lists from host memory to the arena by asynchronous copies on a stream of their own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from telerag_cli.errors import TeleragError
+from telerag_cli.tiers.base import Rate
+from telerag_cli.tiers.cuda.gpu import Copy, Event, Stream
+from telerag_cli.tiers.transport import Arrived, Move
+
+IN_FLIGHT_S = 0.002
+"""The link is kept busy for so long ahead: enough for the interpreter to come round to it, little enough to wait for at the join."""
+FEWEST, MOST = 4, 256
+"""Bounds of the moves under way that make that."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    moves: Sequence[Move]
+    arrived: Arrived
+    event: Event
+    started_s: float
+
+
+class Copier:
+    """A `Transport`. Copies are started by whoever asks; a thread waits for their events and tells."""
+
+    def __init__(
+        self, stream: Stream, source: torch.Tensor, arena: torch.Tensor, rate: Rate, mean_bytes: float
+    ) -> None:
+        """Begin with nothing under way.
+
+        Args:
+            stream: does the copies.
+            source: the lists in host memory, uint8.
+            arena: their place on the device, uint8.
+            rate: what the link moves, as measured; it goes on learning.
+            mean_bytes: of a list.
+        """
+        self.depth = int(min(MOST, max(FEWEST, IN_FLIGHT_S * rate.bytes_per_s / max(mean_bytes, 1))))
+        self.note: str | None = None
+        self.rate = rate
+        self._stream = stream
+        self._source = source
+        self._arena = arena
+        self._jobs: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="link", daemon=True)
+        self._thread.start()
+
+    def submit(self, moves: Sequence[Move], arrived: Arrived) -> None:
+        """See `Transport`."""
+        runs = coalesce(moves)
+        with self._changed:  # under the lock, so that events pass in the order in which they are waited for
+            started_s = time.perf_counter()
+            try:
+                events = self._stream.copy([self._copy(run) for run in runs])
+            except TeleragError as error:
+                events = [_Refused(error)] * len(runs)
+            self._jobs.extend(
+                _Job(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True)
+            )
+            self._changed.notify()
+
+    def close(self) -> None:
+        """See `Transport`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        self._stream.close()
+        del self._source, self._arena
+
+    def _copy(self, run: Sequence[Move]) -> Copy:
+        first, nbytes = run[0], sum(move.nbytes for move in run)
+        return Copy(self._source[first.source : first.source + nbytes], self._arena[first.target : first.target + nbytes])  # fmt: skip
+
+    def _work(self) -> None:
+        idle_since_s = 0.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+                if not self._jobs:
+                    return
+            error: TeleragError | None = None
+            try:
+                self._jobs[0].event.wait()
+            except TeleragError as trouble:
+                error = trouble
+            # Only this thread takes away. What has passed meanwhile is told in the same breath, if it is told to the same.
+            first = self._jobs.popleft()
+            moves = list(first.moves)
+            while (
+                error is None
+                and self._jobs
+                and self._jobs[0].arrived is first.arrived
+                and _passed(self._jobs[0])
+            ):
+                moves += self._jobs.popleft().moves
+            ended_s = time.perf_counter()
+            if error is None:
+                busy_s = ended_s - max(first.started_s, idle_since_s)
+                self.rate.observe(sum(move.nbytes for move in moves), busy_s)
+            idle_since_s = ended_s
+            first.arrived(moves, error)
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """The event of a copy that never started."""
+
+    error: TeleragError
+
+    def passed(self) -> bool:
+        raise self.error
+
+    def wait(self) -> None:
+        raise self.error
+
+
+def _passed(job: _Job) -> bool:
+    try:
+        return job.event.passed()
+    except TeleragError:
+        return False  # told when it is waited for, apart from those that went well
+
+
+def coalesce(moves: Sequence[Move]) -> list[list[Move]]:
+    """The same moves in the same order, in runs that are contiguous on both sides and so are one copy each."""
+    runs: list[list[Move]] = []
+    for move in moves:
+        last = runs[-1][-1] if runs else None
+        if last and (last.source + last.nbytes, last.target + last.nbytes) == (move.source, move.target):
+            runs[-1].append(move)
+        else:
+            runs.append([move])
+    return runs

@@ -1,0 +1,141 @@
+"""A GPU made of threads and host memory: the same tier, link and scoring without the device.
+
+It is what ``--tier simulated`` uses, and tests, which choose its delays and failures. It shows what the cuda tier does and
+is no measure of how fast it does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+
+import torch
+
+from telerag_cli.config import format_bytes
+from telerag_cli.errors import ResourceError
+from telerag_cli.tiers.cuda.gpu import Bytes, Copy, Event, Stream
+from telerag_cli.tiers.transport import available_bytes
+
+Fails = Callable[[], bool]
+
+
+class SimulatedGpu:
+    """A `Gpu` on the CPU."""
+
+    name = "simulated GPU"
+    device = torch.device("cpu")
+
+    def __init__(self, *, memory_bytes: int | None = None, bytes_per_s: float | None = None, longest_s: float = 0.0, seed: int = 0,
+                 copy_fails: Fails = lambda: False, work_fails: Fails = lambda: False,
+                 lock_refused: str | None = None) -> None:  # fmt: skip
+        """A device whose troubles are chosen.
+
+        Args:
+            memory_bytes: its memory; by default what the host has free.
+            bytes_per_s: speed of its link; by default that of a copy in memory.
+            longest_s: copies take at random up to so many seconds longer.
+            seed: of those.
+            copy_fails: asked for each copy, which then arrives torn.
+            work_fails: asked before each work on the device.
+            lock_refused: why page-locking is refused.
+        """
+        self._memory_bytes = memory_bytes
+        self._taken_bytes = 0
+        self._pace = (bytes_per_s, longest_s, random.Random(seed))
+        self._copy_fails = copy_fails
+        self._work_fails = work_fails
+        self._lock_refused = lock_refused
+        self.locked: set[int] = set()
+
+    def free_bytes(self) -> int:
+        """See `Gpu`."""
+        free = available_bytes() if self._memory_bytes is None else self._memory_bytes - self._taken_bytes
+        return free
+
+    def allocate(self, nbytes: int, option: str) -> torch.Tensor:
+        """See `Gpu`."""
+        free = self.free_bytes()
+        if nbytes > free:
+            raise ResourceError(f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
+                                remedy=f"Choose a smaller {option}.")  # fmt: skip
+        self._taken_bytes += nbytes
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def lock(self, memory: Bytes) -> str | None:
+        """See `Gpu`."""
+        if self._lock_refused is None:
+            self.locked.add(memory.ctypes.data)
+        return self._lock_refused
+
+    def unlock(self, memory: Bytes) -> None:
+        """See `Gpu`."""
+        self.locked.remove(memory.ctypes.data)
+
+    def stream(self) -> Stream:
+        """See `Gpu`."""
+        return _ThreadStream(*self._pace, self._copy_fails)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """See `Gpu`."""
+        if self._work_fails():
+            raise ResourceError("The simulated GPU failed while scoring.", remedy="It was told to.")
+        yield
+
+
+class _ThreadEvent:
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.error: ResourceError | None = None
+
+    def passed(self) -> bool:
+        ended = self.ended.is_set()
+        if ended and self.error:
+            raise self.error
+        return ended
+
+    def wait(self) -> None:
+        self.ended.wait()
+        if self.error:
+            raise self.error
+
+
+class _ThreadStream:
+    """One thread that copies in order."""
+
+    def __init__(
+        self, bytes_per_s: float | None, longest_s: float, dice: random.Random, fails: Fails
+    ) -> None:
+        self._bytes_per_s, self._longest_s, self._dice, self._fails = bytes_per_s, longest_s, dice, fails
+        self._jobs: SimpleQueue[tuple[Copy, _ThreadEvent] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="simulated link", daemon=True)
+        self._thread.start()
+
+    def copy(self, copies: Sequence[Copy]) -> list[Event]:
+        jobs = [(each, _ThreadEvent()) for each in copies]
+        for job in jobs:
+            self._jobs.put(job)
+        return [event for _each, event in jobs]
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            each, event = job
+            started_s = time.perf_counter()
+            count = len(each.target)
+            if self._fails():
+                count //= 2
+                event.error = ResourceError("The simulated GPU failed while moving lists.", remedy="It was told to.")  # fmt: skip
+            each.target[:count].copy_(each.source[:count])
+            wanted_s = self._dice.random() * self._longest_s
+            if self._bytes_per_s:
+                wanted_s += count / self._bytes_per_s
+            time.sleep(max(0.0, started_s + wanted_s - time.perf_counter()))
+            event.ended.set()

@@ -1,0 +1,141 @@
+"""The slow tier of the ``cuda`` link: the whole of ``lists.bin`` in host memory, read once and shared by this user's processes.
+
+The memory is an anonymous file (memfd), so that another process finds it under ``/proc`` and maps the same pages; it is gone
+with the last process that has it, however that ended. A lock on ``lists.bin`` lets one process read and the others wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import PAGE_BYTES, format_bytes
+from telerag_cli.errors import ResourceError, TeleragError
+from telerag_cli.files import explain
+from telerag_cli.index.artifact import Index
+from telerag_cli.tiers.transport import DirectReader, Move, available_bytes
+
+READ_BYTES = 16 << 20
+"""A read: large enough for any disk's full rate, small enough for a progress bar."""
+READ_THREADS = 8
+
+Advance = Callable[[int], None]
+
+
+class SlowTier:
+    """Lists in host memory, as they lie in ``lists.bin``."""
+
+    def __init__(self, index: Index, advance: Advance = lambda _count: None) -> None:
+        """Read the lists, or find them where another process has them.
+
+        Args:
+            index: the opened index.
+            advance: told of bytes as they are read.
+
+        Raises:
+            ResourceError: there is not that much memory.
+            ArtifactError: the file cannot be read to its end.
+        """
+        self.nbytes = max(int(index.extents.sum()), PAGE_BYTES)
+        path = index.paths.lists
+        name = _name(path)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise explain(error, path) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _find(name)
+            self.shared = found is not None
+            """Whether another process had them."""
+            self._file = self._make(name) if found is None else found
+            self._map = mmap.mmap(self._file, self.nbytes)
+            with contextlib.suppress(
+                OSError
+            ):  # a kernel without huge pages still works, with more page-table walks
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+            if found is None:
+                try:
+                    self._read(path, int(index.extents.sum()), advance)
+                except BaseException:
+                    self.close()  # before the lock is given up: nobody may find half of it
+                    raise
+            else:
+                advance(self.nbytes)
+        finally:
+            os.close(lock)
+
+    def close(self) -> None:
+        """Let go of the memory; it is freed when nobody has it."""
+        del self.memory
+        with contextlib.suppress(BufferError):  # somebody still looks at it, and their end frees it
+            self._map.close()
+        os.close(self._file)
+
+    def _make(self, name: str) -> int:
+        available = available_bytes()
+        if self.nbytes > available:
+            raise ResourceError(f"The index's lists take {format_bytes(self.nbytes)} of host memory, and {format_bytes(available)} are "
+                                "free.", remedy="Use --tier host, which reads them from the disk.")  # fmt: skip
+        file = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(file, self.nbytes)
+        return file
+
+    def _read(self, path: Path, nbytes: int, advance: Advance) -> None:
+        moves = [Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
+                 for number, begin in enumerate(range(0, nbytes, READ_BYTES))]  # fmt: skip
+        left = len(moves)
+        errors: list[TeleragError] = []
+        ended = threading.Condition()
+
+        def arrived(some: Sequence[Move], error: TeleragError | None) -> None:
+            nonlocal left
+            with ended:
+                left -= len(some)
+                if error is not None:
+                    errors.append(error)
+                ended.notify()
+
+        reader = DirectReader(path, self.memory, threads=READ_THREADS)
+        told = 0
+        try:
+            reader.submit(moves, arrived)
+            with ended:
+                while left and not errors:
+                    ended.wait(0.2)
+                    done = min(nbytes, (len(moves) - left) * READ_BYTES)
+                    advance(done - told)
+                    told = done
+        finally:
+            reader.close(drop=True)
+        if errors:
+            raise errors[0]
+
+
+def _name(path: Path) -> str:
+    """What the memory of this very file is called; another index in its place is another file."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise explain(error, path) from error
+    return f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
+
+
+def _find(name: str) -> int | None:
+    """A descriptor of another process's memory of this name, opened anew; None if there is none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # processes of others, and those that have just ended
+            for entry in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if entry.readlink().name.startswith(f"memfd:{name} "):
+                        return os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+    return None
