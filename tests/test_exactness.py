@@ -1,6 +1,7 @@
 """Lookahead never changes a result: whatever the arena holds, a search answers what Faiss answers."""
 
 import functools
+import random
 import tempfile
 import threading
 import time
@@ -19,6 +20,8 @@ from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever, check_search
 from telerag_cli.tiers.cache import CacheKind
+from telerag_cli.tiers.cuda.simulated import SimulatedGpu
+from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import DirectReader
 
@@ -30,7 +33,8 @@ class Machine(RuleBasedStateMachine):
         dimension=st.integers(1, 40), count=st.integers(30, 600), nlist=st.integers(1, 24), seed=st.integers(0, 2**16),
         duplicates=st.integers(0, 25), metric=st.sampled_from(Metric), storage=st.sampled_from(Storage),
         room=st.floats(0, 1.1), cache=st.sampled_from(CacheKind), longest_s=st.sampled_from([0.0, 0.0005, 0.003]),
-        direct=st.booleans(), fraction=st.floats(0, 1),
+        link=st.sampled_from(["disk", "chosen", "cuda"]), fraction=st.floats(0, 1),
+        copies_fail=st.sampled_from([0.0, 0.0, 0.2]), works_fail=st.sampled_from([0.0, 0.0, 0.2]),
     )  # fmt: skip
     def start(
         self,
@@ -44,8 +48,10 @@ class Machine(RuleBasedStateMachine):
         room,
         cache,
         longest_s,
-        direct,
+        link,
         fraction,
+        copies_fail,
+        works_fail,
     ):
         self.folder = tempfile.TemporaryDirectory()
         self.random = np.random.default_rng(seed)
@@ -53,10 +59,19 @@ class Machine(RuleBasedStateMachine):
         self.metric = metric
         index, self.ivf = make_index(Path(self.folder.name), self.vectors, nlist, metric, storage, seed)
         coarse = Coarse(index.centroids, metric)
-        link = DirectReader if direct else functools.partial(ChosenLink, longest_s=longest_s, seed=seed)
         largest, total = int(index.extents.max()), int(index.extents.sum())
         arena_bytes = max(largest, int(room * total))
-        self.tier = open_host_tier(index, coarse, arena_bytes, cache=cache, transport=link)
+        if link == "cuda":
+            dice = random.Random(seed)
+            troubled = [0.0, 0.0]
+            gpu = SimulatedGpu(longest_s=longest_s, seed=seed, copy_fails=lambda: dice.random() < troubled[0],
+                               work_fails=lambda: dice.random() < troubled[1])  # fmt: skip
+            self.tier = open_cuda_tier(index, coarse, gpu, arena_bytes, cache=cache)
+            troubled[:] = copies_fail, works_fail
+        else:
+            chosen = functools.partial(ChosenLink, longest_s=longest_s, seed=seed)
+            transport = DirectReader if link == "disk" else chosen
+            self.tier = open_host_tier(index, coarse, arena_bytes, cache=cache, transport=transport)
         self.retriever = Retriever(index, coarse, self.tier, cache_fraction=fraction)
         self.rounds = []
 
@@ -96,6 +111,7 @@ class Machine(RuleBasedStateMachine):
         report = found.report
         assert report.lists_hit + report.lists_coming + report.lists_missed == report.lists_wanted
         assert report.bytes_missed <= report.bytes_wanted
+        assert report.lists_in_place <= report.lists_missed
 
     @invariant()
     def intact(self):

@@ -188,8 +188,9 @@ def merge(
 
 
 def nothing(n: int, k: int, metric: Metric) -> tuple[FloatArray, IntArray]:
-    """No result in each of ``k`` places of ``n`` queries: the worst score and row -1."""
-    worst = -np.inf if metric is Metric.IP else np.inf
+    """No result in each of ``k`` places of ``n`` queries: row -1 and the worst finite score, as Faiss has it."""
+    limits = np.finfo(np.float32)
+    worst = limits.min if metric is Metric.IP else limits.max
     return np.full((n, k), worst, np.float32), np.full((n, k), -1, np.int64)
 
 
@@ -208,7 +209,7 @@ def score_again(
     Returns:
         Scores and rows, (n, k).
     """
-    scores = np.full(rows.shape, -np.inf if metric is Metric.IP else np.inf, np.float32)
+    scores, _rows = nothing(*rows.shape, metric)
     for query, candidates, out in zip(queries, rows, scores, strict=True):
         known = candidates >= 0
         held = vectors[candidates[known]].astype(np.float32)

@@ -26,6 +26,8 @@ from telerag_cli.tiers.transport import DirectReader, Move, available_bytes
 READ_BYTES = 16 << 20
 """A read: large enough for any disk's full rate, small enough for a progress bar."""
 READ_THREADS = 8
+WHOLE = fcntl.F_SEAL_SHRINK
+"""The seal on memory that has been read to its end; without it nobody takes it for the lists."""
 
 Advance = Callable[[int], None]
 
@@ -67,8 +69,9 @@ class SlowTier:
                 try:
                     self._read(path, int(index.extents.sum()), advance)
                 except BaseException:
-                    self.close()  # before the lock is given up: nobody may find half of it
+                    self.close()
                     raise
+                fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, WHOLE)
             else:
                 advance(self.nbytes)
         finally:
@@ -86,7 +89,7 @@ class SlowTier:
         if self.nbytes > available:
             raise ResourceError(f"The index's lists take {format_bytes(self.nbytes)} of host memory, and {format_bytes(available)} are "
                                 "free.", remedy="Use --tier host, which reads them from the disk.")  # fmt: skip
-        file = os.memfd_create(name, os.MFD_CLOEXEC)
+        file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, self.nbytes)
         return file
 
@@ -131,11 +134,14 @@ def _name(path: Path) -> str:
 
 
 def _find(name: str) -> int | None:
-    """A descriptor of another process's memory of this name, opened anew; None if there is none."""
+    """A descriptor of memory of this name that some process has and that is whole, opened anew; None if there is none."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # processes of others, and those that have just ended
             for entry in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
                     if entry.readlink().name.startswith(f"memfd:{name} "):
-                        return os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                        file = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
+                        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & WHOLE:
+                            return file
+                        os.close(file)
     return None

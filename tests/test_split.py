@@ -1,0 +1,102 @@
+"""Who deals with misses: the split of a row of lists between link and processor."""
+
+import heapq
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telerag_cli.lookahead.split import Misses, share_of_link
+
+times = st.lists(st.floats(1e-6, 1.0), min_size=0, max_size=12)
+
+
+@given(link=times, busy=st.tuples(st.floats(0, 2), st.floats(0, 2)), data=st.data())
+def test_the_share_is_the_best_of_all(link, busy, data):
+    place = data.draw(st.lists(st.floats(1e-6, 1.0), min_size=len(link), max_size=len(link)))
+
+    def ends(count):
+        return max(busy[0] + sum(link[:count]), busy[1] + sum(place[count:]))
+
+    chosen = share_of_link(np.array(link), np.array(place), *busy)
+    assert ends(chosen) == pytest.approx(min(ends(count) for count in range(len(link) + 1)))
+
+
+def finish(misses, link_s, place_s, depth):
+    """Run both ends to their end in made-up time, the link one list after the other; when, and who took what."""
+    now, link_free, under_way, took = 0.0, 0.0, 0, {"link": [], "place": []}
+    events = []
+    scoring = False
+    while True:
+        if not scoring and (lists := misses.in_place()):
+            scoring = True
+            took["place"] += lists
+            heapq.heappush(events, (now + sum(place_s[number] for number in lists), 1, "place"))
+        while under_way < depth and (lists := misses.for_link(depth - under_way)):
+            took["link"] += lists
+            for number in lists:
+                link_free = max(link_free, now) + link_s[number]
+                heapq.heappush(events, (link_free, 0, "link"))
+                under_way += 1
+        if not events:
+            return now, took
+        now, _order, who = heapq.heappop(events)
+        if who == "link":
+            under_way -= 1
+            misses.moved(busy=under_way > 0)
+        else:
+            scoring = False
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=60), faster=st.floats(0.02, 50.0), depth=st.integers(1, 16),
+    grain=st.integers(1, 4), queries=st.lists(st.integers(1, 4), min_size=60, max_size=60),
+)  # fmt: skip
+def test_two_ends_take_everything_once_and_no_longer_than_the_better_alone(
+    sizes, faster, depth, grain, queries
+):
+    link_s = np.array(sizes)
+    place_s = link_s * faster * np.array(queries[: len(sizes)])
+    misses = Misses(list(range(len(sizes))), link_s, place_s, grain)
+    took_s, took = finish(misses, link_s, place_s, depth)
+    assert sorted(took["link"] + took["place"]) == list(range(len(sizes)))
+    assert not len(misses)
+    # Both ends take whole lists, and some at a time: that much either may be behind.
+    best_s = min(link_s.sum(), place_s.sum())
+    assert took_s <= 1.05 * best_s + link_s.max()
+
+
+def test_many_equal_lists_are_split_by_the_rates():
+    link_s, place_s = np.full(100, 1.0), np.full(100, 3.0)
+    took_s, took = finish(Misses(list(range(100)), link_s, place_s, 1), link_s, place_s, 4)
+    assert took_s <= 1.05 * 75
+    assert 22 <= len(took["place"]) <= 28
+
+
+def test_what_many_queries_share_is_moved_and_what_one_wants_is_scored_in_place():
+    link_s, place_s = np.full(4, 1.0), np.array([1.0, 4.0, 1.0, 4.0])
+    misses = Misses([10, 11, 12, 13], link_s, place_s, 1)
+    assert misses.for_link(1) == [11]
+    assert misses.in_place() == [12]
+
+
+def test_what_finds_no_room_is_scored_in_place_until_there_is_room():
+    misses = Misses([1, 2, 3, 4], np.full(4, 1.0), np.full(4, 100.0), 1)
+    taken = misses.for_link(4)
+    misses.refused(taken[1:])
+    assert misses.for_link(4) == []
+    assert len(misses.in_place()) == 2
+    misses.room()
+    assert len(misses) == 1
+    assert len(misses.for_link(4)) == 1
+
+
+def test_what_cannot_be_moved_is_scored_in_place():
+    misses = Misses([1, 2], np.full(2, 1.0), np.full(2, 1e9), 1)
+    assert misses.for_link(2) == [1, 2]
+    misses.failed([2])
+    assert len(misses) == 1
+    assert misses.in_place() == [2]
+    assert misses.in_place() == []
