@@ -209,7 +209,7 @@ def score_again(
     Returns:
         Scores and rows, (n, k).
     """
-    scores, _rows = nothing(*rows.shape, metric)
+    scores, _rows = nothing(len(rows), rows.shape[1], metric)
     for query, candidates, out in zip(queries, rows, scores, strict=True):
         known = candidates >= 0
         held = vectors[candidates[known]].astype(np.float32)

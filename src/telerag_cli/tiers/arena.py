@@ -35,6 +35,8 @@ class Arena:
         assert nbytes % PAGE_BYTES == 0
         if self.used_bytes + nbytes > self.nbytes:
             return None
+        if self.used_bytes == (self._ends[-1] if self._ends else 0):  # the only gap is at the end
+            return self._insert(len(self._starts), self.used_bytes, nbytes, owner)
         gaps = np.empty(len(self._starts) + 1, np.int64)
         gaps[:-1] = self._starts
         gaps[-1] = self.nbytes
@@ -43,12 +45,7 @@ class Arena:
         place = int(fitting.argmin())
         if gaps[place] < nbytes:
             return None
-        offset = self._ends[place - 1] if place else 0
-        self._starts.insert(place, offset)
-        self._ends.insert(place, offset + nbytes)
-        self._owners.insert(place, owner)
-        self.used_bytes += nbytes
-        return offset
+        return self._insert(place, self._ends[place - 1] if place else 0, nbytes, owner)
 
     def release(self, offset: int) -> None:
         """Give back the slot that begins at ``offset``."""
@@ -109,3 +106,10 @@ class Arena:
         assert position <= self.nbytes, "a slot lies outside the block"
         assert self.used_bytes == sum(length for _start, length, _owner in self.slots())
         assert len(set(self._owners)) == len(self._owners), "an owner holds two slots"
+
+    def _insert(self, place: int, offset: int, nbytes: int, owner: int) -> int:
+        self._starts.insert(place, offset)
+        self._ends.insert(place, offset + nbytes)
+        self._owners.insert(place, owner)
+        self.used_bytes += nbytes
+        return offset

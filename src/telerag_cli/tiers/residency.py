@@ -23,6 +23,10 @@ class State(IntEnum):
     RESIDENT = 2
 
 
+ABSENT, MOVING, RESIDENT = (state.value for state in State)
+"""The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
+
+
 class Residency:
     """The slot table: state, slot, references and heat of every list.
 
@@ -46,7 +50,7 @@ class Residency:
         self.policy = policy
         self._evicted = evicted
         nlist = len(extents)
-        self.state: npt.NDArray[np.int8] = np.where(extents == 0, State.RESIDENT, State.ABSENT).astype(
+        self.state: npt.NDArray[np.int8] = np.where(extents == 0, RESIDENT, ABSENT).astype(
             np.int8
         )
         self.offset: IntArray = np.full(nlist, -1, np.int64)
@@ -67,7 +71,7 @@ class Residency:
                 self._evict(int(list_no))
         kept: BoolArray = np.zeros(len(self.extents), np.bool_)
         hot = np.flatnonzero(
-            (self.state == State.RESIDENT) & (self.extents > 0) & (self.policy.heat >= self.policy.hot)
+            (self.state == RESIDENT) & (self.extents > 0) & (self.policy.heat >= self.policy.hot)
         )
         hot = hot[np.argsort(-self.policy.heat[hot], kind="stable")]
         kept[hot[np.cumsum(self.extents[hot]) <= cache_fraction * self.arena.nbytes]] = True
@@ -90,7 +94,7 @@ class Residency:
         Returns:
             The slot's byte offset, or None if there is no room and nothing that may leave would make enough.
         """
-        assert self.state[list_no] == State.ABSENT
+        assert self.state[list_no] == ABSENT
         nbytes = int(self.extents[list_no])
         offset = self.arena.allocate(nbytes, list_no)
         if offset is None:
@@ -106,25 +110,25 @@ class Residency:
                 self._evict(owner)
             offset = self.arena.allocate(nbytes, list_no)
             assert offset is not None
-        self.state[list_no] = State.MOVING
+        self.state[list_no] = MOVING
         self.offset[list_no] = offset
         return offset
 
     def commit(self, list_no: int) -> None:
         """The bytes of a MOVING list have arrived."""
-        assert self.state[list_no] == State.MOVING
-        self.state[list_no] = State.RESIDENT
+        assert self.state[list_no] == MOVING
+        self.state[list_no] = RESIDENT
         self.policy.admitted(list_no)
 
     def abort(self, list_no: int) -> None:
         """The bytes of a MOVING list will not arrive."""
-        assert self.state[list_no] == State.MOVING
+        assert self.state[list_no] == MOVING
         self._vacate(list_no)
 
     def hold(self, lists: Iterable[int]) -> None:
         """Reference lists that are not ABSENT, so that they stay."""
         for list_no in lists:
-            assert self.state[list_no] != State.ABSENT
+            assert self.state[list_no] != ABSENT
             self.references[list_no] += 1
 
     def drop(self, lists: Iterable[int]) -> None:
@@ -139,9 +143,9 @@ class Residency:
         slots = {owner: (offset, nbytes) for offset, nbytes, owner in self.arena.slots()}
         for list_no in range(len(self.extents)):
             if self.extents[list_no] == 0:
-                assert self.state[list_no] == State.RESIDENT
+                assert self.state[list_no] == RESIDENT
                 assert list_no not in slots
-            elif self.state[list_no] == State.ABSENT:
+            elif self.state[list_no] == ABSENT:
                 assert list_no not in slots, "an absent list holds a slot"
                 assert self.offset[list_no] == -1
                 assert self.references[list_no] == 0, "an absent list is referenced"
@@ -151,7 +155,7 @@ class Residency:
         assert (self.policy.heat >= 0).all()
 
     def _evictable(self) -> BoolArray:
-        mask: BoolArray = (self.state == State.RESIDENT) & (self.references == 0) & (self.extents > 0)
+        mask: BoolArray = (self.state == RESIDENT) & (self.references == 0) & (self.extents > 0)
         return mask
 
     def _evict(self, list_no: int) -> None:
@@ -161,5 +165,5 @@ class Residency:
     def _vacate(self, list_no: int) -> None:
         assert self.references[list_no] == 0
         self.arena.release(int(self.offset[list_no]))
-        self.state[list_no] = State.ABSENT
+        self.state[list_no] = ABSENT
         self.offset[list_no] = -1

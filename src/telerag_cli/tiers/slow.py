@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,16 @@ WHOLE = fcntl.F_SEAL_SHRINK
 """The seal on memory that has been read to its end; without it nobody takes it for the lists."""
 
 Advance = Callable[[int], None]
+
+
+class HostLists(Protocol):
+    """Lists in host memory."""
+
+    memory: npt.NDArray[np.uint8]
+    """As they lie in ``lists.bin``, beginning on a page."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
 
 
 class SlowTier:

@@ -16,7 +16,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import Claim, InPlace, ListsArrived, Prefetched, Stay
 from telerag_cli.tiers.cache import CacheKind, make_policy
-from telerag_cli.tiers.residency import BoolArray, Residency, State
+from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer
 
@@ -95,7 +95,7 @@ class ArenaTier:
     def absent(self) -> BoolArray:
         """See `FastTier`."""
         with self._lock:
-            mask: BoolArray = self._residency.state == State.ABSENT
+            mask: BoolArray = self._residency.state == ABSENT
             return mask
 
     def prefetch(
@@ -106,7 +106,7 @@ class ArenaTier:
         full = False
         with self._lock:
             for list_no in lists:
-                if self._residency.state[list_no] != State.ABSENT:
+                if self._residency.state[list_no] != ABSENT:
                     continue
                 move = None if self._closing else self._reserve(list_no, arrived, stay, worth)
                 if move is None:
@@ -125,11 +125,11 @@ class ArenaTier:
             absent = []
             for list_no in lists:
                 state = self._residency.state[list_no]
-                if state == State.ABSENT:
+                if state == ABSENT:
                     absent.append(list_no)
                     continue
                 self._residency.hold([list_no])
-                if state == State.RESIDENT:
+                if state == RESIDENT:
                     claim.hits.append(list_no)
                 else:
                     claim.coming.append(list_no)
@@ -163,12 +163,12 @@ class ArenaTier:
         """See `FastTier`."""
         with self._lock:
             self._residency.check_integrity()
-            resident = (self._residency.state == State.RESIDENT) & (self.extents > 0)
+            resident = (self._residency.state == RESIDENT) & (self.extents > 0)
             table = self._scorer.table
             assert (table[~resident] == 0).all(), "the scorer can see a list that is not there"
             assert (table[resident, :2] == self._shape[resident, :2]).all()
             assert (table[resident, 2] == self._residency.offset[resident].astype(np.uint64)).all()
-            assert set(self._waiting) == set(np.flatnonzero(self._residency.state == State.MOVING))
+            assert set(self._waiting) == set(np.flatnonzero(self._residency.state == MOVING))
 
     def moves_under_way(self) -> list[int]:
         """Lists on their way now."""

@@ -19,7 +19,7 @@ from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Bytes, Copy, CudaGpu, Gpu, Stream
 from telerag_cli.tiers.cuda.scoring import GpuScorer, workspace_bytes
-from telerag_cli.tiers.slow import Advance, SlowTier
+from telerag_cli.tiers.slow import Advance, HostLists, SlowTier
 from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tracing import Tracer
 
@@ -33,7 +33,7 @@ MOST_LISTS_TRIED = 256
 
 def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | None, *, require_pinned: bool = False,
                    cache: CacheKind = CacheKind.HOTNESS, advance: Advance = lambda _count: None,
-                   tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
+                   lists: HostLists | None = None, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
     """Read the index into host memory, take the arena, and measure link and scoring.
 
     Args:
@@ -45,6 +45,7 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         require_pinned: refuse to go on with host memory that is not page-locked.
         cache: what stays between queries.
         advance: told of bytes as they are read.
+        lists: the lists, if they are in host memory already; they are closed with the tier.
         tracer: where moves are recorded.
 
     Raises:
@@ -65,7 +66,7 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         notes = _lock(gpu, trial, require_pinned)
         if not notes:
             gpu.unlock(trial)
-        slow = SlowTier(index, advance)
+        slow = lists or SlowTier(index, advance)
         undo.callback(slow.close)
         if not notes:
             notes = _lock(gpu, slow.memory, require_pinned)
