@@ -85,6 +85,28 @@ def test_search_prints_passages_and_json(index):
         (["--fast-memory", "4096", "q"], 2, "smaller than the largest list"),
         (["--fast-memory", "lots", "q"], 2, "'lots' is not a size"),
         (["--fast-memory", "900TiB", "q"], 0, None),
+        (["--tier", "simulated", "--gpu-memory", "4095", "q"], 2, "Give --gpu-memory at least"),
+        (
+            ["--tier", "simulated", "--fast-memory", "1MB", "q"],
+            2,
+            "--fast-memory has no part in --tier simulated",
+        ),
+        (
+            ["--tier", "host", "--gpu-memory", "1MB", "q"],
+            2,
+            "--gpu-memory has no part in the host tier (as asked)",
+        ),
+        (
+            ["--require-pinned", "--device", "cpu", "q"],
+            2,
+            "--require-pinned has no part in the host tier (--device cpu)",
+        ),
+        (["--tier", "cuda", "--device", "cpu", "q"], 2, "--device cpu has no GPU for --tier cuda"),
+        (["--tier", "cuda", "--device", "cuda:99", "q"], 1, "GPU 99 was asked for, and torch"),
+        (["--tier", "cuda", "--device", "gpu", "q"], 2, "--device is 'gpu', which names no GPU"),
+        (["--tier", "simulated", "--gpu-memory", "900TiB", "q"], 0, None),
+        (["--gpu-memory", "lots", "q"], 2, "'lots' is not a size"),
+        (["--rescore", "4", "q"], 2, "keeps no vectors beside its lists"),
         ([], 2, "Give questions as arguments"),
         (["--queries", "missing.txt"], 1, "missing.txt cannot be read"),
         (["--embedder", "/no/such/model", "q"], 1, "/no/such/model does not exist"),
@@ -97,6 +119,37 @@ def test_search_refuses_in_one_sentence(index, arguments, code, message):
         assert message in " ".join(result.stderr.split())
         assert result.stdout == ""
         assert "Traceback" not in result.stderr
+
+
+def test_answers_are_the_same_on_every_tier(index, questions, tmp_path):
+    """The cuda tier's own code from end to end, over the simulated GPU: copies, events, scoring, both ends of the join."""
+    answers, counts = {}, {}
+    for tier, lookahead, memory in (
+        ("host", "off", ["--fast-memory", "256KiB"]),
+        ("simulated", "off", ["--gpu-memory", "256KiB"]),
+        ("simulated", "refined", ["--gpu-memory", "256KiB"]),
+        ("simulated", "refined", ["--require-pinned"]),
+    ):
+        output = tmp_path / f"{len(answers)}.jsonl"
+        result = telerag("run", index, "-q", questions, "-o", output, "--tier", tier, "--lookahead", lookahead, "--ordered",
+                         "--max-tokens", 24, "--nprobe", 8, *memory)  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        assert f"Memory ({tier} tier: as asked)" in result.stderr
+        lines = lines_of(output.read_text())
+        answers[len(answers)] = [(line["id"], line["answer"], line["passages"]) for line in lines]
+        counts[len(counts)] = [line["lookahead"] for line in lines]
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+    assert all(count["lists_moved"] for count in counts[2])
+    assert any(count["lists_hit"] for count in counts[3])
+    assert not any(count["lists_failed"] for mode in counts.values() for count in mode)
+
+
+def test_chat_over_the_simulated_gpu(index):
+    result = telerag(
+        "chat", index, "--tier", "simulated", "--max-tokens", 8, stdin=f"{QUESTIONS[0]}\n/timings\n"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "Lists in fast memory at the join" in result.stdout + result.stderr
 
 
 def test_answers_are_the_same_with_and_without_lookahead(index, questions, tmp_path):

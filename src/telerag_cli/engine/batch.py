@@ -32,6 +32,7 @@ class Summary:
     retrieval_s: float = 0.0
     lists_hit: int = 0
     lists_wanted: int = 0
+    lists_failed: int = 0
     passages_dropped: int = 0
 
     def add(self, answered: Answered) -> None:
@@ -41,6 +42,7 @@ class Summary:
         self.retrieval_s += answered.timings.get("retrieval_s", 0.0)
         self.lists_hit += sum(join.lists_hit for join in answered.joins)
         self.lists_wanted += sum(join.lists_wanted for join in answered.joins)
+        self.lists_failed += sum(join.lists_failed for join in answered.joins)
         self.passages_dropped += answered.dropped_passages
 
     def lines(self) -> list[str]:
@@ -53,6 +55,8 @@ class Summary:
                 f"which LLM {self.llm_s / count:.2f} s and retrieval {self.retrieval_s / count:.3f} s; "
                 f"{self.lists_hit / max(self.lists_wanted, 1):.0%} of {self.lists_wanted:,} probed lists were in fast memory."
             )
+        if self.lists_failed:
+            words.append(f"{self.lists_failed:,} lists failed on the GPU and were scored by the processor.")
         if self.passages_dropped:
             words.append(f"{self.passages_dropped} passages did not fit the context and were left out.")
         if self.failed:

@@ -187,6 +187,7 @@ class Retriever:
             TeleragError: a list could not be read; the rounds have ended all the same.
         """
         arrived_s = time.perf_counter()
+        manifest = self.index.manifest
         rounds = [ahead for search in searches for ahead in search.rounds]
         for ahead in rounds:
             ahead.stop()
@@ -196,16 +197,14 @@ class Retriever:
             queries = np.concatenate([search.queries for search in searches])
             _scores, probes = self._coarse.probe(queries, nprobe)
             coarse_s = time.perf_counter() - arrived_s
-            join = _Join(
-                self.tier, self.index.manifest.metric, queries, probes, k, self._tracer, self._beside
-            )
+            width = min(k * max(self._rescore, 1), manifest.ntotal)
+            join = _Join(self.tier, manifest.metric, queries, probes, width, self._tracer, self._beside)
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
             if self._rescore and self.index.vectors is not None:
-                join.scores, join.rows = score_again(
-                    queries, join.rows, self.index.vectors, k, self.index.manifest.metric
-                )
+                vectors = self.index.vectors
+                join.scores, join.rows = score_again(queries, join.rows, vectors, k, manifest.metric)
         finally:
             for ahead in rounds:
                 ahead.end()

@@ -50,9 +50,7 @@ class Residency:
         self.policy = policy
         self._evicted = evicted
         nlist = len(extents)
-        self.state: npt.NDArray[np.int8] = np.where(extents == 0, RESIDENT, ABSENT).astype(
-            np.int8
-        )
+        self.state: npt.NDArray[np.int8] = np.where(extents == 0, RESIDENT, ABSENT).astype(np.int8)
         self.offset: IntArray = np.full(nlist, -1, np.int64)
         self.references: npt.NDArray[np.int32] = np.zeros(nlist, np.int32)
 
