@@ -388,8 +388,10 @@ def test_memory_of_the_device(small):
         open_over(index, SimulatedGpu(memory_bytes=10 << 20), 50 << 40)
     with pytest.raises(UsageError, match=r"smaller than the largest list.*--gpu-memory"):
         open_over(index, SimulatedGpu(), PAGE_BYTES - 1)
-    with pytest.raises(UsageError, match="smaller than the largest list"):
-        open_over(index, SimulatedGpu(memory_bytes=1 << 30))  # all of it is the reserve's
+    with pytest.raises(
+        ResourceError, match=r"has 1\.00 GiB free, and the smallest arena with its reserve takes 1\.06 GiB"
+    ):
+        open_over(index, SimulatedGpu(memory_bytes=1 << 30))
     gpu = SimulatedGpu(memory_bytes=(1 << 30) + (65 << 20))
     tier, retriever = open_over(index, gpu)
     assert tier.arena_bytes <= 1 << 20

@@ -66,7 +66,7 @@ class Lists:
         if self.storage is Storage.INT8:
             absolute = decoding_error(asked, self.low, self.step, l2=l2)
         bounds = torch.full((len(queries), sum(self.sizes)), -torch.inf, device=DEVICE)
-        return Launch(self.arena, asked, self.low, self.step, *told, bounds, absolute, l2, size_of)
+        return Launch(self.arena, asked, self.low, self.step, told, bounds, absolute, l2, size_of)
 
     def faiss_scores(self, queries):
         """Larger is better, (n, total)."""

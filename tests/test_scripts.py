@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 def script(name):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for the names in their annotations
     spec.loader.exec_module(module)
     return module
 
@@ -75,3 +76,36 @@ def test_the_command_reference_is_written_and_a_stale_one_shown(tmp_path, monkey
     shown = capsys.readouterr().out
     assert "-## `telerag make-index`" in shown
     assert "+## `telerag build-index`" in shown
+
+
+@pytest.mark.parametrize("weights", ["q4_0", "q8_0", "f16"])
+def test_a_random_model_decodes_and_is_the_same_each_time(tmp_path, monkeypatch, capsys, weights):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    module = script("make_random_model")
+    arguments = ["--size", "tiny", "--type", weights]
+    run(module, monkeypatch, *arguments, "-o", str(tmp_path / "one.gguf"))
+    run(module, monkeypatch, *arguments, "-o", str(tmp_path / "two.gguf"))
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert capsys.readouterr().out == f"{tmp_path / 'one.gguf'}\n{tmp_path / 'two.gguf'}\n"
+    model = llama_cpp.Llama(str(tmp_path / "one.gguf"), n_ctx=64, verbose=False)
+    assert model.n_embd() == module.SHAPES["tiny"].width
+    text = model("What is a tensor?", max_tokens=8)["choices"][0]["text"]
+    assert len(set(text)) > 4  # not one token again and again, which equal rows would give
+    model.close()
+
+
+def test_a_random_model_needs_a_tokenizer(tmp_path, monkeypatch):
+    module = script("make_random_model")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing more" * 10)
+    with pytest.raises(SystemExit, match="is no GGUF file that can be read"):
+        run(
+            module,
+            monkeypatch,
+            "--like",
+            str(tmp_path / "broken.gguf"),
+            "--size",
+            "tiny",
+            "-o",
+            str(tmp_path / "o.gguf"),
+        )
+    assert not (tmp_path / "o.gguf").exists()

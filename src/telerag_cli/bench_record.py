@@ -16,6 +16,7 @@ PACKAGES = (
     "sentence-transformers",
     "faiss-cpu",
     "faiss-gpu",
+    "triton",
     "llama-cpp-python",
     "numpy",
     "pyarrow",

@@ -31,7 +31,7 @@ def build_index(
     keep_vectors: Annotated[
         KeptType | None,
         typer.Option(
-            help="Keep the vectors in row order too, in vectors.npy.  \\[default: not kept]",
+            help="Keep the vectors in row order too: searches then score their best candidates again from them.  \\[default: not kept]",
             show_default=False,
         ),
     ] = None,

@@ -16,6 +16,8 @@ from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError, UsageError
 
 Bytes = npt.NDArray[np.uint8]
+PORTABLE = 1
+"""``cudaHostRegisterPortable``: locked for every GPU and not only for the one at hand."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class CudaGpu:
     def lock(self, memory: Bytes) -> str | None:
         """See `Gpu`."""
         with torch.cuda.device(self.device):
-            status = _cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+            status = _cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE)
         if int(status) == 0:
             return None
         # The refusal stays behind as the thread's last error, and the next launch would report it as its own.

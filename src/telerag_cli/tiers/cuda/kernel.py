@@ -18,19 +18,19 @@ COLUMNS = 128
 """Numbers of each that are read at a time."""
 
 
-@triton.jit
+# Numbers that change from search to search must not make Triton compile again.
+@triton.jit(do_not_specialize=["count", "width", "relative"])
 def _score(
-    vectors, queries, low, step, query_of, first_of, size_of, column_of, tile_of, pair_of_tile,
-    bounds, bounds_stride, relative, absolute,
+    vectors, queries, low, step, pairs, count, first_tile_of, pair_of_tile, bounds, width, relative, absolute,
     DIMENSION: tl.constexpr, INT8: tl.constexpr, L2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     pair = tl.load(pair_of_tile + tile)
-    size = tl.load(size_of + pair)
-    query = tl.load(query_of + pair)
+    query = tl.load(pairs + pair)
+    size = tl.load(pairs + 2 * count + pair)
     # Slots begin at multiples of 4 KiB: with 1,024 numbers at least, loads of 16 bytes are aligned.
-    first = tl.multiple_of(tl.load(first_of + pair), 1024)
-    rows = (tile - tl.load(tile_of + pair)) * ROWS + tl.arange(0, ROWS)
+    first = tl.multiple_of(tl.load(pairs + count + pair), 1024)
+    rows = (tile - tl.load(first_tile_of + pair)) * ROWS + tl.arange(0, ROWS)
     inside = rows < size
     scores = tl.zeros((ROWS, COLUMNS), tl.float32)
     sizes = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -57,16 +57,16 @@ def _score(
         bound = -(score - relative * score - tl.sqrt(score) * 2.0 * extra - extra * extra)
     else:
         bound = score + relative * tl.sum(sizes, axis=1) + extra
-    tl.store(bounds + query * bounds_stride + tl.load(column_of + pair) + rows, bound, mask=inside)
+    tl.store(bounds + query * width + tl.load(pairs + 3 * count + pair) + rows, bound, mask=inside)
 
 
 def launch(work: Launch) -> None:
     """See `reference.launch`."""
-    tiles = -(-work.sizes // ROWS)
+    tiles = -(-work.pairs[2] // ROWS)
     ends = torch.cumsum(tiles, 0)
-    pairs = torch.repeat_interleave(tiles, output_size=work.tiles(ROWS))
-    _score[(len(pairs),)](
-        work.vectors, work.queries, work.low, work.step, work.query_of, work.first_of, work.sizes, work.columns, ends - tiles, pairs,
+    pair_of_tile = torch.repeat_interleave(tiles, output_size=work.tiles(ROWS))
+    _score[(len(pair_of_tile),)](
+        work.vectors, work.queries, work.low, work.step, work.pairs, work.pairs.shape[1], ends - tiles, pair_of_tile,
         work.bounds, work.bounds.stride(0), work.relative, work.absolute,
         DIMENSION=work.queries.shape[1], INT8=work.vectors.dtype == torch.uint8, L2=work.l2, ROWS=ROWS, COLUMNS=COLUMNS,
     )  # fmt: skip

@@ -30,14 +30,9 @@ class Launch:
     low: torch.Tensor
     step: torch.Tensor
     """For uint8: float32 (dimension,) each. Else anything."""
-    query_of: torch.Tensor
-    """int64 (P,): row of the query."""
-    first_of: torch.Tensor
-    """int64 (P,): number in the arena at which the list begins, a multiple of 1,024."""
-    sizes: torch.Tensor
-    """int64 (P,): vectors in the list."""
-    columns: torch.Tensor
-    """int64 (P,): where the list's bounds go in the query's row."""
+    pairs: torch.Tensor
+    """int64 (4, P): of each pair the query's row; the number in the arena at which the list begins, a multiple of 1,024; the
+    vectors in the list; and the column of the query's bounds at which the list's begin."""
     bounds: torch.Tensor
     """Written: float32 (n, width), larger is better; what no list covers is left."""
     absolute: torch.Tensor
@@ -82,8 +77,7 @@ def launch(work: Launch) -> None:
     For inner product a bound is at least the score; for L2 it is at least the negated distance.
     """
     dimension = work.queries.shape[1]
-    table = torch.stack([work.query_of, work.first_of, work.columns], 1).tolist()
-    for (query, first, column), size in zip(table, work.host_sizes.tolist(), strict=True):
+    for query, first, size, column in work.pairs.t().tolist():
         held = work.vectors[first : first + size * dimension].view(size, dimension).float()
         if work.vectors.dtype == torch.uint8:
             held = work.low + (held + 0.5) / 255.0 * work.step

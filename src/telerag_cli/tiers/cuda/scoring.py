@@ -133,13 +133,13 @@ class GpuScorer:
         query_of, place = query_of[order], place[order]
         host_sizes = sizes[query_of, place]
         first = self.table[lists[query_of, place], 2].astype(np.int64) // self._number_bytes
-        told = torch.from_numpy(np.stack([query_of, first, host_sizes, columns[query_of, place]])).to(device)
+        pairs = torch.from_numpy(np.stack([query_of, first, host_sizes, columns[query_of, place]])).to(device)
         bounds = self._workspace[: len(queries) * width].view(len(queries), width)
         bounds.fill_(-torch.inf)
         asked = torch.from_numpy(queries).to(device)
         l2 = self._metric is Metric.L2
         absolute = (decoding_error(asked, self._low, self._step, l2=l2) if self._quantized
                     else torch.zeros(len(queries), device=device))  # fmt: skip
-        self._launch(Launch(self._vectors, asked, self._low, self._step, told[0], told[1], told[2], told[3], bounds, absolute, l2,
-                            host_sizes))  # fmt: skip
+        work = Launch(self._vectors, asked, self._low, self._step, pairs, bounds, absolute, l2, host_sizes)
+        self._launch(work)
         return bounds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -53,15 +52,11 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         ResourceError: host or device have too little memory, or page-locking is refused and required.
         ArtifactError: the lists cannot be read.
     """
-    free = gpu.free_bytes()
-    work_bytes = workspace_bytes(index)
-    accounts = size_arena(
-        index, free - RESERVE_BYTES - work_bytes if arena_bytes is None else arena_bytes, OPTION
-    )
+    accounts = size_arena(index, what_is_left(gpu, index) if arena_bytes is None else arena_bytes, OPTION)
     with contextlib.ExitStack() as undo:
         # Before minutes of reading: whether the device takes it, and whether pages can be locked at all.
         arena = gpu.allocate(max(accounts.nbytes, 4096), OPTION)
-        workspace = gpu.allocate(work_bytes, OPTION)
+        workspace = gpu.allocate(workspace_bytes(index), OPTION)
         trial = np.zeros(1 << 20, np.uint8)
         notes = _lock(gpu, trial, require_pinned)
         if not notes:
@@ -75,12 +70,11 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         in_place = ListScorer.over(slow.memory, index, coarse)
         undo.callback(in_place.close)
         in_place.table[:] = index.table
-        launch, note = _launch(gpu)
         stream = gpu.stream()
         undo.callback(stream.close)
         source = torch.from_numpy(slow.memory)
         link, scoring = _try_link(index, stream, source, arena), _try_scoring(index, in_place)
-        scorer = GpuScorer(gpu, index, arena, in_place, launch, workspace)
+        scorer, note = _open_scorer(gpu, index, arena, in_place, workspace)
         copier = Copier(stream, source, arena, link, index.extents.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
@@ -99,15 +93,52 @@ def _lock(gpu: Gpu, memory: Bytes, required: bool) -> list[str]:
     return [f"{what} Lists move at a fraction of the link's speed."]
 
 
-def _launch(gpu: Gpu) -> tuple[Callable[[reference.Launch], None], list[str]]:
-    """The kernel where it can run, else its reference and a word about it."""
-    if not isinstance(gpu, CudaGpu):
-        return reference.launch, []
-    try:
-        from telerag_cli.tiers.cuda import kernel
-    except ImportError:
-        return reference.launch, ["Triton is not installed, so lists are scored by torch, one by one; pip install triton."]  # fmt: skip
-    return kernel.launch, []
+def what_is_left(gpu: Gpu, index: Index) -> int:
+    """Bytes for an arena that takes what is free, less scoring's workspace and a reserve.
+
+    Raises:
+        ResourceError: that is less than the largest list.
+    """
+    free, largest = gpu.free_bytes(), int(index.extents.max(initial=0))
+    left = free - RESERVE_BYTES - workspace_bytes(index)
+    if left < largest:
+        needed = largest + RESERVE_BYTES + workspace_bytes(index)
+        raise ResourceError(f"{gpu.name} has {format_bytes(free)} free, and the smallest arena with its reserve takes "
+                            f"{format_bytes(needed)}.", remedy=f"Free some of it, or give {OPTION}, which has no reserve.")  # fmt: skip
+    return left
+
+
+def _open_scorer(
+    gpu: Gpu, index: Index, arena: torch.Tensor, exact: ListScorer, workspace: torch.Tensor
+) -> tuple[GpuScorer, list[str]]:
+    """A scorer that has scored: by the kernel where it runs, else by its reference, with a word about it.
+
+    The lists of `_try_link` are in the arena. The kernel is compiled now, and not while the first question waits; compiling
+    needs a C compiler, which may be missing.
+    """
+    reason = ""
+    if isinstance(gpu, CudaGpu):
+        try:
+            from telerag_cli.tiers.cuda import kernel
+
+            return _tried(GpuScorer(gpu, index, arena, exact, kernel.launch, workspace), index), []
+        except Exception as error:  # whatever Triton says: there is another way
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    note = (
+        [f"The scoring kernel does not run ({reason}), so torch scores the lists one by one."]
+        if reason
+        else []
+    )
+    return _tried(GpuScorer(gpu, index, arena, exact, reference.launch, workspace), index), note
+
+
+def _tried(scorer: GpuScorer, index: Index) -> GpuScorer:
+    """Score the first list of the arena."""
+    for list_no in _some_lists(index, 1):
+        scorer.table[list_no, :2] = index.table[list_no, :2]  # it lies at the arena's beginning
+        scorer.score(index.centroids[:1], np.array([[list_no]]), 1)
+        scorer.table[list_no] = 0
+    return scorer
 
 
 def _some_lists(index: Index, nbytes: int) -> list[int]:
