@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 
+from synthetic_store import packed
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import EmbedderInfo, Index, IndexPaths, Manifest, lay_out
 from telerag_cli.index.scoring import best, empty_ivf, flat
 
 
@@ -27,24 +26,9 @@ def make_index(root: Path, vectors, nlist, metric: Metric, storage: Storage, see
     if storage is Storage.INT8:
         ivf.train(vectors)
     ivf.add(vectors)
-    sizes = np.array([ivf.invlists.list_size(number) for number in range(nlist)])
-    table, total = lay_out(sizes, ivf.code_size)
-    image = np.zeros(total, np.uint8)
-    for number, (size, capacity, offset) in enumerate(table.tolist()):
-        if size:
-            codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), size * ivf.code_size)
-            rows = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size).view(np.uint8)
-            image[offset : offset + len(codes)] = codes
-            start = offset + capacity * ivf.code_size
-            image[start : start + len(rows)] = rows
     root.mkdir(parents=True, exist_ok=True)
-    image.tofile(root / "lists.bin")
-    trained = faiss.vector_to_array(ivf.sq.trained).copy() if storage is Storage.INT8 else None
-    manifest = Manifest(
-        dimension, metric, storage, nlist, len(vectors), ivf.code_size, seed, EmbedderInfo(None), {}
-    )
     ivf.parallel_mode = 1
-    return Index(IndexPaths(root), manifest, centroids, table, trained), ivf
+    return packed(ivf, root, centroids, metric, storage), ivf
 
 
 def expected(ivf, metric: Metric, queries, k, nprobe):

@@ -100,3 +100,12 @@ def test_what_cannot_be_moved_is_scored_in_place():
     assert len(misses) == 1
     assert misses.in_place() == [2]
     assert misses.in_place() == []
+
+
+def test_a_link_that_could_not_begin_in_time_gets_nothing_and_the_processor_all_at_once():
+    misses = Misses(list(range(10)), np.full(10, 0.01), np.full(10, 0.1), 1, latency_s=2.0)
+    assert misses.for_link(10) == []
+    assert misses.in_place() == list(range(10))
+    patient = Misses(list(range(10)), np.full(10, 0.01), np.full(10, 0.1), 1, latency_s=0.25)
+    assert len(patient.for_link(10)) == 7  # 0.25 + 7 * 0.01 s beside 3 * 0.1 s
+    assert len(patient.in_place()) == 2

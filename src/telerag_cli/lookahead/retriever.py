@@ -309,8 +309,10 @@ class _Join:
         if place is None:
             return Misses(absent, np.zeros(len(absent)), np.full(len(absent), np.inf), 1)
         queries = np.bincount(self._probes[self._probes >= 0], minlength=self._tier.nlist)[absent]
-        return Misses(absent, nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring.bytes_per_s,
-                      faiss_threads())  # fmt: skip
+        # The link moves while what has come is scored, so its end is as fast as the slower of both.
+        link_s = np.maximum(nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring_moved.bytes_per_s)  # fmt: skip
+        in_place_s = nbytes * queries / place.scoring.bytes_per_s
+        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s)
 
     def _go_on(self) -> None:
         """Give both ends what they should do next."""
@@ -392,8 +394,9 @@ class _Join:
         if not lists:
             return
         started_s = time.perf_counter()
+        keys = self._keys(lists)
         try:
-            found = self._tier.score(self._queries, self._keys(lists), self._k)
+            found = self._tier.score(self._queries, keys, self._k)
         except ResourceError as error:
             self._fall_back(lists, error)
         else:
@@ -402,6 +405,9 @@ class _Join:
             self._tier.release(lists)
             self._misses.room()
         ended_s = time.perf_counter()
+        if place := self._tier.in_place:
+            scored = float(self._tier.extents[keys[keys >= 0]].sum())
+            place.scoring_moved.observe(scored, max(ended_s - started_s - place.latency_s, 0.0))
         self.score_s += ended_s - started_s
         self._tracer.add(JOIN, f"score {len(lists)} lists", started_s, ended_s)
 

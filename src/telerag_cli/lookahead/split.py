@@ -35,14 +35,17 @@ class Misses:
     called from different threads.
     """
 
-    def __init__(self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int) -> None:
+    def __init__(
+        self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int, latency_s: float = 0.0
+    ) -> None:
         """Put the lists in a row.
 
         Args:
             lists: the lists; where moving is cheap beside scoring in place comes first.
-            link_s: seconds to move each, shape (n,).
+            link_s: seconds the link's end needs for each, shape (n,).
             in_place_s: seconds to score each in place, shape (n,).
             grain: lists that scoring in place should take at a time, for all its threads to have work.
+            latency_s: what the link's end needs beside, once.
         """
         self._cost_s = dict(zip(lists, zip(link_s.tolist(), in_place_s.tolist(), strict=True), strict=True))
         self._row = [0] * len(lists)
@@ -50,6 +53,7 @@ class Misses:
         for place, chosen in enumerate(np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")):
             self._put(place, lists[chosen])
         self._grain = grain
+        self._latency_s = latency_s
         self._front, self._back = 0, len(lists)
         self._failed: list[int] = []
         self._lock = threading.Lock()
@@ -94,11 +98,15 @@ class Misses:
             self._failed.extend(lists)
 
     def in_place(self) -> list[int]:
-        """Take half of what scoring in place should do, from the back; when that is scored, ask again."""
+        """Take half of what scoring in place should do, from the back; when that is scored, ask again.
+
+        All of it, if the link's end could not even begin in that time.
+        """
         with self._lock:
             self._in_place_busy_s = 0.0
             share = self._back - self._front - self._share_of_link()
-            count = min(share, max(self._grain, -(-share // 2)))
+            rest_s = float(self._in_place_s[self._front : self._back].sum())
+            count = share if rest_s <= self._latency_s else min(share, max(self._grain, -(-share // 2)))
             taken = slice(self._back - count, self._back)
             self._back -= count
             self._in_place_busy_s = float(self._in_place_s[taken].sum())
@@ -113,6 +121,5 @@ class Misses:
         if not self._room:
             return 0
         rest = slice(self._front, self._back)
-        return share_of_link(
-            self._link_s[rest], self._in_place_s[rest], self._link_busy_s, self._in_place_busy_s
-        )
+        link_busy_s = self._latency_s + self._link_busy_s
+        return share_of_link(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s)

@@ -71,13 +71,17 @@ class Rate:
 
 @dataclass(frozen=True)
 class InPlace:
-    """Scoring lists where they lie in the slow tier, as an alternative to moving them."""
+    """Scoring lists where they lie in the slow tier, as an alternative to moving them; and how fast is either."""
 
     score: ScoreLists
     scoring: Rate
     """Bytes of lists scored in place a second, counted for each query."""
     link: Rate
     """Bytes that the link moves a second."""
+    scoring_moved: Rate
+    """Bytes of lists scored in the fast tier a second, counted for each query, beside the latency."""
+    latency_s: float
+    """What scoring in the fast tier takes at least."""
 
 
 class FastTier(Protocol):

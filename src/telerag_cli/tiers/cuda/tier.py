@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError
-from telerag_cli.index.artifact import Index
+from telerag_cli.index.artifact import Index, IntArray
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.tiers.base import InPlace, Rate
 from telerag_cli.tiers.cache import CacheKind
@@ -57,10 +58,10 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         # Before minutes of reading: whether the device takes it, and whether pages can be locked at all.
         arena = gpu.allocate(max(accounts.nbytes, 4096), OPTION)
         workspace = gpu.allocate(workspace_bytes(index), OPTION)
-        trial = np.zeros(1 << 20, np.uint8)
-        notes = _lock(gpu, trial, require_pinned)
+        probe = np.zeros(1 << 20, np.uint8)
+        notes = _lock(gpu, probe, require_pinned)
         if not notes:
-            gpu.unlock(trial)
+            gpu.unlock(probe)
         slow = lists or SlowTier(index, advance)
         undo.callback(slow.close)
         if not notes:
@@ -73,13 +74,15 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         stream = gpu.stream()
         undo.callback(stream.close)
         source = torch.from_numpy(slow.memory)
-        link, scoring = _try_link(index, stream, source, arena), _try_scoring(index, in_place)
-        scorer, note = _open_scorer(gpu, index, arena, in_place, workspace)
+        trial = _Trial(index, min(TRIAL_BYTES, len(arena)))
+        link = trial.move(stream, source, arena)
+        scorer, note = _open_scorer(gpu, index, arena, in_place, workspace, trial)
+        choice = InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
         copier = Copier(stream, source, arena, link, index.extents.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
-    return ArenaTier(index, accounts, copier, scorer, cache=cache, in_place=InPlace(in_place.score, scoring, link),
-                     notes=[*notes, *note], closing=closing, tracer=tracer)  # fmt: skip
+    return ArenaTier(index, accounts, copier, scorer, cache=cache, in_place=choice, notes=[*notes, *note],
+                     closing=closing, tracer=tracer)  # fmt: skip
 
 
 def _lock(gpu: Gpu, memory: Bytes, required: bool) -> list[str]:
@@ -109,68 +112,72 @@ def what_is_left(gpu: Gpu, index: Index) -> int:
 
 
 def _open_scorer(
-    gpu: Gpu, index: Index, arena: torch.Tensor, exact: ListScorer, workspace: torch.Tensor
+    gpu: Gpu, index: Index, arena: torch.Tensor, exact: ListScorer, workspace: torch.Tensor, trial: _Trial
 ) -> tuple[GpuScorer, list[str]]:
     """A scorer that has scored: by the kernel where it runs, else by its reference, with a word about it.
 
-    The lists of `_try_link` are in the arena. The kernel is compiled now, and not while the first question waits; compiling
-    needs a C compiler, which may be missing.
+    The kernel is compiled now, and not while the first question waits; compiling needs a C compiler, which may be missing.
     """
-    reason = ""
+    note = []
     if isinstance(gpu, CudaGpu):
         try:
             from telerag_cli.tiers.cuda import kernel
 
-            return _tried(GpuScorer(gpu, index, arena, exact, kernel.launch, workspace), index), []
+            scorer = GpuScorer(gpu, index, arena, exact, kernel.launch, workspace)
+            trial.score_moved(scorer)
+            return scorer, []
         except Exception as error:  # whatever Triton says: there is another way
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    note = (
-        [f"The scoring kernel does not run ({reason}), so torch scores the lists one by one."]
-        if reason
-        else []
-    )
-    return _tried(GpuScorer(gpu, index, arena, exact, reference.launch, workspace), index), note
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            note = [f"The scoring kernel does not run ({reason}), so torch scores the lists one by one."]
+    return GpuScorer(gpu, index, arena, exact, reference.launch, workspace), note
 
 
-def _tried(scorer: GpuScorer, index: Index) -> GpuScorer:
-    """Score the first list of the arena."""
-    for list_no in _some_lists(index, 1):
-        scorer.table[list_no, :2] = index.table[list_no, :2]  # it lies at the arena's beginning
-        scorer.score(index.centroids[:1], np.array([[list_no]]), 1)
-        scorer.table[list_no] = 0
-    return scorer
+class _Trial:
+    """Lists that are moved and scored at the start, to know how fast that goes. What is done twice is timed the second time."""
+
+    def __init__(self, index: Index, most_bytes: int) -> None:
+        """Choose lists that are not empty, as they lie; at least one if there is one."""
+        lists = np.flatnonzero(index.extents > 0)[:MOST_LISTS_TRIED]
+        ends = np.cumsum(index.extents[lists])
+        count = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
+        self.lists: IntArray = lists[:count]
+        self.nbytes = max(1.0, float(index.extents[self.lists].sum()))
+        self._index = index
+        self._targets: IntArray = np.cumsum(index.extents[self.lists]) - index.extents[self.lists]
+
+    def move(self, stream: Stream, source: torch.Tensor, arena: torch.Tensor) -> Rate:
+        """Move them to the arena's beginning, as lookahead would."""
+        places = zip(self._index.offsets[self.lists].tolist(), self._targets.tolist(),
+                     self._index.extents[self.lists].tolist(), strict=True)  # fmt: skip
+        copies = [Copy(source[begin : begin + nbytes], arena[target : target + nbytes])
+                  for begin, target, nbytes in places]  # fmt: skip
+
+        def move() -> None:
+            for event in stream.copy(copies):
+                event.wait()
+
+        return Rate(self.nbytes, _second_s(move))
+
+    def score_in_place(self, scorer: ListScorer) -> Rate:
+        """Score them where they lie."""
+        return Rate(self.nbytes, _second_s(lambda: self._score(scorer, len(self.lists))))
+
+    def score_moved(self, scorer: GpuScorer) -> tuple[Rate, float]:
+        """Score them where they were moved to: what it takes beside the latency, and the latency in seconds, that of one list."""
+        scorer.table[self.lists, :2] = self._index.table[self.lists, :2]
+        scorer.table[self.lists, 2] = self._targets
+        latency_s = _second_s(lambda: self._score(scorer, 1))
+        all_s = _second_s(lambda: self._score(scorer, len(self.lists)))
+        scorer.table[self.lists] = 0
+        return Rate(self.nbytes, max(all_s - latency_s, all_s / 100)), latency_s
+
+    def _score(self, scorer: ListScorer | GpuScorer, count: int) -> None:
+        if len(self.lists):
+            scorer.score(self._index.centroids[:1], self.lists[None, :count], 1)
 
 
-def _some_lists(index: Index, nbytes: int) -> list[int]:
-    """Lists that are not empty, as they lie, up to so many bytes and at least one if there is one."""
-    lists = np.flatnonzero(index.extents > 0)[:MOST_LISTS_TRIED]
-    ends = np.cumsum(index.extents[lists])
-    return [int(list_no) for list_no in lists[: max(1, int(np.searchsorted(ends, nbytes, side="right")))]]
-
-
-def _try_link(index: Index, stream: Stream, source: torch.Tensor, arena: torch.Tensor) -> Rate:
-    """Move some lists as lookahead would; the second time counts."""
-    lists = _some_lists(index, min(TRIAL_BYTES, len(arena)))
-    if not lists:
-        return Rate(1.0, 1e-9)
-    copies, target = [], 0
-    for list_no in lists:
-        begin, nbytes = int(index.offsets[list_no]), int(index.extents[list_no])
-        copies.append(Copy(source[begin : begin + nbytes], arena[target : target + nbytes]))
-        target += nbytes
-    stream.copy(copies)[-1].wait()
+def _second_s(function: Callable[[], None]) -> float:
+    function()
     started_s = time.perf_counter()
-    stream.copy(copies)[-1].wait()
-    return Rate(target, time.perf_counter() - started_s)
-
-
-def _try_scoring(index: Index, in_place: ListScorer) -> Rate:
-    """Score some lists where they lie; the second time counts."""
-    lists = _some_lists(index, TRIAL_BYTES)
-    if not lists:
-        return Rate(1.0, 1e-9)
-    query, keys = index.centroids[:1], np.array([lists], np.int64)
-    in_place.score(query, keys, 1)
-    started_s = time.perf_counter()
-    in_place.score(query, keys, 1)
-    return Rate(float(index.extents[lists].sum()), time.perf_counter() - started_s)
+    function()
+    return time.perf_counter() - started_s

@@ -1,0 +1,202 @@
+"""A datastore of any size straight in host memory, for measuring: lists as k-means cuts real embeddings, and vectors near those."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import PAGE_BYTES, Metric, Storage
+from telerag_cli.errors import ArtifactError
+from telerag_cli.index.artifact import (
+    ID_BYTES,
+    EmbedderInfo,
+    FloatArray,
+    Index,
+    IndexPaths,
+    IntArray,
+    Manifest,
+    code_size,
+    lay_out,
+)
+from telerag_cli.index.scoring import Coarse
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of a generated text, at which its embedding is known; the last is the query."""
+NOISE = 0.5
+"""Length of what is added to a real vector of length 1."""
+BLOCK_ROWS = 4096
+INT8_RANGE = (-0.4, 0.8)
+"""Least number that a code of ``int8`` stands for, and from there to the largest: nearly all of a unit vector's fall into it."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What questions, texts and passages look like, as unit vectors."""
+
+    base: FloatArray
+    """(m, dimension): passages."""
+    question: FloatArray
+    """(n, dimension)."""
+    written: dict[float, FloatArray]
+    """By share of the text, (n, dimension)."""
+    source: str
+    """Where it is from."""
+
+
+def read_material(folder: Path) -> Material:
+    """Recorded embeddings: ``background.npy``, and ``embeddings.npz`` with ``question`` and ``generated_25`` to ``_100``.
+
+    Raises:
+        ArtifactError: a file or an array is missing.
+    """
+    try:
+        arrays = {
+            name: array.astype(np.float32) for name, array in np.load(folder / "embeddings.npz").items()
+        }
+        base = np.load(folder / "background.npy").astype(np.float32)
+        written = {share: arrays[f"generated_{round(100 * share)}"] for share in SHARES}
+        return Material(unit(base), arrays["question"], written, f"recorded, {folder.name}")
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder} holds no recorded embeddings: {error}.",
+                            remedy="Name a folder with background.npy and embeddings.npz.") from error  # fmt: skip
+
+
+def make_material(dimension: int = 64, questions: int = 64, seed: int = 0) -> Material:
+    """Random clusters, and texts that lead from a question near a passage to that passage."""
+    random = np.random.default_rng(seed)
+    middles = random.standard_normal((200, dimension), np.float32)
+    base = unit(middles[random.integers(200, size=8000)] + random.standard_normal((8000, dimension), np.float32))  # fmt: skip
+    final = unit(base[:questions] + random.standard_normal((questions, dimension), np.float32) / dimension)
+    question = unit(
+        final
+        + random.standard_normal((questions, dimension), np.float32) / np.sqrt(dimension, dtype=np.float32)
+    )
+    written = {share: unit((1 - share) * question + share * final) for share in SHARES}
+    return Material(base, question, written, "random")
+
+
+def unit(vectors: npt.NDArray[np.floating]) -> FloatArray:
+    """Of length 1, float32."""
+    scaled: FloatArray = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    return scaled
+
+
+class Block:
+    """Host memory in huge pages where there are any; `HostLists` by its shape."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._map = mmap.mmap(-1, max(nbytes, PAGE_BYTES))
+        with contextlib.suppress(OSError):  # a kernel without huge pages still works
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = np.frombuffer(self._map, np.uint8)
+
+    def close(self) -> None:
+        """Free it."""
+        del self.memory
+        with contextlib.suppress(BufferError):  # somebody still looks at it, and their end frees it
+            self._map.close()
+
+
+class Datastore(Block):
+    """Lists in host memory, and the index over them, which has no files."""
+
+    def __init__(self, material: Material, nbytes: int, list_bytes: int, storage: Storage, *, seed: int = 0,
+                 advance: Callable[[int], None] = lambda _count: None) -> None:  # fmt: skip
+        """Make it.
+
+        Args:
+            material: what the vectors look like.
+            nbytes: of all lists, about.
+            list_bytes: of one, on average.
+            storage: what they are stored as.
+            seed: of the noise.
+            advance: told of bytes as they are written.
+        """
+        dimension = material.base.shape[1]
+        code_bytes = code_size(dimension, storage)
+        nlist = max(1, min(nbytes // list_bytes, len(material.base) // 8))
+        kmeans = faiss.Kmeans(
+            dimension, nlist, niter=10, seed=seed, spherical=True, min_points_per_centroid=1
+        )
+        kmeans.train(material.base)
+        self.coarse = Coarse(kmeans.centroids, Metric.IP)
+        assigned = self.coarse.index.search(material.base, 1)[1][:, 0]
+        members = [np.flatnonzero(assigned == number) for number in range(nlist)]
+        counts = np.array([len(some) for some in members])
+        sizes = counts * (nbytes // (code_bytes + ID_BYTES)) // counts.sum()
+        table, total = lay_out(sizes, code_bytes)
+        super().__init__(total)
+        trained = None
+        if storage is Storage.INT8:
+            trained = np.repeat(np.array(INT8_RANGE, np.float32), dimension)
+        manifest = Manifest(dimension, Metric.IP, storage, nlist, int(sizes.sum()), code_bytes, seed, EmbedderInfo(None), {})  # fmt: skip
+        self.index = Index(IndexPaths(Path("(memory)")), manifest, kmeans.centroids, table, trained)
+        first_rows = np.cumsum(sizes) - sizes
+        extents = self.index.extents
+
+        def fill(number: int) -> int:
+            self._fill(number, material.base[members[number]], int(first_rows[number]), seed)
+            return int(extents[number])
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for count in pool.map(fill, np.flatnonzero(sizes).tolist()):
+                advance(count)
+
+    def _fill(self, number: int, members: FloatArray, first_row: int, seed: int) -> None:
+        manifest = self.index.manifest
+        size, capacity, offset = (int(value) for value in self.index.table[number])
+        kind = {Storage.FLOAT32: np.float32, Storage.FLOAT16: np.float16, Storage.INT8: np.uint8}[manifest.storage]  # fmt: skip
+        codes = self.memory[offset : offset + size * manifest.code_size].view(kind).reshape(size, -1)
+        random = np.random.default_rng([seed, number])
+        for start in range(0, size, BLOCK_ROWS):
+            rows = np.arange(start, min(start + BLOCK_ROWS, size))
+            block = random.standard_normal((len(rows), manifest.dimension), np.float32)
+            block *= np.float32(NOISE / np.sqrt(manifest.dimension))
+            block += members[rows % len(members)]
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+            if manifest.storage is Storage.INT8:
+                least, reach = INT8_RANGE
+                block = np.clip((block - least) * (255 / reach), 0, 255)
+            codes[rows] = block
+        begin = offset + capacity * manifest.code_size
+        self.memory[begin : begin + ID_BYTES * size].view(np.int64)[:] = np.arange(
+            first_row, first_row + size
+        )
+
+
+def uniform(list_bytes: int, count: int) -> Index:
+    """An index of lists that all take as many bytes, for moving only."""
+    code_bytes = PAGE_BYTES - ID_BYTES
+    table, _total = lay_out(np.full(count, max(1, list_bytes // PAGE_BYTES)), code_bytes)
+    manifest = Manifest(code_bytes // 4, Metric.IP, Storage.FLOAT32, count, count, code_bytes, 0, EmbedderInfo(None), {})  # fmt: skip
+    return Index(IndexPaths(Path("(memory)")), manifest, np.zeros((count, 1), np.float32), table, None)
+
+
+def packed(ivf: faiss.IndexIVF, folder: Path, centroids: FloatArray, metric: Metric, storage: Storage) -> Index:  # fmt: skip
+    """The lists of a Faiss index as an index folder's ``lists.bin``, and the index over them."""
+    nlist = len(centroids)
+    sizes: IntArray = np.array([ivf.invlists.list_size(number) for number in range(nlist)])
+    table, total = lay_out(sizes, ivf.code_size)
+    image = np.zeros(total, np.uint8)
+    for number, (size, capacity, offset) in enumerate(table.astype(np.int64).tolist()):
+        if size:
+            codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), size * ivf.code_size)
+            rows = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size)
+            image[offset : offset + len(codes)] = codes
+            begin = offset + capacity * ivf.code_size
+            image[begin : begin + ID_BYTES * size].view(np.int64)[:] = rows
+    paths = IndexPaths(folder)
+    image.tofile(paths.lists)
+    trained = faiss.vector_to_array(ivf.sq.trained).copy() if storage is Storage.INT8 else None
+    manifest = Manifest(centroids.shape[1], metric, storage, nlist, int(ivf.ntotal), int(ivf.code_size), 0,
+                        EmbedderInfo(None), {})  # fmt: skip
+    return Index(paths, manifest, centroids, table, trained)
