@@ -180,10 +180,70 @@ def test_the_arena_gives_up_the_cheapest_run():
         assert arena.allocate(pages * PAGE_BYTES, owner) is not None
     cost = np.array([5.0, 1.0, 1.0, np.inf, 0.0])
     assert arena.allocate(PAGE_BYTES, 9) is None
-    assert arena.cheapest_run(2 * PAGE_BYTES, cost) == [4]
-    assert arena.cheapest_run(3 * PAGE_BYTES, cost) == [1]
-    assert arena.cheapest_run(4 * PAGE_BYTES, cost) == [1, 2]
-    assert arena.cheapest_run(7 * PAGE_BYTES, cost) is None  # the fixed slot stands in the way
+    assert arena.cheapest_runs(2 * PAGE_BYTES, cost, 1) == [[4]]
+    assert arena.cheapest_runs(3 * PAGE_BYTES, cost, 1) == [[1]]
+    assert arena.cheapest_runs(4 * PAGE_BYTES, cost, 1) == [[1, 2]]
+    assert arena.cheapest_runs(7 * PAGE_BYTES, cost, 1) == []  # the fixed slot stands in the way
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    pages=st.lists(st.integers(1, 4), min_size=1, max_size=30), holes=st.sets(st.integers(0, 29)), wanted=st.integers(1, 8),
+    count=st.integers(1, 6), fixed=st.sets(st.integers(0, 29)), data=st.data(),
+)  # fmt: skip
+def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed, data):
+    arena = Arena((sum(pages) + 2) * PAGE_BYTES)
+    offsets = [arena.allocate(size * PAGE_BYTES, owner) for owner, size in enumerate(pages)]
+    for owner in holes & set(range(len(pages))):
+        arena.release(offsets[owner])
+    arena.check_integrity()
+    cost = np.array([np.inf if owner in fixed else data.draw(st.floats(0, 9)) for owner in range(len(pages))])
+    while arena.allocate(wanted * PAGE_BYTES, len(cost)) is not None:  # until no gap is large enough
+        cost = np.append(cost, 1.0)
+    slots = arena.slots()
+    runs = arena.cheapest_runs(wanted * PAGE_BYTES, cost, count)
+
+    def gap(first, last):
+        begin = sum(slots[first - 1][:2]) if first else 0
+        return (slots[last + 1][0] if last + 1 < len(slots) else arena.nbytes) - begin
+
+    every = {first: next((sum(cost[owner] for *_, owner in slots[first : last + 1]) for last in range(first, len(slots))
+                          if gap(first, last) >= wanted * PAGE_BYTES), np.inf) for first in range(len(slots))}  # fmt: skip
+    assert len(runs) <= count
+    assert bool(runs) == any(price < np.inf for price in every.values())
+    if runs:
+        assert sum(cost[runs[0]]) == pytest.approx(min(every.values()))
+    places = {owner: place for place, (*_, owner) in enumerate(slots)}
+    held = [range(places[run[0]], places[run[-1]] + 1) for run in runs]
+    for run, there in zip(runs, held, strict=True):
+        assert [slots[place][2] for place in there] == run
+        assert gap(there[0], there[-1]) >= wanted * PAGE_BYTES
+        assert np.isfinite(cost[run]).all()
+        for others in held:
+            assert others is there or others[0] > there[-1] or there[0] > others[-1]
+    for there in held:
+        for place in there:
+            arena.release(slots[place][0])
+    for new in range(len(runs)):
+        assert arena.allocate(wanted * PAGE_BYTES, len(cost) + new) is not None
+    arena.check_integrity()
+
+
+def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
+    extents = np.full(12, PAGE_BYTES)
+    residency = Residency(extents, Arena(6 * PAGE_BYTES), make_policy(CacheKind.NONE, 12), lambda _number: None)  # fmt: skip
+    assert len(residency.reserve(range(6))) == 6
+    for number in range(6):
+        residency.commit(number)
+    worth = np.arange(12) / 12  # the first are worth least
+    assert len(residency.reserve([6, 7], worth=worth)) == 2
+    residency.check_integrity()
+    assert residency.state[:2].tolist() == [State.ABSENT] * 2
+    # For the last nothing may leave; the first still finds room.
+    stay = {8: np.arange(12) != 2, 9: np.ones(12, np.bool_)}
+    assert len(residency.reserve([8, 9], stay=lambda number: stay[number])) == 1
+    assert residency.state[2] == State.ABSENT
+    residency.check_integrity()
 
 
 @settings(deadline=None, max_examples=60)
@@ -202,8 +262,8 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
         state = residency.state[number]
         if step == "reserve" and state == State.ABSENT:
             stuck = [n for n in held if held[n] or residency.state[n] == State.MOVING]
-            offset = residency.reserve(number)
-            if offset is None:
+            offset = residency.reserve([number])
+            if not offset:
                 assert any(extents[n] for n in stuck), "an arena with nothing in use has room for any list"
             assert all(residency.state[n] != State.ABSENT for n in stuck), "a list in use was evicted"
         elif step in ("commit", "abort") and state == State.MOVING and not (step == "abort" and held[number]):
@@ -228,14 +288,14 @@ def test_hot_lists_are_kept_and_cold_ones_leave_first():
         extents, Arena(4 * PAGE_BYTES), make_policy(CacheKind.HOTNESS, 6), lambda _number: None
     )
     for number in range(4):
-        residency.reserve(number)
+        residency.reserve([number])
         residency.commit(number)
     for _ in range(3):
         residency.policy.used(np.array([1, 2]))
         kept = residency.new_round(0.5)
     assert np.flatnonzero(kept).tolist() == [1, 2]
-    residency.reserve(4, stay=lambda _list_no: kept)
-    residency.reserve(5, stay=lambda _list_no: kept)
+    residency.reserve([4], stay=lambda _list_no: kept)
+    residency.reserve([5], stay=lambda _list_no: kept)
     assert residency.state[[1, 2]].tolist() == [State.RESIDENT] * 2
     assert residency.state[[0, 3]].tolist() == [State.ABSENT] * 2
 
@@ -244,7 +304,7 @@ def test_without_a_cache_nothing_stays_between_rounds():
     residency = Residency(
         np.full(3, PAGE_BYTES), Arena(3 * PAGE_BYTES), make_policy(CacheKind.NONE, 3), lambda _number: None
     )
-    residency.reserve(0)
+    residency.reserve([0])
     residency.commit(0)
     residency.new_round(1.0)
     assert residency.state[0] == State.ABSENT
@@ -258,12 +318,12 @@ def test_least_recently_used_leaves_first(kind):
     for number in (0, 1):
         residency.new_round(0.0)
         if residency.state[number] == State.ABSENT:
-            residency.reserve(number)
+            residency.reserve([number])
             residency.commit(number)
     residency.new_round(0.0)
     if kind is CacheKind.LRU:
         residency.policy.used(np.array([0]))
-        residency.reserve(2)
+        residency.reserve([2])
         assert residency.state[1] == State.ABSENT
         assert residency.state[0] == State.RESIDENT
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, insort
 
 import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.config import PAGE_BYTES
+
+SPARE_RUNS = 4
+"""Runs looked at for each that is wanted: some lie beside cheaper ones."""
 
 
 class Arena:
@@ -21,7 +24,9 @@ class Arena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes // PAGE_BYTES * PAGE_BYTES
         self.used_bytes = 0
-        # In address order. Arrays, because NumPy sees them without a copy: this runs for every list that is moved.
+        # (length, offset) of what is free, shortest first.
+        self._gaps = [(self.nbytes, 0)] if self.nbytes else []
+        # In address order. Arrays, because NumPy sees them without a copy.
         self._starts = array("q")
         self._ends = array("q")
         self._owners = array("q")
@@ -33,46 +38,52 @@ class Arena:
         """Take the smallest gap that fits ``nbytes`` (a multiple of 4 KiB); its offset, or None if none does."""
         assert nbytes > 0
         assert nbytes % PAGE_BYTES == 0
-        if self.used_bytes + nbytes > self.nbytes:
+        fitting = bisect_left(self._gaps, (nbytes, 0))
+        if fitting == len(self._gaps):
             return None
-        if self.used_bytes == (self._ends[-1] if self._ends else 0):  # the only gap is at the end
-            return self._insert(len(self._starts), self.used_bytes, nbytes, owner)
-        gaps = np.empty(len(self._starts) + 1, np.int64)
-        gaps[:-1] = self._starts
-        gaps[-1] = self.nbytes
-        gaps[1:] -= self._ends
-        fitting = np.where(gaps >= nbytes, gaps, np.iinfo(np.int64).max)
-        place = int(fitting.argmin())
-        if gaps[place] < nbytes:
-            return None
-        return self._insert(place, self._ends[place - 1] if place else 0, nbytes, owner)
+        length, offset = self._gaps.pop(fitting)
+        self._add_gap(offset + nbytes, offset + length)
+        place = bisect_left(self._starts, offset)
+        self._starts.insert(place, offset)
+        self._ends.insert(place, offset + nbytes)
+        self._owners.insert(place, owner)
+        self.used_bytes += nbytes
+        return offset
 
     def release(self, offset: int) -> None:
         """Give back the slot that begins at ``offset``."""
         place = bisect_left(self._starts, offset)
         assert place < len(self._starts)
         assert self._starts[place] == offset
-        self.used_bytes -= self._ends[place] - offset
+        end = self._ends[place]
+        self.used_bytes -= end - offset
         del self._starts[place], self._ends[place], self._owners[place]
+        before = self._ends[place - 1] if place else 0
+        after = self._starts[place] if place < len(self._starts) else self.nbytes
+        self._drop_gap(before, offset)
+        self._drop_gap(end, after)
+        self._add_gap(before, after)
 
-    def cheapest_run(self, nbytes: int, cost: npt.NDArray[np.float64]) -> list[int] | None:
-        """Owners of the cheapest contiguous run of slots whose removal leaves a gap of at least ``nbytes``.
+    def cheapest_runs(self, nbytes: int, cost: npt.NDArray[np.float64], count: int) -> list[list[int]]:
+        """Owners of contiguous runs of slots, the removal of each of which leaves a gap of at least ``nbytes``.
 
         Args:
-            nbytes: the gap needed.
+            nbytes: the gap needed, larger than any there is.
             cost: what giving up each owner's slot costs, indexed by owner; infinite for slots that must stay.
+            count: of runs. There may be fewer than that and than there are, but there is one if there is any.
 
         Returns:
-            The owners in address order, or None when no run will do.
+            The owners in address order, of the cheapest run first; runs share neither slots nor the gaps beside them.
         """
+        assert not self._gaps or self._gaps[-1][0] < nbytes
         if not self._starts:
-            return None
-        owners = np.array(self._owners)
+            return []
+        starts, ends, owners = np.array(self._starts), np.array(self._ends), np.array(self._owners)
         left = np.empty_like(owners)  # where the gap would begin: the gap before a slot counts too
         left[0] = 0
-        left[1:] = self._ends[:-1]
+        left[1:] = ends[:-1]
         right = np.empty_like(owners)
-        right[:-1] = self._starts[1:]
+        right[:-1] = starts[1:]
         right[-1] = self.nbytes
         price = cost[owners]
         fixed = np.isinf(price)
@@ -84,10 +95,18 @@ class Arena:
         last = np.minimum(last, len(owners) - 1)
         possible &= blocked[last + 1] == blocked[first]
         total = np.where(possible, spent[last + 1] - spent[first], np.inf)
-        start = int(total.argmin())
-        if not possible[start]:
-            return None
-        return [int(owner) for owner in owners[start : last[start] + 1]]
+        runs: list[list[int]] = []
+        taken = bytearray(len(owners) + 2)  # with an edge on either side
+        for start in _least(total, SPARE_RUNS * count if count > 1 else 1):
+            end = int(last[start])
+            if total[start] == np.inf or len(runs) == count:
+                break
+            # A neighbour counts if there is a gap between, which both would use.
+            first_in, last_in = start - (left[start] < starts[start]), end + (ends[end] < right[end])
+            if not any(taken[first_in + 1 : last_in + 2]):
+                taken[start + 1 : end + 2] = bytes([1]) * (end + 1 - start)
+                runs.append(owners[start : end + 1].tolist())
+        return runs
 
     def slots(self) -> list[tuple[int, int, int]]:
         """(offset, bytes, owner) of every slot, in address order."""
@@ -104,12 +123,25 @@ class Arena:
             assert length % PAGE_BYTES == 0
             position = start + length
         assert position <= self.nbytes, "a slot lies outside the block"
+        ends, starts = [0, *self._ends], [*self._starts, self.nbytes]
+        gaps = sorted((start - end, end) for end, start in zip(ends, starts, strict=True) if start > end)
+        assert gaps == self._gaps, "what is free is not between the slots"
         assert self.used_bytes == sum(length for _start, length, _owner in self.slots())
         assert len(set(self._owners)) == len(self._owners), "an owner holds two slots"
 
-    def _insert(self, place: int, offset: int, nbytes: int, owner: int) -> int:
-        self._starts.insert(place, offset)
-        self._ends.insert(place, offset + nbytes)
-        self._owners.insert(place, owner)
-        self.used_bytes += nbytes
-        return offset
+    def _add_gap(self, begin: int, end: int) -> None:
+        if end > begin:
+            insort(self._gaps, (end - begin, begin))
+
+    def _drop_gap(self, begin: int, end: int) -> None:
+        if end > begin:
+            del self._gaps[bisect_left(self._gaps, (end - begin, begin))]
+
+
+def _least(values: npt.NDArray[np.float64], count: int) -> list[int]:
+    """Places of the least values, in ascending order of the values."""
+    if count == 1:
+        return [int(values.argmin())]
+    some = np.argpartition(values, count)[:count] if count < len(values) else np.arange(len(values))
+    places: list[int] = some[np.argsort(values[some], kind="stable")].tolist()
+    return places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -25,6 +25,8 @@ class State(IntEnum):
 
 ABSENT, MOVING, RESIDENT = (state.value for state in State)
 """The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
+TOGETHER = 16
+"""Lists that room is made for at once. Each gets as much as the longest of them needs, so more of them would evict more."""
 
 
 class Residency:
@@ -77,40 +79,37 @@ class Residency:
 
     def reserve(
         self,
-        list_no: int,
+        lists: Sequence[int],
         *,
         stay: Callable[[int], BoolArray] | None = None,
         worth: npt.NDArray[np.float64] | None = None,
-    ) -> int | None:
-        """Take room for a list that is ABSENT, evicting the coldest run if there must be room; it becomes MOVING.
+    ) -> list[int]:
+        """Take room for lists that are ABSENT, evicting the coldest runs where there is none; they become MOVING.
 
         Args:
-            list_no: the list.
-            stay: asked, if something must leave, for the mask of lists that may not be evicted for it.
+            lists: the lists, best first.
+            stay: asked, if something must leave, for the mask of lists that may not be evicted for one.
             worth: added to the heat when choosing what leaves.
 
         Returns:
-            The slot's byte offset, or None if there is no room and nothing that may leave would make enough.
+            The slots' byte offsets, of as many lists from the first as find room.
         """
-        assert self.state[list_no] == ABSENT
-        nbytes = int(self.extents[list_no])
-        offset = self.arena.allocate(nbytes, list_no)
-        if offset is None:
-            evictable = self._evictable()
-            if stay is not None:
-                evictable &= ~stay(list_no)
-            heat = self.policy.heat if worth is None else self.policy.heat + worth
-            # One unit in a million per slot: of two equally cold runs the one with fewer lists goes.
-            run = self.arena.cheapest_run(nbytes, np.where(evictable, heat + 1e-6, np.inf))
-            if run is None:
-                return None
-            for owner in run:
-                self._evict(owner)
+        offsets: list[int] = []
+        for place, list_no in enumerate(lists):
+            assert self.state[list_no] == ABSENT
+            nbytes = int(self.extents[list_no])
             offset = self.arena.allocate(nbytes, list_no)
-            assert offset is not None
-        self.state[list_no] = MOVING
-        self.offset[list_no] = offset
-        return offset
+            if offset is None:
+                # Looking through the arena takes longer than a fast link takes to move a list, so once for several.
+                rest = lists[place : place + TOGETHER]
+                if not (self._make_room(rest, stay, worth) or self._make_room(rest[:1], stay, worth)):
+                    break
+                offset = self.arena.allocate(nbytes, list_no)
+                assert offset is not None
+            self.state[list_no] = MOVING
+            self.offset[list_no] = offset
+            offsets.append(offset)
+        return offsets
 
     def commit(self, list_no: int) -> None:
         """The bytes of a MOVING list have arrived."""
@@ -155,6 +154,21 @@ class Residency:
     def _evictable(self) -> BoolArray:
         mask: BoolArray = (self.state == RESIDENT) & (self.references == 0) & (self.extents > 0)
         return mask
+
+    def _make_room(self, lists: Sequence[int], stay: Callable[[int], BoolArray] | None,
+                   worth: npt.NDArray[np.float64] | None) -> bool:  # fmt: skip
+        """Evict what makes room for the first of the lists, and for others as far as that is possible; whether it was."""
+        evictable = self._evictable()
+        if stay is not None:
+            evictable &= ~stay(lists[-1])  # who may not leave for the last may not for any before it
+        heat = self.policy.heat if worth is None else self.policy.heat + worth
+        # One unit in a million per slot: of two equally cold runs the one with fewer lists goes.
+        cost = np.where(evictable, heat + 1e-6, np.inf)
+        runs = self.arena.cheapest_runs(int(self.extents[lists].max()), cost, len(lists))
+        for run in runs:
+            for owner in run:
+                self._evict(owner)
+        return bool(runs)
 
     def _evict(self, list_no: int) -> None:
         self._evicted(list_no)

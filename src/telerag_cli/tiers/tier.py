@@ -102,19 +102,11 @@ class ArenaTier:
         self, lists: Sequence[int], stay: Stay, worth: npt.NDArray[np.float64], arrived: ListsArrived
     ) -> Prefetched:
         """See `FastTier`."""
-        moves: list[Move] = []
-        full = False
         with self._lock:
-            for list_no in lists:
-                if self._residency.state[list_no] != ABSENT:
-                    continue
-                move = None if self._closing else self._reserve(list_no, arrived, stay, worth)
-                if move is None:
-                    full = True
-                    break
-                moves.append(move)
+            absent = [list_no for list_no in lists if self._residency.state[list_no] == ABSENT]
+            moves = [] if self._closing else self._reserve(absent, arrived, stay, worth)
         self._submit(moves)
-        return Prefetched([move.list_no for move in moves], full)
+        return Prefetched([move.list_no for move in moves], full=len(moves) < len(absent))
 
     def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
         """See `FastTier`."""
@@ -134,12 +126,9 @@ class ArenaTier:
                 else:
                     claim.coming.append(list_no)
                     self._waiting[list_no].append(arrived)
-            for list_no in absent if move else []:
-                started = self._reserve(list_no, arrived)
-                if started is None:
-                    break
-                self._residency.hold([list_no])
-                moves.append(started)
+            if move:
+                moves = self._reserve(absent, arrived)
+                self._residency.hold(started.list_no for started in moves)
         claim.started.extend(move.list_no for move in moves)
         claim.absent.extend(absent[len(moves) :])
         self._submit(moves)
@@ -191,16 +180,18 @@ class ArenaTier:
 
     def _reserve(
         self,
-        list_no: int,
+        lists: Sequence[int],
         arrived: ListsArrived,
         stay: Stay | None = None,
         worth: npt.NDArray[np.float64] | None = None,
-    ) -> Move | None:
-        offset = self._residency.reserve(list_no, stay=stay, worth=worth)
-        if offset is None:
-            return None
-        self._waiting[list_no] = [arrived]
-        return Move(list_no, int(self._source[list_no]), offset, int(self.extents[list_no]))
+    ) -> list[Move]:
+        """Moves of as many lists, from the first, as there is room for."""
+        offsets = self._residency.reserve(lists, stay=stay, worth=worth)
+        moves = [Move(list_no, int(self._source[list_no]), offset, int(self.extents[list_no]))
+                 for list_no, offset in zip(lists, offsets, strict=False)]  # fmt: skip
+        for move in moves:
+            self._waiting[move.list_no] = [arrived]
+        return moves
 
     def _submit(self, moves: Sequence[Move]) -> None:
         if not moves:
