@@ -1,15 +1,9 @@
 """The scoring kernel against its reference and against Faiss; in Triton's interpreter where there is no GPU."""
 
-import os
-
 import faiss
 import numpy as np
 import pytest
 import torch
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernel is defined
 
 from indexes import make_vectors
 from telerag_cli.config import Metric, Storage
@@ -18,6 +12,7 @@ from telerag_cli.tiers.cuda import kernel, reference
 from telerag_cli.tiers.cuda.reference import Launch, decoding_error
 from telerag_cli.tiers.cuda.scoring import NUMBERS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOT = 4096
 
 
