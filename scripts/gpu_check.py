@@ -10,7 +10,7 @@ end-to-end    HyDE replayed over a datastore in host memory: Faiss on all cores,
               the join alone against Faiss and against moving everything
 interference  decoding with lists on their way and without
 
-Times of the LLM are those of a real llama.cpp model, whose weights may be random (scripts/make_random_model.py); embeddings are
+Times of the LLM are those of a real llama.cpp model, whose weights may be random (--random-model); embeddings are
 recorded ones if --lookahead-data names them, else random, and take no time. Results are written after each stage. Where there is
 no GPU, --simulated runs the same code, small, on the processor; its times mean nothing.
 """
@@ -43,6 +43,7 @@ from telerag_cli.bench_record import record
 from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
+from telerag_cli.generation.models import resolve_model
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, ListScorer, best, empty_ivf, flat
 from telerag_cli.lookahead.order import blend
@@ -153,25 +154,38 @@ class Bench:
     @cached_property
     def llm(self) -> Llm:
         """The model, loaded when first asked for and before the arena takes its memory."""
-        return Llm(self.options.model, self.options.n_gpu_layers, self.simulated)
+        options = self.options
+        return Llm(options.model, options.random_model, options.n_gpu_layers, self.simulated)
 
 
 class Llm:
     """A llama.cpp model that writes so many tokens, whatever they are."""
 
-    def __init__(self, model: str | None, gpu_layers: int | None, simulated: bool) -> None:
+    def __init__(
+        self, model: str | None, random_size: str | None, gpu_layers: int | None, simulated: bool
+    ) -> None:
         import llama_cpp
 
         from telerag_cli.generation.llama_model import LlamaModel
         from telerag_cli.generation.llamacpp import LlamaCpp
-        from telerag_cli.generation.models import resolve_model
 
+        path = resolve_model(model, None)
         if gpu_layers is None:
             gpu_layers = -1 if not simulated and llama_cpp.llama_supports_gpu_offload() else 0
-        self.name = f"{Path(model).name if model else 'the default model'}, {'all' if gpu_layers < 0 else gpu_layers} layers on the GPU"
-        self._generator = LlamaCpp(
-            LlamaModel(resolve_model(model, None), gpu_layers=gpu_layers), context_tokens=2048
-        )
+        with contextlib.ExitStack() as undo:
+            if random_size:
+                from make_random_model import make
+
+                made = (
+                    Path(undo.enter_context(tempfile.TemporaryDirectory()))
+                    / f"random {random_size} q4_0.gguf"
+                )
+                make(path, random_size, "q4_0", 0, made)
+                path = made
+            weights = LlamaModel(path, gpu_layers=gpu_layers)
+            self._files = undo.pop_all()
+        self.name = f"{weights.name} with {'all' if gpu_layers < 0 else gpu_layers} layers on the GPU"
+        self._generator = LlamaCpp(weights, context_tokens=2048)
         self._runner = asyncio.Runner()
 
     def write(self, prompt: str, tokens: int, on_count: Callable[[int], None] = lambda _count: None) -> float:
@@ -187,6 +201,7 @@ class Llm:
         """Free it."""
         self._generator.close()
         self._runner.close()
+        self._files.close()
 
 
 def gb_per_s(nbytes: float, took_s: float) -> float:
@@ -730,6 +745,9 @@ def main() -> None:
     parser.add_argument("--lookahead-data", type=Path, help="folder of recorded embeddings [default: random ones]")  # fmt: skip
     parser.add_argument("--model", help="GGUF file [default: the bundled model]")
     parser.add_argument(
+        "--random-model", metavar="SIZE", help="random weights in the GGUF file's place, such as 8B"
+    )
+    parser.add_argument(
         "--n-gpu-layers", type=int, help="of the model on the GPU [default: all, if llama.cpp can]"
     )
     parser.add_argument("-o", "--output", type=Path, help="[default: in benchmarks/results, named by the GPU]")  # fmt: skip
@@ -737,7 +755,14 @@ def main() -> None:
     chosen = options.stages.split(",")
     if unknown := [name for name in chosen if name not in STAGES]:
         parser.error(f"there is no stage '{unknown[0]}'; the stages are {', '.join(STAGES)}")
+    if options.random_model:
+        from make_random_model import SHAPES
+
+        if options.random_model not in SHAPES:
+            parser.error(f"there is no model of the size '{options.random_model}'; the sizes are {', '.join(SHAPES)}")  # fmt: skip
     try:
+        if {"end-to-end", "interference"} & set(chosen):  # rather now than after minutes
+            resolve_model(options.model, None)
         bench = Bench(options)
     except TeleragError as error:
         sys.exit(f"error: {error}")

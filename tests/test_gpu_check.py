@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 import gpu_check
-import make_random_model
 from synthetic_store import Datastore, make_material, read_material, unit
 from telerag_cli.config import Storage
 from telerag_cli.errors import ArtifactError
-from telerag_cli.generation.models import resolve_model
 from telerag_cli.index.scoring import ListScorer
 from telerag_cli.lookahead.retriever import Retriever
 
@@ -32,8 +30,7 @@ def check(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.model
 def test_every_stage_runs(check, tmp_path):
-    make_random_model.make(resolve_model(None, None), "tiny", "q8_0", 0, tmp_path / "tiny.gguf")
-    status, result, shown = check("--model", str(tmp_path / "tiny.gguf"), "--bytes", "8MiB", "--minutes", "2")
+    status, result, shown = check("--random-model", "tiny", "--bytes", "8MiB", "--minutes", "2")
     assert status == 0, shown.err
     stages = result["stages"]
     assert set(stages) == set(gpu_check.STAGES)
@@ -50,6 +47,7 @@ def test_every_stage_runs(check, tmp_path):
     assert stages["interference"]["moved_bytes"] > 0
     assert "figures" not in result  # which would show a simulation among measurements
     assert result["simulated"]
+    assert "random tiny q4_0 with 0 layers on the GPU" in shown.out
     assert "ok   Searches whose scores and rows are Faiss's, bit for bit: 54 of 54 [all]" in shown.out
     assert shown.out.endswith(f"{tmp_path / 'result.json'}\n")
 
@@ -90,6 +88,12 @@ def test_what_cannot_be_is_refused(check, monkeypatch, capsys, tmp_path):
     status, _result, shown = check("--bytes", "many")
     assert status == 2
     assert "many" in shown.err
+    status, _result, shown = check("--random-model", "9B")
+    assert status == 2
+    assert "there is no model of the size '9B'; the sizes are 8B," in shown.err
+    status, result, _shown = check("--model", "missing.gguf")
+    assert "missing.gguf" in status
+    assert result is None
     with pytest.raises(ArtifactError, match="holds no recorded embeddings"):
         read_material(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cuda:99"])
