@@ -155,14 +155,14 @@ class Bench:
     def llm(self) -> Llm:
         """The model, loaded when first asked for and before the arena takes its memory."""
         options = self.options
-        return Llm(options.model, options.random_model, options.n_gpu_layers, self.simulated)
+        return Llm(options.model, options.random_model, options.n_gpu_layers, self.gpu.device.index)
 
 
 class Llm:
     """A llama.cpp model that writes so many tokens, whatever they are."""
 
     def __init__(
-        self, model: str | None, random_size: str | None, gpu_layers: int | None, simulated: bool
+        self, model: str | None, random_size: str | None, gpu_layers: int | None, gpu: int | None
     ) -> None:
         import llama_cpp
 
@@ -171,7 +171,7 @@ class Llm:
 
         path = resolve_model(model, None)
         if gpu_layers is None:
-            gpu_layers = -1 if not simulated and llama_cpp.llama_supports_gpu_offload() else 0
+            gpu_layers = -1 if gpu is not None and llama_cpp.llama_supports_gpu_offload() else 0
         with contextlib.ExitStack() as undo:
             if random_size:
                 from make_random_model import make
@@ -182,7 +182,7 @@ class Llm:
                 )
                 make(path, random_size, "q4_0", 0, made)
                 path = made
-            weights = LlamaModel(path, gpu_layers=gpu_layers)
+            weights = LlamaModel(path, gpu_layers=gpu_layers, gpu=gpu)
             self._files = undo.pop_all()
         self.name = f"{weights.name} with {'all' if gpu_layers < 0 else gpu_layers} layers on the GPU"
         self._generator = LlamaCpp(weights, context_tokens=2048)

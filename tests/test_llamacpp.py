@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,6 +352,30 @@ def test_the_memory_is_known_before_it_is_taken(own_llama):
     with pytest.raises(UsageError, match=r"1000 requests .* takes 256"):
         LlamaCpp(model, context_tokens=256, parallel=1000)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("layers", "gpu", "devices", "chosen"),
+    [(0, None, True, None), (0, 1, True, None), (-1, None, False, None), (5, 1, False, 1)],
+)
+def test_a_model_touches_the_gpu_that_it_was_given_and_no_other(layers, gpu, devices, chosen, monkeypatch):
+    """What llama.cpp is told of devices: an empty list of them, all there are, or one."""
+    import ctypes
+
+    from telerag_cli.generation import llama_model
+
+    told = []
+
+    def load(_path, settings):
+        first = ctypes.c_void_p.from_address(settings.devices).value if settings.devices else "unset"
+        alone = settings.split_mode == llama_model.llama_cpp.LLAMA_SPLIT_MODE_NONE
+        told.append((settings.n_gpu_layers, first, settings.main_gpu if alone else None))
+
+    monkeypatch.setattr(llama_model.llama_cpp, "llama_supports_gpu_offload", lambda: True)
+    monkeypatch.setattr(llama_model.llama_cpp, "llama_model_load_from_file", load)
+    with pytest.raises(ModelError, match="cannot load"):
+        llama_model.LlamaModel(Path("model.gguf"), gpu_layers=layers, gpu=gpu)
+    assert told == [(layers, None if devices else "unset", chosen)]
 
 
 def test_a_file_that_is_no_model(tmp_path):

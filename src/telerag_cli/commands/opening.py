@@ -99,7 +99,7 @@ def open_answering(
         answering.seed,
     )
     tier = plan_tier(index, searching.tier)
-    llm = plan_llm(answering.llm, answering.concurrency, tier, warn)
+    llm = plan_llm(answering.llm, answering.concurrency, tier, warn, searching.tier.device)
     opened = opened or open_index(index, searching.embedder, searching.tier.device)
     _show(tier, llm.rows)
     engine = open_engine(

@@ -96,7 +96,10 @@ EmbedderOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="The GPU for the embedder and the cuda tier: auto, cuda:N, or cpu for none.")
+    str,
+    typer.Option(
+        help="The GPU for the embedder, the cuda tier and the LLM's layers: auto, cuda:N; cpu keeps the first two off it."
+    ),
 ]
 
 PipelineOption = Annotated[

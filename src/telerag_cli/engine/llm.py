@@ -53,7 +53,11 @@ class PlannedLlm:
 
 
 def plan_llm(
-    options: LlmOptions, concurrency: int | None, tier: PlannedTier, notice: Callable[[str], None]
+    options: LlmOptions,
+    concurrency: int | None,
+    tier: PlannedTier,
+    notice: Callable[[str], None],
+    device: str = "auto",
 ) -> PlannedLlm:
     """Choose how many questions to answer at once and say what memory that takes.
 
@@ -62,6 +66,7 @@ def plan_llm(
         concurrency: questions at once; by default as many as half of the memory left holds contexts for, at most 16.
         tier: what the index will take of the memory that is free.
         notice: takes what a user should know of a server.
+        device: ``cuda:N`` for the GPU that the LLM's layers go to, if any do; else they go to all there are.
 
     Raises:
         UsageError: options contradict each other.
@@ -71,7 +76,7 @@ def plan_llm(
     if options.kind is GeneratorKind.OPENAI:
         planned = _plan_endpoint(options, concurrency or MOST_CONCURRENT // 2, notice)
     else:
-        planned = _plan_llama(options, concurrency, tier)
+        planned = _plan_llama(options, concurrency, tier, device)
     if options.replay is None:
         return planned
     replay = options.replay
@@ -121,7 +126,7 @@ def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str]
     return PlannedLlm(concurrency, [(f"LLM {options.model or ''}".rstrip(), base_url, "")], open_endpoint)
 
 
-def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier) -> PlannedLlm:
+def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier, device: str) -> PlannedLlm:
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
     from telerag_cli.generation.models import resolve_model
@@ -131,10 +136,11 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier)
             f"--base-url {options.base_url} has no part in --generator llama.cpp.",
             remedy="Add --generator openai.",
         )
-    model = LlamaModel(resolve_model(options.model, options.hf_repo), gpu_layers=options.n_gpu_layers)
+    path = resolve_model(options.model, options.hf_repo)
+    model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=_gpu_of(options, device))
     context_tokens = min(options.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = _free_bytes(options, tier) - model.weights_bytes
+    free_bytes = _free_bytes(options, tier, device) - model.weights_bytes
     fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = concurrency or fitting
     slots = max(at_once, min(fitting, FEWEST_SLOTS))
@@ -153,10 +159,19 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier)
                       lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads))  # fmt: skip
 
 
-def _free_bytes(options: LlmOptions, tier: PlannedTier) -> int:
+def _gpu_of(options: LlmOptions, device: str) -> int | None:
+    """The number of the only GPU that the layers may go to, if there is such."""
+    if not options.n_gpu_layers or device == "cpu":
+        return None
+    from telerag_cli.tiers.cuda.gpu import gpu_number
+
+    return gpu_number(device)
+
+
+def _free_bytes(options: LlmOptions, tier: PlannedTier, device: str) -> int:
     """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
     if options.n_gpu_layers != ALL_LAYERS:
         return available_bytes() - tier.ram_bytes
     from telerag_cli.tiers.cuda.gpu import find_gpu
 
-    return find_gpu("auto").free_bytes() - tier.gpu_bytes
+    return find_gpu("auto" if device == "cpu" else device).free_bytes() - tier.gpu_bytes

@@ -38,12 +38,14 @@ def _no_log(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
 class LlamaModel:
     """Weights, vocabulary and chat template. The weights are mapped from the file, not read."""
 
-    def __init__(self, path: Path, *, gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, *, gpu_layers: int = 0, gpu: int | None = None) -> None:
         """Load the model.
 
         Args:
             path: a GGUF file.
-            gpu_layers: layers to put on a GPU, -1 for all.
+            gpu_layers: layers to put on a GPU, -1 for all. With none, the model does not touch a GPU at all: by itself, llama.cpp
+                would send it the products of long prompts, over the link and with other roundings.
+            gpu: the one that they go to; None for all there are.
 
         Raises:
             ModelError: the file cannot be loaded or has no chat template.
@@ -57,6 +59,12 @@ class LlamaModel:
         self.gpu_layers = gpu_layers
         settings = llama_cpp.llama_model_default_params()
         settings.n_gpu_layers = gpu_layers
+        no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends where it begins
+        if not gpu_layers:
+            settings.devices = ctypes.addressof(no_devices)
+        elif gpu is not None:
+            settings.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+            settings.main_gpu = gpu
         self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
         if not self.handle:
             raise ModelError(f"llama.cpp cannot load {path}.",
