@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,6 +349,56 @@ def test_a_failing_device_costs_time_and_no_result(small, copies, works):
         assert tier.references() == 0
     assert failed > 0
     retriever.close()
+
+
+def test_a_device_that_is_lost_costs_time_and_no_result(small):
+    """From some moment on it refuses everything, even to say that it is done."""
+    index, ivf, vectors = small
+    lost = threading.Event()
+
+    class Losing(SimulatedGpu):
+        def stream(self):
+            stream = super().stream()
+
+            class Refusing:
+                def copy(self, copies):
+                    if lost.is_set():
+                        raise ResourceError("The GPU is lost.")
+                    return stream.copy(copies)
+
+                def close(self):
+                    stream.close()
+
+            return Refusing()
+
+    gpu = Losing(work_fails=lost.is_set)
+    tier, retriever = open_over(index, gpu)
+    check(retriever, ivf, vectors[:1], 5, 6)
+    lost.set()
+    for row in range(4):
+        ahead = retriever.begin(vectors[row][None], 20)
+        while not ahead.idle:
+            time.sleep(0.001)
+        report = check(retriever, ivf, vectors[row][None], 5, 20, ahead)
+        assert report.lists_moved == 0
+        assert report.lists_failed >= ahead.failed > 0
+        tier.check_integrity()
+        assert tier.references() == 0
+    retriever.close()
+    assert not gpu.locked
+
+
+def test_a_stream_of_a_lost_device_closes_quietly(monkeypatch):
+    class Lost:
+        def __init__(self, device):
+            pass
+
+        def synchronize(self):
+            raise RuntimeError("CUDA error: the device was lost")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Lost)
+    stream = CudaGpu.stream(SimpleNamespace(device=torch.device("cuda", 0)))
+    stream.close()
 
 
 def test_an_arena_too_small_for_all_misses_is_no_obstacle(small):

@@ -1,10 +1,12 @@
 """``search`` and ``run`` as their users run them, over a real index with the real models."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from typer.testing import CliRunner
 
 from telerag_cli.app import app
 from telerag_cli.corpus.pydocs import python_documentation
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
 pytestmark = pytest.mark.model
 QUESTIONS = (
@@ -132,7 +136,7 @@ def test_answers_are_the_same_on_every_tier(index, questions, tmp_path):
     ):
         output = tmp_path / f"{len(answers)}.jsonl"
         result = telerag("run", index, "-q", questions, "-o", output, "--tier", tier, "--lookahead", lookahead, "--ordered",
-                         "--max-tokens", 24, "--nprobe", 8, *memory)  # fmt: skip
+                         "--max-tokens", 24, "--nprobe", 8, "-k", 2, *memory)  # fmt: skip
         assert result.exit_code == 0, result.stderr
         assert f"Memory ({tier} tier: as asked)" in result.stderr
         lines = lines_of(output.read_text())
@@ -142,6 +146,43 @@ def test_answers_are_the_same_on_every_tier(index, questions, tmp_path):
     assert all(count["lists_moved"] for count in counts[2])
     assert any(count["lists_hit"] for count in counts[3])
     assert not any(count["lists_failed"] for mode in counts.values() for count in mode)
+
+
+def test_a_failing_gpu_costs_no_answer_and_is_told(index, questions, monkeypatch):
+    """From when the tier is open, every copy and all scoring on the device fails: each command goes on and says so at its end."""
+    broken = threading.Event()
+    monkeypatch.setattr(
+        "telerag_cli.tiers.cuda.simulated.SimulatedGpu",
+        functools.partial(SimulatedGpu, copy_fails=broken.is_set, work_fails=broken.is_set),
+    )
+    fails = False
+    begin = Retriever.__init__
+
+    def opened(retriever, index, coarse, tier, **options):
+        begin(retriever, index, coarse, tier, **options)
+        tier.in_place.scoring.observe(1 << 40, 1e6)  # so slow that the link gets all that is missing
+        if fails:
+            broken.set()
+
+    monkeypatch.setattr(Retriever, "__init__", opened)
+    told = "times a list could not be brought to fast memory or scored there; that cost time and changed no result."
+    tier = ("--tier", "simulated", "-k", 2)
+    outputs = {False: [], True: []}
+    for fails in outputs:
+        broken.clear()
+        ran = telerag("run", index, "-q", questions, *tier, "--max-tokens", 8, "--nprobe", 8, "--ordered")
+        broken.clear()
+        searched = telerag("search", index, *QUESTIONS, *tier, "--json")
+        broken.clear()
+        chatted = telerag("chat", index, *tier, "--max-tokens", 8, stdin=QUESTIONS[0])
+        for result in (ran, searched, chatted):
+            assert result.exit_code == 0, result.stderr
+            assert (told in " ".join(result.stderr.split())) == fails, result.stderr
+        lines = lines_of(ran.stdout)
+        assert all((line["lookahead"]["lists_failed"] > 0) == fails for line in lines)
+        kept = [(line["answer"], line["passages"]) for line in lines]
+        outputs[fails] = [kept, searched.stdout, chatted.stdout]
+    assert outputs[False] == outputs[True]
 
 
 def test_chat_over_the_simulated_gpu(index):
@@ -156,7 +197,7 @@ def test_answers_are_the_same_with_and_without_lookahead(index, questions, tmp_p
     answers = {}
     for mode in ("off", "question", "refined"):
         output = tmp_path / f"{mode}.jsonl"
-        result = telerag("run", index, "-q", questions, "-o", output, "--lookahead", mode, "--max-tokens", 24, "--nprobe", 8,
+        result = telerag("run", index, "-q", questions, "-o", output, "--lookahead", mode, "--max-tokens", 24, "--nprobe", 8, "-k", 2,
                          "--fast-memory", "256KiB", "--trace", tmp_path / "trace.json")  # fmt: skip
         assert result.exit_code == 0, result.stderr
         assert result.stdout == ""
@@ -176,7 +217,7 @@ def test_answers_are_the_same_with_and_without_lookahead(index, questions, tmp_p
 
 
 def test_run_in_a_shell_pipeline(index, questions):
-    script = f"cat {questions} | {sys.executable} -m telerag_cli run {index} --questions - --max-tokens 8 --pipeline naive"
+    script = f"cat {questions} | {sys.executable} -m telerag_cli run {index} --questions - --max-tokens 8 --pipeline naive -k 1"
     head = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f"{script} | head -1"], capture_output=True, text=True, timeout=120
     )
@@ -206,7 +247,7 @@ def test_bad_lines_are_answered_with_an_error_and_the_rest_go_on(index):
 
 def test_resume_answers_only_what_is_missing(index, questions, tmp_path):
     output = tmp_path / "out.jsonl"
-    options = ("run", index, "-q", questions, "-o", output, "--max-tokens", 4, "--pipeline", "naive")
+    options = ("run", index, "-q", questions, "-o", output, "--max-tokens", 4, "--pipeline", "naive", "-k", 1)
     assert telerag(*options).exit_code == 0
     whole = output.read_bytes()
     refused = telerag(*options)
@@ -267,8 +308,8 @@ def test_an_interrupt_ends_with_130_and_keeps_what_is_written(index, tmp_path):
     many = tmp_path / "many.txt"
     many.write_text("What is a list?\n" * 200)
     with subprocess.Popen(
-        command("run", index, "-q", many, "-o", output, "--max-tokens", 8), stderr=subprocess.PIPE, text=True
-    ) as process:
+        command("run", index, "-q", many, "-o", output, "--max-tokens", 8, "-k", 1), stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
         deadline = time.monotonic() + 90
         while not (output.exists() and output.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -326,7 +367,7 @@ def test_answers_are_the_same_one_at_a_time_and_together_and_when_replayed(index
         "--max-tokens",
         12,
         "-k",
-        2,
+        1,
         "--ordered",
         "--pipeline",
         "iterative",

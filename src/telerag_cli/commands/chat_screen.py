@@ -189,6 +189,8 @@ class Screen:
             self.note("No passages were looked up for this.")
         if answered.dropped_passages:
             self.note(f"Passages that did not fit the context: {answered.dropped_passages}.")
+        if failed := sum(join.lists_failed for join in answered.joins):
+            self.note(JoinReport.failures(failed))
 
     def end_line(self) -> None:
         """Leave the cursor at the beginning of an empty line, whatever was being written."""

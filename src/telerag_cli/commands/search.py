@@ -70,7 +70,7 @@ def search(
         if queries:
             lines, name = opened_here.enter_context(open_lines(queries))
             asked = read_questions(lines, name)
-        count = failed = 0
+        count = failed = lists_failed = 0
         for item in asked:
             count += 1
             if item.problem is not None:
@@ -80,6 +80,7 @@ def search(
                     console.emit_json({"id": item.id, "error": {"message": item.problem}})
                 continue
             found = retriever.search(opened.embedder.encode_queries([item.text]), wanted, probes)
+            lists_failed += found.report.lists_failed
             rows = [int(row) for row in found.rows[0] if row >= 0]
             hits = [
                 {
@@ -97,6 +98,8 @@ def search(
                 console.emit_json({"id": item.id, "question": item.text, "passages": hits})
             else:
                 _show(item.text, hits)
+    if lists_failed:
+        console.warn(found.report.failures(lists_failed))
     if not count:
         raise no_question(name)
     if failed:

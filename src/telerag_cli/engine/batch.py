@@ -13,6 +13,7 @@ from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import InputError, TeleragError
+from telerag_cli.lookahead.retriever import JoinReport
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
 
@@ -56,7 +57,7 @@ class Summary:
                 f"{self.lists_hit / max(self.lists_wanted, 1):.0%} of {self.lists_wanted:,} probed lists were in fast memory."
             )
         if self.lists_failed:
-            words.append(f"{self.lists_failed:,} lists failed on the GPU and were scored by the processor.")
+            words.append(JoinReport.failures(self.lists_failed))
         if self.passages_dropped:
             words.append(f"{self.passages_dropped} passages did not fit the context and were left out.")
         if self.failed:

@@ -50,7 +50,7 @@ class JoinReport:
     lists_in_place: int
     """Of those missed, scored where they lie in the slow tier."""
     lists_failed: int
-    """Lists that the device failed to move or to score, and that were scored in place."""
+    """Times that a list could not be brought to fast memory, by lookahead or at the join, or not be scored there."""
     orders: int
     """Orders that lookahead followed: the first, and one for each refinement."""
     coarse_s: float
@@ -62,6 +62,11 @@ class JoinReport:
     def count_names(cls) -> list[str]:
         """Names of the lists and bytes counted."""
         return [entry.name for entry in fields(cls) if not entry.name.endswith("_s")]
+
+    @staticmethod
+    def failures(count: int) -> str:
+        """What a user should know of so many of `lists_failed`."""
+        return f"{count:,} times a list could not be brought to fast memory or scored there; that cost time and changed no result."
 
     def counts(self) -> dict[str, int]:
         """The lists and bytes, for a run's output line."""
@@ -230,12 +235,13 @@ class Retriever:
         extents = self.tier.extents
         moved = np.array([list_no for ahead in search.rounds for list_no in ahead.moved], np.int64)
         missed = wanted[np.isin(wanted, join.missed)]
+        failed = int(np.isin(wanted, join.failed).sum()) + sum(ahead.failed for ahead in search.rounds)
         coming = int(np.isin(wanted, join.coming).sum())
         return JoinReport(
             lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - coming, lists_coming=coming, lists_missed=len(missed),
             lists_moved=len(moved), lists_wasted=int((~np.isin(moved, wanted)).sum()),
             bytes_wanted=int(extents[wanted].sum()), bytes_moved=int(extents[moved].sum()), bytes_missed=int(extents[missed].sum()),
-            lists_in_place=int(np.isin(missed, join.in_place).sum()), lists_failed=int(np.isin(wanted, join.failed).sum()),
+            lists_in_place=int(np.isin(missed, join.in_place).sum()), lists_failed=failed,
             orders=sum(ahead.orders for ahead in search.rounds),
             coarse_s=coarse_s, score_s=join.score_s, join_s=join_s)  # fmt: skip
 

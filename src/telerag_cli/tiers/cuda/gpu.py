@@ -53,7 +53,7 @@ class Stream(Protocol):
         """
 
     def close(self) -> None:
-        """Wait for what was started."""
+        """Wait for what was started; what failed of it is told by its event alone."""
 
 
 class Gpu(Protocol):
@@ -180,7 +180,8 @@ class _CudaStream:
         return events
 
     def close(self) -> None:
-        with translated("moving lists"):
+        # A device that was lost refuses this too, and then nothing is under way.
+        with contextlib.suppress(ResourceError), translated("moving lists"):
             self._stream.synchronize()
 
 
