@@ -234,7 +234,7 @@ def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
     residency = Residency(extents, Arena(6 * PAGE_BYTES), make_policy(CacheKind.NONE, 12), lambda _number: None)  # fmt: skip
     assert len(residency.reserve(range(6))) == 6
     for number in range(6):
-        residency.commit(number)
+        residency.commit(np.array([number]))
     worth = np.arange(12) / 12  # the first are worth least
     assert len(residency.reserve([6, 7], worth=worth)) == 2
     residency.check_integrity()
@@ -267,7 +267,7 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
                 assert any(extents[n] for n in stuck), "an arena with nothing in use has room for any list"
             assert all(residency.state[n] != State.ABSENT for n in stuck), "a list in use was evicted"
         elif step in ("commit", "abort") and state == State.MOVING and not (step == "abort" and held[number]):
-            getattr(residency, step)(number)
+            getattr(residency, step)(np.array([number]))
         elif step == "hold" and state != State.ABSENT:
             residency.hold([number])
             held[number] += 1
@@ -289,7 +289,7 @@ def test_hot_lists_are_kept_and_cold_ones_leave_first():
     )
     for number in range(4):
         residency.reserve([number])
-        residency.commit(number)
+        residency.commit(np.array([number]))
     for _ in range(3):
         residency.policy.used(np.array([1, 2]))
         kept = residency.new_round(0.5)
@@ -305,7 +305,7 @@ def test_without_a_cache_nothing_stays_between_rounds():
         np.full(3, PAGE_BYTES), Arena(3 * PAGE_BYTES), make_policy(CacheKind.NONE, 3), lambda _number: None
     )
     residency.reserve([0])
-    residency.commit(0)
+    residency.commit(np.array([0]))
     residency.new_round(1.0)
     assert residency.state[0] == State.ABSENT
 
@@ -319,7 +319,7 @@ def test_least_recently_used_leaves_first(kind):
         residency.new_round(0.0)
         if residency.state[number] == State.ABSENT:
             residency.reserve([number])
-            residency.commit(number)
+            residency.commit(np.array([number]))
     residency.new_round(0.0)
     if kind is CacheKind.LRU:
         residency.policy.used(np.array([0]))

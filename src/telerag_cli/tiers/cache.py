@@ -24,8 +24,8 @@ class CachePolicy(Protocol):
     keeps: bool
     """Whether lists stay from one round to the next."""
 
-    def admitted(self, list_no: int) -> None:
-        """A list has been moved in."""
+    def admitted(self, lists: IntArray) -> None:
+        """These lists have been moved in."""
 
     def used(self, lists: IntArray) -> None:
         """These lists were probed."""
@@ -43,7 +43,7 @@ class NoCache:
     def __init__(self, nlist: int) -> None:
         self.heat: Heat = np.zeros(nlist)
 
-    def admitted(self, list_no: int) -> None:
+    def admitted(self, lists: IntArray) -> None:
         """No list is worth more than another."""
 
     def used(self, lists: IntArray) -> None:
@@ -63,9 +63,9 @@ class LeastRecentlyUsed:
         self.heat: Heat = np.zeros(nlist)
         self._clock = 0
 
-    def admitted(self, list_no: int) -> None:
+    def admitted(self, lists: IntArray) -> None:
         """Moving in counts as a use."""
-        self.heat[list_no] = self._clock
+        self.heat[lists] = self._clock
 
     def used(self, lists: IntArray) -> None:
         """Probed now."""
@@ -89,9 +89,9 @@ class Hotness:
     def __init__(self, nlist: int) -> None:
         self.heat: Heat = np.zeros(nlist)
 
-    def admitted(self, list_no: int) -> None:
+    def admitted(self, lists: IntArray) -> None:
         """Start at the base, or at what is left of an earlier stay."""
-        self.heat[list_no] = max(self.heat[list_no], self.base)
+        self.heat[lists] = np.maximum(self.heat[lists], self.base)
 
     def used(self, lists: IntArray) -> None:
         """Raise."""

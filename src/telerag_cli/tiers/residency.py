@@ -95,9 +95,8 @@ class Residency:
             The slots' byte offsets, of as many lists from the first as find room.
         """
         offsets: list[int] = []
-        for place, list_no in enumerate(lists):
+        for place, (list_no, nbytes) in enumerate(zip(lists, self.extents[lists].tolist(), strict=True)):
             assert self.state[list_no] == ABSENT
-            nbytes = int(self.extents[list_no])
             offset = self.arena.allocate(nbytes, list_no)
             if offset is None:
                 # Looking through the arena takes longer than a fast link takes to move a list, so once for several.
@@ -111,16 +110,18 @@ class Residency:
             offsets.append(offset)
         return offsets
 
-    def commit(self, list_no: int) -> None:
-        """The bytes of a MOVING list have arrived."""
-        assert self.state[list_no] == MOVING
-        self.state[list_no] = RESIDENT
-        self.policy.admitted(list_no)
+    def commit(self, lists: IntArray) -> None:
+        """The bytes of MOVING lists have arrived."""
+        assert (self.state[lists] == MOVING).all()
+        self.state[lists] = RESIDENT
+        self.policy.admitted(lists)
 
-    def abort(self, list_no: int) -> None:
-        """The bytes of a MOVING list will not arrive."""
-        assert self.state[list_no] == MOVING
-        self._vacate(list_no)
+    def abort(self, lists: IntArray) -> None:
+        """The bytes of MOVING lists will not arrive; whoever references them has been told, and does so no more."""
+        assert (self.state[lists] == MOVING).all()
+        self.references[lists] = 0
+        for list_no in lists.tolist():
+            self._vacate(list_no)
 
     def hold(self, lists: Iterable[int]) -> None:
         """Reference lists that are not ABSENT, so that they stay."""

@@ -186,12 +186,14 @@ class ArenaTier:
         worth: npt.NDArray[np.float64] | None = None,
     ) -> list[Move]:
         """Moves of as many lists, from the first, as there is room for."""
-        offsets = self._residency.reserve(lists, stay=stay, worth=worth)
-        moves = [Move(list_no, int(self._source[list_no]), offset, int(self.extents[list_no]))
-                 for list_no, offset in zip(lists, offsets, strict=False)]  # fmt: skip
-        for move in moves:
-            self._waiting[move.list_no] = [arrived]
-        return moves
+        if not lists:
+            return []
+        targets = self._residency.reserve(lists, stay=stay, worth=worth)
+        started = lists[: len(targets)]
+        self._waiting.update((list_no, [arrived]) for list_no in started)
+        return list(
+            map(Move, started, self._source[started].tolist(), targets, self.extents[started].tolist())
+        )
 
     def _submit(self, moves: Sequence[Move]) -> None:
         if not moves:
@@ -209,18 +211,18 @@ class ArenaTier:
 
     def _arrived(self, moves: Sequence[Move], error: TeleragError | None) -> None:
         told: dict[ListsArrived, list[int]] = {}
+        ended = np.array([move.list_no for move in moves], np.int64)
         with self._lock:
-            for move in moves:
-                for tell in self._waiting.pop(move.list_no):
-                    told.setdefault(tell, []).append(move.list_no)
-                if error is None:
-                    # The table first: whoever sees the list as resident may score it at once.
-                    self._scorer.table[move.list_no, :2] = self._shape[move.list_no, :2]
-                    self._scorer.table[move.list_no, 2] = move.target
-                    self._residency.commit(move.list_no)
-                else:
-                    self._residency.references[move.list_no] = 0  # those who wait are told, and hold nothing
-                    self._residency.abort(move.list_no)
+            for list_no in ended.tolist():
+                for tell in self._waiting.pop(list_no):
+                    told.setdefault(tell, []).append(list_no)
+            if error is None:
+                # The table first: whoever sees a list as resident may score it at once.
+                self._scorer.table[ended] = self._shape[ended]
+                self._scorer.table[ended, 2] = [move.target for move in moves]
+                self._residency.commit(ended)
+            else:
+                self._residency.abort(ended)
             if not self._waiting:
                 self._settled.notify_all()
         for tell, lists in told.items():
