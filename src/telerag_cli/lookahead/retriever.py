@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from queue import Empty, SimpleQueue
@@ -17,8 +17,9 @@ from telerag_cli.index.scoring import Coarse, faiss_threads, merge, nothing, sco
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Mover, Round
-from telerag_cli.lookahead.split import Misses
-from telerag_cli.tiers.base import FastTier, InPlace
+from telerag_cli.lookahead.split import Ends, Misses, Together
+from telerag_cli.tiers.base import Claim, FastTier, InPlace
+from telerag_cli.tiers.residency import BoolArray
 from telerag_cli.tracing import Tracer
 
 JOIN = "join"
@@ -137,6 +138,7 @@ class Retriever:
         self._cache_fraction = cache_fraction
         self._tracer = tracer or Tracer(enabled=False)
         self._mover = Mover(tier)
+        self._together = Together()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="in place")
 
     def close(self) -> None:
@@ -203,7 +205,7 @@ class Retriever:
             _scores, probes = self._coarse.probe(queries, nprobe)
             coarse_s = time.perf_counter() - arrived_s
             width = min(k * max(self._rescore, 1), manifest.ntotal)
-            join = _Join(self.tier, manifest.metric, queries, probes, width, self._tracer, self._beside)
+            join = _Join(self.tier, manifest.metric, queries, probes, width, self._tracer, self._beside, self._together)  # fmt: skip
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
@@ -228,20 +230,27 @@ class Retriever:
         kept: IntArray = lists[self.tier.extents[lists] > 0]
         return kept
 
+    def _mask(self, lists: Sequence[int] | IntArray) -> BoolArray:
+        """The lists as a mask, shape (nlist,)."""
+        mask: BoolArray = np.zeros(self.tier.nlist, np.bool_)
+        mask[np.asarray(lists, np.int64)] = True
+        return mask
+
     def _report(
         self, search: Search, wanted: IntArray, join: _Join, coarse_s: float, join_s: float
     ) -> JoinReport:
         """What the join was for one of its searches; what two of them needed counts for both."""
         extents = self.tier.extents
         moved = np.array([list_no for ahead in search.rounds for list_no in ahead.moved], np.int64)
-        missed = wanted[np.isin(wanted, join.missed)]
-        failed = int(np.isin(wanted, join.failed).sum()) + sum(ahead.failed for ahead in search.rounds)
-        coming = int(np.isin(wanted, join.coming).sum())
+        missed, failed, coming = (
+            wanted[self._mask(lists)[wanted]] for lists in (join.missed, join.failed, join.coming)
+        )
         return JoinReport(
-            lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - coming, lists_coming=coming, lists_missed=len(missed),
-            lists_moved=len(moved), lists_wasted=int((~np.isin(moved, wanted)).sum()),
+            lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - len(coming), lists_coming=len(coming), lists_missed=len(missed),
+            lists_moved=len(moved), lists_wasted=len(moved) - int(self._mask(wanted)[moved].sum()),
             bytes_wanted=int(extents[wanted].sum()), bytes_moved=int(extents[moved].sum()), bytes_missed=int(extents[missed].sum()),
-            lists_in_place=int(np.isin(missed, join.in_place).sum()), lists_failed=failed,
+            lists_in_place=int(self._mask(join.in_place)[missed].sum()),
+            lists_failed=len(failed) + sum(ahead.failed for ahead in search.rounds),
             orders=sum(ahead.orders for ahead in search.rounds),
             coarse_s=coarse_s, score_s=join.score_s, join_s=join_s)  # fmt: skip
 
@@ -263,6 +272,10 @@ class _Scored:
     rows: IntArray
 
 
+def _call(function: Callable[..., object], *arguments: object) -> None:
+    function(*arguments)
+
+
 class _Join:
     """The way of some queries through hits, arrivals and misses, keeping the best so far.
 
@@ -271,7 +284,7 @@ class _Join:
     """
 
     def __init__(self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer,
-                 beside: Executor) -> None:  # fmt: skip
+                 beside: Executor, together: Together) -> None:  # fmt: skip
         self._tier = tier
         self._metric = metric
         self._queries = queries
@@ -279,6 +292,7 @@ class _Join:
         self._k = k
         self._tracer = tracer
         self._beside = beside
+        self._together = together
         self._events: SimpleQueue[_Arrived | _Scored | BaseException | None] = SimpleQueue()
         self.scores, self.rows = nothing(len(queries), k, metric)
         self.coming: list[int] = []
@@ -288,6 +302,7 @@ class _Join:
         self.score_s = 0.0
         self._coming_now = 0
         self._scoring_beside = False
+        self._start: Callable[..., object] = beside.submit
         self._error: BaseException | None = None
 
     def run(self, wanted: Sequence[int]) -> None:
@@ -296,6 +311,10 @@ class _Join:
         # What found no room is missed too, however it gets here later: other lookahead may bring it.
         self.coming, self.missed = claim.coming, claim.started + claim.absent
         self._misses = self._row_of(claim.absent)
+        # With nothing to do beside it, scoring in place needs no thread of its own, nor Faiss others than it has just used.
+        alone = self._misses.ends is Ends.IN_PLACE and not (claim.hits or self._coming_now)
+        self._start = _call if alone else self._beside.submit
+        began_s = time.perf_counter()
         self._go_on()
         self._score(claim.hits)
         while self._coming_now or self._scoring_beside or (len(self._misses) and self._error is None):
@@ -308,6 +327,15 @@ class _Join:
             self._go_on()
         if self._error is not None:
             raise self._error
+        if self._tier.in_place and claim.absent:
+            self._learn(claim, time.perf_counter() - began_s)
+
+    def _learn(self, claim: Claim, took_s: float) -> None:
+        """Whether two ends are better than one, from a join in which there was little else to do and nothing went wrong."""
+        if self._misses.ends is not Ends.BOTH:
+            self._together.fade()
+        elif len(claim.absent) > len(claim.hits) + len(claim.coming) and not self.failed:
+            self._together.observe(self._misses.expected_s, took_s)
 
     def _row_of(self, absent: Sequence[int]) -> Misses:
         nbytes = self._tier.extents[absent].astype(np.float64)
@@ -318,7 +346,7 @@ class _Join:
         # The link moves while what has come is scored, so its end is as fast as the slower of both.
         link_s = np.maximum(nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring_moved.bytes_per_s)  # fmt: skip
         in_place_s = nbytes * queries / place.scoring.bytes_per_s
-        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s)
+        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s, self._together.slowdown)
 
     def _go_on(self) -> None:
         """Give both ends what they should do next."""
@@ -327,7 +355,7 @@ class _Join:
         place = self._tier.in_place
         if place and not self._scoring_beside and (lists := self._misses.in_place()):
             self._scoring_beside = True
-            self._beside.submit(self._score_in_place, place, lists)
+            self._start(self._score_in_place, place, lists)
         most = len(self._misses) if place is None else self._tier.depth - self._coming_now
         if most > 0 and (lists := self._misses.for_link(most)):
             claim = self._tier.claim(lists, self._told)
@@ -337,7 +365,7 @@ class _Join:
             self._score(claim.hits)  # other lookahead has brought them
 
     def _score_in_place(self, place: InPlace, lists: list[int]) -> None:
-        """Score from the one end until it has nothing more to do; on the thread beside."""
+        """Score from the one end until it has nothing more to do; on the thread beside, if there is something to be beside."""
         try:
             while lists:
                 started_s = time.perf_counter()
@@ -345,7 +373,10 @@ class _Join:
                 scores, rows = place.score(self._queries, keys, self._k)
                 ended_s = time.perf_counter()
                 scored = self._tier.extents[keys[keys >= 0]].sum()
-                place.scoring.observe(float(scored), ended_s - started_s)
+                if self._misses.ends is not Ends.BOTH or scored > place.scoring.bytes_per_s * (ended_s - started_s):  # fmt: skip
+                    place.scoring.observe(
+                        float(scored), ended_s - started_s
+                    )  # alone, or even faster than that
                 self._tracer.add(IN_PLACE, f"score {len(lists)} lists", started_s, ended_s)
                 self._events.put(_Scored(lists, scores, rows))
                 lists = self._misses.in_place() if self._error is None else []

@@ -4,11 +4,58 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
 Seconds = npt.NDArray[np.float64]
+
+
+class Ends(Enum):
+    """Which ends deal with a row of misses."""
+
+    BOTH = "both"
+    LINK = "link"
+    IN_PLACE = "in place"
+
+
+class Together:
+    """How much longer both ends take side by side than the rate of each alone promises: they share memory, and perhaps cores.
+
+    It is learned from the joins in which both worked. While they do not, what was learned fades, so that they are tried again.
+    """
+
+    LEARNED = 0.5
+    KEPT = 0.98
+    """Of what it says above 1, by each join in which one end works alone: some fifty of those between two attempts."""
+
+    def __init__(self) -> None:
+        self._slowdown = 1.0
+        self._lock = threading.Lock()
+
+    @property
+    def slowdown(self) -> float:
+        """Measured seconds to expected ones."""
+        return self._slowdown
+
+    def observe(self, expected_s: float, took_s: float) -> None:
+        """Both have worked."""
+        with self._lock:
+            self._slowdown += self.LEARNED * (took_s / max(expected_s, 1e-9) - self._slowdown)
+
+    def fade(self) -> None:
+        """One has worked alone."""
+        with self._lock:
+            self._slowdown = 1.0 + self.KEPT * (self._slowdown - 1.0)
+
+
+def end_with_share_s(link_s: Seconds, in_place_s: Seconds, link_busy_s: float, in_place_busy_s: float) -> Seconds:  # fmt: skip
+    """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,); see `share_of_link`."""
+    link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
+    in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
+    ends_s: Seconds = np.maximum(link_ends_s, in_place_ends_s)
+    return ends_s
 
 
 def share_of_link(link_s: Seconds, in_place_s: Seconds, link_busy_s: float = 0.0, in_place_busy_s: float = 0.0) -> int:  # fmt: skip
@@ -23,9 +70,7 @@ def share_of_link(link_s: Seconds, in_place_s: Seconds, link_busy_s: float = 0.0
     Returns:
         0 to n; the least of several that are as good.
     """
-    link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
-    in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
-    return int(np.maximum(link_ends_s, in_place_ends_s).argmin())
+    return int(end_with_share_s(link_s, in_place_s, link_busy_s, in_place_busy_s).argmin())
 
 
 class Misses:
@@ -36,8 +81,8 @@ class Misses:
     """
 
     def __init__(
-        self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int, latency_s: float = 0.0
-    ) -> None:
+        self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int, latency_s: float = 0.0, slowdown: float = 1.0
+    ) -> None:  # fmt: skip
         """Put the lists in a row.
 
         Args:
@@ -46,14 +91,20 @@ class Misses:
             in_place_s: seconds to score each in place, shape (n,).
             grain: lists that scoring in place should take at a time, for all its threads to have work.
             latency_s: what the link's end needs beside, once.
+            slowdown: how much longer both take side by side than these seconds say. If one of them alone is done sooner than
+                that, it gets everything.
         """
-        self._cost_s = dict(zip(lists, zip(link_s.tolist(), in_place_s.tolist(), strict=True), strict=True))
-        self._row = [0] * len(lists)
-        self._link_s, self._in_place_s = np.empty_like(link_s), np.empty_like(in_place_s)
-        for place, chosen in enumerate(np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")):
-            self._put(place, lists[chosen])
+        order = np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")
+        self._row: list[int] = np.asarray(lists, np.int64)[order].tolist()
+        self._link_s, self._in_place_s = link_s[order], in_place_s[order]
         self._grain = grain
         self._latency_s = latency_s
+        self.expected_s = float(end_with_share_s(self._link_s, self._in_place_s, latency_s, 0.0).min())
+        """Seconds of both ends together, if neither slowed the other."""
+        alone_s = {Ends.IN_PLACE: float(in_place_s.sum()), Ends.LINK: latency_s + float(link_s.sum())}
+        better = min(alone_s, key=alone_s.__getitem__)
+        self.ends = better if alone_s[better] <= slowdown * self.expected_s else Ends.BOTH
+        """Who takes from the row. What cannot be moved is scored in place all the same."""
         self._front, self._back = 0, len(lists)
         self._failed: list[int] = []
         self._lock = threading.Lock()
@@ -82,9 +133,13 @@ class Misses:
     def refused(self, lists: Sequence[int]) -> None:
         """There was no room for these of what the link took last: they are scored in place, unless room comes before."""
         with self._lock:
-            self._front -= len(lists)
-            for place, list_no in enumerate(lists, self._front):
-                self._put(place, list_no)
+            for list_no in reversed(
+                lists
+            ):  # back to the front, and what did find room behind it, out of the row
+                self._front -= 1
+                place = self._row.index(list_no, 0, self._front + 1)
+                for row in (self._row, self._link_s, self._in_place_s):
+                    row[place], row[self._front] = row[self._front], row[place]
             self._room = False
 
     def room(self) -> None:
@@ -100,26 +155,25 @@ class Misses:
     def in_place(self) -> list[int]:
         """Take half of what scoring in place should do, from the back; when that is scored, ask again.
 
-        All of it, if the link's end could not even begin in that time.
+        All of it, if the link gets nothing, or could not even begin in that time.
         """
         with self._lock:
             self._in_place_busy_s = 0.0
             share = self._back - self._front - self._share_of_link()
             rest_s = float(self._in_place_s[self._front : self._back].sum())
-            count = share if rest_s <= self._latency_s else min(share, max(self._grain, -(-share // 2)))
+            at_once = self.ends is Ends.IN_PLACE or rest_s <= self._latency_s
+            count = share if at_once else min(share, max(self._grain, -(-share // 2)))
             taken = slice(self._back - count, self._back)
             self._back -= count
             self._in_place_busy_s = float(self._in_place_s[taken].sum())
             failed, self._failed = self._failed, []
             return self._row[taken] + failed
 
-    def _put(self, place: int, list_no: int) -> None:
-        self._row[place] = list_no
-        self._link_s[place], self._in_place_s[place] = self._cost_s[list_no]
-
     def _share_of_link(self) -> int:
-        if not self._room:
+        if not self._room or self.ends is Ends.IN_PLACE:
             return 0
+        if self.ends is Ends.LINK:
+            return self._back - self._front
         rest = slice(self._front, self._back)
         link_busy_s = self._latency_s + self._link_busy_s
         return share_of_link(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s)

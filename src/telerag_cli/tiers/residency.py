@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -123,17 +123,15 @@ class Residency:
         for list_no in lists.tolist():
             self._vacate(list_no)
 
-    def hold(self, lists: Iterable[int]) -> None:
-        """Reference lists that are not ABSENT, so that they stay."""
-        for list_no in lists:
-            assert self.state[list_no] != ABSENT
-            self.references[list_no] += 1
+    def hold(self, lists: Sequence[int]) -> None:
+        """Reference distinct lists that are not ABSENT, so that they stay."""
+        assert (self.state[lists] != ABSENT).all()
+        self.references[lists] += 1
 
-    def drop(self, lists: Iterable[int]) -> None:
-        """Give references back."""
-        for list_no in lists:
-            assert self.references[list_no] > 0
-            self.references[list_no] -= 1
+    def drop(self, lists: Sequence[int]) -> None:
+        """Give references to distinct lists back."""
+        assert (self.references[lists] > 0).all()
+        self.references[lists] -= 1
 
     def check_integrity(self) -> None:
         """Assert that the slot table and the arena agree about every list."""

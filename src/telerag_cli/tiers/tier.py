@@ -110,29 +110,19 @@ class ArenaTier:
 
     def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
         """See `FastTier`."""
-        claim = Claim([], [], [], [])
-        moves: list[Move] = []
+        wanted = np.asarray(lists, np.int64)
         with self._lock:
+            state = self._residency.state[wanted]
+            absent, coming, hits = (wanted[state == each].tolist() for each in (ABSENT, MOVING, RESIDENT))
             # First hold all that is here or coming, so that making room for the absent cannot evict it.
-            absent = []
-            for list_no in lists:
-                state = self._residency.state[list_no]
-                if state == ABSENT:
-                    absent.append(list_no)
-                    continue
-                self._residency.hold([list_no])
-                if state == RESIDENT:
-                    claim.hits.append(list_no)
-                else:
-                    claim.coming.append(list_no)
-                    self._waiting[list_no].append(arrived)
-            if move:
-                moves = self._reserve(absent, arrived)
-                self._residency.hold(started.list_no for started in moves)
-        claim.started.extend(move.list_no for move in moves)
-        claim.absent.extend(absent[len(moves) :])
+            self._residency.hold(hits + coming)
+            for list_no in coming:
+                self._waiting[list_no].append(arrived)
+            moves = self._reserve(absent, arrived) if move else []
+            started = absent[: len(moves)]
+            self._residency.hold(started)
         self._submit(moves)
-        return claim
+        return Claim(hits, coming, started, absent[len(moves) :])
 
     def release(self, lists: Sequence[int]) -> None:
         """See `FastTier`."""
