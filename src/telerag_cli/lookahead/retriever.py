@@ -332,10 +332,12 @@ class _Join:
 
     def _learn(self, claim: Claim, took_s: float) -> None:
         """Whether two ends are better than one, from a join in which there was little else to do and nothing went wrong."""
-        if self._misses.ends is not Ends.BOTH:
-            self._together.fade()
-        elif len(claim.absent) > len(claim.hits) + len(claim.coming) and not self.failed:
+        if len(claim.absent) <= len(claim.hits) + len(claim.coming) or self.failed:
+            return
+        if self._misses.ends is Ends.BOTH:
             self._together.observe(self._misses.expected_s, took_s)
+        else:
+            self._together.fade()
 
     def _row_of(self, absent: Sequence[int]) -> Misses:
         nbytes = self._tier.extents[absent].astype(np.float64)

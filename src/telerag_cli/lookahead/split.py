@@ -76,8 +76,8 @@ def share_of_link(link_s: Seconds, in_place_s: Seconds, link_busy_s: float = 0.0
 class Misses:
     """Absent lists in a row. Each end takes what it should by what both are expected to need, until they meet.
 
-    Nothing is committed before it is taken, so a wrong expectation costs at most what an end has taken last. Both ends may be
-    called from different threads.
+    Between two ends nothing is committed before it is taken, so a wrong expectation costs at most what an end has taken last.
+    Both may be called from different threads.
     """
 
     def __init__(
@@ -133,9 +133,8 @@ class Misses:
     def refused(self, lists: Sequence[int]) -> None:
         """There was no room for these of what the link took last: they are scored in place, unless room comes before."""
         with self._lock:
-            for list_no in reversed(
-                lists
-            ):  # back to the front, and what did find room behind it, out of the row
+            for list_no in reversed(lists):
+                # Back to the front; what did find room changes places with it, and so stays out of the row.
                 self._front -= 1
                 place = self._row.index(list_no, 0, self._front + 1)
                 for row in (self._row, self._link_s, self._in_place_s):
