@@ -130,17 +130,20 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier,
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
     from telerag_cli.generation.models import resolve_model
+    from telerag_cli.tiers.cuda.gpu import gpu_number
 
     if options.base_url is not None:
         raise UsageError(
             f"--base-url {options.base_url} has no part in --generator llama.cpp.",
             remedy="Add --generator openai.",
         )
+    # The CPU is for embedder and index then; the LLM's layers are sent to a GPU by an option of their own.
+    gpu = "auto" if device == "cpu" else device
     path = resolve_model(options.model, options.hf_repo)
-    model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=_gpu_of(options, device))
+    model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=gpu_number(gpu))
     context_tokens = min(options.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = _free_bytes(options, tier, device) - model.weights_bytes
+    free_bytes = _free_bytes(options, tier, gpu) - model.weights_bytes
     fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = concurrency or fitting
     slots = max(at_once, min(fitting, FEWEST_SLOTS))
@@ -159,19 +162,10 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier,
                       lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads))  # fmt: skip
 
 
-def _gpu_of(options: LlmOptions, device: str) -> int | None:
-    """The number of the only GPU that the layers may go to, if there is such."""
-    if not options.n_gpu_layers or device == "cpu":
-        return None
-    from telerag_cli.tiers.cuda.gpu import gpu_number
-
-    return gpu_number(device)
-
-
-def _free_bytes(options: LlmOptions, tier: PlannedTier, device: str) -> int:
+def _free_bytes(options: LlmOptions, tier: PlannedTier, gpu: str) -> int:
     """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
     if options.n_gpu_layers != ALL_LAYERS:
         return available_bytes() - tier.ram_bytes
     from telerag_cli.tiers.cuda.gpu import find_gpu
 
-    return find_gpu("auto" if device == "cpu" else device).free_bytes() - tier.gpu_bytes
+    return find_gpu(gpu).free_bytes() - tier.gpu_bytes
