@@ -352,7 +352,7 @@ def test_a_failing_device_costs_time_and_no_result(small, copies, works):
 
 
 def test_a_device_that_is_lost_costs_time_and_no_result(small):
-    """From some moment on it refuses everything, even to say that it is done."""
+    """From some moment on it refuses every copy and all work."""
     index, ivf, vectors = small
     lost = threading.Event()
 

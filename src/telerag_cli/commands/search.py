@@ -61,6 +61,7 @@ def search(
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
         from telerag_cli.commands.opening import Searching, open_search
         from telerag_cli.engine.questions import Question, read_questions
+        from telerag_cli.lookahead.retriever import JoinReport
 
         where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
         searching = Searching(index, embedder, where, k, nprobe, rescore)
@@ -99,7 +100,7 @@ def search(
             else:
                 _show(item.text, hits)
     if lists_failed:
-        console.warn(found.report.failures(lists_failed))
+        console.warn(JoinReport.failures(lists_failed))
     if not count:
         raise no_question(name)
     if failed:

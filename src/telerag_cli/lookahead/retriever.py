@@ -291,7 +291,7 @@ class _Join:
         self._probes = probes
         self._k = k
         self._tracer = tracer
-        self._beside = beside
+        self._start: Callable[..., object] = beside.submit
         self._together = together
         self._events: SimpleQueue[_Arrived | _Scored | BaseException | None] = SimpleQueue()
         self.scores, self.rows = nothing(len(queries), k, metric)
@@ -302,7 +302,6 @@ class _Join:
         self.score_s = 0.0
         self._coming_now = 0
         self._scoring_beside = False
-        self._start: Callable[..., object] = beside.submit
         self._error: BaseException | None = None
 
     def run(self, wanted: Sequence[int]) -> None:
@@ -312,8 +311,8 @@ class _Join:
         self.coming, self.missed = claim.coming, claim.started + claim.absent
         self._misses = self._row_of(claim.absent)
         # With nothing to do beside it, scoring in place needs no thread of its own, nor Faiss others than it has just used.
-        alone = self._misses.ends is Ends.IN_PLACE and not (claim.hits or self._coming_now)
-        self._start = _call if alone else self._beside.submit
+        if self._misses.ends is Ends.IN_PLACE and not (claim.hits or self._coming_now):
+            self._start = _call
         began_s = time.perf_counter()
         self._go_on()
         self._score(claim.hits)

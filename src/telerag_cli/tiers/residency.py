@@ -117,7 +117,7 @@ class Residency:
         self.policy.admitted(lists)
 
     def abort(self, lists: IntArray) -> None:
-        """The bytes of MOVING lists will not arrive; whoever references them has been told, and does so no more."""
+        """The bytes of MOVING lists will not arrive; whoever references them is to be told, and does so no more."""
         assert (self.state[lists] == MOVING).all()
         self.references[lists] = 0
         for list_no in lists.tolist():
