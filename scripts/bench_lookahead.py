@@ -110,7 +110,7 @@ class FaissOnDisk(Retriever):
         wanted = int(self.index.extents[probes].sum())
         zeros = dict.fromkeys(JoinReport.count_names(), 0)
         report = JoinReport(**zeros | {"lists_wanted": len(probes), "lists_missed": len(probes), "bytes_wanted": wanted,
-                                       "bytes_missed": wanted}, coarse_s=0.0, score_s=0.0, join_s=took_s)  # fmt: skip
+                                       "bytes_missed": wanted}, coarse_s=0.0, score_s=0.0, join_s=took_s, window=None)  # fmt: skip
         return Found(scores, rows, report)
 
 

@@ -422,7 +422,7 @@ def _moving_s(
     copier = Copier(bench.gpu.stream(), source, arena, Rate(rate * 1e9, 1.0), float(index.extents.mean()))
     accounts = size_arena(index, len(arena), "--arena")
     tier = ArenaTier(index, accounts, copier, _Unscored(index.manifest.nlist), cache=CacheKind.NONE)
-    round_ = Mover(tier).start(Plan(tier.nlist, tier.new_round(0.0)))
+    round_ = Mover(tier).start(Plan(tier.extents, tier.new_round(0.0)))
     started_s = time.perf_counter()
     round_.follow(order, len(order))
     while not round_.idle:

@@ -67,7 +67,7 @@ def make_index(
 def replay(coarse: Coarse, extents: IntArray, probed: IntArray, budget_bytes: float, predict: Predict, question: int,
            checkpoints: tuple[float, ...]) -> float:  # fmt: skip
     """Share of the probed lists that the plan has moved when the text is done, for one question."""
-    plan = Plan(coarse.nlist, np.zeros(coarse.nlist, np.bool_))
+    plan = Plan(np.ones(coarse.nlist, np.int64), np.zeros(coarse.nlist, np.bool_))
     absent = np.ones(coarse.nlist, np.bool_)
     moved_bytes = 0.0
     for begin, end in zip((0.0, *checkpoints), (*checkpoints, 1.0), strict=True):

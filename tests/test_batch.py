@@ -225,7 +225,7 @@ def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
 def test_rounds_share_the_link_and_take_turns():
     tier = StubTier(8, depth=2)
     mover = Mover(tier)
-    first, second = (mover.start(Plan(8, np.zeros(8, np.bool_))) for _ in range(2))
+    first, second = (mover.start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_))) for _ in range(2))
     first.follow(np.arange(8), 8)
     second.follow(np.arange(8)[::-1], 8)
     assert [number for number, _ in tier.started] == [0, 1]
@@ -254,7 +254,7 @@ def test_what_one_round_moves_another_does_not_evict():
 
     tier.prefetch = prefetch
     mover = Mover(tier)
-    first, second = (mover.start(Plan(6, np.zeros(6, np.bool_))) for _ in range(2))
+    first, second = (mover.start(Plan(np.ones(6, np.int64), np.zeros(6, np.bool_))) for _ in range(2))
     first.follow(np.array([0, 1, 2, 3, 4, 5]), 2)
     second.follow(np.array([5, 4, 3, 2, 1, 0]), 2)
     tier.finish(0)

@@ -59,7 +59,7 @@ def test_blend_goes_from_question_to_text():
 
 
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
-    plan = Plan(6, np.zeros(6, np.bool_))
+    plan = Plan(np.ones(6, np.int64), np.zeros(6, np.bool_))
     absent = np.ones(6, np.bool_)
     assert plan.take(absent, 1) == []
     plan.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
@@ -76,7 +76,7 @@ def test_a_plan_hands_out_the_best_absent_lists_within_reach():
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     kept = np.zeros(5, np.bool_)
     kept[3] = True
-    plan = Plan(5, kept)
+    plan = Plan(np.ones(5, np.int64), kept)
     plan.reorder(np.array([4, 0, 2, 1, 3]), 5)
     assert np.flatnonzero(plan.stay()(2)).tolist() == [0, 3, 4]
     worth = plan.worth
@@ -110,7 +110,7 @@ class StubTier:
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
-    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
@@ -144,7 +144,7 @@ def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle()
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
     tier = StubTier(8, depth=2)
-    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 2)
     assert not ahead.idle
     tier.finish(0)
@@ -165,7 +165,7 @@ def test_reach_grows_with_the_text():
 
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, full=True)
-    ahead = Mover(tier).start(Plan(8, np.zeros(8, np.bool_)))
+    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     tier.full = False
     ahead._mover.fill()
@@ -332,7 +332,7 @@ def test_least_recently_used_leaves_first(kind):
 
 def test_rounds_may_be_driven_from_many_threads():
     tier = StubTier(64, depth=4)
-    ahead = Mover(tier).start(Plan(64, np.zeros(64, np.bool_)))
+    ahead = Mover(tier).start(Plan(np.ones(64, np.int64), np.zeros(64, np.bool_)))
     ahead.follow(np.arange(64), 64)
     position = threading.Lock()
     taken = [0]

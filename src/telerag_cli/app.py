@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +11,16 @@ import typer
 from telerag_cli import __version__
 from telerag_cli.commands.build_index import build_index
 from telerag_cli.commands.chat import chat
+from telerag_cli.commands.config import apply, config
+from telerag_cli.commands.doctor import doctor
 from telerag_cli.commands.embed import embed
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
 from telerag_cli.commands.inspect import inspect
+from telerag_cli.commands.profile import profile
 from telerag_cli.commands.quickstart import quickstart
 from telerag_cli.commands.run import run
 from telerag_cli.commands.search import search
+from telerag_cli.commands.settings import wanted
 
 app = typer.Typer(
     name="telerag",
@@ -33,9 +38,18 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="The settings file.  \\[default: ./telerag.toml, or telerag/telerag.toml in the user's configuration]",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
@@ -43,9 +57,13 @@ def options(
     """Options before the command."""
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    if wanted(os.environ, settings):
+        apply(context, settings)
 
 
-for command in (quickstart, embed, build_index, inspect, search, run, chat):
+app.callback()(guarded(options))
+
+for command in (quickstart, embed, build_index, profile, inspect, search, run, chat, doctor, config):
     app.command()(guarded(command))
 
 

@@ -59,6 +59,11 @@ def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
     return ResourceError(f"{path}: {error.strerror or error}.", remedy="Check the path and the device.")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/telerag``, or ``~/.cache/telerag``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telerag"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as JSON, atomically and with sorted keys, so that equal values give equal bytes."""
     with writing(path) as temporary:

@@ -28,6 +28,8 @@ from telerag_cli.commands.options import (
     NGpuLayersOption,
     NprobeOption,
     PipelineOption,
+    PrefetchBudgetOption,
+    ProfileOption,
     RequirePinnedOption,
     RescoreOption,
     RoundsOption,
@@ -68,6 +70,8 @@ def chat(
     fast_memory: FastMemoryOption = None,
     gpu_memory: GpuMemoryOption = "auto",
     require_pinned: RequirePinnedOption = False,
+    profile: ProfileOption = "auto",
+    prefetch_budget: PrefetchBudgetOption = None,
     generator: GeneratorOption = GeneratorKind.LLAMA,
     model: ModelOption = None,
     hf_repo: HfRepoOption = None,
@@ -107,7 +111,7 @@ def chat(
         from telerag_cli.commands.chat_input import Piped, Typed
         from telerag_cli.commands.chat_screen import Screen
         from telerag_cli.commands.chat_session import COMMANDS, Chat, converse
-        from telerag_cli.commands.opening import Answering, Searching, open_answering
+        from telerag_cli.commands.opening import Answering, Planned, Searching, open_answering
         from telerag_cli.engine.llm import LlmOptions
         from telerag_cli.tracing import Tracer
 
@@ -123,7 +127,9 @@ def chat(
         interactive = sys.stdin.isatty()
         screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
         engine, _at_once = opened_here.enter_context(
-            open_answering(searching, answering, tracer, screen.warn)
+            open_answering(
+                searching, answering, tracer, screen.warn, planned=Planned(profile, prefetch_budget)
+            )
         )
         talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
         if interactive:

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from telerag_cli.engine.engine import Engine
     from telerag_cli.engine.llm import LlmOptions
     from telerag_cli.engine.placement import PlannedTier, Row, TierOptions
+    from telerag_cli.generation.base import Generator
     from telerag_cli.index.artifact import Index
     from telerag_cli.lookahead.retriever import Retriever
+    from telerag_cli.pipelines.base import Pipeline
+    from telerag_cli.planning.profile import Identity
     from telerag_cli.tracing import Tracer
 
 Warn = Callable[[str], None]
+AUTO, NONE = "auto", "none"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class Answering:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What a user said about the plan."""
+
+    profile: str = AUTO
+    prefetch_budget: str | None = None
+    explain: bool = False
+    pipeline: Pipeline | None = None
+    name: str = ""
+
+
 @contextlib.contextmanager
 def open_search(searching: Searching) -> Iterator[tuple[Opened, Retriever, int, int]]:
     """An index ready for searches, and the ``k`` and ``nprobe`` to search with; closed at the end."""
@@ -69,9 +84,51 @@ def open_search(searching: Searching) -> Iterator[tuple[Opened, Retriever, int, 
         yield opened, retriever, k, nprobe
 
 
+@dataclass(frozen=True)
+class Parts:
+    """All that answering needs, not put together: to be measured."""
+
+    opened: Opened
+    tier: PlannedTier
+    retriever: Retriever
+    generator: Generator
+    nprobe: int
+    identity: Identity
+    versions: dict[str, str]
+
+
+@contextlib.contextmanager
+def open_parts(
+    searching: Searching, llm: LlmOptions, concurrency: int | None, warn: Warn = console.warn
+) -> Iterator[Parts]:
+    """The parts of an engine, ready; closed at the end."""
+    from telerag_cli.engine.assemble import default_k, default_nprobe, open_index, open_retriever
+    from telerag_cli.engine.llm import plan_llm
+    from telerag_cli.engine.placement import plan_tier
+    from telerag_cli.engine.survey import embedder_name, identity_of
+    from telerag_cli.index.artifact import Index
+    from telerag_cli.lookahead.retriever import check_search
+
+    index = Index.open(searching.index)
+    nprobe = searching.nprobe or default_nprobe(index)
+    check_search(index, default_k(index), nprobe)
+    tier = plan_tier(index, searching.tier)
+    planned = plan_llm(llm, concurrency, tier, warn, searching.tier.device)
+    opened = open_index(index, searching.embedder, searching.tier.device)
+    _show(tier, planned.rows)
+    opened.embedder.warm_up(sketching=True)
+    identity, versions = identity_of(index, tier.name, planned, embedder_name(opened.embedder))
+    with (
+        contextlib.closing(planned.open()) as generator,
+        contextlib.closing(open_retriever(index, tier, progress=console.progress)) as retriever,
+    ):
+        yield Parts(opened, tier, retriever, generator, nprobe, identity, versions)
+
+
 @contextlib.contextmanager
 def open_answering(
-    searching: Searching, answering: Answering, tracer: Tracer, warn: Warn = console.warn, opened: Opened | None = None
+    searching: Searching, answering: Answering, tracer: Tracer, warn: Warn = console.warn, opened: Opened | None = None,
+    planned: Planned = Planned(NONE),  # it is frozen
 ) -> Iterator[tuple[Engine, int]]:  # fmt: skip
     """An engine ready for questions, and how many to ask at once; closed at the end.
 
@@ -81,7 +138,9 @@ def open_answering(
         tracer: where work is recorded.
         warn: takes what a user should know.
         opened: index, passages and embedder, if they are open already.
+        planned: the profile to plan with, and whether to tell what comes of it.
     """
+    from telerag_cli.commands.planning import plan_with
     from telerag_cli.engine.assemble import default_k, default_nprobe, open_engine, open_index
     from telerag_cli.engine.llm import plan_llm
     from telerag_cli.engine.placement import plan_tier
@@ -102,13 +161,29 @@ def open_answering(
     llm = plan_llm(answering.llm, answering.concurrency, tier, warn, searching.tier.device)
     opened = opened or open_index(index, searching.embedder, searching.tier.device)
     _show(tier, llm.rows)
-    engine = open_engine(
-        opened, llm.open, tier, settings, rescore=searching.rescore, tracer=tracer, progress=console.progress
-    )
+    planning = plan_with(planned, opened, tier, llm, settings.nprobe, warn)
+    engine = open_engine(opened, llm.open, tier, settings, rescore=searching.rescore, planning=planning, tracer=tracer,
+                         progress=console.progress)  # fmt: skip
     with contextlib.closing(engine):
+        if planned.explain and planned.pipeline:
+            show_plan(engine, planned.pipeline, planned.name)
         for note in engine.retriever.tier.notes:
             warn(note)
-        yield engine, llm.concurrency
+        try:
+            yield engine, llm.concurrency
+        finally:
+            engine.shared.averages.save()
+
+
+def show_plan(engine: Engine, pipeline: Pipeline, name: str) -> None:
+    """What is expected of a run; nothing without a profile."""
+    from telerag_cli.engine.explain import explain
+
+    if engine.shared.planner is None:
+        console.warn("There is no profile to explain a plan with.")
+        return
+    rows = explain(engine, engine.shared.planner, pipeline, name)
+    console.table(f"Plan ({name}, one question alone)", ("what", "expected", "why"), rows)
 
 
 def _show(tier: PlannedTier, llm: list[Row]) -> None:

@@ -102,6 +102,26 @@ DeviceOption = Annotated[
     ),
 ]
 
+_PLAN = "The plan"
+ProfileOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|auto|none",
+        help="What telerag profile measured. auto: what is kept of this index on this machine, measured quickly if there is "
+        "none; none: go without, and predict nothing.",
+        rich_help_panel=_PLAN,
+    ),
+]
+PrefetchBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Most that lookahead may move before a retrieval.  \\[default: as much as there is time and room for]",
+        show_default=False,
+        rich_help_panel=_PLAN,
+    ),
+]
+
 PipelineOption = Annotated[
     PipelineName, typer.Option(help="How questions are answered; see docs/pipelines.md.")
 ]

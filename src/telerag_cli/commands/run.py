@@ -27,6 +27,8 @@ from telerag_cli.commands.options import (
     NGpuLayersOption,
     NprobeOption,
     PipelineOption,
+    PrefetchBudgetOption,
+    ProfileOption,
     RequirePinnedOption,
     RescoreOption,
     RoundsOption,
@@ -83,6 +85,12 @@ def run(
     fast_memory: FastMemoryOption = None,
     gpu_memory: GpuMemoryOption = "auto",
     require_pinned: RequirePinnedOption = False,
+    profile: ProfileOption = "auto",
+    prefetch_budget: PrefetchBudgetOption = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print the plan before starting.", rich_help_panel="The plan"),
+    ] = False,
     concurrency: Annotated[
         int | None,
         typer.Option(
@@ -148,7 +156,7 @@ def run(
         open_lines(questions) as (lines, name),
         contextlib.ExitStack() as opened_here,
     ):
-        from telerag_cli.commands.opening import Answering, Searching, open_answering
+        from telerag_cli.commands.opening import Answering, Planned, Searching, open_answering
         from telerag_cli.engine.batch import Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
         from telerag_cli.engine.llm import LlmOptions
@@ -166,7 +174,10 @@ def run(
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
-        engine, at_once = opened_here.enter_context(open_answering(searching, answering, tracer))
+        planned = Planned(profile, prefetch_budget, explain, how, pipeline.value)
+        engine, at_once = opened_here.enter_context(
+            open_answering(searching, answering, tracer, planned=planned)
+        )
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
             summary = answer_all(

@@ -18,6 +18,9 @@ from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever, check_search
+from telerag_cli.planning.averages import Averages
+from telerag_cli.planning.planner import Planner
+from telerag_cli.tiers.base import JoinRates
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
 
@@ -53,14 +56,28 @@ def open_index(index: Index, embedder: str | None, device: str = "auto") -> Open
 
 
 def open_retriever(index: Index, tier: PlannedTier, *, rescore: int | None = None, tracer: Tracer | None = None,
-                   progress: Progress = silent) -> Retriever:  # fmt: skip
+                   progress: Progress = silent, rates: JoinRates | None = None, budget_bytes: int | None = None) -> Retriever:  # fmt: skip
     """A retriever over the planned tier, which takes its memory now."""
     coarse = Coarse(index.centroids, index.manifest.metric)
-    return Retriever(index, coarse, tier.open(coarse, tracer, progress), rescore=rescore, tracer=tracer)
+    opened = tier.open(coarse, tracer, progress, rates)
+    return Retriever(index, coarse, opened, rescore=rescore, budget_bytes=budget_bytes, tracer=tracer)
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What an engine plans with; nothing by default."""
+
+    rates: JoinRates | None = None
+    budget_bytes: int | None = None
+    """That lookahead may move in one round."""
+    averages: Averages | None = None
+    make_planner: Callable[[Generator, Retriever], Planner | None] = lambda _generator, _retriever: None
+    """Called when everything is open, and may measure it."""
 
 
 def open_engine(opened: Opened, open_llm: Callable[[], Generator], tier: PlannedTier, settings: Settings, *,
-                rescore: int | None = None, tracer: Tracer | None = None, progress: Progress = silent) -> Engine:  # fmt: skip
+                rescore: int | None = None, planning: Planning = Planning(), tracer: Tracer | None = None,
+                progress: Progress = silent) -> Engine:  # fmt: skip  # it is frozen
     """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails.
 
     The LLM comes before the arena, which on a GPU may take what is left.
@@ -70,9 +87,13 @@ def open_engine(opened: Opened, open_llm: Callable[[], Generator], tier: Planned
     with contextlib.ExitStack() as undo:
         generator = open_llm()
         undo.callback(generator.close)
-        retriever = open_retriever(opened.index, tier, rescore=rescore, tracer=tracer, progress=progress)
+        retriever = open_retriever(opened.index, tier, rescore=rescore, tracer=tracer, progress=progress, rates=planning.rates,
+                                   budget_bytes=planning.budget_bytes)  # fmt: skip
+        undo.callback(retriever.close)
+        planner = planning.make_planner(generator, retriever)
         undo.pop_all()
-    return Engine(generator, opened.embedder, retriever, opened.passages, settings, tracer=tracer)
+    return Engine(generator, opened.embedder, retriever, opened.passages, settings, averages=planning.averages, planner=planner,
+                  tracer=tracer)  # fmt: skip
 
 
 def default_nprobe(index: Index) -> int:

@@ -112,7 +112,7 @@ def answer_all(
         try:
             if question.problem is not None:
                 raise InputError(question.problem)
-            result = await engine.ask(pipeline, question.text)
+            result = await engine.ask(pipeline, question.text, name=name.value)
         except TeleragError as error:
             summary.failed += 1
             outputs.tell(f"question {question.id}: {error}")

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
+from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.retrieval import QueryEmbedder, Retrieval, Retrievals
-from telerag_cli.engine.session import Lengths, Session, Settings, Shared, Stage, Watch
+from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
 from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import FloatArray
@@ -17,6 +18,8 @@ from telerag_cli.index.passages import Passages
 from telerag_cli.lookahead.retriever import JoinReport, Retriever, check_search
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.planning.averages import Averages
+from telerag_cli.planning.planner import Planner
 from telerag_cli.tracing import Tracer
 
 SKETCH = "sketch"
@@ -32,6 +35,8 @@ class Answered:
     citations: list[Citation]
     stages: list[Stage]
     retrievals: list[Retrieval]
+    plans: list[Plan]
+    """Of the retrievals that lookahead prepared; none without a profile."""
     dropped_passages: int
     """Retrieved passages that did not fit a prompt, lowest rank first."""
     timings: dict[str, float]
@@ -46,14 +51,14 @@ class Engine:
     """Long-lived: the models, the index and its fast tier. Any number of questions may be under way in one event loop."""
 
     def __init__(self, generator: Generator, embedder: QueryEmbedder, retriever: Retriever, passages: Passages, settings: Settings,
-                 *, tracer: Tracer | None = None) -> None:  # fmt: skip
+                 *, averages: Averages | None = None, planner: Planner | None = None, tracer: Tracer | None = None) -> None:  # fmt: skip
         check_search(retriever.index, settings.k, settings.nprobe)
         self.tracer = tracer or Tracer(enabled=False)
         self._embedder = embedder
         retrievals = Retrievals(embedder, retriever, passages, settings.k, settings.nprobe, self.tracer)
         self.shared = Shared(
-            generator, retriever, retrievals, Sketcher(self._sketch), settings, Lengths(), self.tracer
-        )
+            generator, retriever, retrievals, Sketcher(self._sketch), settings, averages or Averages(), planner, Writing(), self.tracer
+        )  # fmt: skip
 
     @property
     def settings(self) -> Settings:
@@ -74,18 +79,21 @@ class Engine:
         """Choose what predicts the lists to move, from the next question on."""
         self.shared = replace(self.shared, settings=replace(self.shared.settings, lookahead=mode))
 
-    async def ask(self, pipeline: Pipeline, question: str, watch: Watch | None = None) -> Answered:
+    async def ask(
+        self, pipeline: Pipeline, question: str, watch: Watch | None = None, *, name: str = ""
+    ) -> Answered:
         """Answer one question.
 
         Args:
             pipeline: how.
             question: the question.
             watch: is told what each stage writes, as it writes.
+            name: of the pipeline: what is learned of its stages is kept under it.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
-        session = Session(self.shared, watch)
+        session = Session(self.shared, Forecast(self.shared.averages, self.shared.planner, name), watch)
         started_s = time.perf_counter()
         try:
             answer = await pipeline(session, question)
@@ -93,7 +101,7 @@ class Engine:
             session.end()
         session.timings["total_s"] = time.perf_counter() - started_s
         return Answered(answer.text, list(answer.found), cite(answer.text, answer.found), session.stages, session.retrievals,
-                        session.dropped, dict(session.timings))  # fmt: skip
+                        session.plans, session.dropped, dict(session.timings))  # fmt: skip
 
     def close(self) -> None:
         """Free the models and the arena."""

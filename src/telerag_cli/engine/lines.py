@@ -7,16 +7,19 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.forecast import Plan
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import explain
 from telerag_cli.lookahead.retriever import JoinReport
 from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.planning.planner import ExpectedText
 
 
 def answer_line(
@@ -36,11 +39,13 @@ def answer_line(
             {"name": stage.name, "text": stage.generation.text, "finish_reason": stage.generation.finish_reason,
              "prompt_tokens": stage.generation.prompt_tokens, "cached_tokens": stage.generation.cached_tokens,
              "completion_tokens": stage.generation.completion_tokens, "queue_s": round(stage.generation.queue_s, 6),
-             "prefill_s": round(stage.generation.prefill_s, 6), "decode_s": round(stage.generation.decode_s, 6)}
+             "prefill_s": round(stage.generation.prefill_s, 6), "decode_s": round(stage.generation.decode_s, 6),
+             **({"expected": _rounded(stage.expected)} if stage.expected else {})}
             for stage in answered.stages
         ],
         "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
         "lookahead": {"mode": lookahead.value} | _sum(answered.joins),
+        "plan": [_rounded(plan) for plan in answered.plans],
         "dropped_passages": answered.dropped_passages,
     }  # fmt: skip
     if question.batch is None:
@@ -117,6 +122,18 @@ def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) ->
     }
     response = {"status_code": 200, "request_id": f"req_{question.id}", "body": completion}
     return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
+
+
+def _rounded(value: ExpectedText | Plan) -> dict[str, Any]:
+    """As JSON, with whole bytes and times to a microsecond."""
+
+    def short(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {
+            name: (round(item) if "bytes" in name else round(item, 6)) if isinstance(item, float) else item
+            for name, item in items
+        }
+
+    return asdict(value, dict_factory=short)
 
 
 def _sum(joins: list[JoinReport]) -> dict[str, int]:

@@ -16,6 +16,7 @@ from telerag_cli.config import (
 from telerag_cli.engine.placement import PlannedTier, Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.generation.base import Generator
+from telerag_cli.planning.formulas import memory_left_bytes
 from telerag_cli.tiers.transport import available_bytes
 
 ALL_LAYERS = -1
@@ -50,12 +51,15 @@ class PlannedLlm:
     """Its part of the byte plan."""
     open: Callable[[], Generator]
     """Take the memory; raises ResourceError if there is not enough."""
+    name: str
+    """Model, place and threads, by which a profile knows it."""
+    kind: GeneratorKind = GeneratorKind.LLAMA
 
 
 def plan_llm(
     options: LlmOptions,
     concurrency: int | None,
-    tier: PlannedTier,
+    tier: PlannedTier | None,
     notice: Callable[[str], None],
     device: str = "auto",
 ) -> PlannedLlm:
@@ -64,7 +68,7 @@ def plan_llm(
     Args:
         options: which model.
         concurrency: questions at once; by default as many as half of the memory left holds contexts for, at most 16.
-        tier: what the index will take of the memory that is free.
+        tier: what the index will take of the memory that is free; None if there is none.
         notice: takes what a user should know of a server.
         device: ``cuda:N`` for the GPU that the LLM's layers go to, if any do; else they go to all there are.
 
@@ -86,7 +90,7 @@ def plan_llm(
 
         return Replay(replay, planned.open())
 
-    return PlannedLlm(planned.concurrency, planned.rows, open_replay)
+    return PlannedLlm(planned.concurrency, planned.rows, open_replay, planned.name)
 
 
 def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str], None]) -> PlannedLlm:
@@ -123,10 +127,14 @@ def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str]
             notice=notice,
         )
 
-    return PlannedLlm(concurrency, [(f"LLM {options.model or ''}".rstrip(), base_url, "")], open_endpoint)
+    name = f"LLM {options.model or ''}".rstrip()
+    return PlannedLlm(concurrency, [(name, base_url, "")], open_endpoint,
+                      f"{options.model or 'the one served'} at {base_url}", GeneratorKind.OPENAI)  # fmt: skip
 
 
-def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier, device: str) -> PlannedLlm:
+def _plan_llama(
+    options: LlmOptions, concurrency: int | None, tier: PlannedTier | None, device: str
+) -> PlannedLlm:
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
     from telerag_cli.generation.models import resolve_model
@@ -143,7 +151,7 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier,
     model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=gpu_number(gpu))
     context_tokens = min(options.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = _free_bytes(options, tier, gpu) - model.weights_bytes
+    free_bytes = memory_left_bytes(_free_bytes(options, tier, gpu), model.weights_bytes)
     fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = concurrency or fitting
     slots = max(at_once, min(fitting, FEWEST_SLOTS))
@@ -151,7 +159,7 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier,
         raise ResourceError(
             f"{slots} contexts of {context_tokens:,} tokens take {format_bytes(slots * slot_bytes)} and "
             f"{format_bytes(max(free_bytes, 0))} of memory are free.",
-            remedy=f"Lower --concurrency, --ctx-size or {'--gpu-memory' if tier.gpu_bytes else '--fast-memory'}.",
+            remedy=f"Lower --concurrency, --ctx-size or {'--gpu-memory' if tier and tier.gpu_bytes else '--fast-memory'}.",
         )
     where = "GPU" if options.n_gpu_layers else "RAM"
     rows = [
@@ -159,13 +167,21 @@ def _plan_llama(options: LlmOptions, concurrency: int | None, tier: PlannedTier,
         (f"LLM context, {slots} x {context_tokens:,} tokens", where, format_bytes(slots * slot_bytes)),
     ]
     return PlannedLlm(at_once, rows,
-                      lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads))  # fmt: skip
+                      lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads),
+                      f"{model.name} ({model.weights_bytes:,} bytes), {_where(options)}")  # fmt: skip
 
 
-def _free_bytes(options: LlmOptions, tier: PlannedTier, gpu: str) -> int:
+def _where(options: LlmOptions) -> str:
+    on_gpu = {0: "on the CPU", ALL_LAYERS: "all layers on the GPU"}.get(
+        options.n_gpu_layers, f"{options.n_gpu_layers} layers on the GPU"
+    )
+    return f"{on_gpu}, {options.threads or 'all'} threads"
+
+
+def _free_bytes(options: LlmOptions, tier: PlannedTier | None, gpu: str) -> int:
     """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
     if options.n_gpu_layers != ALL_LAYERS:
-        return available_bytes() - tier.ram_bytes
+        return memory_left_bytes(available_bytes(), tier.ram_bytes if tier else 0)
     from telerag_cli.tiers.cuda.gpu import find_gpu
 
-    return find_gpu(gpu).free_bytes() - tier.gpu_bytes
+    return memory_left_bytes(find_gpu(gpu).free_bytes(), tier.gpu_bytes if tier else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import Progress
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.tiers.base import FastTier
+from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import available_bytes
@@ -35,6 +36,8 @@ class TierOptions:
     """None for what the LLM leaves."""
     require_pinned: bool = False
     cache: CacheKind = CacheKind.HOTNESS
+    throttle_bytes_per_s: int | None = None
+    """Of the simulated GPU's link."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,17 @@ class PlannedTier:
     """A tier that can be opened."""
 
     kind: TierKind
+    name: str
+    """Kind and device, by which a profile knows it."""
     why: str
     rows: list[Row]
     """Its part of the byte plan."""
     ram_bytes: int
     gpu_bytes: int
     """What it takes of either memory; of the GPU's 0 if it takes what others leave."""
-    open: Callable[[Coarse, Tracer | None, Progress], FastTier]
-    """Take the memory; raises ResourceError if there is not enough."""
+    open: Callable[[Coarse, Tracer | None, Progress, JoinRates | None], FastTier]
+    """Take the memory; raises ResourceError if there is not enough. Rates that are known need not be measured."""
+    gpu: Gpu | None = None
 
 
 def plan_tier(index: Index, options: TierOptions) -> PlannedTier:
@@ -68,6 +74,38 @@ def plan_tier(index: Index, options: TierOptions) -> PlannedTier:
     if gpu is None:
         return _plan_host(index, options, why)
     return _plan_cuda(index, options, gpu, why)
+
+
+def plan_device(
+    kind: TierKind, device: str, throttle_bytes_per_s: int | None = None
+) -> tuple[Gpu | None, str]:
+    """The GPU that a tier of this kind would be on, if any, without an index to put there; and the tier's name.
+
+    Raises:
+        UsageError: options contradict each other.
+        ResourceError: a device was asked for and is not there.
+    """
+    options = TierOptions(kind, device, throttle_bytes_per_s=throttle_bytes_per_s)
+    gpu: Gpu | None = None
+    if kind is TierKind.AUTO:
+        with contextlib.suppress(ResourceError):
+            gpu = None if device == "cpu" else _found(device)
+    elif kind is not TierKind.HOST:
+        gpu = _named_gpu(options)
+    return gpu, _tier_name(kind, gpu)
+
+
+def _found(device: str) -> Gpu:
+    from telerag_cli.tiers.cuda.gpu import find_gpu
+
+    return find_gpu(device)
+
+
+def _tier_name(kind: TierKind, gpu: Gpu | None) -> str:
+    """By which a profile knows it."""
+    if gpu is None:
+        return TierKind.HOST.value
+    return gpu.name if kind is TierKind.SIMULATED else f"{TierKind.CUDA}: {gpu.name}"
 
 
 def _usable_gpu(index: Index, options: TierOptions) -> tuple[Gpu | None, str]:
@@ -97,7 +135,7 @@ def _named_gpu(options: TierOptions) -> Gpu:
     if options.kind is TierKind.SIMULATED:
         from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
-        return SimulatedGpu()
+        return SimulatedGpu(bytes_per_s=options.throttle_bytes_per_s)
     if options.device == "cpu":
         raise UsageError("--device cpu has no GPU for --tier cuda.", remedy="Leave one of them out.")
     from telerag_cli.tiers.cuda.gpu import find_gpu
@@ -117,7 +155,9 @@ def _plan_host(index: Index, options: TierOptions, why: str) -> PlannedTier:
     if arena_bytes is None:
         arena_bytes = parse_bytes(DEFAULT_FAST_MEMORY)
 
-    def open_tier(coarse: Coarse, tracer: Tracer | None, _progress: Progress) -> FastTier:
+    def open_tier(
+        coarse: Coarse, tracer: Tracer | None, _progress: Progress, _rates: JoinRates | None
+    ) -> FastTier:
         return open_host_tier(index, coarse, arena_bytes, cache=options.cache, tracer=tracer)
 
     rows = [
@@ -125,7 +165,9 @@ def _plan_host(index: Index, options: TierOptions, why: str) -> PlannedTier:
         ("arena", "RAM", format_bytes(min(arena_bytes, lists))),
         _centroids(index),
     ]
-    return PlannedTier(TierKind.HOST, why, rows, min(arena_bytes, lists), 0, open_tier)
+    return PlannedTier(
+        TierKind.HOST, _tier_name(TierKind.HOST, None), why, rows, min(arena_bytes, lists), 0, open_tier
+    )
 
 
 def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> PlannedTier:
@@ -135,10 +177,12 @@ def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> Planne
     lists = int(index.extents.sum())
     given = options.gpu_memory_bytes
 
-    def open_tier(coarse: Coarse, tracer: Tracer | None, progress: Progress) -> FastTier:
+    def open_tier(
+        coarse: Coarse, tracer: Tracer | None, progress: Progress, rates: JoinRates | None
+    ) -> FastTier:
         with progress("Reading lists into host memory", lists, unit="bytes") as advance:
             return open_cuda_tier(index, coarse, gpu, given, require_pinned=options.require_pinned, cache=options.cache,
-                                  advance=advance, tracer=tracer)  # fmt: skip
+                                  advance=advance, rates=rates, tracer=tracer)  # fmt: skip
 
     arena = (
         f"what is left, at most {format_bytes(lists)}" if given is None else format_bytes(min(given, lists))
@@ -152,7 +196,7 @@ def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> Planne
     ]
     kind = TierKind.SIMULATED if options.kind is TierKind.SIMULATED else TierKind.CUDA
     on_device = 0 if given is None else min(given, lists) + workspace_bytes(index)
-    return PlannedTier(kind, why, rows, lists, on_device, open_tier)
+    return PlannedTier(kind, _tier_name(kind, gpu), why, rows, lists, on_device, open_tier, gpu)
 
 
 def _centroids(index: Index) -> Row:

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from telerag_cli.config import Lookahead
+from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.refiner import Beginning, Begun, Refiner
 from telerag_cli.engine.retrieval import Retrieval, Retrievals
@@ -23,6 +25,8 @@ from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Ahead, Expect, Prompt
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
+from telerag_cli.planning.averages import Averages
+from telerag_cli.planning.planner import ExpectedText, Planner
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
@@ -52,22 +56,24 @@ class Stage:
     request: Request
     generation: Generation
     took_s: float
+    expected: ExpectedText | None
+    """What the profile says of a text of this length, if there is one."""
 
 
-class Lengths:
-    """How long the texts of each stage were, as a moving average in which the last one weighs a quarter."""
+class Writing:
+    """How many texts are being written now. For one event loop."""
 
     def __init__(self) -> None:
-        self._known: dict[str, float] = {}
+        self.now = 0
 
-    def expected(self, stage: str, max_tokens: int) -> float:
-        """Tokens that a stage's text will probably have; at first all that it may."""
-        return min(self._known.get(stage, float(max_tokens)), float(max_tokens))
-
-    def observe(self, stage: str, tokens: int) -> None:
-        """Learn from a text."""
-        known = self._known.get(stage)
-        self._known[stage] = tokens if known is None else 0.75 * known + 0.25 * tokens
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[int]:
+        """Count one while the block runs; yields how many there are with it."""
+        self.now += 1
+        try:
+            yield self.now
+        finally:
+            self.now -= 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,9 @@ class Shared:
     retrievals: Retrievals
     sketcher: Sketcher
     settings: Settings
-    lengths: Lengths
+    averages: Averages
+    planner: Planner | None
+    writing: Writing
     tracer: Tracer
 
 
@@ -95,9 +103,12 @@ class Session:
     """One question's way through its pipeline, and all that is noted of it."""
 
     shared: Shared
+    forecast: Forecast
     watch: Watch | None = None
     stages: list[Stage] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    """Of the retrievals that lookahead prepared."""
     timings: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds of each stage, summed over its calls."""
     dropped: int = 0
@@ -118,6 +129,7 @@ class Session:
 
         beginning = Beginning(query, begin)
         self._begun.append(beginning.begun)
+        self.forecast.lookahead_begins()
         shared.sketcher.submit(beginning)
         yield _Ahead(beginning.begun)
 
@@ -132,14 +144,18 @@ class Session:
         )
         refiner = self._refiner(stage, max_tokens, refining, expect)
         started_s = time.perf_counter()
-        with self.shared.tracer.lane(LLM) as lane:
+        with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
+            self.forecast.writes(
+                stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width
+            )
             generation = await self.shared.generator.generate(request, self._listener(stage, refiner))
             ended_s = time.perf_counter()
             self.shared.tracer.add(lane, stage, started_s, ended_s, prompt_tokens=generation.prompt_tokens,
                                    completion_tokens=generation.completion_tokens, cached_tokens=generation.cached_tokens)  # fmt: skip
         if refiner:
             refiner.end()
-        self._note(Stage(stage, request, generation, ended_s - started_s))
+        expected = self.forecast.wrote(stage, generation, width)
+        self._note(Stage(stage, request, generation, ended_s - started_s, expected))
         return generation
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
@@ -150,6 +166,8 @@ class Session:
         retrieval = await self.shared.retrievals.find(queries, [each.round for each in begun])
         self._begun.clear()
         self.retrievals.append(retrieval)
+        if plan := self.forecast.retrieved(retrieval.join, self.shared.settings.lookahead):
+            self.plans.append(plan)
         self.timings["embed_s"] += retrieval.embed_s
         self.timings["join_s"] += retrieval.join.join_s
         self.timings["retrieval_s"] += time.perf_counter() - started_s
@@ -183,7 +201,7 @@ class Session:
         shared = self.shared
         if shared.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
             return None
-        expected = shared.lengths.expected(stage, max_tokens)
+        expected = self.forecast.expected_tokens(stage, max_tokens)
         return Refiner(
             ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.sketcher, expect
         )
@@ -201,7 +219,6 @@ class Session:
         return on_text
 
     def _note(self, stage: Stage) -> None:
-        self.shared.lengths.observe(stage.name, stage.generation.completion_tokens)
         self.timings[f"{stage.name}_s"] += stage.took_s
         self.timings["llm_s"] += stage.took_s
         self.stages.append(stage)

@@ -14,20 +14,23 @@ from telerag_cli.tiers.residency import BoolArray
 class Plan:
     """Hands out lists from best to worst; a new order starts again from its best.
 
-    The budget is elastic: there is no number of bytes to move, only an order, followed until the query arrives. Two
-    things bound it. A list may evict only what the order ranks behind it and the cache does not keep, so a full arena
-    ends it. And each order says how far down it is worth following.
+    The budget is elastic: there is no number of bytes to move unless the user gives one, only an order, followed until the
+    query arrives. Two things bound it. A list may evict only what the order ranks behind it and the cache does not keep, so a
+    full arena ends it. And each order says how far down it is worth following.
     """
 
-    def __init__(self, nlist: int, kept: BoolArray) -> None:
+    def __init__(self, extents: IntArray, kept: BoolArray, budget_bytes: int | None = None) -> None:
         """Begin with nothing to move.
 
         Args:
-            nlist: lists in the index.
+            extents: bytes each list takes, shape (nlist,).
             kept: lists that the cache keeps through this round, shape (nlist,).
+            budget_bytes: of lists that may be handed out in all orders together.
         """
         self._kept = kept
-        self._nlist = nlist
+        self._extents = extents
+        self._nlist = nlist = len(extents)
+        self._left_bytes = budget_bytes
         self._order: IntArray = np.empty(0, np.int64)
         self._rank: IntArray = np.full(nlist, nlist, np.int64)
         self.worth: npt.NDArray[np.float64] = np.zeros(nlist)
@@ -54,6 +57,10 @@ class Plan:
         """
         rest = self._order[self._next :]
         places = np.flatnonzero(absent[rest])[:count]
+        if self._left_bytes is not None:
+            ends = np.cumsum(self._extents[rest[places]])
+            places = places[ends <= self._left_bytes]
+            self._left_bytes -= int(ends[len(places) - 1]) if len(places) else 0
         if not len(places):
             self.end()
             return []

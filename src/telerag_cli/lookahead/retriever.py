@@ -16,7 +16,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, faiss_threads, merge, nothing, score_again
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Mover, Round
+from telerag_cli.lookahead.round import Mover, Round, Window
 from telerag_cli.lookahead.split import Ends, Misses, Together
 from telerag_cli.tiers.base import Claim, FastTier, InPlace
 from telerag_cli.tiers.residency import BoolArray
@@ -58,11 +58,13 @@ class JoinReport:
     score_s: float
     join_s: float
     """From the query's arrival to its results, all included."""
+    window: Window | None = None
+    """Of the lookahead that prepared it, if any did."""
 
     @classmethod
     def count_names(cls) -> list[str]:
         """Names of the lists and bytes counted."""
-        return [entry.name for entry in fields(cls) if not entry.name.endswith("_s")]
+        return [entry.name for entry in fields(cls) if entry.name.startswith(("lists_", "bytes_", "orders"))]
 
     @staticmethod
     def failures(count: int) -> str:
@@ -113,7 +115,7 @@ class Retriever:
     """Searches an index of any size through a fast tier of any size; the result depends on neither."""
 
     def __init__(self, index: Index, coarse: Coarse, tier: FastTier, *, cache_fraction: float = 0.5, rescore: int | None = None,
-                 tracer: Tracer | None = None) -> None:  # fmt: skip
+                 budget_bytes: int | None = None, link_share: float | None = None, tracer: Tracer | None = None) -> None:  # fmt: skip
         """Begin.
 
         Args:
@@ -123,6 +125,9 @@ class Retriever:
             cache_fraction: share of the arena that hot lists may hold.
             rescore: candidates a result that are scored again from the vectors that the index keeps, 0 for none; by default
                 `RESCORE` if it keeps them.
+            budget_bytes: that lookahead may move in one round; without it, as much as there is time for.
+            link_share: share of the misses, in lists, that the link takes where they could be scored in place too; by default
+                what should end soonest. For measuring what that is worth.
             tracer: where joins are recorded.
 
         Raises:
@@ -136,6 +141,8 @@ class Retriever:
         self.tier = tier
         self._coarse = coarse
         self._cache_fraction = cache_fraction
+        self._budget_bytes = budget_bytes
+        self._link_share = link_share
         self._tracer = tracer or Tracer(enabled=False)
         self._mover = Mover(tier)
         self._together = Together()
@@ -156,8 +163,9 @@ class Retriever:
 
         ``refining`` says that `refine` will follow, so that this order is only a start.
         """
-        ahead = self._mover.start(Plan(self.tier.nlist, self.tier.new_round(self._cache_fraction)))
-        ahead.follow(self.order(queries), reach(nprobe, 0.0, refining=refining))
+        kept = self.tier.new_round(self._cache_fraction)
+        ahead = self._mover.start(Plan(self.tier.extents, kept, self._budget_bytes))
+        ahead.begin(self.order(queries), reach(nprobe, 0.0, refining=refining), nprobe)
         return ahead
 
     def refine(self, ahead: Round, queries: FloatArray, nprobe: int, fraction: float) -> None:
@@ -205,7 +213,8 @@ class Retriever:
             _scores, probes = self._coarse.probe(queries, nprobe)
             coarse_s = time.perf_counter() - arrived_s
             width = min(k * max(self._rescore, 1), manifest.ntotal)
-            join = _Join(self.tier, manifest.metric, queries, probes, width, self._tracer, self._beside, self._together)  # fmt: skip
+            join = _Join(self.tier, manifest.metric, queries, probes, width, self._tracer, self._beside, self._together,
+                         self._link_share)  # fmt: skip
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
@@ -252,7 +261,8 @@ class Retriever:
             lists_in_place=int(self._mask(join.in_place)[missed].sum()),
             lists_failed=len(failed) + sum(ahead.failed for ahead in search.rounds),
             orders=sum(ahead.orders for ahead in search.rounds),
-            coarse_s=coarse_s, score_s=join.score_s, join_s=join_s)  # fmt: skip
+            coarse_s=coarse_s, score_s=join.score_s, join_s=join_s,
+            window=search.rounds[0].window if search.rounds else None)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -284,7 +294,7 @@ class _Join:
     """
 
     def __init__(self, tier: FastTier, metric: Metric, queries: FloatArray, probes: IntArray, k: int, tracer: Tracer,
-                 beside: Executor, together: Together) -> None:  # fmt: skip
+                 beside: Executor, together: Together, link_share: float | None = None) -> None:  # fmt: skip
         self._tier = tier
         self._metric = metric
         self._queries = queries
@@ -293,6 +303,7 @@ class _Join:
         self._tracer = tracer
         self._start: Callable[..., object] = beside.submit
         self._together = together
+        self._link_share = link_share
         self._events: SimpleQueue[_Arrived | _Scored | BaseException | None] = SimpleQueue()
         self.scores, self.rows = nothing(len(queries), k, metric)
         self.coming: list[int] = []
@@ -347,7 +358,7 @@ class _Join:
         # The link moves while what has come is scored, so its end is as fast as the slower of both.
         link_s = np.maximum(nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring_moved.bytes_per_s)  # fmt: skip
         in_place_s = nbytes * queries / place.scoring.bytes_per_s
-        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s, self._together.slowdown)
+        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s, self._together.slowdown, self._link_share)  # fmt: skip
 
     def _go_on(self) -> None:
         """Give both ends what they should do next."""

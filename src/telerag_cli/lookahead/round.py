@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,6 +16,22 @@ from telerag_cli.index.artifact import IntArray
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.tiers.base import FastTier, Stay
 from telerag_cli.tiers.residency import BoolArray
+
+
+@dataclass(frozen=True)
+class Window:
+    """The time in which a round could move lists, and how it used it."""
+
+    window_s: float
+    """From the round's first order to its end."""
+    moving_s: float
+    """Of that, with moves under way."""
+    bytes_moved: int
+    """That arrived in it."""
+    held_share: float
+    """Of the bytes that the first order would have probed, in fast memory at the beginning."""
+    rounds: int
+    """Rounds of lookahead under way at the beginning, this one included."""
 
 
 class Mover:
@@ -39,8 +57,13 @@ class Mover:
         return new
 
     @property
+    def all(self) -> Sequence[Round]:
+        """Rounds that have not ended; the lock is held."""
+        return self._rounds
+
+    @property
     def rounds(self) -> int:
-        """Rounds that have not ended."""
+        """How many have not ended."""
         with self.lock:
             return len(self._rounds)
 
@@ -60,12 +83,12 @@ class Mover:
                     return
                 taker, lists, stay = chosen
                 self._under_way += len(lists)
-                taker.under_way += len(lists)
+                taker.move(len(lists))
                 worth = taker.plan.worth
             outcome = self.tier.prefetch(lists, stay, worth, partial(self._arrived, taker))
             with self.lock:
                 self._under_way -= len(lists) - len(outcome.started)
-                taker.under_way -= len(lists) - len(outcome.started)
+                taker.move(len(outcome.started) - len(lists))
                 if outcome.full:
                     # What ranks lower may evict even less: only a new order can go on.
                     taker.plan.end()
@@ -86,7 +109,7 @@ class Mover:
     def _arrived(self, taker: Round, lists: Sequence[int], error: TeleragError | None) -> None:
         with self.lock:
             self._under_way -= len(lists)
-            taker.under_way -= len(lists)
+            taker.move(-len(lists))
             if error is None:
                 taker.moved.extend(lists)
             else:
@@ -113,6 +136,13 @@ class Round:
         """Moves that ended in an error; the join tries those lists again and tells."""
         self.orders = 0
         """How many orders were followed: one, and one more for each refinement."""
+        self.window = Window(0.0, 0.0, 0, 0.0, 1)
+        """Known when it has stopped."""
+        self._began_s: float | None = None
+        self._moving_since_s = 0.0
+        self._moving_s = 0.0
+        self._held_share = 0.0
+        self._rounds = 1
 
     def follow(self, order: IntArray, reach: int) -> None:
         """Move the ``reach`` best lists of this order from now on; what is under way goes on."""
@@ -123,9 +153,37 @@ class Round:
             self.plan.reorder(order, reach)
         self._mover.fill()
 
+    def begin(self, order: IntArray, reach: int, nprobe: int) -> None:
+        """Follow the first order, for a query that will probe ``nprobe`` lists; the window begins."""
+        tier = self._mover.tier
+        likely = order[:nprobe]
+        likely_bytes = tier.extents[likely]
+        held_bytes = int(likely_bytes[~tier.absent()[likely]].sum())
+        with self._mover.lock:
+            self._held_share = held_bytes / max(int(likely_bytes.sum()), 1)
+            self._rounds = sum(each.going for each in self._mover.all)
+            self._began_s = time.perf_counter()
+        self.follow(order, reach)
+
+    def move(self, count: int) -> None:
+        """So many more are under way, or fewer; the mover's lock is held."""
+        before, self.under_way = self.under_way, self.under_way + count
+        if not self.going:
+            return
+        if not before and self.under_way:
+            self._moving_since_s = time.perf_counter()
+        elif before and not self.under_way:
+            self._moving_s += time.perf_counter() - self._moving_since_s
+
     def stop(self) -> None:
         """Start no more moves. Those under way end by themselves and are waited for only if needed."""
         with self._mover.lock:
+            if not self.going:
+                return
+            now_s = time.perf_counter()
+            moving_s = self._moving_s + (now_s - self._moving_since_s if self.under_way else 0.0)
+            window_s = now_s - (now_s if self._began_s is None else self._began_s)
+            self.window = Window(window_s, moving_s, self.bytes_moved, self._held_share, self._rounds)
             self.going = False
 
     def end(self) -> None:

@@ -81,7 +81,8 @@ class Misses:
     """
 
     def __init__(
-        self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int, latency_s: float = 0.0, slowdown: float = 1.0
+        self, lists: Sequence[int], link_s: Seconds, in_place_s: Seconds, grain: int, latency_s: float = 0.0, slowdown: float = 1.0,
+        link_share: float | None = None,
     ) -> None:  # fmt: skip
         """Put the lists in a row.
 
@@ -93,6 +94,7 @@ class Misses:
             latency_s: what the link's end needs beside, once.
             slowdown: how much longer both take side by side than these seconds say. If one of them alone is done sooner than
                 that, it gets everything.
+            link_share: share of the lists that the link takes, whatever is expected; for measuring.
         """
         order = np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")
         self._row: list[int] = np.asarray(lists, np.int64)[order].tolist()
@@ -105,6 +107,9 @@ class Misses:
         better = min(alone_s, key=alone_s.__getitem__)
         self.ends = better if alone_s[better] <= slowdown * self.expected_s else Ends.BOTH
         """Who takes from the row. What cannot be moved is scored in place all the same."""
+        self._link_takes = None if link_share is None else round(link_share * len(lists))
+        if link_share is not None:
+            self.ends = {0.0: Ends.IN_PLACE, 1.0: Ends.LINK}.get(link_share, Ends.BOTH)
         self._front, self._back = 0, len(lists)
         self._failed: list[int] = []
         self._lock = threading.Lock()
@@ -173,6 +178,8 @@ class Misses:
             return 0
         if self.ends is Ends.LINK:
             return self._back - self._front
+        if self._link_takes is not None:
+            return max(min(self._link_takes, self._back) - self._front, 0)
         rest = slice(self._front, self._back)
         link_busy_s = self._latency_s + self._link_busy_s
         return share_of_link(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s)

@@ -70,6 +70,27 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class JoinRates:
+    """What a join between two tiers goes by, in bytes of lists a second, where it was measured before."""
+
+    link: float
+    in_place: float
+    moved: float
+    latency_s: float
+
+    WEIGHT_BYTES = 1 << 28
+    """With which these begin: what joins show soon counts more."""
+
+    def rates(self) -> tuple[Rate, Rate, Rate]:
+        """Link, in place and moved, to go on from."""
+        one, two, three = (
+            Rate(self.WEIGHT_BYTES, self.WEIGHT_BYTES / each)
+            for each in (self.link, self.in_place, self.moved)
+        )
+        return one, two, three
+
+
+@dataclass(frozen=True)
 class InPlace:
     """Scoring lists where they lie in the slow tier, as an alternative to moving them; and how fast is either."""
 
@@ -131,6 +152,9 @@ class FastTier(Protocol):
         Raises:
             ResourceError: the device failed at it; the lists stay referenced.
         """
+
+    def forget(self) -> None:
+        """Empty the arena, save for what is in use or on its way: for measuring."""
 
     def check_integrity(self) -> None:
         """Assert the accounting's invariants."""

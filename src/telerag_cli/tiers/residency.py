@@ -67,8 +67,7 @@ class Residency:
         """
         self.policy.new_round()
         if not self.policy.keeps:
-            for list_no in np.flatnonzero(self._evictable()):
-                self._evict(int(list_no))
+            self._evict_all()
         kept: BoolArray = np.zeros(len(self.extents), np.bool_)
         hot = np.flatnonzero(
             (self.state == RESIDENT) & (self.extents > 0) & (self.policy.heat >= self.policy.hot)
@@ -133,6 +132,11 @@ class Residency:
         assert (self.references[lists] > 0).all()
         self.references[lists] -= 1
 
+    def forget(self) -> None:
+        """Evict all that is not moving or referenced, and all that was known of its heat."""
+        self._evict_all()
+        self.policy.heat[:] = 0
+
     def check_integrity(self) -> None:
         """Assert that the slot table and the arena agree about every list."""
         self.arena.check_integrity()
@@ -168,6 +172,10 @@ class Residency:
             for owner in run:
                 self._evict(owner)
         return bool(runs)
+
+    def _evict_all(self) -> None:
+        for list_no in np.flatnonzero(self._evictable()).tolist():
+            self._evict(list_no)
 
     def _evict(self, list_no: int) -> None:
         self._evicted(list_no)

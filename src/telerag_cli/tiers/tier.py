@@ -138,6 +138,11 @@ class ArenaTier:
         """See `FastTier`."""
         return self._scorer.score(queries, lists, k)
 
+    def forget(self) -> None:
+        """See `FastTier`."""
+        with self._lock:
+            self._residency.forget()
+
     def check_integrity(self) -> None:
         """See `FastTier`."""
         with self._lock:

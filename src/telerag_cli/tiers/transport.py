@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,26 @@ def available_bytes() -> int:
     return available
 
 
+def reads_directly(path: Path) -> bool:
+    """Whether a file, or one in this folder, can be read past the page cache.
+
+    Raises:
+        ResourceError: nothing can be written to the folder to find out.
+        ArtifactError: there is no such path.
+    """
+    if not path.is_dir():
+        reader = DirectReader(path, np.empty(0, np.uint8), threads=0)
+        reader.close()
+        return reader.direct
+    try:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".telerag-") as file:
+            file.write(bytes(PAGE_BYTES))
+            file.flush()
+            return reads_directly(Path(file.name))
+    except OSError as error:
+        raise explain(error, path) from error
+
+
 class DirectReader:
     """Reads a file into memory past the page cache (``O_DIRECT``), with one thread per read under way.
 
@@ -93,12 +114,25 @@ class DirectReader:
     without ``O_DIRECT`` (tmpfs) are read through it; ``note`` then says so.
     """
 
-    def __init__(self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2) -> None:
+    def __init__(
+        self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2, direct: bool = True
+    ) -> None:
+        """Open the file.
+
+        Args:
+            path: what to read.
+            memory: what to read into.
+            threads: reads under way at once.
+            direct: past the page cache, where that is possible; otherwise through it, to measure what that takes.
+
+        Raises:
+            ArtifactError: there is no such file.
+        """
         self.depth = threads
         self.note: str | None = None
         self._path = path
         self._memory = memoryview(memory)  # type: ignore[arg-type]
-        self._file = self._open()
+        self._file = self._open() if direct else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._jobs: SimpleQueue[tuple[Move, Arrived] | None] = SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"link {i}", daemon=True) for i in range(threads)

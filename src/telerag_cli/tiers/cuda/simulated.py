@@ -43,6 +43,8 @@ class SimulatedGpu:
             work_fails: asked before each work on the device.
             lock_refused: why page-locking is refused.
         """
+        if bytes_per_s:
+            self.name = f"simulated GPU, its link {format_bytes(bytes_per_s)}/s"
         self._memory_bytes = memory_bytes
         self._taken_bytes = 0
         self._pace = (bytes_per_s, longest_s, random.Random(seed))

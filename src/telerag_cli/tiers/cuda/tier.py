@@ -13,7 +13,7 @@ from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index, IntArray
 from telerag_cli.index.scoring import Coarse, ListScorer
-from telerag_cli.tiers.base import InPlace, Rate
+from telerag_cli.tiers.base import InPlace, JoinRates, Rate
 from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
@@ -33,7 +33,7 @@ MOST_LISTS_TRIED = 256
 
 def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | None, *, require_pinned: bool = False,
                    cache: CacheKind = CacheKind.HOTNESS, advance: Advance = lambda _count: None,
-                   lists: HostLists | None = None, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
+                   lists: HostLists | None = None, rates: JoinRates | None = None, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
     """Read the index into host memory, take the arena, and measure link and scoring.
 
     Args:
@@ -46,6 +46,7 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         cache: what stays between queries.
         advance: told of bytes as they are read.
         lists: the lists, if they are in host memory already; they are closed with the tier.
+        rates: of link and scoring, if they were measured before; what a profile says of many repeats is better than one.
         tracer: where moves are recorded.
 
     Raises:
@@ -77,12 +78,19 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         trial = _Trial(index, min(TRIAL_BYTES, len(arena)))
         link = trial.move(stream, source, arena)
         scorer, note = _open_scorer(gpu, index, arena, in_place, workspace, trial)
-        choice = InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
-        copier = Copier(stream, source, arena, link, index.extents.mean())
+        choice = _choice(in_place, scorer, link, trial, rates)
+        copier = Copier(stream, source, arena, choice.link, index.extents.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
     return ArenaTier(index, accounts, copier, scorer, cache=cache, in_place=choice, notes=[*notes, *note],
                      closing=closing, tracer=tracer)  # fmt: skip
+
+
+def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, known: JoinRates | None) -> InPlace:  # fmt: skip
+    if known is None:
+        return InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
+    known_link, known_in_place, known_moved = known.rates()
+    return InPlace(in_place.score, known_in_place, known_link, known_moved, known.latency_s)
 
 
 def _lock(gpu: Gpu, memory: Bytes, required: bool) -> list[str]:

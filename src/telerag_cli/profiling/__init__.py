@@ -1,0 +1,1 @@
+"""Measures what planning needs, on this machine, index and model."""
