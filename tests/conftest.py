@@ -9,6 +9,9 @@ if not torch.cuda.is_available():
     # Read when a kernel is defined, and Triton defines its own as soon as somebody imports it, as transformers does.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# A profile takes seconds and is kept in the user's cache; the tests of profiles say otherwise for themselves.
+os.environ["TELERAG_PROFILE"] = "none"
+
 from animals import World
 
 

@@ -17,7 +17,18 @@ from telerag_cli.app import app
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["quickstart", "embed", "build-index", "inspect", "search", "run", "chat"]
+COMMANDS = [
+    "quickstart",
+    "embed",
+    "build-index",
+    "profile",
+    "inspect",
+    "search",
+    "run",
+    "chat",
+    "doctor",
+    "config",
+]
 
 
 @pytest.fixture

@@ -63,6 +63,10 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
+    class Stdout(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # as what else writes to stdout does; rich would exit with 1
+
     grid = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for index, column in enumerate(columns):
         numeric = all(isinstance(row[index], int | float) for row in rows) and bool(rows)
@@ -70,7 +74,7 @@ def table(
     for row in rows:
         # As Text, so that a bracket in a cell is a bracket and no markup.
         grid.add_row(*(Text(_cell(cell)) for cell in row))
-    console = Console(highlight=False) if data else _stderr()
+    console = Stdout(highlight=False) if data else _stderr()
     if not console.is_terminal:
         console.width = WIDE
     console.print(grid, markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +181,10 @@ def template(sections: dict[str, Section]) -> Iterator[str]:
     """Lines of a settings file in which every option stands at its default, commented out."""
     yield '# Settings of telerag: take away the # before a line to set it. "" leaves an option as it is.'
     yield "# The command line counts first, then TELERAG_* variables, then this file."
+    used = Counter(key for name, section in sections.items() if name != GLOBAL for key in section.options)
+    several = {key for key in sections[GLOBAL].options if used[key] > 1}
     for name, section in sections.items():
-        own = [option for key, option in section.options.items()
-               if name == GLOBAL or key not in sections[GLOBAL].options]  # fmt: skip
+        own = [option for key, option in section.options.items() if (key in several) == (name == GLOBAL)]
         if own:
             yield ""
             yield ("# For all commands that have the option; each can be set for one of them below, too."

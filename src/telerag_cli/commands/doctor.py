@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from telerag_cli import console
-from telerag_cli.commands.config import rows_of, settings_of
+from telerag_cli.commands.config import COLUMNS, Row, rows_of, settings_of, shown
 from telerag_cli.commands.options import EmbedderOption, HfRepoOption, ModelOption
+from telerag_cli.commands.settings import Settings
+from telerag_cli.config import GeneratorKind
 from telerag_cli.errors import EXIT_FAILED, UsageError
 
 if TYPE_CHECKING:
@@ -20,77 +22,84 @@ if TYPE_CHECKING:
 def doctor(
     context: typer.Context,
     index: Annotated[
-        Path, typer.Argument(help="An index, or the folder to work in.", metavar="[INDEX]")
+        Path,
+        typer.Argument(
+            help="An index, or the folder to work in.  \\[default: this one]",
+            metavar="INDEX",
+            show_default=False,
+        ),
     ] = Path(),
     model: ModelOption = None,
     hf_repo: HfRepoOption = None,
     embedder: EmbedderOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All findings and settings as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what is installed, which devices, memory, disk and models there are, what is set, and how to mend what is wrong.
 
-    Exits with 1 if embedding, building and answering with the defaults could not work.
+    Exits with 1 if telerag embed, build-index and run with their defaults could not work.
     """
-    with console.stdout_reserved():
-        from telerag_cli.engine.health import Finding, Looked, examine
+    from telerag_cli.engine.health import Finding, Looked, examine, made_by
 
-        findings = []
-        with console.progress("looking", None) as advance:
-            for finding in examine(Looked(index, model, hf_repo, embedder)):
-                findings.append(finding)
-                advance(1)
-        given = {"--model": model, "--hf-repo": hf_repo, "--embedder": embedder}
-        settings: list[tuple[str, str, str]] = []
-        if isinstance(error := context.find_root().obj, UsageError):
-            findings.append(
-                Finding("settings", "not usable", error.message.rstrip("."), error.remedy, fatal=True)
-            )
-        else:
-            known = settings_of(context)
-            findings.append(Finding("settings", str(known.file or "no telerag.toml")))
-            findings += [
-                Finding("settings", "unknown", words.rstrip("."), "telerag config --all")
-                for words in known.unknown
-            ]
-            settings = [(name, str(value), _origin(context, name, given, origin))
-                        for name, _commands, value, origin in rows_of(known, every=as_json)]  # fmt: skip
-        settings += [(name, str(value), "option") for name, value in given.items()
-                     if value is not None and not any(each[0] == name for each in settings)]  # fmt: skip
-        if as_json:
-            columns = ("option", "value", "origin")
-            told = {
-                "ok": not any(finding.fatal for finding in findings),
-                "findings": [asdict(each) for each in findings],
-                "settings": [dict(zip(columns, each, strict=True)) for each in settings],
-            }
-            console.emit_json(told, indent=1)
-        else:
-            _show(findings, settings)
-    if any(finding.fatal for finding in findings):
+    findings: list[Finding] = []
+    settings = Settings({})
+    try:
+        settings = settings_of(context)
+        findings.append(Finding("settings", str(settings.file or "no telerag.toml")))
+    except UsageError as error:
+        findings.append(
+            Finding("settings", "not usable", error.message.rstrip("."), error.remedy, fatal=True)
+        )
+    findings += [Finding("settings", "unknown variable", sentence.rstrip("."), "rename or unset it")
+                 for sentence in settings.unknown]  # fmt: skip
+
+    def as_run(key: str, command: str = "run") -> Any:
+        found = settings.of(command, key)
+        return found.value if found else None
+
+    one_named = model is not None or hf_repo is not None
+    looked = Looked(
+        index,
+        model if one_named else as_run("model"),
+        hf_repo if one_named else as_run("hf_repo"),
+        embedder or as_run("embedder") or made_by(index) or as_run("model", "embed"),
+        None if one_named or as_run("generator") != GeneratorKind.OPENAI
+        else f"a server at {as_run('base_url') or 'the address given'}",
+    )  # fmt: skip
+    with console.stdout_reserved(), console.progress("looking", None) as advance:
+        for finding in examine(looked):
+            findings.append(finding)
+            advance(1)
+    rows = [*_given(context), *rows_of(settings, every=as_json)]
+    fatal = any(finding.fatal for finding in findings)
+    if as_json:
+        console.emit_json({"ok": not fatal, "findings": [asdict(each) for each in findings],
+                           "settings": [vars(row) for row in rows]}, indent=2)  # fmt: skip
+    else:
+        _show(findings, rows)
+    if fatal:
         raise typer.Exit(EXIT_FAILED)
 
 
-def _origin(context: typer.Context, name: str, given: dict[str, str | None], origin: str) -> str:
-    """``option`` for what was given to this command, whatever is set elsewhere."""
-    parameter = name.lstrip("-").replace("-", "_")
-    source = context.get_parameter_source(parameter)
-    return (
-        "option"
-        if given.get(name) is not None and source is not None and source.name == "COMMANDLINE"
-        else origin
-    )
+def _given(context: typer.Context) -> list[Row]:
+    """Options of this very command line."""
+    rows = []
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.param_type_name == "option" and source is not None and source.name == "COMMANDLINE":
+            value = context.params[option.name or ""]
+            rows.append(Row(max(option.opts, key=len), [context.info_name or ""], value, "option", None))
+    return rows
 
 
-def _show(findings: list[Finding], settings: list[tuple[str, str, str]]) -> None:
+def _show(findings: list[Finding], rows: list[Row]) -> None:
     console.table("", ("what", "found"), [(each.name, each.value) for each in findings], data=True)
-    if settings:
-        console.table("Set otherwise than by default", ("option", "value", "origin"), settings, data=True)
+    if rows:
+        console.table("What is set", COLUMNS, [shown(row) for row in rows], data=True)
     troubles = [each for each in findings if each.trouble]
     for each in troubles:
-        console.emit(f"{'error' if each.fatal else 'warning'}: {each.name}: {each.trouble}.")
-        if each.mend:
-            console.emit(f"  mend: {each.mend}")
-    if not troubles:
-        console.emit("Nothing is wrong.")
-    elif any(each.fatal for each in troubles):
+        mend = f" Mend: {each.mend}" if each.mend else ""
+        console.emit(f"{each.name}: {each.trouble}.{mend}")
+    if any(each.fatal for each in troubles):
         console.emit("As it is, telerag cannot embed, build an index and answer questions with its defaults.")
+    elif not troubles:
+        console.emit("Nothing is wrong.")

@@ -313,7 +313,14 @@ def _tables(made: Profile) -> Iterator[tuple[str, list[Row]]]:
                 ("whatever is probed", f"{1e3 * made.joins.fixed_s:.2f} ms", ""),
                 ("lists in fast memory", *_rates(made.joins.hit_bytes_per_s)),
                 ("lists that are not", *_rates(made.joins.missed_bytes_per_s)),
-                ("of the shorter of both, not hidden behind the longer", f"{made.joins.loss:.0%}", ""),
+                *(
+                    (
+                        f"with {point.missed_share:.0%} not there: of the shorter of both, not hidden",
+                        f"{point.loss:.0%}",
+                        "",
+                    )
+                    for point in made.joins.losses
+                ),
             ],
         )
     scoring = [

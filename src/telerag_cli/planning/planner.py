@@ -106,7 +106,8 @@ class Planner:
         share = budget / absent if absent else 0.0
         curve = self.hit_curve(lookahead)
         missed = absent * (1 - formulas.hit_share(curve, share))
-        moved = min(absent * formulas.moved_share(curve, share), budget)
+        worth = absent * formulas.moved_share(curve, share) * self.averages.get(moved_key(known.stage), 1.0)
+        moved = min(worth, budget)
         return Outlook(window_s, budget, moved, 1 - missed / probed if probed else 1.0, self.join_s(probed - missed, missed))  # fmt: skip
 
     def link_bytes_per_s(self, stage: str) -> float:
@@ -145,6 +146,11 @@ def window_key(stage: str) -> str:
 def link_key(stage: str) -> str:
     """The average of how much faster lists moved in a stage's windows than expected."""
     return f"{stage} link"
+
+
+def moved_key(stage: str) -> str:
+    """The average of how much more was moved in a stage's windows than expected."""
+    return f"{stage} moved"
 
 
 def tokens_key(stage: str) -> str:

@@ -102,8 +102,19 @@ class ScoringRate:
 
 
 @dataclass(frozen=True)
+class LossPoint:
+    """A join with some of its lists in fast memory."""
+
+    missed_share: float
+    """Of the bytes probed."""
+    loss: float
+    """Of the shorter of scoring hits and dealing with misses, what is not hidden behind the longer: 0 if they do not disturb
+    each other, 1 if they take turns."""
+
+
+@dataclass(frozen=True)
 class Joins:
-    """Real joins of replayed queries: some with all their lists in fast memory, some with none of them, some with half."""
+    """Real joins of replayed queries: some with all their lists in fast memory, some with none of them, some with a part."""
 
     fixed_s: float
     """Whatever is probed; the coarse quantizer is most of it."""
@@ -111,8 +122,8 @@ class Joins:
     """Bytes of lists in fast memory that are scored."""
     missed_bytes_per_s: Measured
     """Bytes of lists that are not, moved and scored as they come, or scored in place."""
-    loss: float
-    """Of the shorter of both, what is not hidden behind the longer: 0 if they do not disturb each other, 1 if they take turns."""
+    losses: tuple[LossPoint, ...]
+    """In ascending order."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.lookahead.retriever import Retriever
 from telerag_cli.lookahead.round import Window
 from telerag_cli.planning.formulas import overlap_loss
-from telerag_cli.planning.profile import Joins, Measured, Moving, ScoringRate
+from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, ScoringRate
 from telerag_cli.profiling.llm import write
 from telerag_cli.profiling.timing import Effort, seconds
 from telerag_cli.tiers.base import FastTier, ScoreLists
@@ -24,6 +24,8 @@ from telerag_cli.tiers.base import FastTier, ScoreLists
 POLL_S = 0.002
 TRIED_BYTES = 512 << 20
 """Of lists that are scored for a rate, where the arena holds so many; more than processors have cache."""
+MISSED = (0.1, 0.5)
+"""Shares of the lists of a join that are not in fast memory."""
 PARTS = 4
 """They are scored a part at a time."""
 LONGEST_S = 60.0
@@ -79,7 +81,7 @@ def _rate(window: Window) -> float:
 
 
 def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
-    """Joins as they are, with all, none and half of their lists in fast memory; the arena is emptied before and after.
+    """Joins as they are, with all, none and a part of their lists in fast memory; the arena is emptied before and after.
 
     Args:
         retriever: whose joins.
@@ -90,34 +92,43 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     mean = float(index.extents[index.extents > 0].mean())
     # Twice the mean, because what is near to queries is larger.
     count = max(1, min(nprobe, int(tier.arena_bytes / (2 * mean))))
-    few, part = max(1, count // 8), max(1, count // 2)
+    few = max(1, count // 8)
+    # Nearest first, so a search for fewer lists leaves the farthest to be missed.
+    parts = sorted({max(1, count - round(count * share)) for share in MISSED}, reverse=True)
 
     def join(query: FloatArray, lists: int) -> _Join:
         report = retriever.search(query[None], 5, lists).report
         return _Join(report.join_s, report.bytes_wanted - report.bytes_missed, report.bytes_missed)
 
-    def four(query: FloatArray) -> tuple[_Join, _Join, _Join, _Join]:
-        tier.forget()
-        none, all_, some = join(query, count), join(query, count), join(query, few)
+    def some(query: FloatArray, part: int) -> _Join:
         tier.forget()
         join(query, part)
-        return none, all_, some, join(query, count)
+        return join(query, count)
 
-    joins = [four(query) for query in queries]
+    joins = []
+    for query in queries:
+        tier.forget()
+        joins.append(
+            (join(query, count), join(query, count), join(query, few), [some(query, part) for part in parts])
+        )
     joins = joins[1:] or joins
     tier.forget()
-    fixed = [some.took_s - some.hit * (every.took_s - some.took_s) / (every.hit - some.hit) if every.hit > some.hit else 0.0
-             for _none, every, some, _half in joins]  # fmt: skip
+    fixed = [little.took_s - little.hit * (every.took_s - little.took_s) / (every.hit - little.hit) if every.hit > little.hit else 0.0
+             for _none, every, little, _parts in joins]  # fmt: skip
     fixed_s = max(float(np.median(fixed)), 0.0)
-    hits = Measured.of(
-        [every.hit / max(every.took_s - fixed_s, 1e-9) for _none, every, _some, _half in joins]
-    )
+    hits = Measured.of([every.hit / max(every.took_s - fixed_s, 1e-9) for _none, every, *_rest in joins])
     misses = Measured.of([none.missed / max(none.took_s - fixed_s, 1e-9) for none, *_rest in joins])
-    losses = [
-        overlap_loss(half.hit / hits.value, half.missed / max(misses.value, 1.0), half.took_s - fixed_s)
-        for *_rest, half in joins
-    ]
-    return Joins(fixed_s, hits, misses, float(np.median(losses)))
+
+    def loss_of(place: int) -> LossPoint:
+        these = [partly[place] for *_rest, partly in joins]
+        losses = [
+            overlap_loss(each.hit / hits.value, each.missed / max(misses.value, 1.0), each.took_s - fixed_s)
+            for each in these
+        ]
+        shares = [each.missed / max(each.hit + each.missed, 1) for each in these]
+        return LossPoint(float(np.mean(shares)), float(np.median(losses)))
+
+    return Joins(fixed_s, hits, misses, tuple(loss_of(place) for place in range(len(parts))))
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,11 @@ def check_format(path: Path) -> str:
 
 
 def _mark(axis: Axes, place: float, words: str, height: float = 0.02, style: str = ":") -> None:
-    """A vertical line, and what it is."""
+    """A vertical line and what it is, on the side where there is room; for axes that have their limits and scale."""
     axis.axvline(place, color="#999999", linestyle=style, linewidth=1.2)
-    axis.annotate(
-        f" {words}", (place, height), xycoords=("data", "axes fraction"), color="#666666", fontsize=9
-    )
+    right = axis.transAxes.inverted().transform(axis.transData.transform((place, 1.0)))[0] > 0.6
+    axis.annotate(f"{words} " if right else f" {words}", (place, height), xycoords=("data", "axes fraction"), color="#666666",
+                  fontsize=9, horizontalalignment="right" if right else "left")  # fmt: skip
 
 
 def _of(profile: Profile) -> str:
@@ -101,13 +101,13 @@ def _draw_links(axis: Axes, profile: Profile, _planner: Planner | None, _window_
             axis.axhline(most / 1e9, color="#999999", linestyle="--", linewidth=1)
             name = f"PCIe {slot.generation} x{slot.width}"
             axis.annotate(name, (0.01, most / 1e9), xycoords=("axes fraction", "data"), va="bottom")
-    if profile.index is not None:
-        _mark(axis, profile.index.mean_list_bytes, "the mean list")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(
         lambda value, _place: format_bytes(value).replace(".00", "").replace(".0 ", " ")
     )
     axis.set_ylim(bottom=0)
+    if profile.index is not None:
+        _mark(axis, profile.index.mean_list_bytes, "the mean list")
     axis.set(xlabel="size of a transfer", ylabel="bandwidth (GB/s)")
     axis.set_title("Larger transfers use more of the link", loc="left", fontsize=11)
     axis.legend(frameon=False, fontsize=8)
@@ -154,13 +154,13 @@ def _draw_times(axis: Axes, profile: Profile, planner: Planner | None, window_s:
         if 0 < place < profile.index.nlist:
             title = f"Moving is as quick as scoring in place from {place:,} lists on"
             marks.append((place, "break-even"))
-    for place, words in marks:
-        if 0 < place < profile.index.nlist:
-            _mark(axis, place, words)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _place: f"{value:,.0f}")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda value, _place: f"{value:,g}")
+    for place, words in marks:
+        if 0 < place < profile.index.nlist:
+            _mark(axis, place, words)
     axis.set(xlabel="lists probed (nprobe)", ylabel="retrieval of one query (ms)")
     axis.set_title(title, loc="left", fontsize=11)
     axis.legend(frameon=False, fontsize=8)
@@ -178,11 +178,11 @@ def _draw_hits(axis: Axes, profile: Profile, planner: Planner | None, window_s: 
     budget = formulas.budget_bytes(planner.link_bytes_per_s(""), window_s, planner.most_bytes)
     expected = planner.outlook(window_s, "refined")
     most = max(point.budget for point in profile.index.hit_curves[0].points) * probed / 1e6
-    _mark(axis, probed / 1e6, "all that is probed", style="--")
-    if budget / 1e6 <= most:
-        _mark(axis, budget / 1e6, f"a window of {window_s:.2g} s", height=0.1)
     axis.set_ylim(0, 105)
     axis.set_xlim(0, most)
+    _mark(axis, probed / 1e6, "all that is probed", style="--")
+    if budget / 1e6 <= most:
+        _mark(axis, budget / 1e6, f"a window of {window_s:.2g} s", height=0.3)
     axis.set(xlabel=f"budget (MB), nprobe {planner.nprobe:,}", ylabel="probed bytes in fast memory (%)")
     axis.set_title(
         f"A window of {window_s:.2g} s lets {expected.hit_share:.0%} be there in time",

@@ -39,7 +39,7 @@ def make_index(root: Path, dimension: int, metric: Metric, storage: Storage) -> 
     count = LIST_BYTES // (size + ID_BYTES)
     table, nbytes = lay_out(np.full(NLIST, count, np.int64), size)
     memory = np.zeros(-(-nbytes // 4096) * 4096, np.uint8)
-    vectors = random.standard_normal((count, dimension), np.float32) / np.sqrt(dimension)
+    vectors = random.standard_normal((count, dimension), np.float32) / np.float32(np.sqrt(dimension))
     codes = {
         Storage.FLOAT32: vectors,
         Storage.FLOAT16: vectors.astype(np.float16),
