@@ -17,11 +17,13 @@ LAYERS = [
     {"app"},
     {"commands"},
     {"engine"},
+    {"profiling"},
     {"pipelines"},
     {"lookahead", "generation", "embedding"},
     {"tiers"},
     {"index"},
     {"corpus"},
+    {"planning"},
     BASE,
 ]
 """From top to bottom. A module imports its own part and lower ones; siblings keep apart, save in the base."""
@@ -150,7 +152,7 @@ def test_only_what_opens_a_tier_knows_of_devices():
         for _line, name in imports(ast.parse(path.read_text()))
         if name.startswith("telerag_cli.tiers.cuda")
     }
-    assert users == {"engine/placement.py", "engine/llm.py"}
+    assert users == {"engine/placement.py", "engine/llm.py", "engine/survey.py"}
 
 
 def test_click_is_never_imported():

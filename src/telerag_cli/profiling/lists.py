@@ -19,7 +19,7 @@ from telerag_cli.planning.formulas import overlap_loss
 from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, ScoringRate
 from telerag_cli.profiling.llm import write
 from telerag_cli.profiling.timing import Effort, seconds
-from telerag_cli.tiers.base import FastTier, ScoreLists
+from telerag_cli.tiers.base import Claim, FastTier, ScoreLists
 
 POLL_S = 0.002
 TRIED_BYTES = 512 << 20
@@ -49,7 +49,8 @@ def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int,
     def keep_moving(_begun: threading.Event, ended: threading.Event) -> None:
         # From the beginning of the prompt on, as lookahead does it.
         while not ended.is_set():
-            beside.append(_rate(_move(retriever, LONGEST_S, ended)))
+            if (window := _move(retriever, LONGEST_S, ended)).bytes_moved:
+                beside.append(_rate(window))
 
     for _ in range(effort.runs):
         plain_s, disturbed_s = (
@@ -57,7 +58,7 @@ def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int,
             write(generator, tokens, keep_moving).mean_step_s,
         )
         ratios.append(disturbed_s / plain_s if plain_s else 1.0)
-    return Moving(Measured.of(alone), Measured.of(beside), max(1.0, float(np.median(ratios))))
+    return Moving(Measured.of(alone), Measured.of(beside or alone), max(1.0, float(np.median(ratios))))
 
 
 def _move(retriever: Retriever, at_most_s: float, ended: threading.Event | None = None) -> Window:
@@ -96,21 +97,16 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     # Nearest first, so a search for fewer lists leaves the farthest to be missed.
     parts = sorted({max(1, count - round(count * share)) for share in MISSED}, reverse=True)
 
-    def join(query: FloatArray, lists: int) -> _Join:
-        report = retriever.search(query[None], 5, lists).report
+    def join(query: FloatArray, held: int, probed: int = count) -> _Join:
+        tier.forget()
+        bring(tier, retriever.order(query[None])[:held])
+        report = retriever.search(query[None], 5, probed).report
         return _Join(report.join_s, report.bytes_wanted - report.bytes_missed, report.bytes_missed)
 
-    def some(query: FloatArray, part: int) -> _Join:
-        tier.forget()
-        join(query, part)
-        return join(query, count)
-
-    joins = []
-    for query in queries:
-        tier.forget()
-        joins.append(
-            (join(query, count), join(query, count), join(query, few), [some(query, part) for part in parts])
-        )
+    joins = [
+        (join(query, 0), join(query, count), join(query, few, few), [join(query, part) for part in parts])
+        for query in queries
+    ]
     joins = joins[1:] or joins
     tier.forget()
     fixed = [little.took_s - little.hit * (every.took_s - little.took_s) / (every.hit - little.hit) if every.hit > little.hit else 0.0
@@ -122,7 +118,9 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     def loss_of(place: int) -> LossPoint:
         these = [partly[place] for *_rest, partly in joins]
         losses = [
-            overlap_loss(each.hit / hits.value, each.missed / max(misses.value, 1.0), each.took_s - fixed_s)
+            overlap_loss(
+                each.hit / max(hits.value, 1.0), each.missed / max(misses.value, 1.0), each.took_s - fixed_s
+            )
             for each in these
         ]
         shares = [each.missed / max(each.hit + each.missed, 1) for each in these]
@@ -145,6 +143,30 @@ def scoring_rates(index: Index, tier: FastTier, effort: Effort) -> list[ScoringR
     lists = _fitting(index, tier, min(TRIED_BYTES, tier.arena_bytes))
     if not len(lists):
         return []
+    claim = _claim(tier, lists)
+    here = np.setdiff1d(lists, claim.absent)
+    try:
+        rates = [_scoring("arena", tier.score, index, here, effort)]
+        if tier.in_place:
+            rates.append(_scoring("in place", tier.in_place.score, index, lists, effort))
+    finally:
+        tier.release(here.tolist())
+        tier.forget()
+    return rates
+
+
+def bring(tier: FastTier, lists: IntArray) -> None:
+    """Have lists in the arena, as many of them as there is room for.
+
+    Raises:
+        TeleragError: one could not be moved.
+    """
+    claim = _claim(tier, lists)
+    tier.release(np.setdiff1d(lists, claim.absent).tolist())
+
+
+def _claim(tier: FastTier, lists: IntArray) -> Claim:
+    """References to lists that are there by now; raises TeleragError if one could not be moved."""
     arrived = threading.Semaphore(0)
     errors: list[TeleragError] = []
 
@@ -158,15 +180,7 @@ def scoring_rates(index: Index, tier: FastTier, effort: Effort) -> list[ScoringR
         arrived.acquire()
     if errors:
         raise errors[0]
-    here = np.setdiff1d(lists, claim.absent)
-    try:
-        rates = [_scoring("arena", tier.score, index, here, effort)]
-        if tier.in_place:
-            rates.append(_scoring("in place", tier.in_place.score, index, lists, effort))
-    finally:
-        tier.release(here.tolist())
-        tier.forget()
-    return rates
+    return claim
 
 
 def _fitting(index: Index, tier: FastTier, most_bytes: int) -> IntArray:
