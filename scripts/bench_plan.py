@@ -24,7 +24,12 @@ from telerag_cli.bench_record import record
 from telerag_cli.planning.check import Error, errors_of
 from telerag_cli.planning.profile import Profile
 
-GOALS = {("budget_bytes", "ahead"): 0.15, ("join_s", "ahead"): 0.15, ("join_s", "given"): 0.15, ("window_s", "ahead"): 0.25}
+GOALS = {
+    ("budget_bytes", "ahead"): 0.15,
+    ("join_s", "ahead"): 0.15,
+    ("join_s", "given"): 0.15,
+    ("window_s", "ahead"): 0.25,
+}
 
 
 def telerag(*arguments: object, cache: Path) -> None:
@@ -32,10 +37,14 @@ def telerag(*arguments: object, cache: Path) -> None:
     words = [sys.executable, "-m", "telerag_cli", *map(str, arguments)]
     print("$ telerag", shlex.join(words[3:]), file=sys.stderr)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TELERAG_")}
-    subprocess.run(words, check=True, env=environment | {"XDG_CACHE_HOME": str(cache)}, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        words, check=True, env=environment | {"XDG_CACHE_HOME": str(cache)}, stdout=subprocess.DEVNULL
+    )
 
 
-def errors_with(index: Path, questions: Path, nprobe: int, profile: Path, options: argparse.Namespace, folder: Path) -> list[Error]:
+def errors_with(
+    index: Path, questions: Path, nprobe: int, profile: Path, options: argparse.Namespace, folder: Path
+) -> list[Error]:
     """Of a run with so many lists."""
     out = folder / f"run_{nprobe}.jsonl"
     telerag("run", index, "-q", questions, "-o", out, "--nprobe", nprobe, "--profile", profile, "--concurrency", 1, "--max-tokens",
@@ -44,7 +53,9 @@ def errors_with(index: Path, questions: Path, nprobe: int, profile: Path, option
         return errors_of(lines, out)
 
 
-def figures(runs: dict[int, list[Error]], options: argparse.Namespace, nbytes: int, count: int) -> list[dict[str, str]]:
+def figures(
+    runs: dict[int, list[Error]], options: argparse.Namespace, nbytes: int, count: int
+) -> list[dict[str, str]]:
     """Rows for the README."""
     rows = []
     words = {("window_s", "ahead"): "window", ("budget_bytes", "ahead"): "budget", ("join_s", "ahead"): "join",
@@ -77,12 +88,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         questions = folder / "questions.txt"
-        asked = [line for line in options.questions.read_text(encoding="utf-8").splitlines() if line.strip()][: options.limit]
+        asked = [line for line in options.questions.read_text(encoding="utf-8").splitlines() if line.strip()][
+            : options.limit
+        ]
         questions.write_text("\n".join(asked) + "\n", encoding="utf-8")
         path = folder / "profile.json"
         telerag("profile", options.index, "-o", path, "--nprobe", options.nprobe[0], "--fast-memory", options.fast_memory, "--tier",
                 options.tier, cache=folder / "none")  # fmt: skip
-        runs = {nprobe: errors_with(options.index, questions, nprobe, path, options, folder) for nprobe in options.nprobe}
+        runs = {
+            nprobe: errors_with(options.index, questions, nprobe, path, options, folder)
+            for nprobe in options.nprobe
+        }
         profile = Profile.load(path)
     for nprobe, errors in runs.items():
         print(f"nprobe {nprobe:,}")
@@ -92,7 +108,9 @@ def main() -> None:
                   + (f"  (goal {goal:.0%})" if goal else ""))  # fmt: skip
     if options.output:
         nbytes = (options.index / "lists.bin").stat().st_size
-        each: dict[str, Any] = {str(nprobe): [asdict(error) for error in errors] for nprobe, errors in runs.items()}
+        each: dict[str, Any] = {
+            str(nprobe): [asdict(error) for error in errors] for nprobe, errors in runs.items()
+        }
         result = record(shlex.join(["python", *sys.argv]), figures=figures(runs, options, nbytes, len(asked)), errors=each,
                         profile=profile.as_json())  # fmt: skip
         options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import shlex
 import statistics
@@ -48,15 +49,15 @@ def profile_of(index: Index, coarse: Coarse, gpu: SimulatedGpu, lists: MadeLists
     return Profile(IDENTITY, False, 0.0, "", {}, moving=moving, scoring=tuple(scoring))
 
 
-def measure(bytes_per_s: float, queries: int, rounds: int, seed: int) -> dict[str, Any]:
+def measure(bytes_per_s: float, storage: Storage, queries: int, rounds: int) -> dict[str, Any]:
     """One link and one batch."""
     with tempfile.TemporaryDirectory() as folder:
-        index, lists = make_index(Path(folder), 384, Metric.IP, Storage.FLOAT32)
+        index, lists = make_index(Path(folder), 384, Metric.IP, storage)
     coarse = Coarse(index.centroids, Metric.IP)
     gpu = SimulatedGpu(bytes_per_s=bytes_per_s)
     rates = rates_for_joins(profile_of(index, coarse, gpu, lists))
     tier = open_cuda_tier(index, coarse, gpu, int(index.extents.sum()), lists=lists, rates=rates)
-    batch = np.random.default_rng(seed).standard_normal((queries, 384), np.float32)
+    batch = np.random.default_rng(queries).standard_normal((queries, 384), np.float32)
     fixed = {f"{share:.3f}": Retriever(index, coarse, tier, link_share=share) for share in SHARES}
     planner = Retriever(index, coarse, tier)
     took: dict[str, list[float]] = {name: [] for name in (*fixed, "planner")}
@@ -79,37 +80,45 @@ def measure(bytes_per_s: float, queries: int, rounds: int, seed: int) -> dict[st
     again = [(timed(planner), timed(fixed[best])) for _ in range(2 * rounds)]
     tier.close()
     return {
-        "link_bytes_per_s": bytes_per_s, "queries": queries, "rates": None if rates is None else vars(rates),
+        "link_bytes_per_s": bytes_per_s, "storage": storage.value, "queries": queries, "rates": None if rates is None else vars(rates),
         "median_s": {name: round(value, 6) for name, value in medians.items()}, "best_share": float(best),
         "planner_to_best": round(medians["planner"] / medians[best], 4),
         "side_by_side": round(statistics.median(ours for ours, _ in again) / statistics.median(theirs for _, theirs in again), 4),
     }  # fmt: skip
 
 
+def told(each: dict[str, Any]) -> str:
+    """One result in a line."""
+    ms = {name: f"{1e3 * seconds:7.1f}" for name, seconds in each["median_s"].items()}
+    best = f"{each['best_share']:.3f}"
+    return (f"{each['link_bytes_per_s'] / 1e9:4.1f} GB/s, {each['storage']:7}, {each['queries']:2} queries: planner {ms['planner']} ms; "
+            f"best fixed share {best} with {ms[best]}; all in place {ms['0.000']}, all moved {ms['1.000']}; "
+            f"ratio {each['planner_to_best']:.3f}, side by side {each['side_by_side']:.3f}")  # fmt: skip
+
+
 def main() -> None:
     """Measure all links and batches."""
     parser = argparse.ArgumentParser(description="The planner's split of misses against a sweep.")
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1e9, 0.5e9, 2e9], help="bytes a second")
-    parser.add_argument("--queries", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--storages", type=Storage, nargs="+", default=[Storage.FLOAT32, Storage.INT8])
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     results = []
-    for bytes_per_s in options.rates:
+    for bytes_per_s, storage in itertools.product(options.rates, options.storages):
         for queries in options.queries:
-            each = measure(bytes_per_s, queries, options.rounds, seed=queries)
+            each = measure(bytes_per_s, storage, queries, options.rounds)
             results.append(each)
-            medians = each["median_s"]
-            print(f"{bytes_per_s / 1e9:4.1f} GB/s, {queries:2} queries: planner {1e3 * medians['planner']:7.1f} ms; best fixed share "
-                  f"{each['best_share']:.3f} with {1e3 * min(medians[f'{share:.3f}'] for share in SHARES):7.1f} ms; all in place "
-                  f"{1e3 * medians['0.000']:7.1f}, all moved {1e3 * medians['1.000']:7.1f}; ratio {each['planner_to_best']:.3f}, "
-                  f"side by side {each['side_by_side']:.3f}")  # fmt: skip
+            print(told(each))
     worst = max(each["side_by_side"] for each in results)
     print(f"the planner's split takes at most {worst:.3f} times the best of the sweep")
     if options.output:
-        figures = [{"what": "Join of 64 misses on links of 0.1, 0.5 and 2 GB/s, 1 to 32 queries: the planner's split of moving and "
-                            "scoring in place", "value": f"at most {worst:.2f} x", "against": "the best of nine fixed splits, side by side",
-                    "goal": "at most 1.05 x"}]  # fmt: skip
+        what = (f"Join of 64 misses over links of {', '.join(f'{rate / 1e9:g}' for rate in options.rates)} GB/s, "
+                f"{' and '.join(options.storages)}, {' and '.join(map(str, options.queries))} queries: moving and scoring in place as the "
+                "planner splits them, at worst")  # fmt: skip
+        against = f"the best of {len(SHARES)} fixed splits, side by side"
+        figures = [{"what": what, "value": f"{worst:.3f} x", "against": against, "goal": "at most 1.05 x"}]
         result = record(shlex.join(["python", *sys.argv]), figures=figures, each=results)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -191,7 +191,7 @@ class Chat:
         async def told(rag: Rag, question: str) -> Answer:
             return await pipeline(Told(rag, self._screen.stage), question)
 
-        answering = asyncio.create_task(self._engine.ask(told, question, watch))
+        answering = asyncio.create_task(self._engine.ask(told, question, watch, name=self._name.value))
         answering.add_done_callback(lambda _task: written.put_nowait(None))
         try:
             while (text := await written.get()) is not None:

@@ -24,7 +24,7 @@ class Effort:
 
 
 QUICK = Effort(0.06, 3, 1, 1.5)
-FULL = Effort(0.2, 5, 3, 3.0)
+FULL = Effort(0.2, 5, 2, 3.0)
 
 
 def times_s(function: Callable[[], object], effort: Effort) -> list[float]:
