@@ -54,7 +54,7 @@ PROFILE = Profile(
     links=(LinkPoint("disk", "O_DIRECT", 4096, 1, exactly(1e8)),),
     moving=Moving(exactly(2.0 * GB), exactly(1.0 * GB), 1.25),
     scoring=(ScoringRate("arena", "float32", exactly(10.0 * GB), 0.001), ScoringRate("in place", "float32", exactly(1.0 * GB), 0.0)),
-    joins=Joins(0.001, exactly(10.0 * GB), exactly(1.0 * GB), (LossPoint(0.25, 0.4), LossPoint(0.75, 0.6))),
+    joins=Joins(0.001, exactly(10.0 * GB), exactly(1.0 * GB), (LossPoint(0.25, 0.4), LossPoint(0.75, 0.6)), 1.0),
     coarse_s=exactly(0.0005), embedding=EmbeddingTimes(exactly(0.02), exactly(0.015), 0.01), llm=LLM, index=INDEX,
 )  # fmt: skip
 

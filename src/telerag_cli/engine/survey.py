@@ -173,7 +173,8 @@ def rates_for_joins(profile: Profile) -> JoinRates | None:
         return None
     arena = places["arena"]
     in_place = places["in place"].bytes_per_s.value
-    return JoinRates(profile.moving.alone.value, in_place, arena.bytes_per_s.value, arena.latency_s)
+    slowed = profile.joins.both_ends_slowed if profile.joins else 1.0
+    return JoinRates(profile.moving.alone.value, in_place, arena.bytes_per_s.value, arena.latency_s, slowed)
 
 
 def _slot(gpu: Gpu | None) -> Pcie | None:

@@ -145,7 +145,7 @@ class Retriever:
         self._link_share = link_share
         self._tracer = tracer or Tracer(enabled=False)
         self._mover = Mover(tier)
-        self._together = Together()
+        self._together = Together(tier.in_place.slowdown if tier.in_place else 1.0)
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="in place")
 
     def close(self) -> None:
@@ -157,6 +157,11 @@ class Retriever:
     def rounds(self) -> int:
         """Lookahead rounds that have not ended."""
         return self._mover.rounds
+
+    @property
+    def slowdown(self) -> float:
+        """How much longer both ends of a join take side by side than the rates of each say; see `Together`."""
+        return self._together.slowdown
 
     def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
         """Start lookahead for queries expected to be like these, shape (n, dimension).

@@ -30,8 +30,9 @@ class Together:
     KEPT = 0.98
     """Of what it says above 1, by each join in which one end works alone: some fifty of those between two attempts."""
 
-    def __init__(self) -> None:
-        self._slowdown = 1.0
+    def __init__(self, slowdown: float = 1.0) -> None:
+        """Begin with what was learned before."""
+        self._slowdown = slowdown
         self._lock = threading.Lock()
 
     @property

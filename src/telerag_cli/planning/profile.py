@@ -124,6 +124,8 @@ class Joins:
     """Bytes of lists that are not, moved and scored as they come, or scored in place."""
     losses: tuple[LossPoint, ...]
     """In ascending order."""
+    both_ends_slowed: float
+    """How much longer moving and scoring in place take side by side than alone; 1 where misses can only be moved."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
         shares = [each.missed / max(each.hit + each.missed, 1) for each in these]
         return LossPoint(float(np.mean(shares)), float(np.median(losses)))
 
-    return Joins(fixed_s, hits, misses, tuple(loss_of(place) for place in range(len(parts))))
+    return Joins(
+        fixed_s, hits, misses, tuple(loss_of(place) for place in range(len(parts))), retriever.slowdown
+    )
 
 
 @dataclass(frozen=True)

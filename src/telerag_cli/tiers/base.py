@@ -77,6 +77,8 @@ class JoinRates:
     in_place: float
     moved: float
     latency_s: float
+    slowdown: float = 1.0
+    """How much longer both ends take side by side than these rates say."""
 
     WEIGHT_BYTES = 1 << 28
     """With which these begin: what joins show soon counts more."""
@@ -103,6 +105,8 @@ class InPlace:
     """Bytes of lists scored in the fast tier a second, counted for each query, beside the latency."""
     latency_s: float
     """What scoring in the fast tier takes at least."""
+    slowdown: float = 1.0
+    """How much longer both ends took side by side than these rates say, as far as that is known at the start."""
 
 
 class FastTier(Protocol):

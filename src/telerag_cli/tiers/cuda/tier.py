@@ -90,7 +90,7 @@ def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, 
     if known is None:
         return InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
     known_link, known_in_place, known_moved = known.rates()
-    return InPlace(in_place.score, known_in_place, known_link, known_moved, known.latency_s)
+    return InPlace(in_place.score, known_in_place, known_link, known_moved, known.latency_s, known.slowdown)
 
 
 def _lock(gpu: Gpu, memory: Bytes, required: bool) -> list[str]:
