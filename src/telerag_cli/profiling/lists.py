@@ -112,8 +112,8 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     fixed = [little.took_s - little.hit * (every.took_s - little.took_s) / (every.hit - little.hit) if every.hit > little.hit else 0.0
              for _none, every, little, _parts in joins]  # fmt: skip
     fixed_s = max(float(np.median(fixed)), 0.0)
-    hits = Measured.of([every.hit / max(every.took_s - fixed_s, 1e-9) for _none, every, *_rest in joins])
-    misses = Measured.of([none.missed / max(none.took_s - fixed_s, 1e-9) for none, *_rest in joins])
+    hits = Measured.of([every.hit / _beyond(every, fixed_s) for _none, every, *_rest in joins])
+    misses = Measured.of([none.missed / _beyond(none, fixed_s) for none, *_rest in joins])
 
     def loss_of(place: int) -> LossPoint:
         these = [partly[place] for *_rest, partly in joins]
@@ -129,6 +129,11 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     return Joins(
         fixed_s, hits, misses, tuple(loss_of(place) for place in range(len(parts))), retriever.slowdown
     )
+
+
+def _beyond(join: _Join, fixed_s: float) -> float:
+    """What a join took beside what any takes; never nothing, as it would be by chance where there is little to do."""
+    return max(join.took_s - fixed_s, join.took_s / 20, 1e-9)
 
 
 @dataclass(frozen=True)

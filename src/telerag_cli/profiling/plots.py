@@ -86,13 +86,15 @@ def _of(profile: Profile) -> str:
 
 
 def _draw_links(axis: Axes, profile: Profile, _planner: Planner | None, _window_s: float) -> None:
-    deepest: dict[tuple[str, str], int] = {}
-    for point in profile.links:
-        key = (point.link, point.way)
-        deepest[key] = max(deepest.get(key, 0), point.depth)
-    for number, (key, depth) in enumerate(deepest.items()):
-        points = [point for point in profile.links if (point.link, point.way, point.depth) == (*key, depth)]
-        _line(axis, points, f"{key[0]}, {key[1]}, {depth} under way", COLOURS[number % len(COLOURS)])
+    for number, (link, way) in enumerate(dict.fromkeys((point.link, point.way) for point in profile.links)):
+        these = sorted(
+            (point for point in profile.links if (point.link, point.way) == (link, way)),
+            key=lambda point: point.depth,
+        )
+        deepest = {point.nbytes: point for point in these}  # the last of each size
+        points = [deepest[nbytes] for nbytes in sorted(deepest)]
+        depth = max(point.depth for point in points)
+        _line(axis, points, f"{link}, {way}, up to {depth} under way", COLOURS[number % len(COLOURS)])
     slot = profile.pcie
     if slot is not None:
         from telerag_cli.profiling.pcie import slot_bytes_per_s
@@ -158,6 +160,8 @@ def _draw_times(axis: Axes, profile: Profile, planner: Planner | None, window_s:
     axis.xaxis.set_major_formatter(lambda value, _place: f"{value:,.0f}")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(lambda value, _place: f"{value:,g}")
+    # On a short axis, the powers of ten alone would be too few.
+    axis.yaxis.set_minor_formatter(lambda value, _place: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
     for place, words in marks:
         if 0 < place < profile.index.nlist:
             _mark(axis, place, words)

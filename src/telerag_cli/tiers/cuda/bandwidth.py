@@ -41,7 +41,7 @@ def passages(gpu: Gpu, sizes: Sequence[int], repeats: int) -> Iterator[Passage]:
         ResourceError: the device has no room, or failed.
     """
     largest = max(sizes)
-    most = max(largest, min(BATCH_BYTES, largest * 2))
+    most = max(largest, BATCH_BYTES)
     device = gpu.allocate(most, OPTION)
     stream = gpu.stream()
     try:
