@@ -66,7 +66,7 @@ def profile(
         Path | None,
         typer.Argument(
             help="The index folder; without one, only the machine and the LLM are measured.",
-            metavar="[INDEX]",
+            metavar="INDEX",
             show_default=False,
         ),
     ] = None,
