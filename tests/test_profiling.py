@@ -69,7 +69,7 @@ def test_a_throttled_link_is_measured_no_faster_than_it_is(bytes_per_s):
     assert {each.way for each in found} == {
         f"{kind}, {way} the GPU" for kind in ("pinned", "pageable") for way in ("to", "from")
     }
-    assert {each.depth for each in found} >= {1, 2}
+    assert min(each.depth for each in found) == 1 < max(each.depth for each in found)
     for each in found:
         # A quarter as fast at worst, on a machine that does other things too.
         assert 0.25 * bytes_per_s < each.count * each.nbytes / max(each.took_s) <= 1.01 * bytes_per_s

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from telerag_cli.config import PAGE_BYTES
-from telerag_cli.errors import TeleragError
 from telerag_cli.planning.profile import LinkPoint
 from telerag_cli.profiling.timing import Effort, rate, times_s
-from telerag_cli.tiers.transport import DirectReader, Move, allocate
+from telerag_cli.tiers.transport import DirectReader, Move, allocate, move_all
 
 DIRECT = "O_DIRECT"
 BUFFERED = "page cache, cold"
@@ -62,7 +60,7 @@ def _point(path: Path, reader: DirectReader, way: str, nbytes: int, depth: int, 
 
     def batch() -> None:
         places = random.integers((most - nbytes) // PAGE_BYTES + 1, size=count) * PAGE_BYTES
-        _read(reader, [Move(i, int(place), i % slots * nbytes, nbytes) for i, place in enumerate(places)])
+        move_all(reader, [Move(i, int(place), i % slots * nbytes, nbytes) for i, place in enumerate(places)])
 
     if way != BUFFERED:
         return LinkPoint("disk", way, nbytes, depth, rate(count * nbytes, times_s(batch, effort)))
@@ -77,23 +75,3 @@ def forget(path: Path) -> None:
     """Have the kernel drop a file's pages, so that what is read next comes from the disk."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read(reader: DirectReader, moves: Sequence[Move]) -> None:
-    left = len(moves)
-    errors: list[TeleragError] = []
-    ended = threading.Condition()
-
-    def arrived(some: Sequence[Move], error: TeleragError | None) -> None:
-        nonlocal left
-        with ended:
-            left -= len(some)
-            if error is not None:
-                errors.append(error)
-            ended.notify()
-
-    reader.submit(moves, arrived)
-    with ended:
-        ended.wait_for(lambda: not left)
-    if errors:
-        raise errors[0]

@@ -10,8 +10,7 @@ import contextlib
 import fcntl
 import mmap
 import os
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -19,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.config import PAGE_BYTES, format_bytes
-from telerag_cli.errors import ResourceError, TeleragError
+from telerag_cli.errors import ResourceError
 from telerag_cli.files import explain
 from telerag_cli.index.artifact import Index
-from telerag_cli.tiers.transport import DirectReader, Move, available_bytes
+from telerag_cli.tiers.transport import DirectReader, Move, available_bytes, move_all
 
 READ_BYTES = 16 << 20
 """A read: large enough for any disk's full rate, small enough for a progress bar."""
@@ -107,32 +106,19 @@ class SlowTier:
     def _read(self, path: Path, nbytes: int, advance: Advance) -> None:
         moves = [Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
                  for number, begin in enumerate(range(0, nbytes, READ_BYTES))]  # fmt: skip
-        left = len(moves)
-        errors: list[TeleragError] = []
-        ended = threading.Condition()
+        told = 0
 
-        def arrived(some: Sequence[Move], error: TeleragError | None) -> None:
-            nonlocal left
-            with ended:
-                left -= len(some)
-                if error is not None:
-                    errors.append(error)
-                ended.notify()
+        def progress(ended: int) -> None:
+            nonlocal told
+            done = min(nbytes, ended * READ_BYTES)
+            advance(done - told)
+            told = done
 
         reader = DirectReader(path, self.memory, threads=READ_THREADS)
-        told = 0
         try:
-            reader.submit(moves, arrived)
-            with ended:
-                while left and not errors:
-                    ended.wait(0.2)
-                    done = min(nbytes, (len(moves) - left) * READ_BYTES)
-                    advance(done - told)
-                    told = done
+            move_all(reader, moves, progress)
         finally:
             reader.close(drop=True)
-        if errors:
-            raise errors[0]
 
 
 def _name(path: Path) -> str:

@@ -54,6 +54,40 @@ class Transport(Protocol):
         """Wait for moves under way, then let go of threads and files."""
 
 
+def move_all(
+    link: Transport, moves: Sequence[Move], progress: Callable[[int], None] = lambda _ended: None
+) -> None:
+    """Start moves and wait for all of them.
+
+    Args:
+        link: what moves.
+        moves: the moves.
+        progress: told now and then how many have ended.
+
+    Raises:
+        TeleragError: one of them failed; others may be under way still.
+    """
+    left = len(moves)
+    errors: list[TeleragError] = []
+    ended = threading.Condition()
+
+    def arrived(some: Sequence[Move], error: TeleragError | None) -> None:
+        nonlocal left
+        with ended:
+            left -= len(some)
+            if error is not None:
+                errors.append(error)
+            ended.notify()
+
+    link.submit(moves, arrived)
+    with ended:
+        while left and not errors:
+            ended.wait(0.2)
+            progress(len(moves) - left)
+    if errors:
+        raise errors[0]
+
+
 def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     """A page-aligned block of memory, touched now so that reads into it never wait for the kernel to find pages.
 

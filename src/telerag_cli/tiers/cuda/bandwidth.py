@@ -11,7 +11,7 @@ import torch
 
 from telerag_cli.tiers.cuda.gpu import Copy, Gpu, Stream
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 16 << 20
 MOST_COPIES = 256
 DEPTH = 32
 OPTION = "--gpu-memory"
@@ -41,7 +41,7 @@ def passages(gpu: Gpu, sizes: Sequence[int], repeats: int) -> Iterator[Passage]:
         ResourceError: the device has no room, or failed.
     """
     largest = max(sizes)
-    most = max(largest, BATCH_BYTES)
+    most = max(4 * largest, BATCH_BYTES)
     device = gpu.allocate(most, OPTION)
     stream = gpu.stream()
     try:
