@@ -56,7 +56,7 @@ class Extent:
     """Queries whose joins are timed, and one to warm up."""
 
 
-QUICK_EXTENT = Extent(QUICK, (64 * KIB, 4 * MIB), (1, 2), (32, 192), (1, 4), 20, 8, 4)
+QUICK_EXTENT = Extent(QUICK, (64 * KIB, 4 * MIB), (1, 2), (32, 128), (1, 4), 16, 6, 3)
 FULL_EXTENT = Extent(FULL, (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, LARGEST_TRANSFER), (1, 2, 4), (32, 128, 512, 1024),
                      (1, 2, 4, 8, 16), 32, 16, 8)  # fmt: skip
 
