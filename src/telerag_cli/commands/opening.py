@@ -128,7 +128,7 @@ def open_parts(
 @contextlib.contextmanager
 def open_answering(
     searching: Searching, answering: Answering, tracer: Tracer, warn: Warn = console.warn, opened: Opened | None = None,
-    planned: Planned = Planned(NONE),  # it is frozen
+    planned: Planned = Planned(NONE),
 ) -> Iterator[tuple[Engine, int]]:  # fmt: skip
     """An engine ready for questions, and how many to ask at once; closed at the end.
 

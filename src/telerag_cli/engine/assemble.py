@@ -77,7 +77,7 @@ class Planning:
 
 def open_engine(opened: Opened, open_llm: Callable[[], Generator], tier: PlannedTier, settings: Settings, *,
                 rescore: int | None = None, planning: Planning = Planning(), tracer: Tracer | None = None,
-                progress: Progress = silent) -> Engine:  # fmt: skip  # it is frozen
+                progress: Progress = silent) -> Engine:  # fmt: skip
     """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails.
 
     The LLM comes before the arena, which on a GPU may take what is left.

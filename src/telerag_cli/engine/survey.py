@@ -85,7 +85,7 @@ def identity_of(index: Index | None, tier_name: str, llm: PlannedLlm | None, emb
 
 def survey(opened: Opened, tier: PlannedTier, retriever: Retriever, generator: Generator, nprobe: int, replays: Replays, *,
            identity: Identity, versions: dict[str, str], quick: bool, advance: Advance, command: str = "") -> Profile:  # fmt: skip
-    """Measure parts that are open: see `measure`. The arena is empty afterwards, and the LLM knows no prompt."""
+    """Measure parts that are open: see `measure`. The arena is empty afterwards."""
     index = opened.index
     questions = replays.questions or from_passages(opened.passages, FULL_EXTENT.replayed)
     subject = Subject(

@@ -95,9 +95,7 @@ class Planner:
             profile.embedding.query_s.value, profile.embedding.sketch_s.value)  # fmt: skip
         return plain_s * self.averages.get(window_key(stage), 1.0)
 
-    def outlook(
-        self, window_s: float, lookahead: str, known: Circumstances = Circumstances()
-    ) -> Outlook:  # frozen
+    def outlook(self, window_s: float, lookahead: str, known: Circumstances = Circumstances()) -> Outlook:
         """What lookahead of this kind should do in a window, and the join after it."""
         rate = self.link_bytes_per_s(known.stage) / known.rounds
         budget = formulas.budget_bytes(rate, window_s, self.most_bytes)
