@@ -40,7 +40,7 @@ import torch
 
 from synthetic_store import Block, Datastore, Material, make_material, packed, read_material, uniform
 from telerag_cli.bench_record import record
-from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
+from telerag_cli.config import CacheKind, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
 from telerag_cli.generation.models import resolve_model
@@ -51,7 +51,6 @@ from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.retriever import Found, Retriever
 from telerag_cli.lookahead.round import Mover
 from telerag_cli.tiers.base import Rate
-from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Event, Gpu, Stream, find_gpu

@@ -1,7 +1,9 @@
-"""Fill the README's figures from benchmarks/results/*.json; with --check, fail when they are stale.
+"""Fill the README's figures from benchmarks/results; with --check, fail when they are stale.
 
-A result is what `telerag_cli.bench_record.record` makes, with `figures`: rows for the README, each `what` was measured,
-its `value`, and optionally what it is compared `against` and the `goal`. Results without `figures` are left out.
+Each folder there holds results of ``telerag bench`` on one machine: the README has its latency by pipeline, what else it
+shows in a line each, and its report. A JSON file directly there is what `telerag_cli.bench_record.record` makes, with
+`figures`: rows for the README, each `what` was measured, its `value`, and optionally what it is compared `against` and the
+`goal`. Results without `figures` are left out.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult, load_all
 from telerag_cli.config import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+SUITES_BEGIN, SUITES_END = "<!-- suites:begin -->", "<!-- suites:end -->"
+BASELINE, OURS, LIMIT = "faiss-ondisk", "refined", "llm-only"
 COLUMNS = {"what": "what", "value": "measured", "against": "compared with", "goal": "goal"}
 
 
@@ -54,23 +59,141 @@ def describe(hardware: dict[str, Any]) -> str:
     )
 
 
-def fill(readme: str, section: str) -> str:
+def render_suites(folders: list[Path]) -> str:
+    """The section of ``telerag bench`` in Markdown: for each machine its table, what else was found, and where all of it stands."""
+    parts = []
+    for folder in folders:
+        results = load_all(folder)
+        place = folder.relative_to(ROOT)
+        parts += [*_latency(results["latency"]), "", *(f"- {line}" for line in _lines(results)), ""]
+        parts += [
+            f"All figures, with plots, how each system is configured, and the commands: [{place}/report.md]({place}/report.md).",
+            "",
+        ]
+        parts += [f"Measured on: {describe(results['latency'].hardware)}."]
+    return "\n".join(parts) if parts else "Nothing is recorded yet."
+
+
+def _latency(result: SuiteResult) -> list[str]:
+    """A row a pipeline: medians, ratios with their intervals, hits."""
+    shown = [name for name in result.systems if name != LIMIT]
+    heads = [
+        "pipeline",
+        *(f"{name}, s" for name in shown),
+        f"{BASELINE} ÷ {OURS}",
+        f"{OURS} ÷ {LIMIT}",
+        "lists there at the join",
+    ]
+    rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
+    for key in _keys(result):
+        cells = {cell.system: cell for cell in result.cells if cell.key == key}
+        medians = [
+            f"{cells[name].values['median_e2el_ms'] / 1e3:.2f}" if name in cells else "" for name in shown
+        ]
+        hit = (
+            f"{cells[OURS].values['hit_share']:.0%}"
+            if OURS in cells and "hit_share" in cells[OURS].values
+            else ""
+        )
+        row = [f"`{key['pipeline']}`" if cells else key["pipeline"], *medians, _told(_ratio(result, key, BASELINE, OURS)),
+               _told(_ratio(result, key, OURS, LIMIT)), hit]  # fmt: skip
+        rows.append("| " + " | ".join(row) + " |")
+    settings = result.settings
+    index = settings["index"]
+    about = (
+        f"Seconds to an answer, median of {settings['num_prompts'] * settings['repeats']} questions one at a time, cold; "
+        f"{settings['nprobe']} of {index['nlist']:,} lists of an index of {index['lists_bytes'] / 1e9:.1f} GB, "
+        f"{settings['k']} passages, answers up to {settings['max_tokens']} tokens, fast memory "
+        f"{format_bytes(settings['fast_memory_bytes'])}, {settings['llm']}. Ratios are pair by pair, with 95 % intervals."
+    )
+    return [about, "", *rows]
+
+
+def _lines(results: dict[str, SuiteResult]) -> list[str]:
+    """What the other suites found, a sentence each; those that were not run are left out."""
+    lines = []
+    if warm := results.get("latency-warm"):
+        key = _keys(warm)[0]
+        told = [f"{over} ÷ {under} {_told(_ratio(warm, key, over, under))}" for over, under in
+                ((BASELINE, OURS), ("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT))
+                if _ratio(warm, key, over, under)]  # fmt: skip
+        lines.append(
+            f"Warm, `{key['pipeline']}`, the whole index in the page cache and arenas as they were left: {'; '.join(told)}."
+        )
+    if hits := results.get("hit-rate"):
+        share = {cell.system: cell.values["hit_share"] for cell in hits.cells if cell.key["budget"] == 1.0}
+        lines.append("Lists in fast memory at the join when as many bytes may be moved as are probed: "
+                     + ", ".join(f"{value:.0%} {name}" for name, value in share.items()) + ".")  # fmt: skip
+    for name, axis, word in (("nprobe", "nprobe", "lists probed"), ("throughput", "batch_size", "at once")):
+        if result := results.get(name):
+            told = [
+                f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)
+            ]
+            lines.append(f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}.")
+    if cache := results.get("cache"):
+        kept = {(cell.system, cell.key["cache_fraction"]): cell.values["hit_share"] for cell in cache.cells}
+        told = [
+            f"{value:.0%} {system}" + (f" ({fraction:g})" if system == "hotness" else "")
+            for (system, fraction), value in kept.items()
+        ]
+        lines.append(f"Cache policies (share kept), lists hit: {', '.join(told)}.")
+    if embed := results.get("embed"):
+        rates = {cell.system: cell.values["request_throughput"] for cell in embed.cells}
+        lines.append(f"Embedding: {rates['telerag']:.0f} passages/s, {_told(embed.ratios[0])} times SentenceTransformer.encode. "
+                     + embed.checks[0].says)  # fmt: skip
+    if build := results.get("build"):
+        cell, ratio = build.cells[0], build.ratios[0]
+        lines.append(f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
+                     f"{cell.values['us_per_vector']:.1f} µs a vector, {ratio.ratio:.2f} times Faiss's train and add in memory, "
+                     f"at most {format_bytes(cell.values['peak_rss_bytes'])} of memory.")  # fmt: skip
+    return lines
+
+
+def _keys(result: SuiteResult) -> list[Key]:
+    """Where something was measured, means last."""
+    measured: list[Cell | Ratio] = [*result.cells, *result.ratios]
+    keys: list[Key] = []
+    for each in measured:
+        if each.key not in keys:
+            keys.append(each.key)
+    return keys
+
+
+def _ratio(result: SuiteResult, key: Key, over: str, under: str) -> Ratio | None:
+    """End to end, or of whole batches, or of joins."""
+    return next((each for each in result.ratios if each.key == key and (each.over, each.under) == (over, under)
+                 and each.metric in ("e2el_ms", "wall_ms", "join_ms")), None)  # fmt: skip
+
+
+def _told(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return ""
+    return (
+        f"**{ratio.ratio:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})"
+        if ratio.ratio is not None
+        else ratio.note
+    )
+
+
+def fill(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:
     """The README with the section between its marks."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"error: README.md lacks {BEGIN} or {END}; put both on lines of their own.")
-    return f"{before}{BEGIN}\n{section}\n{END}{after}"
+    before, first, rest = readme.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        sys.exit(f"error: README.md lacks {begin} or {end}; put both on lines of their own.")
+    return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description="Fill the README's figures from benchmarks/results/*.json.")
+    parser = argparse.ArgumentParser(description="Fill the README's figures from benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when they are stale")
     options = parser.parse_args()
     target = ROOT / "README.md"
     found = target.read_text(encoding="utf-8")
-    wanted = fill(found, render(load(ROOT / "benchmarks" / "results")))
+    folder = ROOT / "benchmarks" / "results"
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    wanted = fill(fill(found, render(load(folder))), render_suites(folders), SUITES_BEGIN, SUITES_END)
     if found == wanted:
         return
     if options.check:

@@ -21,6 +21,8 @@ COMMANDS = [
     "quickstart",
     "embed",
     "build-index",
+    "import-index",
+    "export-index",
     "profile",
     "inspect",
     "search",
@@ -28,6 +30,9 @@ COMMANDS = [
     "chat",
     "doctor",
     "config",
+    "eval",
+    "bench",
+    "data",
 ]
 
 

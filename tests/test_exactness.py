@@ -15,11 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from doubles import ChosenLink
 from indexes import expected, make_index, make_vectors
-from telerag_cli.config import Metric, Storage
+from telerag_cli.config import CacheKind, Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.lookahead.retriever import Retriever, check_search
-from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier

@@ -16,6 +16,8 @@ LAYERS = [
     {"__main__"},
     {"app"},
     {"commands"},
+    {"bench"},
+    {"datasets", "evaluation"},
     {"engine"},
     {"profiling"},
     {"pipelines"},
@@ -40,6 +42,11 @@ HEAVY = [
     "numpy",
     "openai",
     "prompt_toolkit",
+    "matplotlib",
+    "jinja2",
+    "torchmetrics",
+    "ir_measures",
+    "pytrec_eval",
 ]
 
 
@@ -162,7 +169,16 @@ def test_click_is_never_imported():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["run", "--help"], ["embed", "--help"], ["chat", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["run", "--help"],
+        ["embed", "--help"],
+        ["chat", "--help"],
+        ["eval", "--help"],
+        ["bench", "latency", "--help"],
+    ],
 )
 def test_help_loads_nothing_heavy(arguments):
     code = (

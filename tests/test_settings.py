@@ -43,14 +43,43 @@ def another(option):
     kinds = get_args(option.annotation) or (option.annotation,)
     if get_origin(option.annotation) is Literal:
         return next(choice for choice in kinds if choice != option.default)
-    kind = kinds[0]
+    kind = option.annotation if get_origin(option.annotation) is list else kinds[0]
+    if get_origin(kind) is list:
+        return [one_of(get_args(kind)[0], None, option)]
+    return one_of(kind, option.default, option)
+
+
+def one_of(kind, default, option):
     if kind is bool:
-        return not option.default
+        return not default
     if kind in (int, float):
-        value = kind(option.minimum or 0) + (kind(1) if option.maximum is None else kind(option.maximum) / 2)
-        return value if value != option.default else value + 1
+        value = kind(option.minimum or 0) + (kind(1) if option.maximum is None else kind(option.maximum / 2))
+        return value if value != default else value + 1
     choices = list(kind) if hasattr(kind, "__members__") else []
-    return next((plain(choice) for choice in choices if plain(choice) != option.default), "some/where")
+    return next((plain(choice) for choice in choices if plain(choice) != default), "some/where")
+
+
+def spelled(value):
+    """As the environment has it."""
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def placed(defaults, name):
+    """What a default map has for a command, which may be in a group."""
+    for step in SECTIONS[name].path:
+        defaults = defaults[step]
+    return defaults
+
+
+def every_command(commands=PROGRAM.commands, path=()):
+    for name, command in commands.items():
+        if hasattr(command, "commands"):
+            yield from every_command(command.commands, (*path, name))
+        elif (*path, name) != (ITSELF,):
+            yield "-".join((*path, name)), command
+
+
+COMMANDS = dict(every_command())
 
 
 def commands_with(name, key):
@@ -58,49 +87,53 @@ def commands_with(name, key):
 
 
 def test_the_sections_are_all_commands_with_all_their_options():
-    assert SECTIONS.keys() - {GLOBAL} == PROGRAM.commands.keys() - {ITSELF}
-    for name, command in PROGRAM.commands.items():
-        if name != ITSELF:
-            declared = {each.name for each in command.params if each.param_type_name == "option"}
-            assert {option.parameter for option in SECTIONS[name].options.values()} == declared
+    assert SECTIONS.keys() - {GLOBAL} == COMMANDS.keys()
+    for name, command in COMMANDS.items():
+        declared = {each.name for each in command.params if each.param_type_name == "option"}
+        assert {option.parameter for option in SECTIONS[name].options.values()} == declared
 
 
-@pytest.mark.parametrize(("name", "key"), EVERY)
-def test_every_option_can_be_set_in_the_environment(monkeypatch, name, key):
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_option_can_be_set_in_the_environment(monkeypatch, name):
     section = SECTIONS[name]
-    value = another(section.options[key])
-    monkeypatch.setenv(section.variable(key), str(value))
+    values = {key: another(option) for key, option in section.options.items()}
+    for key, value in values.items():
+        monkeypatch.setenv(section.variable(key), spelled(value))
     settings = load(SECTIONS)
-    for command in commands_with(name, key):
-        found = settings.of(command, key)
-        assert (found.value, found.origin, found.place) == (value, "environment", section.variable(key))
-        assert settings.defaults()[command] == {SECTIONS[command].options[key].parameter: value}
+    for key, value in values.items():
+        for command in commands_with(name, key):
+            found = settings.of(command, key)
+            assert (found.value, found.origin, found.place) == (value, "environment", section.variable(key))
+            assert placed(settings.defaults(), command)[SECTIONS[command].options[key].parameter] == value
 
 
-@pytest.mark.parametrize(("name", "key"), EVERY)
-def test_every_option_can_be_set_in_the_file(name, key):
-    value = another(SECTIONS[name].options[key])
-    for spelled in {key, key.replace("_", "-")}:
-        write(f"[{name}]\n{spelled} = {json.dumps(value)}\n")
-        settings = load(SECTIONS)
+@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("between", ["_", "-"])
+def test_every_option_can_be_set_in_the_file(name, between):
+    values = {key: another(option) for key, option in SECTIONS[name].options.items()}
+    lines = [f"{key.replace('_', between)} = {json.dumps(value)}" for key, value in values.items()]
+    write("\n".join([f"[{name}]", *lines, ""]))
+    settings = load(SECTIONS)
+    for key, value in values.items():
         for command in commands_with(name, key):
             found = settings.of(command, key)
             assert (found.value, found.origin, found.place) == (value, "file", f"telerag.toml [{name}]")
 
 
-@pytest.mark.parametrize(("name", "key"), [each for each in EVERY if each[0] != GLOBAL])
-def test_commands_take_what_is_set_for_their_own(name, key):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_commands_take_what_is_set_for_their_own(name):
     """Through Click: as the option's value, with the default map as its source."""
-    option = SECTIONS[name].options[key]
-    command = PROGRAM.commands[name]
-    parameter = next(each for each in command.params if each.name == option.parameter)
-    value = another(option)
-    with command.make_context(
-        name, [], resilient_parsing=True, default_map={option.parameter: value}
-    ) as context:
-        got, source = parameter.consume_value(context, {})
-        assert source.name == "DEFAULT_MAP"
-        assert plain(parameter.process_value(context, got)) == value
+    command = COMMANDS[name]
+    for option in SECTIONS[name].options.values():
+        parameter = next(each for each in command.params if each.name == option.parameter)
+        value = another(option)
+        with command.make_context(
+            name, [], resilient_parsing=True, default_map={option.parameter: value}
+        ) as context:
+            got, source = parameter.consume_value(context, {})
+            assert source.name == "DEFAULT_MAP"
+            made = parameter.process_value(context, got)
+            assert plain(list(made) if isinstance(value, list) else made) == value
 
 
 def test_the_nearest_to_the_command_line_wins(monkeypatch):
@@ -270,7 +303,7 @@ def test_config_shows_what_is_set_and_where(monkeypatch):
     monkeypatch.setenv("TELERAG_NPROBE", "7")
     write("[run]\nordered = true\n")
     shown = telerag("config", "--show").stdout
-    assert re.search(r"--nprobe +.*search, run, chat +7 +environment: TELERAG_NPROBE", shown)
+    assert re.search(r"--nprobe +.*search, run, chat.* +7 +environment: TELERAG_NPROBE", shown)
     assert re.search(r"--ordered +run +true +file: telerag.toml \[run\]", shown)
     assert "--ctx-size" not in shown
     every = json.loads(telerag("config", "--all", "--json").stdout)["settings"]

@@ -9,12 +9,16 @@ from typing import Annotated
 import typer
 
 from telerag_cli import __version__
+from telerag_cli.commands import bench, data
 from telerag_cli.commands.build_index import build_index
 from telerag_cli.commands.chat import chat
 from telerag_cli.commands.config import apply, config
 from telerag_cli.commands.doctor import doctor
 from telerag_cli.commands.embed import embed
+from telerag_cli.commands.eval import evaluate
+from telerag_cli.commands.export_index import export_index
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
+from telerag_cli.commands.import_index import import_index
 from telerag_cli.commands.inspect import inspect
 from telerag_cli.commands.profile import profile
 from telerag_cli.commands.quickstart import quickstart
@@ -63,8 +67,24 @@ def options(
 
 app.callback()(guarded(options))
 
-for command in (quickstart, embed, build_index, profile, inspect, search, run, chat, doctor, config):
+for command in (
+    quickstart,
+    embed,
+    build_index,
+    import_index,
+    export_index,
+    profile,
+    inspect,
+    search,
+    run,
+    chat,
+    doctor,
+    config,
+):
     app.command()(guarded(command))
+app.command("eval")(guarded(evaluate))
+app.add_typer(bench.app)
+app.add_typer(data.app)
 
 
 def main() -> None:

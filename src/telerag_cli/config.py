@@ -74,6 +74,14 @@ class Lookahead(StrEnum):
     OFF = "off"
 
 
+class CacheKind(StrEnum):
+    """What stays in fast memory between queries."""
+
+    NONE = "none"
+    LRU = "lru"
+    HOTNESS = "hotness"
+
+
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*$")
 

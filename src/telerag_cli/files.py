@@ -64,11 +64,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telerag"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as JSON, atomically and with sorted keys, so that equal values give equal bytes."""
+def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
+    """Write ``value`` as JSON, atomically; with sorted keys, unless their order means something, so that equal values give equal bytes."""
     with writing(path) as temporary:
         temporary.write_text(
-            json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+            json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
 

@@ -112,13 +112,18 @@ def index_rows(manifest: Manifest) -> list[tuple[str, str]]:
     even = manifest.balance
     recall = ", ".join(f"{value:.3f} at {nprobe}" for nprobe, value in
                        sorted(manifest.recall_at_10.items(), key=lambda item: int(item[0])))  # fmt: skip
+    # An index that was imported, or made for measuring, had no training here, and no queries held out.
+    trained = f"seed {manifest.seed}, trained on {manifest.training_rows:,} vectors ({manifest.trained_on})"
+    measured = (
+        f"{recall} ({manifest.recall_queries} held-out queries)" if recall else "too few vectors to measure"
+    )
     return [
         ("vectors", f"{manifest.ntotal:,} of {manifest.dimension} dimensions, {manifest.storage}, {manifest.metric}"),
-        ("lists", f"{manifest.nlist:,}, seed {manifest.seed}, trained on {manifest.training_rows:,} vectors ({manifest.trained_on})"),
+        ("lists", f"{manifest.nlist:,}, {trained if manifest.training_rows else 'trained elsewhere'}"),
         ("vectors per list", f"least {even['min']:,.0f}, median {even['median']:,.0f}, most {even['max']:,.0f}; "
                              f"{even['empty']:,.0f} empty; imbalance {even['imbalance']:.2f}"),
         ("bytes", ", ".join(f"{name} {format_bytes(info.bytes)}" for name, info in sorted(manifest.files.items()))),
         ("kept vectors", f"{manifest.kept_vectors}, in row order" if manifest.kept_vectors else "none"),
         ("embedder", manifest.embedder.model or "unknown"),
-        ("recall@10 at nprobe", f"{recall} ({manifest.recall_queries} held-out queries)" if recall else "too few vectors to measure"),
+        ("recall@10 at nprobe", measured if manifest.training_rows else "not measured"),
     ]  # fmt: skip

@@ -37,7 +37,7 @@ def inspect(
         raise ArtifactError(f"{path} does not exist.", remedy="Check the path.")
     if (path / "work" / "build.json").exists():
         raise ArtifactError(
-            f"{path} is an unfinished build.", remedy="Run the same telerag build-index again; it resumes."
+            f"{path} is an unfinished build.", remedy="Run the same command again; it resumes."
         )
     if (path / "manifest.json").exists() or (path / "lists.bin").exists():
         kind, about, rows, damage = _index(path, verify)

@@ -14,10 +14,10 @@ from telerag_cli.config import Lookahead
 if TYPE_CHECKING:
     from telerag_cli.engine.assemble import Opened
     from telerag_cli.engine.engine import Engine
-    from telerag_cli.engine.llm import LlmOptions
-    from telerag_cli.engine.placement import PlannedTier, Row, TierOptions
+    from telerag_cli.engine.llm import LlmOptions, PlannedLlm
+    from telerag_cli.engine.placement import PlannedTier, TierOptions
+    from telerag_cli.engine.session import Settings
     from telerag_cli.generation.base import Generator
-    from telerag_cli.index.artifact import Index
     from telerag_cli.lookahead.retriever import Retriever
     from telerag_cli.pipelines.base import Pipeline
     from telerag_cli.planning.profile import Identity
@@ -51,6 +51,12 @@ class Answering:
     top_p: float = 1.0
     seed: int = 0
 
+    def settings(self, k: int, nprobe: int) -> Settings:
+        """As an engine takes it."""
+        from telerag_cli.engine.session import Settings
+
+        return Settings(k, nprobe, self.lookahead, self.max_tokens, self.temperature, self.top_p, self.seed)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -63,25 +69,61 @@ class Planned:
     name: str = ""
 
 
-@contextlib.contextmanager
-def open_search(searching: Searching) -> Iterator[tuple[Opened, Retriever, int, int]]:
-    """An index ready for searches, and the ``k`` and ``nprobe`` to search with; closed at the end."""
-    from telerag_cli.engine.assemble import default_k, default_nprobe, open_index, open_retriever
+@dataclass(frozen=True)
+class Prepared:
+    """An index with its embedder, and what else answering takes: planned and shown, not taken."""
+
+    opened: Opened
+    tier: PlannedTier
+    llm: PlannedLlm | None
+    k: int
+    nprobe: int
+
+
+def prepare(searching: Searching, llm: LlmOptions | None, concurrency: int | None = None, warn: Warn = console.warn,
+            opened: Opened | None = None) -> Prepared:  # fmt: skip
+    """Open index, passages and embedder, plan the rest, and show the memory of all.
+
+    Args:
+        searching: where and how to search.
+        llm: which LLM, if one is needed.
+        concurrency: questions at once; None for as many as memory holds contexts for.
+        warn: takes what a user should know.
+        opened: index, passages and embedder, if they are open already.
+
+    Raises:
+        TeleragError: something is missing, does not fit, or contradicts something else.
+    """
+    from telerag_cli.engine.assemble import byte_plan, default_k, default_nprobe, open_index
+    from telerag_cli.engine.llm import plan_llm
     from telerag_cli.engine.placement import plan_tier
     from telerag_cli.index.artifact import Index
     from telerag_cli.lookahead.retriever import check_search
 
-    index = Index.open(searching.index)
+    index = opened.index if opened else Index.open(searching.index)
     k, nprobe = searching.k or default_k(index), searching.nprobe or default_nprobe(index)
     check_search(index, k, nprobe)
     tier = plan_tier(index, searching.tier)
-    opened = open_index(index, searching.embedder, searching.tier.device)
-    _show(tier, [])
-    retriever = open_retriever(index, tier, rescore=searching.rescore, progress=console.progress)
+    planned = plan_llm(llm, concurrency, tier, warn, searching.tier.device) if llm else None
+    opened = opened or open_index(index, searching.embedder, searching.tier.device)
+    rows = byte_plan(tier, planned.rows if planned else [])
+    console.table(f"Memory ({tier.kind} tier: {tier.why})", ("what", "where", "size"), rows)
+    return Prepared(opened, tier, planned, k, nprobe)
+
+
+@contextlib.contextmanager
+def open_search(searching: Searching) -> Iterator[tuple[Opened, Retriever, int, int]]:
+    """An index ready for searches, and the ``k`` and ``nprobe`` to search with; closed at the end."""
+    from telerag_cli.engine.assemble import open_retriever
+
+    made = prepare(searching, None)
+    retriever = open_retriever(
+        made.opened.index, made.tier, rescore=searching.rescore, progress=console.progress
+    )
     with contextlib.closing(retriever):
         for note in retriever.tier.notes:
             console.warn(note)
-        yield opened, retriever, k, nprobe
+        yield made.opened, retriever, made.k, made.nprobe
 
 
 @dataclass(frozen=True)
@@ -102,27 +144,19 @@ def open_parts(
     searching: Searching, llm: LlmOptions, concurrency: int | None, warn: Warn = console.warn
 ) -> Iterator[Parts]:
     """The parts of an engine, ready; closed at the end."""
-    from telerag_cli.engine.assemble import default_k, default_nprobe, open_index, open_retriever
-    from telerag_cli.engine.llm import plan_llm
-    from telerag_cli.engine.placement import plan_tier
+    from telerag_cli.engine.assemble import open_retriever
     from telerag_cli.engine.survey import embedder_name, identity_of
-    from telerag_cli.index.artifact import Index
-    from telerag_cli.lookahead.retriever import check_search
 
-    index = Index.open(searching.index)
-    nprobe = searching.nprobe or default_nprobe(index)
-    check_search(index, default_k(index), nprobe)
-    tier = plan_tier(index, searching.tier)
-    planned = plan_llm(llm, concurrency, tier, warn, searching.tier.device)
-    opened = open_index(index, searching.embedder, searching.tier.device)
-    _show(tier, planned.rows)
+    made = prepare(searching, llm, concurrency, warn)
+    assert made.llm
+    opened, tier = made.opened, made.tier
     opened.embedder.warm_up(sketching=True)
-    identity, versions = identity_of(index, tier.name, planned, embedder_name(opened.embedder))
+    identity, versions = identity_of(opened.index, tier.name, made.llm, embedder_name(opened.embedder))
     with (
-        contextlib.closing(planned.open()) as generator,
-        contextlib.closing(open_retriever(index, tier, progress=console.progress)) as retriever,
+        contextlib.closing(made.llm.open()) as generator,
+        contextlib.closing(open_retriever(opened.index, tier, progress=console.progress)) as retriever,
     ):
-        yield Parts(opened, tier, retriever, generator, nprobe, identity, versions)
+        yield Parts(opened, tier, retriever, generator, made.nprobe, identity, versions)
 
 
 @contextlib.contextmanager
@@ -141,28 +175,13 @@ def open_answering(
         planned: the profile to plan with, and whether to tell what comes of it.
     """
     from telerag_cli.commands.planning import plan_with
-    from telerag_cli.engine.assemble import default_k, default_nprobe, open_engine, open_index
-    from telerag_cli.engine.llm import plan_llm
-    from telerag_cli.engine.placement import plan_tier
-    from telerag_cli.engine.session import Settings
-    from telerag_cli.index.artifact import Index
+    from telerag_cli.engine.assemble import open_engine
 
-    index: Index = opened.index if opened else Index.open(searching.index)
-    settings = Settings(
-        searching.k or default_k(index),
-        searching.nprobe or default_nprobe(index),
-        answering.lookahead,
-        answering.max_tokens,
-        answering.temperature,
-        answering.top_p,
-        answering.seed,
-    )
-    tier = plan_tier(index, searching.tier)
-    llm = plan_llm(answering.llm, answering.concurrency, tier, warn, searching.tier.device)
-    opened = opened or open_index(index, searching.embedder, searching.tier.device)
-    _show(tier, llm.rows)
-    planning = plan_with(planned, opened, tier, llm, settings.nprobe, warn)
-    engine = open_engine(opened, llm.open, tier, settings, rescore=searching.rescore, planning=planning, tracer=tracer,
+    made = prepare(searching, answering.llm, answering.concurrency, warn, opened)
+    assert made.llm
+    settings = answering.settings(made.k, made.nprobe)
+    planning = plan_with(planned, made.opened, made.tier, made.llm, settings.nprobe, warn)
+    engine = open_engine(made.opened, made.llm.open, made.tier, settings, rescore=searching.rescore, planning=planning, tracer=tracer,
                          progress=console.progress)  # fmt: skip
     with contextlib.closing(engine):
         if planned.explain and planned.pipeline:
@@ -170,7 +189,7 @@ def open_answering(
         for note in engine.retriever.tier.notes:
             warn(note)
         try:
-            yield engine, llm.concurrency
+            yield engine, made.llm.concurrency
         finally:
             engine.shared.averages.save()
 
@@ -184,9 +203,3 @@ def show_plan(engine: Engine, pipeline: Pipeline, name: str) -> None:
         return
     rows = explain(engine, engine.shared.planner, pipeline, name)
     console.table(f"Plan ({name}, one question alone)", ("what", "expected", "why"), rows)
-
-
-def _show(tier: PlannedTier, llm: list[Row]) -> None:
-    from telerag_cli.engine.assemble import byte_plan
-
-    console.table(f"Memory ({tier.kind} tier: {tier.why})", ("what", "where", "size"), byte_plan(tier, llm))

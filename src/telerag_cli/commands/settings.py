@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from types import GenericAlias, MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from telerag_cli.commands.guard import DEBUG_VARIABLE
 from telerag_cli.errors import UsageError
@@ -58,7 +58,10 @@ class Section:
     """Options that are set together: a command's, or those that mean the same in all commands that have them."""
 
     name: str
+    """``run``, or ``bench-latency`` for a command of a group."""
     options: dict[str, Option]
+    path: tuple[str, ...] = ()
+    """The command's own name, after that of its group if it has one."""
 
     def variable(self, key: str) -> str:
         """The environment's name for one of them."""
@@ -95,19 +98,23 @@ class Settings:
 
     def defaults(self) -> dict[str, dict[str, Any]]:
         """For Click's ``default_map``: by command and parameter."""
-        return {
-            name: {option.parameter: found.value for key, option in section.options.items()
-                   if (found := self.of(name, key)) is not None}
-            for name, section in self.sections.items() if name != GLOBAL
-        }  # fmt: skip
+        made: dict[str, Any] = {}
+        for name, section in self.sections.items():
+            place = made
+            for step in section.path:
+                place = place.setdefault(step, {})
+            if section.path:
+                place |= {option.parameter: found.value for key, option in section.options.items()
+                          if (found := self.of(name, key)) is not None}  # fmt: skip
+        return made
 
 
 def sections_of(commands: Mapping[str, Any]) -> dict[str, Section]:
     """The sections that Typer's commands make, the one for all of them first."""
     found = {
-        name: Section(name, {option.key: option for option in _options(command)})
-        for name, command in commands.items()
-        if name != ITSELF
+        "-".join(path): Section("-".join(path), {option.key: option for option in _options(command)}, path)
+        for path, command in _flat(commands)
+        if path != (ITSELF,)
     }
     first: dict[str, Option] = {}
     differ: set[str] = set()
@@ -117,6 +124,15 @@ def sections_of(commands: Mapping[str, Any]) -> dict[str, Section]:
                 differ.add(key)
     shared = {key: option for key, option in first.items() if key not in differ}
     return {GLOBAL: Section(GLOBAL, shared), **found}
+
+
+def _flat(commands: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the names that lead to it, those of groups in the place of their group."""
+    for name, command in commands.items():
+        if hasattr(command, "commands"):
+            yield from _flat(command.commands, (*path, name))
+        else:
+            yield (*path, name), command
 
 
 def _options(command: Any) -> Iterator[Option]:
@@ -130,7 +146,9 @@ def _options(command: Any) -> Iterator[Option]:
 
 
 def plain(value: Any) -> Any:
-    """As text, number or truth, which Click, JSON and TOML know."""
+    """As text, number or truth, or a list of them, which Click, JSON and TOML know."""
+    if isinstance(value, list):
+        return [plain(each) for each in value]
     return value.value if isinstance(value, Enum) else str(value) if isinstance(value, Path) else value
 
 
@@ -246,12 +264,21 @@ def _model(section: Section, source: str) -> type[BaseSettings]:
         ) -> tuple[Any, ...]:  # fmt: skip
             return (env_settings if source == ENVIRONMENT else init_settings,)
 
+    def field(key: str, option: Option) -> tuple[Any, Any]:
+        kinds = [
+            kind for kind in (option.annotation, *get_args(option.annotation)) if get_origin(kind) is list
+        ]
+        if not kinds:
+            return option.annotation | None, Field(
+                None, validation_alias=section.variable(key), ge=option.minimum, le=option.maximum
+            )
+        # The bounds of an option that can be repeated are of each value.
+        bounds = Field(ge=option.minimum, le=option.maximum)
+        each: Any = Annotated.__class_getitem__((get_args(kinds[0])[0], bounds))  # type: ignore[attr-defined]
+        return GenericAlias(list, (each,)) | None, Field(None, validation_alias=section.variable(key))
+
     # The underscore keeps a key like json from hiding what the model has by that name.
-    fields: dict[str, Any] = {
-        f"{key}_": (option.annotation | None,
-                    Field(None, validation_alias=section.variable(key), ge=option.minimum, le=option.maximum))
-        for key, option in section.options.items()
-    }  # fmt: skip
+    fields: dict[str, Any] = {f"{key}_": field(key, option) for key, option in section.options.items()}
     return create_model(section.name, __base__=Base, **fields)
 
 

@@ -229,7 +229,7 @@ def _runtime(name: str, value: Any, module: str, kind: str) -> Iterator[Passage]
     if doc and len(doc) >= MIN_CHARS:
         try:
             signature = str(inspect.signature(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError):  # the last one by Python 3.13.0
             signature = ""  # written for C, and not always told to Python
         title = f"class {name}{signature}" if kind == "class" else f"{name}{signature}"
         yield from _passages(name, title, doc, module, kind)

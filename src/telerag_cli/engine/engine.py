@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
 from telerag_cli.engine.forecast import Forecast, Plan
-from telerag_cli.engine.retrieval import QueryEmbedder, Retrieval, Retrievals
+from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
 from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.generation.base import Generator
@@ -51,11 +51,30 @@ class Engine:
     """Long-lived: the models, the index and its fast tier. Any number of questions may be under way in one event loop."""
 
     def __init__(self, generator: Generator, embedder: QueryEmbedder, retriever: Retriever, passages: Passages, settings: Settings,
-                 *, averages: Averages | None = None, planner: Planner | None = None, tracer: Tracer | None = None) -> None:  # fmt: skip
+                 *, averages: Averages | None = None, planner: Planner | None = None, finder: Finder | None = None,
+                 tracer: Tracer | None = None) -> None:  # fmt: skip
+        """Put together what is open.
+
+        Args:
+            generator: the LLM.
+            embedder: embeds what lookahead follows, and queries.
+            retriever: the index and its fast tier.
+            passages: of the index.
+            settings: how to answer.
+            averages: what earlier runs showed.
+            planner: predicts, if there is a profile.
+            finder: finds passages when the query is there; by default the retriever, over the passages.
+            tracer: where work is recorded.
+
+        Raises:
+            UsageError: the index cannot be searched so.
+        """
         check_search(retriever.index, settings.k, settings.nprobe)
         self.tracer = tracer or Tracer(enabled=False)
         self._embedder = embedder
-        retrievals = Retrievals(embedder, retriever, passages, settings.k, settings.nprobe, self.tracer)
+        retrievals = finder or Retrievals(
+            embedder, retriever, passages, settings.k, settings.nprobe, self.tracer
+        )
         self.shared = Shared(
             generator, retriever, retrievals, Sketcher(self._sketch), settings, averages or Averages(), planner, Writing(), self.tracer
         )  # fmt: skip
@@ -103,10 +122,14 @@ class Engine:
         return Answered(answer.text, list(answer.found), cite(answer.text, answer.found), session.stages, session.retrievals,
                         session.plans, session.dropped, dict(session.timings))  # fmt: skip
 
-    def close(self) -> None:
-        """Free the models and the arena."""
+    def release(self) -> None:
+        """End what belongs to this engine alone; models, index and arena stay open for others."""
         self.shared.sketcher.close()
         self.shared.retrievals.close()
+
+    def close(self) -> None:
+        """Free the models and the arena."""
+        self.release()
         self.shared.generator.close()
         self.shared.retriever.close()
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from telerag_cli.config import DEFAULT_FAST_MEMORY, TierKind, format_bytes, parse_bytes
+from telerag_cli.config import DEFAULT_FAST_MEMORY, CacheKind, TierKind, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import Progress
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.tiers.base import FastTier, JoinRates
-from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
@@ -93,6 +92,17 @@ def plan_device(
     elif kind is not TierKind.HOST:
         gpu = _named_gpu(options)
     return gpu, _tier_name(kind, gpu)
+
+
+def device_number(device: str) -> int:
+    """Of the GPU that ``auto`` or ``cuda:N`` means.
+
+    Raises:
+        UsageError: it is no GPU's name.
+    """
+    from telerag_cli.tiers.cuda.gpu import gpu_number
+
+    return gpu_number(device) or 0
 
 
 def _found(device: str) -> Gpu:

@@ -13,7 +13,7 @@ from telerag_cli.config import Metric
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.retriever import Found, JoinReport, Retriever, Search
+from telerag_cli.lookahead.retriever import Found, JoinReport, Search, Searcher
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.tracing import Tracer
@@ -44,6 +44,20 @@ class Retrieval:
     """For the batch that it was part of, as the join's times are."""
 
 
+class Finder(Protocol):
+    """Finds passages for texts."""
+
+    async def find(self, queries: Sequence[str], rounds: Sequence[Round]) -> Retrieval:
+        """The best passages for these queries together; the rounds that prepared them end.
+
+        Raises:
+            TeleragError: it failed.
+        """
+
+    def close(self) -> None:
+        """Wait for what runs and let go of what this alone uses."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     queries: tuple[str, ...]
@@ -56,10 +70,10 @@ class _Asked:
 class Retrievals:
     """A queue and a thread. Nothing waits for company: a batch is what came while the one before it ran."""
 
-    def __init__(self, embedder: QueryEmbedder, retriever: Retriever, passages: Passages, k: int, nprobe: int,
+    def __init__(self, embedder: QueryEmbedder, searcher: Searcher, passages: Passages, k: int, nprobe: int,
                  tracer: Tracer) -> None:  # fmt: skip
         self._embedder = embedder
-        self._retriever = retriever
+        self._searcher = searcher
         self._passages = passages
         self._k = k
         self._nprobe = nprobe
@@ -121,7 +135,7 @@ class Retrievals:
         searches, start = [], 0
         for asked in batch:
             searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.rounds))
-        found = self._retriever.search_together(searches, self._k, self._nprobe)
+        found = self._searcher.search_together(searches, self._k, self._nprobe)
         return [
             Retrieval(asked.queries, self._best(each), each.report, embed_s)
             for asked, each in zip(batch, found, strict=True)
@@ -129,7 +143,7 @@ class Retrievals:
 
     def _best(self, found: Found) -> list[Retrieved]:
         """The best ``k`` passages over all queries, each once, best first."""
-        larger_is_nearer = self._retriever.index.manifest.metric is Metric.IP
+        larger_is_nearer = self._searcher.index.manifest.metric is Metric.IP
         best: dict[int, float] = {}
         for score, row in zip(found.scores.ravel().tolist(), found.rows.ravel().tolist(), strict=True):
             if row >= 0 and (row not in best or (score > best[row]) == larger_is_nearer):

@@ -15,7 +15,7 @@ from telerag_cli.config import Lookahead
 from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.refiner import Beginning, Begun, Refiner
-from telerag_cli.engine.retrieval import Retrieval, Retrievals
+from telerag_cli.engine.retrieval import Finder, Retrieval
 from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.generation.shapes import Shape
@@ -82,7 +82,7 @@ class Shared:
 
     generator: Generator
     retriever: Retriever
-    retrievals: Retrievals
+    retrievals: Finder
     sketcher: Sketcher
     settings: Settings
     averages: Averages

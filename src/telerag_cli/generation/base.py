@@ -97,6 +97,9 @@ class Generator(Protocol):
             ModelError: the model failed.
         """
 
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, as far as that is ours to drop: for measuring."""
+
     def close(self) -> None:
         """Free the model."""
 

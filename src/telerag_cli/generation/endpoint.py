@@ -130,6 +130,9 @@ class Endpoint:
         self._check(answer)
         return answer.generation(asked_s, self.count_tokens(request.messages))
 
+    def forget(self) -> None:
+        """What a server keeps is its own."""
+
     def close(self) -> None:
         """Close the connections. Those of an event loop that has been closed properly went with it."""
         for loop, session in list(self._sessions.items()):

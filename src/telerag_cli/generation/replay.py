@@ -93,6 +93,12 @@ class Replay:
             cached_tokens=timed.cached_tokens,
         )
 
+    def forget(self) -> None:
+        """Drop the pacer's prompts, and begin the recording anew."""
+        self._taken.clear()
+        if self._pacer:
+            self._pacer.forget()
+
     def close(self) -> None:
         """Free the pacer."""
         if self._pacer:

@@ -73,6 +73,9 @@ class ScriptedGenerator:
         finally:
             self.running -= 1
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
     def close(self) -> None:
         """Nothing to free."""
 

@@ -127,7 +127,7 @@ class Manifest:
     training_rows: int = 0
     """Vectors the coarse quantizer was trained on."""
     trained_on: str = "cpu"
-    """``cpu`` or ``cuda``: where k-means ran, which rounds otherwise on each."""
+    """``cpu`` or ``cuda``: where k-means ran, which rounds otherwise on each; ``unknown`` of an imported index."""
     kept_vectors: str = ""
     """``float16`` or ``float32``: the type of ``vectors.npy``; empty if there is none."""
     source: str = ""

@@ -21,17 +21,14 @@ renamed. Equal input and options give equal bytes, killed or not.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,12 +36,11 @@ import numpy.typing as npt
 from telerag_cli import __version__
 from telerag_cli.config import Metric, Storage, format_bytes
 from telerag_cli.corpus.embeddings import Embeddings
-from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
-from telerag_cli.files import checksum, explain, read_json, write_json, writing
+from telerag_cli.errors import InputError, UsageError
+from telerag_cli.files import explain, read_json, write_json, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
-    FileInfo,
     FloatArray,
     Index,
     IndexPaths,
@@ -56,11 +52,39 @@ from telerag_cli.index.artifact import (
     lay_out_vectors,
 )
 from telerag_cli.index.assign import Assigner
+from telerag_cli.index.partial import (
+    Making,
+    Progress,
+    check_disk,
+    claimed,
+    finished,
+    free_bytes,
+    left_bytes,
+    partial_of,
+    publish,
+    save_array,
+    seal,
+    silent,
+    sized,
+    write_at,
+)
 from telerag_cli.index.passages import write_passages
 from telerag_cli.index.recall import ListRecall, Nearest
 from telerag_cli.index.scoring import Coarse, empty_ivf, flat
 from telerag_cli.index.train import TrainingPlan, draw_rows, plan_training, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
+
+__all__ = [
+    "BuildOptions",
+    "BuildPlan",
+    "Progress",
+    "build",
+    "encoder",
+    "finished",
+    "partial_of",
+    "plan_build",
+    "silent",
+]
 
 ASSIGN_ROWS = 16384
 """Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
@@ -69,22 +93,7 @@ CHECKPOINT_BLOCKS = 16
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 LARGEST_PLACE_BYTES = 512 << 20
 
-Advance = Callable[[int], None]
-
-
-class Progress(Protocol):
-    """What `telerag_cli.console.progress` is: a bar for one stage."""
-
-    def __call__(
-        self, description: str, total: int | None, *, unit: str = ""
-    ) -> AbstractContextManager[Advance]:
-        """Begin a stage of ``total`` units."""
-
-
-@contextlib.contextmanager
-def silent(description: str, total: int | None, *, unit: str = "") -> Iterator[Advance]:
-    """A `Progress` that shows nothing."""
-    yield lambda count: None
+Encode = Callable[[FloatArray], npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,9 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class BuildPlan:
+class BuildPlan(Making):
     """What will be built, and the bytes it takes where."""
 
-    root: Path
-    parameters: dict[str, Any]
-    """All that decides the index's bytes; a partial build with others is not continued."""
     training: TrainingPlan
     rows: int
     dimension: int
@@ -138,20 +144,22 @@ class BuildPlan:
         all_bytes = self.lists_bytes + self.passages_bytes + self.vectors_bytes + self.work_bytes
         return max(0, all_bytes - self.on_disk_bytes)
 
-    @property
-    def partial(self) -> Path:
-        """Where the index grows until it is whole."""
-        return partial_of(self.root)
-
-    @property
-    def begun(self) -> bool:
-        """A killed build can be continued."""
-        return (self.partial / "work" / "build.json").exists() or IndexPaths(self.partial).manifest.exists()
-
-
-def partial_of(root: Path) -> Path:
-    """The folder beside ``root`` in which it is built."""
-    return root.with_name(f"{root.name}.partial")
+    @staticmethod
+    def parameters_of(manifest: Manifest) -> dict[str, Any]:
+        """`parameters` of a finished index."""
+        return {
+            "embeddings": manifest.source,
+            "rows": manifest.ntotal,
+            "dimension": manifest.dimension,
+            "metric": str(manifest.metric),
+            "storage": str(manifest.storage),
+            "nlist": manifest.nlist,
+            "seed": manifest.seed,
+            "training rows": manifest.training_rows,
+            "training device": manifest.trained_on,
+            "kept vectors": manifest.kept_vectors or "none",
+            "telerag": manifest.created_by.removeprefix("telerag "),
+        }
 
 
 def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> BuildPlan:
@@ -186,17 +194,6 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
     place_rows = max(1, min(rows, place_bytes // per_row))
     _, even = lay_out(np.full(training.nlist, -(-rows // training.nlist), np.int64), code_bytes)
     header, vector_bytes = lay_out_vectors(rows, dimension, options.keep_vectors)
-    partial = partial_of(root)
-    try:
-        left = (
-            sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file())
-            if partial.is_dir()
-            else 0
-        )
-        existing = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-    except OSError as error:
-        raise explain(error, root) from error
     parameters = {
         "embeddings": embeddings.fingerprint(),
         "rows": rows,
@@ -218,8 +215,8 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         passages_bytes=embeddings.passage_bytes(),
         vectors_bytes=len(header) + rows * vector_bytes,
         work_bytes=4 * rows + training.nlist * (4 * dimension + 64) + (1 << 20),
-        on_disk_bytes=left,
-        free_disk_bytes=free,
+        on_disk_bytes=left_bytes(root),
+        free_disk_bytes=free_bytes(root),
     )  # fmt: skip
 
 
@@ -243,116 +240,15 @@ def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrit
     plan = plan or plan_build(embeddings, root, options)
     if finished(plan) and not overwrite:
         return Index.open(root)
-    if plan.needed_disk_bytes > plan.free_disk_bytes:
-        raise ResourceError(f"{root} needs {format_bytes(plan.needed_disk_bytes)} of disk, and "
-                            f"{format_bytes(plan.free_disk_bytes)} are free.",
-                            remedy="Free space, choose another output, or store less with --storage float16 or int8.")  # fmt: skip
+    check_disk(root, plan.needed_disk_bytes,
+               "Free space, choose another output, or store less with --storage float16 or int8.")  # fmt: skip
     try:
-        with _claimed(plan, overwrite):
+        with claimed(plan, overwrite):
             _Build(embeddings, plan, options, progress).run()
-            _publish(plan)
+            publish(plan)
     except OSError as error:
         raise explain(error, plan.partial) from error
     return Index.open(root)
-
-
-def finished(plan: BuildPlan) -> bool:
-    """There is an index at ``plan.root`` made with these parameters.
-
-    Raises:
-        ArtifactError: there is something else.
-    """
-    if not plan.root.exists():
-        return False
-    if not plan.root.is_dir() or (any(plan.root.iterdir()) and not IndexPaths(plan.root).manifest.exists()):
-        raise ArtifactError(
-            f"{plan.root} exists and is no index.", remedy="Choose another output or remove it."
-        )
-    if not any(plan.root.iterdir()):
-        return False
-    return parameters_of(Manifest.load(IndexPaths(plan.root).manifest)) == plan.parameters
-
-
-def parameters_of(manifest: Manifest) -> dict[str, Any]:
-    """`BuildPlan.parameters` of a finished index."""
-    return {
-        "embeddings": manifest.source,
-        "rows": manifest.ntotal,
-        "dimension": manifest.dimension,
-        "metric": str(manifest.metric),
-        "storage": str(manifest.storage),
-        "nlist": manifest.nlist,
-        "seed": manifest.seed,
-        "training rows": manifest.training_rows,
-        "training device": manifest.trained_on,
-        "kept vectors": manifest.kept_vectors or "none",
-        "telerag": manifest.created_by.removeprefix("telerag "),
-    }
-
-
-def _refuse_other(found: dict[str, Any], plan: BuildPlan, where: Path, verb: str) -> None:
-    other = [name for name in plan.parameters if found.get(name) != plan.parameters[name]]
-    if other:
-        was = ", ".join(f"{name} {found.get(name)}" for name in other)
-        now = ", ".join(f"{name} {plan.parameters[name]}" for name in other)
-        raise ArtifactError(f"{where} was {verb} with {was}, and this asks for {now}.",
-                            remedy="Use the same embeddings and options, another output, or --overwrite.")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _claimed(plan: BuildPlan, overwrite: bool) -> Iterator[None]:
-    """Make the partial folder, or check that it was begun with the same parameters, and keep others out of it."""
-    if IndexPaths(plan.root).manifest.exists() and not overwrite:
-        _refuse_other(parameters_of(Manifest.load(IndexPaths(plan.root).manifest)), plan, plan.root, "built")
-    work = plan.partial / "work"
-    if plan.partial.exists() and not plan.begun and not _is_barely_begun(plan.partial):
-        raise ArtifactError(
-            f"{plan.partial} exists and is no build of ours.", remedy="Remove it or choose another output."
-        )
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(
-                f"Another telerag is building {plan.root} right now.", remedy="Wait for it."
-            ) from error
-        begun = None
-        if IndexPaths(plan.partial).manifest.exists():
-            begun = parameters_of(Manifest.load(IndexPaths(plan.partial).manifest))
-        elif (work / "build.json").exists():
-            begun = read_json(work / "build.json")
-        if begun is not None and begun != plan.parameters and overwrite:
-            for path in plan.partial.iterdir():
-                if path != work:
-                    path.unlink()
-            for path in work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            begun = None
-        if begun is None:
-            write_json(work / "build.json", plan.parameters)
-        else:
-            _refuse_other(begun, plan, plan.partial, "begun")
-        yield
-
-
-def _is_barely_begun(partial: Path) -> bool:
-    """Killed before ``build.json`` was whole: nothing in it but the lock and a temporary file."""
-    return all(path.name in ("work", "lock", ".build.json.partial") for path in partial.rglob("*"))
-
-
-def _publish(plan: BuildPlan) -> None:
-    """Drop what was needed for building, and give the index its name."""
-    shutil.rmtree(plan.partial / "work")
-    replaced = plan.root.with_name(f".{plan.root.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if plan.root.exists():
-        plan.root.rename(replaced)
-    plan.partial.rename(plan.root)
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 class _Build:
@@ -399,11 +295,11 @@ class _Build:
         sample = _drop(vectors, is_query)
         with self.progress(f"Training {plan.training.nlist:,} lists on {len(sample):,} vectors", None):
             if options.storage is Storage.INT8:
-                _save(self.paths.quantizer, train_ranges(sample))
+                save_array(self.paths.quantizer, train_ranges(sample))
             centroids = train_centroids(
                 sample, plan.training.nlist, options.metric, options.seed, options.gpu
             )
-        _save(self.paths.centroids, centroids)
+        save_array(self.paths.centroids, centroids)
 
     def assign(self) -> None:
         """The nearest list of every row; and, while the vectors pass by, the exact answers to the held-out queries."""
@@ -449,7 +345,7 @@ class _Build:
         sizes = _count(lists, plan.training.nlist, 0, plan.rows)
         table, total_bytes = lay_out(sizes, plan.code_size)
         if not self.paths.offsets.exists():
-            _save(self.paths.offsets, table)
+            save_array(self.paths.offsets, table)
         state = self.work / "placed.json"
         done = int(read_json(state)["rows"]) if state.exists() else 0
         if done == plan.rows:
@@ -464,12 +360,12 @@ class _Build:
         synced: Future[None] | None = None
         with (
             self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
-            _sized(self.paths.lists, total_bytes) as descriptor,
-            _sized(self.paths.vectors, plan.vectors_bytes) if header else contextlib.nullcontext() as vectors,
+            sized(self.paths.lists, total_bytes) as descriptor,
+            sized(self.paths.vectors, plan.vectors_bytes) if header else contextlib.nullcontext() as vectors,
             ThreadPoolExecutor(1) as disk,
         ):
             if vectors is not None:
-                _write(vectors, memoryview(header), 0)
+                write_at(vectors, memoryview(header), 0)
 
             def keep(rows: int) -> None:
                 """What was written is on disk before it is counted as done; meanwhile the next block is placed."""
@@ -483,7 +379,7 @@ class _Build:
                 if vectors is not None:
                     # Before there are codes, so that this copy takes no memory beside theirs.
                     kept = block.astype(self.options.keep_vectors, copy=False)
-                    _write(vectors, kept.data.cast("B"), len(header) + first * vector_bytes)
+                    write_at(vectors, kept.data.cast("B"), len(header) + first * vector_bytes)
                     del kept
                 chosen = lists[first : first + len(block)]
                 order = np.argsort(chosen, kind="stable")
@@ -502,8 +398,8 @@ class _Build:
                     row_places.tolist(),
                     strict=True,
                 ):
-                    _write(descriptor, code_bytes[low * plan.code_size : high * plan.code_size], code_place)
-                    _write(descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
+                    write_at(descriptor, code_bytes[low * plan.code_size : high * plan.code_size], code_place)
+                    write_at(descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
                 filled[present] += count
                 if synced is not None:
                     synced.result()
@@ -558,52 +454,40 @@ class _Build:
                             options.storage, self.ranges)  # fmt: skip
         with self.progress("Checking lists", paths.lists.stat().st_size, unit="bytes") as advance, recall:
             sums, whole = scan_lists(paths.lists, table, plan.code_size, advance, recall.on_codes)
-        _save(paths.checksums, sums)
-        names = [paths.centroids, paths.offsets, paths.checksums, paths.passages]
-        names += [paths.quantizer] if options.storage is Storage.INT8 else []
-        names += [paths.vectors] if options.keep_vectors else []
-        with self.progress("Checking the other files", None):
-            files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in names}
-        files[paths.lists.name] = FileInfo(paths.lists.stat().st_size, whole)
         told = self.embeddings.description
-        Manifest(
+        about = Manifest(
             dimension=plan.dimension, metric=options.metric, storage=options.storage, nlist=plan.training.nlist,
             ntotal=plan.rows, code_size=plan.code_size, seed=options.seed,
             embedder=EmbedderInfo(told.get("model"), told.get("pooling"), told.get("normalized"), told.get("prompt")),
-            files=dict(sorted(files.items())), balance=balance(table[:, 0].astype(np.int64)),
-            recall_at_10=recall.result(), recall_queries=plan.training.queries,
+            files={}, recall_at_10=recall.result(), recall_queries=plan.training.queries,
             training_rows=plan.training.training_rows, trained_on=options.trained_on, kept_vectors=options.keep_vectors,
             source=plan.parameters["embeddings"], created_by=f"telerag {__version__}",
-        ).save(paths.manifest)  # fmt: skip
+        )  # fmt: skip
+        seal(paths, about, sums, whole, self.progress)
 
     def _truth(self) -> Nearest:
         with np.load(self.work / "queries.npz") as saved:
             return Nearest(saved["vectors"], saved["rows"], self.options.metric)
 
-    def _encoder(self) -> Callable[[FloatArray], npt.NDArray[np.uint8]]:
-        if self.options.storage is Storage.FLOAT32:
-            return lambda block: block.view(np.uint8)
-        # The quantizer inside the very index that will scan these codes.
-        ivf = empty_ivf(flat(self.centroids, self.options.metric), self.plan.dimension, self.plan.training.nlist,
-                        self.options.metric, self.options.storage, self.ranges)  # fmt: skip
-        encode: Callable[[FloatArray], npt.NDArray[np.uint8]] = lambda block: ivf.sq.compute_codes(block)  # noqa: E731
-        return encode
+    def _encoder(self) -> Encode:
+        return encoder(self.centroids, self.options.metric, self.options.storage, self.ranges)
 
 
-def balance(sizes: IntArray) -> dict[str, float]:
-    """How even the lists are: vectors in the least, median and largest, empty lists, and Faiss's imbalance factor.
+def encoder(centroids: FloatArray, metric: Metric, storage: Storage, trained: FloatArray | None) -> Encode:
+    """What makes codes of vectors: (n, dimension) float32 to (n, code_size) uint8.
 
-    The factor is ``nlist * sum(size^2) / (sum size)^2``: 1 if all are equal, and the expected cost of a probe of a random
-    vector's list over that.
+    Args:
+        centroids: of the index, (nlist, dimension).
+        metric: of the index.
+        storage: how vectors are kept.
+        trained: `train_ranges`, for ``int8``.
     """
-    total = int(sizes.sum())
-    return {
-        "min": int(sizes.min()),
-        "median": float(np.median(sizes)),
-        "max": int(sizes.max()),
-        "empty": int((sizes == 0).sum()),
-        "imbalance": round(float(len(sizes) * (sizes.astype(np.float64) ** 2).sum() / total**2), 4),
-    }
+    if storage is Storage.FLOAT32:
+        return lambda block: block.view(np.uint8)
+    # The quantizer inside the very index that will scan these codes.
+    ivf = empty_ivf(flat(centroids, metric), centroids.shape[1], len(centroids), metric, storage, trained)
+    encode: Encode = lambda block: ivf.sq.compute_codes(block)  # noqa: E731
+    return encode
 
 
 def _count(lists: npt.NDArray[np.int32], nlist: int, start: int, stop: int) -> IntArray:
@@ -619,25 +503,3 @@ def _drop(vectors: FloatArray, out: npt.NDArray[np.bool_]) -> FloatArray:
     for low in range(0, len(kept), ASSIGN_ROWS):
         vectors[low : low + ASSIGN_ROWS][: len(kept) - low] = vectors[kept[low : low + ASSIGN_ROWS]]
     return vectors[: len(kept)]
-
-
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    with writing(path) as temporary, temporary.open("wb") as handle:
-        np.save(handle, array)
-
-
-@contextlib.contextmanager
-def _sized(path: Path, size: int) -> Iterator[int]:
-    """A descriptor of a file of this many bytes, to be written in any order; what was there stays, the rest is zeros."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(descriptor, size)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _write(descriptor: int, data: memoryview, offset: int) -> None:
-    while len(data):
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written

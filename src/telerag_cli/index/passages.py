@@ -70,9 +70,18 @@ class Passages:
                                 remedy="Check it with telerag inspect --verify, and build the index again.") from error  # fmt: skip
 
 
-def write_passages(batches: Iterable[pa.RecordBatch], path: Path) -> Iterator[int]:
-    """Write the Arrow file; yields how many more rows were written. Drain it: the file is whole only at the end."""
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, PASSAGE_SCHEMA) as writer:
+def write_passages(
+    batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema = PASSAGE_SCHEMA
+) -> Iterator[int]:
+    """Write the Arrow file; yields how many more rows were written. Drain it: the file is whole only at the end.
+
+    Args:
+        batches: ``id``, ``text``, ``metadata``.
+        path: the file.
+        schema: of the batches. Columns may also be dictionaries of strings, the same in all batches, which `Passages` reads
+            as it reads strings: where few texts stand in many rows.
+    """
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.RecordBatch] = []
         for batch in batches:
             waiting.append(batch)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from queue import Empty, SimpleQueue
+from typing import Protocol
 
 import numpy as np
 
@@ -93,6 +94,19 @@ class Found:
     report: JoinReport
 
 
+class Searcher(Protocol):
+    """Searches an index for queries that are there."""
+
+    index: Index
+
+    def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+        """Several searches at once; each finds what it would find alone.
+
+        Raises:
+            TeleragError: a list could not be read.
+        """
+
+
 def check_search(index: Index, k: int, nprobe: int) -> None:
     """Refuse a search that the index cannot answer.
 
@@ -141,7 +155,7 @@ class Retriever:
         self.tier = tier
         self._coarse = coarse
         self._cache_fraction = cache_fraction
-        self._budget_bytes = budget_bytes
+        self.budget_bytes = budget_bytes
         self._link_share = link_share
         self._tracer = tracer or Tracer(enabled=False)
         self._mover = Mover(tier)
@@ -169,7 +183,7 @@ class Retriever:
         ``refining`` says that `refine` will follow, so that this order is only a start.
         """
         kept = self.tier.new_round(self._cache_fraction)
-        ahead = self._mover.start(Plan(self.tier.extents, kept, self._budget_bytes))
+        ahead = self._mover.start(Plan(self.tier.extents, kept, self.budget_bytes))
         ahead.begin(self.order(queries), reach(nprobe, 0.0, refining=refining), nprobe)
         return ahead
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.config import CacheKind
 from telerag_cli.index.artifact import IntArray
 
 Heat = npt.NDArray[np.float64]
@@ -100,14 +100,6 @@ class Hotness:
     def new_round(self) -> None:
         """Halve."""
         self.heat *= 0.5
-
-
-class CacheKind(StrEnum):
-    """The policies by name."""
-
-    NONE = "none"
-    LRU = "lru"
-    HOTNESS = "hotness"
 
 
 def make_policy(kind: CacheKind, nlist: int) -> CachePolicy:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.config import CacheKind
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
-from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tiers.transport import DirectReader, Transport, allocate
 from telerag_cli.tracing import Tracer

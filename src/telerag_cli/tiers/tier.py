@@ -10,12 +10,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from telerag_cli.config import format_bytes
+from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import Claim, InPlace, ListsArrived, Prefetched, Stay
-from telerag_cli.tiers.cache import CacheKind, make_policy
+from telerag_cli.tiers.cache import make_policy
 from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer

@@ -9,12 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from telerag_cli.config import format_bytes
+from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index, IntArray
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.tiers.base import InPlace, JoinRates, Rate
-from telerag_cli.tiers.cache import CacheKind
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Bytes, Copy, CudaGpu, Gpu, Stream

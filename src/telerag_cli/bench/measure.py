@@ -1,0 +1,296 @@
+"""Asking all systems the same questions in turn, and what came of each."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from telerag_cli.bench.results import Cell, Check, Key, Ratio
+from telerag_cli.bench.statistics import mean_ratio, pairs_of, ratio, short, summary
+from telerag_cli.bench.suites import Pages, SystemName
+from telerag_cli.bench.systems import Rig, System
+from telerag_cli.engine.engine import Answered
+from telerag_cli.errors import TeleragError
+from telerag_cli.pipelines.base import Pipeline
+
+BASELINES = (SystemName.FAISS_ONDISK, SystemName.FAISS_MEMORY, SystemName.FETCH)
+"""What the others are divided by: the first of them that takes part."""
+UNMEASURED = ("llm_s", "total_s", "join_s", "embed_s")
+"""Timings that are sums or parts of others."""
+NEVER_COLD = (SystemName.RESIDENT, SystemName.FAISS_MEMORY, SystemName.FAISS_GPU, SystemName.LLM_ONLY)
+"""They read nothing from the index's files when a question comes."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Some questions that are asked at once, by one pipeline."""
+
+    key: Key
+    """Where in the suite this belongs."""
+    pipeline: Pipeline
+    name: str
+    """The pipeline's, under which what was learned of it is kept."""
+    questions: tuple[str, ...]
+    number: int = 0
+    """Tells repetitions of the same questions apart."""
+    prepare: Callable[[System], None] = lambda _system: None
+    """Called off the clock, before the turn."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One system's turn at some work. Times are milliseconds."""
+
+    system: SystemName
+    work: Work
+    wall_ms: float
+    """Until the last answer."""
+    answers: list[Answered]
+    errors: list[str]
+    pages_left: float
+    """Share of the index file that was in the page cache when it began."""
+
+    @property
+    def e2el_ms(self) -> list[float]:
+        """From question to answer."""
+        return [1e3 * answered.timings["total_s"] for answered in self.answers]
+
+    def texts(self) -> tuple[str, ...]:
+        """The answers."""
+        return tuple(answered.answer for answered in self.answers)
+
+    def passages(self) -> tuple[tuple[str, ...], ...]:
+        """Ids of the passages that each answer was written from."""
+        return tuple(tuple(hit.passage.id for hit in answered.found) for answered in self.answers)
+
+
+def take_turns(
+    rig: Rig, works: Sequence[Work], systems: Sequence[SystemName], warmups: Sequence[Work], advance: Advance
+) -> list[Turn]:
+    """Have each system do each work; which goes first rotates.
+
+    Args:
+        rig: the systems.
+        works: what to do, in this order.
+        systems: which of them.
+        warmups: done by all systems first, and forgotten.
+        advance: told of each turn.
+    """
+    turns = []
+    with asyncio.Runner() as runner:
+        for measured, some in ((False, warmups), (True, works)):
+            for number, work in enumerate(some):
+                for name in _order(systems, number):
+                    turn = runner.run(_turn(rig, rig.systems[name], work))
+                    advance(1)
+                    if measured:
+                        turns.append(turn)
+                    elif turn.errors and not turn.answers:
+                        raise TeleragError(
+                            f"{name} cannot answer '{work.questions[0]:.60}': {turn.errors[0]}"
+                        )
+    return turns
+
+
+def _order(systems: Sequence[SystemName], number: int) -> Iterator[SystemName]:
+    """All systems, beginning with another one each time; llm-only needs what the others found, so it is never the first."""
+    first = number % len(systems)
+    order = [*systems[first:], *systems[:first]]
+    if order[0] is SystemName.LLM_ONLY:
+        order[:2] = order[1::-1]
+    return iter(order)
+
+
+async def _turn(rig: Rig, system: System, work: Work) -> Turn:
+    left = rig.start(system)
+    work.prepare(system)
+    began_s = time.perf_counter()
+    asked = [system.engine.ask(work.pipeline, question, name=work.name) for question in work.questions]
+    results = await asyncio.gather(*asked, return_exceptions=True)
+    wall_ms = 1e3 * (time.perf_counter() - began_s)
+    answers = [result for result in results if isinstance(result, Answered)]
+    errors = []
+    for result in results:
+        if isinstance(result, TeleragError):
+            errors.append(str(result))
+        elif isinstance(result, BaseException):
+            raise result
+    if system.name is not SystemName.LLM_ONLY:
+        for answered in answers:
+            rig.recalled.remember(answered.retrievals)
+    return Turn(system.name, work, wall_ms, answers, errors, left)
+
+
+def ttft_ms(answered: Answered) -> float:
+    """From the question until the answer's first token: what comes before the last text, its waiting and its prompt."""
+    last = answered.stages[-1]
+    before_s = answered.timings["total_s"] - last.took_s
+    return 1e3 * (before_s + last.generation.queue_s + last.generation.prefill_s)
+
+
+def stages_ms(answered: Answered) -> dict[str, float]:
+    """Milliseconds of each stage, retrieval among them, in the order in which they first ran as far as that is known."""
+    stages = {
+        name.removesuffix("_s"): 1e3 * value
+        for name, value in answered.timings.items()
+        if name not in UNMEASURED
+    }
+    names = list(dict.fromkeys(stage.name for stage in answered.stages))
+    retrieval = stages.pop("retrieval", 0.0)
+    ordered = {name: stages[name] for name in names if name in stages}
+    first, rest = list(ordered.items())[:-1], list(ordered.items())[-1:]
+    return dict([*first, ("retrieval", retrieval), *rest])
+
+
+def cell(system: SystemName, key: Key, turns: Sequence[Turn], *, detailed: bool) -> Cell:
+    """What one system did at one place of a suite."""
+    answers = [answered for turn in turns for answered in turn.answers]
+    wall_s = sum(turn.wall_ms for turn in turns) / 1e3
+    joins = [join for answered in answers for join in answered.joins]
+    tokens = sum(stage.generation.completion_tokens for answered in answers for stage in answered.stages)
+    values: dict[str, object] = {
+        "completed": len(answers),
+        "failed": sum(len(turn.errors) for turn in turns),
+        "duration": short(wall_s),
+        "request_throughput": short(len(answers) / wall_s),
+        "output_throughput": short(tokens / wall_s),
+        **summary("e2el_ms", [value for turn in turns for value in turn.e2el_ms]),
+        **summary("ttft_ms", [ttft_ms(answered) for answered in answers if answered.stages]),
+        **summary("retrieval_ms", [1e3 * answered.timings.get("retrieval_s", 0.0) for answered in answers]),
+        **summary("join_ms", [1e3 * answered.timings.get("join_s", 0.0) for answered in answers]),
+    }  # fmt: skip
+    if answers:
+        stages = [stages_ms(answered) for answered in answers]
+        names = list(dict.fromkeys(name for each in stages for name in each))
+        values["mean_stage_ms"] = {
+            name: short(sum(each.get(name, 0.0) for each in stages) / len(stages)) for name in names
+        }
+    if wanted := sum(join.lists_wanted for join in joins):
+        values["hit_share"] = short(sum(join.lists_hit for join in joins) / wanted)
+        bytes_wanted = sum(join.bytes_wanted for join in joins)
+        values["bytes_wanted"] = bytes_wanted // len(answers)
+        values["bytes_moved"] = sum(join.bytes_moved for join in joins) // len(answers)
+        values["bytes_missed"] = sum(join.bytes_missed for join in joins) // len(answers)
+        values["lists_in_place"] = sum(join.lists_in_place for join in joins)
+    if errors := [error for turn in turns for error in turn.errors]:
+        values["first_error"] = errors[0]
+    return Cell(
+        system,
+        key,
+        values,
+        [_detail(turn, answered) for turn in turns for answered in turn.answers] if detailed else [],
+    )
+
+
+def _detail(turn: Turn, answered: Answered) -> dict[str, object]:
+    return {
+        "questions": list(turn.work.questions), "repeat": turn.work.number, "e2el_ms": short(1e3 * answered.timings["total_s"]),
+        "ttft_ms": short(ttft_ms(answered)), "stage_ms": {name: short(value) for name, value in stages_ms(answered).items()},
+        "join_ms": short(1e3 * answered.timings.get("join_s", 0.0)), "pages_left": short(turn.pages_left),
+        "lists_hit": sum(join.lists_hit for join in answered.joins), "lists_wanted": sum(join.lists_wanted for join in answered.joins),
+        "answer": answered.answer, "passages": [hit.passage.id for hit in answered.found],
+    }  # fmt: skip
+
+
+def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
+    """One for each system and key, in the order in which they were measured."""
+    groups: dict[tuple[object, ...], list[Turn]] = {}
+    order = list(dict.fromkeys(turn.system for turn in turns))
+    keys = list(dict.fromkeys(tuple(turn.work.key.items()) for turn in turns))
+    for turn in turns:
+        groups.setdefault((tuple(turn.work.key.items()), turn.system), []).append(turn)
+    # Systems in the order of their names, whichever went first.
+    order.sort(key=list(SystemName).index)
+    return [cell(system, dict(key), groups[key, system], detailed=detailed)
+            for key in keys for system in order if (key, system) in groups]  # fmt: skip
+
+
+def measured(turns: Sequence[Turn], key: Key, system: SystemName, metric: str) -> dict[object, float]:
+    """A metric of each complete turn at a key, by the work it was."""
+    found: dict[object, float] = {}
+    for turn in turns:
+        if turn.system is system and turn.work.key == key and not turn.errors:
+            values = {
+                "e2el_ms": sum(turn.e2el_ms),
+                "wall_ms": turn.wall_ms,
+                "retrieval_ms": 1e3 * sum(each.timings.get("retrieval_s", 0.0) for each in turn.answers),
+            }
+            if values[metric] > 0:  # a pipeline may decide not to retrieve
+                found[turn.work.questions, turn.work.number] = values[metric]
+    return found
+
+
+def comparisons(systems: Sequence[SystemName]) -> list[tuple[SystemName, SystemName]]:
+    """Which systems are divided by which: the baseline by all others, then what else a reader asks."""
+    baseline = next((name for name in BASELINES if name in systems), systems[0])
+    pairs = [(baseline, name) for name in systems if name is not baseline]
+    one = SystemName
+    more = [(one.FETCH, one.REFINED), (one.QUESTION, one.REFINED), (one.FAISS_MEMORY, one.REFINED),
+            (one.REFINED, one.RESIDENT), (one.REFINED, one.LLM_ONLY), (one.USELESS, one.FETCH)]  # fmt: skip
+    return pairs + [pair for pair in more if set(pair) <= set(systems) and pair not in pairs]
+
+
+def ratios(
+    turns: Sequence[Turn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int
+) -> list[Ratio]:
+    """Every comparison, for each key."""
+    keys = [dict(key) for key in dict.fromkeys(tuple(turn.work.key.items()) for turn in turns)]
+    return [
+        ratio(key, over, under, metric, _pairs(turns, key, over, under, metric), seed=seed)
+        for key in keys for metric in metrics for over, under in comparisons(systems)
+        if not (metric == "retrieval_ms" and SystemName.LLM_ONLY in (over, under))
+    ]  # fmt: skip
+
+
+def mean_ratios(
+    turns: Sequence[Turn], systems: Sequence[SystemName], keys: Sequence[Key], label: Key, seed: int
+) -> list[Ratio]:
+    """Every comparison end to end, as the mean over some keys."""
+    return [
+        mean_ratio(
+            label,
+            over,
+            under,
+            "e2el_ms",
+            [_pairs(turns, key, over, under, "e2el_ms") for key in keys],
+            seed=seed,
+        )
+        for over, under in comparisons(systems)
+    ]
+
+
+def _pairs(
+    turns: Sequence[Turn], key: Key, over: SystemName, under: SystemName, metric: str
+) -> list[tuple[float, float]]:
+    return pairs_of(measured(turns, key, over, metric), measured(turns, key, under, metric))
+
+
+def checks(turns: Sequence[Turn], pages: Pages) -> list[Check]:
+    """Whether all systems found and wrote the same, and whether cold was cold."""
+    works: dict[object, list[Turn]] = {}
+    for turn in turns:
+        works.setdefault((tuple(turn.work.key.items()), turn.work.questions, turn.work.number), []).append(
+            turn
+        )
+    whole = [some for some in works.values() if not any(turn.errors for turn in some)]
+    same_answers = sum(len({turn.texts() for turn in some}) == 1 for some in whole)
+    found = [[turn for turn in some if turn.system is not SystemName.LANCEDB] for some in whole]
+    same_passages = sum(len({turn.passages() for turn in some}) == 1 for some in found)
+    failed = sum(len(turn.errors) for turn in turns)
+    result = [
+        Check("same answers", same_answers == len(works), f"{same_answers} of {len(works)} works have the same answers by all."),
+        Check("same passages", same_passages == len(works), f"{same_passages} of {len(works)} works have the same passages by all."),
+        Check("all completed", failed == 0, f"{failed} of {sum(len(turn.work.questions) for turn in turns)} questions failed."),
+    ]  # fmt: skip
+    readers = [turn.pages_left for turn in turns if turn.system not in NEVER_COLD] or [0.0]
+    if pages is Pages.COLD:
+        says = f"At most {max(readers):.2%} of lists.bin was in the page cache when a question came, for any system."
+        result.append(Check("cold", max(readers) <= 0.01, says))
+    else:
+        says = f"At least {min(readers):.1%} of lists.bin was in the page cache when a question came, for every system."
+        result.append(Check("warm", min(readers) >= 0.99, says))
+    return result

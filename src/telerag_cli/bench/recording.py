@@ -1,0 +1,68 @@
+"""From what a suite found to the result that is kept."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from telerag_cli.bench.answering import Ask, Outcome
+from telerag_cli.bench.results import SuiteResult
+from telerag_cli.bench.suites import SUITES, SuiteName
+from telerag_cli.bench_record import hardware
+from telerag_cli.files import checksum
+
+
+@dataclass(frozen=True)
+class Started:
+    """A suite that runs."""
+
+    suite: SuiteName
+    date: str
+    began_s: float
+
+    def done(self, outcome: Outcome, settings: dict[str, Any], metadata: dict[str, str]) -> SuiteResult:
+        """What is kept of it."""
+        suite = SUITES[self.suite]
+        return SuiteResult(
+            suite=self.suite.value, title=suite.title, stands_for=suite.stands_for, date=self.date,
+            took_s=round(time.perf_counter() - self.began_s, 1), command=shlex.join(["telerag", *sys.argv[1:]]), hardware=hardware(),
+            metadata=metadata, settings=settings, systems=outcome.systems, axes=list(suite.axes), cells=outcome.cells,
+            ratios=outcome.ratios, checks=outcome.checks, notes=outcome.notes,
+        )  # fmt: skip
+
+
+def keep(suite: SuiteName) -> Started:
+    """Note when a suite began."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Started(suite, now, time.perf_counter())
+
+
+def settings_of(ask: Ask, trace: Path | None) -> dict[str, Any]:
+    """What was the same for all systems."""
+    setup = ask.setup
+    manifest = setup.opened.index.manifest
+    return {
+        "index": {
+            "name": setup.opened.index.paths.root.name, "lists_bytes": int(setup.opened.index.extents.sum()), "ntotal": manifest.ntotal,
+            "nlist": manifest.nlist, "dimension": manifest.dimension, "storage": manifest.storage.value, "metric": manifest.metric.value,
+        },
+        "llm": setup.generator.name,
+        "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
+        "embedder": setup.opened.embedder.info.model,
+        "datasets": list(ask.questions),
+        "num_prompts": max(len(questions) for questions in ask.questions.values()) - ask.num_warmups,
+        "num_warmups": ask.num_warmups,
+        "repeats": ask.repeats,
+        "seed": ask.seed,
+        "pipelines": [name.value for name in ask.pipelines],
+        "k": setup.settings.k,
+        "nprobe": setup.settings.nprobe,
+        "max_tokens": setup.settings.max_tokens,
+        "temperature": setup.settings.temperature,
+        "fast_memory_bytes": setup.tier.fast_memory_bytes,
+    }  # fmt: skip

@@ -1,0 +1,143 @@
+"""What a benchmark leaves: one JSON file a suite, from which every report is made. The fields are described in docs/bench.md."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from telerag_cli.errors import ArtifactError
+from telerag_cli.files import read_json, write_json
+
+FORMAT = "telerag-bench"
+VERSION = 1
+
+Key = dict[str, Any]
+"""What tells cells of a suite apart besides the system: a value for each of the suite's axes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One system at one point of a suite's axes, and what was measured there.
+
+    ``values`` has vLLM's names where vLLM has the figure (``mean_e2el_ms``, ``p99_ttft_ms``, ``request_throughput``), and
+    names of the same form where it does not (``mean_retrieval_ms``, ``hit_share``). A value is a number, or a table of them
+    by stage (``mean_stage_ms``), in the order in which the stages run.
+    """
+
+    system: str
+    key: Key
+    values: dict[str, Any]
+    detailed: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a measured request, if they were to be kept."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How two systems compare: ``over / under`` pair by pair, over the requests that both of them served side by side."""
+
+    key: Key
+    over: str
+    under: str
+    metric: str
+    """``e2el_ms``, say: what was divided."""
+    pairs: int
+    ratio: float | None
+    """The geometric mean; None if the spread is too wide for a number to mean anything."""
+    low: float
+    high: float
+    """The ends of its 95 % confidence interval, by bootstrap over pairs."""
+    note: str = ""
+    """Why there is no number."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that must hold for the figures to mean anything."""
+
+    name: str
+    held: bool
+    """Whether it did."""
+    says: str
+    """In a sentence, with the numbers."""
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """What a suite found, and all that is needed to judge it and to run it again."""
+
+    suite: str
+    title: str
+    stands_for: str
+    """The figure or table of the paper."""
+    date: str
+    """ISO 8601, UTC, when it began."""
+    took_s: float
+    command: str
+    hardware: dict[str, Any]
+    """See `telerag_cli.bench_record.hardware`."""
+    metadata: dict[str, str]
+    """What the user wanted noted."""
+    settings: dict[str, Any]
+    """Index, LLM, pipelines, dataset, numbers of prompts, seed, and what else was the same for all cells; may be nested."""
+    systems: dict[str, dict[str, Any]]
+    """How each system was configured; ``what`` is a sentence."""
+    axes: list[str]
+    """Names of the keys of a cell, the outermost first."""
+    cells: list[Cell]
+    ratios: list[Ratio]
+    checks: list[Check]
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know before believing a figure."""
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        # Not sorted: stages stand in the order in which they run.
+        write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=False)
+
+    @classmethod
+    def load(cls, path: Path) -> SuiteResult:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: it is missing, or no result, or of another version.
+        """
+        raw = read_json(path)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ArtifactError(
+                f"{path} is no benchmark result.", remedy="Name a file that telerag bench wrote."
+            )
+        if raw.get("version") != VERSION:
+            raise ArtifactError(f"{path} is a benchmark result of version {raw.get('version')}, and this reads version {VERSION}.",
+                                remedy="Run the benchmark again, or use the telerag that made it.")  # fmt: skip
+        try:
+            values = {name: value for name, value in raw.items() if name not in ("format", "version")}
+            values["cells"] = [Cell(**cell) for cell in raw["cells"]]
+            values["ratios"] = [Ratio(**ratio) for ratio in raw["ratios"]]
+            values["checks"] = [Check(**check) for check in raw["checks"]]
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} is damaged: {error}.", remedy="Run the benchmark again.") from error
+
+
+def load_all(folder: Path) -> dict[str, SuiteResult]:
+    """Every benchmark result in a folder, by file name without its ending; other JSON files are left alone.
+
+    Raises:
+        ArtifactError: the folder is missing or has none.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        raw = read_json(path)
+        if isinstance(raw, dict) and raw.get("format") == FORMAT:
+            found[path.stem] = SuiteResult.load(path)
+    if not found:
+        raise ArtifactError(
+            f"{folder} has no benchmark result.",
+            remedy="Run a suite with --result-dir, like telerag bench latency.",
+        )
+    return found

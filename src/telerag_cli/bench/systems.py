@@ -1,0 +1,335 @@
+"""The systems that are compared, behind one interface, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from telerag_cli.bench import page_cache
+from telerag_cli.bench.baselines import FaissGpu, FaissMemory, FaissOnDisk, Plain, Recalled
+from telerag_cli.bench.suites import Pages, SystemName
+from telerag_cli.config import Lookahead, TierKind, format_bytes
+from telerag_cli.engine.assemble import Opened, open_retriever
+from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.placement import TierOptions, device_number, plan_tier
+from telerag_cli.engine.retrieval import Finder, Retrievals
+from telerag_cli.engine.session import Settings
+from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.generation.base import Generator
+from telerag_cli.index.artifact import FloatArray
+from telerag_cli.index.build import Progress, silent
+from telerag_cli.index.scoring import Coarse, faiss_threads
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.lookahead.round import Round
+from telerag_cli.profiling.lists import bring
+from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.tracing import Tracer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all systems of a benchmark have in common."""
+
+    opened: Opened
+    generator: Generator
+    settings: Settings
+    tier: TierOptions
+    pages: Pages
+    cache_fraction: float = 0.5
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to retrieve, ready to answer with."""
+
+    name: SystemName
+    configuration: dict[str, Any]
+    engine: Engine
+    forget: Callable[[], None] = lambda: None
+    """Lets go of all that earlier questions left."""
+    prepare: Callable[[], None] = lambda: None
+    """Gets ready for a question, off the clock."""
+    files: tuple[Path, ...] = ()
+    """It reads these besides the index."""
+    retriever: Retriever | None = None
+    """Of those that have a fast tier."""
+
+
+class Perfect(Retriever):
+    """Lookahead that knows the query: the most that any prediction could do."""
+
+    known: FloatArray | None = None
+    """The query to come, (n, dimension)."""
+
+    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
+        """Start lookahead for the query that is known."""
+        assert self.known is not None, "nobody has said what the query will be"
+        return super().begin(self.known, nprobe, refining=refining)
+
+
+class Useless(Retriever):
+    """Lookahead that follows a random direction: what a wrong prediction costs."""
+
+    random = np.random.default_rng(0)
+
+    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
+        """Start lookahead for anything but these queries."""
+        return super().begin(
+            self.random.standard_normal(queries.shape, np.float32), nprobe, refining=refining
+        )
+
+
+@dataclass
+class Rig:
+    """Systems side by side over one index and one LLM. Cold, they share an arena that is emptied before each question."""
+
+    setup: Setup
+    systems: dict[SystemName, System] = field(default_factory=dict)
+    recalled: Recalled = field(default_factory=Recalled)
+    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _shared: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, setup: Setup, names: Iterable[SystemName]) -> Rig:
+        """Open systems; none stays open if one cannot be.
+
+        Raises:
+            ResourceError: they do not fit the memory together, or a device or a package is missing.
+            UsageError: they cannot be compared.
+        """
+        rig = cls(setup)
+        names = list(dict.fromkeys(names))
+        if names == [SystemName.LLM_ONLY]:
+            raise UsageError("llm-only gives the LLM passages that other systems found, and is the only one.",
+                             remedy="Name another --system beside it.")  # fmt: skip
+        _check_memory(setup, names)
+        try:
+            for name in names:
+                rig.systems[name] = OPENERS[name](rig)
+                rig._undo.callback(rig.systems[name].engine.release)
+        except BaseException:
+            rig.close()
+            raise
+        return rig
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all that was opened here; index, passages, embedder and LLM stay open."""
+        self._undo.close()
+
+    def start(self, system: System) -> float:
+        """Get ready for a question to a system.
+
+        Returns:
+            The share of the index file that is in the page cache.
+        """
+        setup = self.setup
+        setup.generator.forget()  # prompts kept of one system would make the next one quicker
+        if setup.pages is Pages.COLD:
+            for each in self.systems.values():
+                each.forget()
+            for path in self._files():
+                page_cache.drop(path)
+            left = max(map(page_cache.share, self._files()))
+        else:
+            left = page_cache.share(setup.opened.index.paths.lists)
+        system.prepare()
+        return left
+
+    def warm(self) -> None:
+        """Fill the page cache with what the systems read, as far as memory holds it."""
+        for path in self._files():
+            page_cache.fill(path)
+
+    def _files(self) -> list[Path]:
+        paths = self.setup.opened.index.paths
+        more = [path for system in self.systems.values() for path in system.files]
+        kept = [paths.vectors] if paths.vectors.exists() else []
+        return [paths.lists, *kept, *more]
+
+    def coarse(self) -> Coarse:
+        """The coarse quantizer, one for all."""
+        index = self.setup.opened.index
+        made: Coarse = self._once("coarse", lambda: Coarse(index.centroids, index.manifest.metric))
+        return made
+
+    def retriever(self, kind: type[Retriever] = Retriever) -> Retriever:
+        """A retriever over the tier that was asked for."""
+        setup = self.setup
+
+        def open_base() -> Retriever:
+            plan = plan_tier(setup.opened.index, setup.tier)
+            opened = open_retriever(setup.opened.index, plan, progress=setup.progress)
+            self._undo.callback(opened.close)
+            return opened
+
+        base: Retriever = self._once("retriever", open_base) if setup.pages is Pages.COLD else open_base()
+        return kind(base.index, self.coarse(), base.tier, cache_fraction=setup.cache_fraction)
+
+    def memory(self) -> FaissMemory:
+        """Faiss with everything in RAM, one for all that need it."""
+        index = self.setup.opened.index
+
+        def read() -> FaissMemory:
+            with self.setup.progress(
+                "reading lists into memory", int(index.extents.sum()), unit="bytes"
+            ) as advance:
+                return FaissMemory(index, self.coarse(), advance)
+
+        made: FaissMemory = self._once("memory", read)
+        return made
+
+    def engine(self, retriever: Retriever, lookahead: Lookahead, finder: Finder | None = None) -> Engine:
+        """An engine over the shared LLM."""
+        setup = self.setup
+        settings = replace(setup.settings, lookahead=lookahead)
+        return Engine(
+            setup.generator, setup.opened.embedder, retriever, setup.opened.passages, settings, finder=finder
+        )
+
+    def plain(self, searcher: Plain) -> Engine:
+        """An engine that finds passages with something else than a fast tier."""
+        setup, settings = self.setup, self.setup.settings
+        finder = Retrievals(
+            setup.opened.embedder,
+            searcher,
+            setup.opened.passages,
+            settings.k,
+            settings.nprobe,
+            Tracer(enabled=False),
+        )
+        return self.engine(self._idle(), Lookahead.OFF, finder)
+
+    def _idle(self) -> Retriever:
+        """A retriever for engines that never use it."""
+        made: Retriever = self._once("idle", self.retriever)
+        return made
+
+    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
+
+def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
+    lists = int(setup.opened.index.extents.sum())
+    whole = [name for name in names if name in (SystemName.FAISS_MEMORY, SystemName.RESIDENT)]
+    free = available_bytes()
+    if len(whole) * lists > free and setup.tier.kind in (TierKind.HOST, TierKind.AUTO):
+        raise ResourceError(f"{' and '.join(whole)} take {format_bytes(lists)} of RAM each, and {format_bytes(free)} are free.",
+                            remedy="Leave one of them out, or use a smaller index.")  # fmt: skip
+
+
+def _telerag(
+    rig: Rig, name: SystemName, lookahead: Lookahead, what: str, kind: type[Retriever] = Retriever
+) -> System:
+    retriever = rig.retriever(kind)
+    tier = retriever.tier
+    configuration = {
+        "what": f"telerag, {what}", "lookahead": lookahead.value, "arena_bytes": tier.arena_bytes, "cache": rig.setup.tier.cache.value,
+        "cache_fraction": rig.setup.cache_fraction, "tier": plan_tier(rig.setup.opened.index, rig.setup.tier).name,
+    }  # fmt: skip
+    return System(
+        name, configuration, rig.engine(retriever, lookahead), forget=tier.forget, retriever=retriever
+    )
+
+
+def _faiss(name: SystemName, what: str, engine: Engine, **hooks: Any) -> System:
+    configuration = {"what": f"Faiss, {what}", "parallel_mode": 1, "threads": faiss_threads()}
+    return System(name, configuration, engine, **hooks)
+
+
+def _open_ondisk(rig: Rig) -> System:
+    searcher = FaissOnDisk(rig.setup.opened.index, rig.coarse())
+    rig._undo.callback(searcher.unmap)
+    what = "OnDiskInvertedLists: lists.bin mapped into memory, read through the page cache"
+    return _faiss(
+        SystemName.FAISS_ONDISK, what, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map
+    )
+
+
+def _open_memory(rig: Rig) -> System:
+    return _faiss(SystemName.FAISS_MEMORY, "all lists in RAM (ArrayInvertedLists)", rig.plain(rig.memory()))
+
+
+def _open_gpu(rig: Rig) -> System:
+    searcher = FaissGpu(rig.memory(), device_number(rig.setup.tier.device))
+    return _faiss(SystemName.FAISS_GPU, "all lists on the GPU (GpuIndexIVF)", rig.plain(searcher))
+
+
+def _open_lance(rig: Rig) -> System:
+    from telerag_cli.bench.lance import open_lance
+
+    searcher, configuration, files = open_lance(rig.setup.opened, rig.setup.progress)
+    return System(
+        SystemName.LANCEDB,
+        configuration,
+        rig.plain(searcher),
+        forget=searcher.unmap,
+        prepare=searcher.map,
+        files=files,
+    )
+
+
+def _open_resident(rig: Rig) -> System:
+    setup = rig.setup
+    index = setup.opened.index
+    everything = int(index.extents.sum())
+    on_gpu = setup.tier.kind in (TierKind.CUDA, TierKind.SIMULATED)
+    options = (
+        replace(setup.tier, gpu_memory_bytes=everything)
+        if on_gpu
+        else replace(setup.tier, fast_memory_bytes=everything)
+    )
+    plan = plan_tier(index, options)
+    retriever = open_retriever(index, plan, progress=setup.progress)
+    rig._undo.callback(retriever.close)
+    bring(retriever.tier, np.flatnonzero(index.extents > 0))
+    configuration = {"what": "telerag, every list in the fast tier all the time: the limit", "lookahead": "off",
+                     "arena_bytes": retriever.tier.arena_bytes, "tier": plan.name}  # fmt: skip
+    return System(
+        SystemName.RESIDENT, configuration, rig.engine(retriever, Lookahead.OFF), retriever=retriever
+    )
+
+
+def _open_llm_only(rig: Rig) -> System:
+    configuration = {
+        "what": "the same LLM calls, given passages that were found before: no embedding, no retrieval"
+    }
+    return System(SystemName.LLM_ONLY, configuration, rig.engine(rig._idle(), Lookahead.OFF, rig.recalled))
+
+
+def _lookahead(
+    name: SystemName, mode: Lookahead, what: str, kind: type[Retriever] = Retriever
+) -> Callable[[Rig], System]:
+    """Opens telerag with something that predicts, or nothing."""
+    return partial(_telerag, name=name, lookahead=mode, what=what, kind=kind)
+
+
+OPENERS: dict[SystemName, Callable[[Rig], System]] = {
+    SystemName.FAISS_MEMORY: _open_memory,
+    SystemName.FAISS_ONDISK: _open_ondisk,
+    SystemName.FAISS_GPU: _open_gpu,
+    SystemName.LANCEDB: _open_lance,
+    SystemName.FETCH: _lookahead(SystemName.FETCH, Lookahead.OFF, "no lookahead: lists move when the query is there"),
+    SystemName.QUESTION: _lookahead(SystemName.QUESTION, Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"),
+    SystemName.REFINED: _lookahead(SystemName.REFINED, Lookahead.REFINED, "lookahead by the question and the text so far: the default"),
+    SystemName.PERFECT: _lookahead(SystemName.PERFECT, Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do",
+                                   Perfect),
+    SystemName.USELESS: _lookahead(SystemName.USELESS, Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost",
+                                   Useless),
+    SystemName.RESIDENT: _open_resident,
+    SystemName.LLM_ONLY: _open_llm_only,
+}  # fmt: skip

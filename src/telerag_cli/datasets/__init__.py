@@ -1,0 +1,1 @@
+"""Public datasets: where they are, getting them, and turning them into what the other commands read."""

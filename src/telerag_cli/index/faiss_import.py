@@ -1,0 +1,254 @@
+"""An index folder from Faiss's file of an index and the passages it is of, in stages that each resume.
+
+As `telerag_cli.index.build` does, everything happens in ``INDEX.partial/``, and the folder gets its name when it is whole:
+
+=========  ==========================================================  =============================================
+stage      what it leaves                                              after a kill
+=========  ==========================================================  =============================================
+ids        quantizer.npy, offsets.npy, centroids.npy (last)            starts again
+passages   passages.arrow                                              starts again
+copy       lists.bin, work/copied.json (lists done)                    goes on
+seal       checksums.npy, manifest.json (last)                         starts again
+=========  ==========================================================  =============================================
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import xxhash
+
+from telerag_cli import __version__
+from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
+from telerag_cli.corpus.passages import Passage
+from telerag_cli.corpus.readers import Kind, Source, read_passages
+from telerag_cli.errors import InputError, UsageError
+from telerag_cli.files import explain, read_json, write_json, writing
+from telerag_cli.index.artifact import (
+    ID_BYTES,
+    EmbedderInfo,
+    Index,
+    IndexPaths,
+    Manifest,
+    TableArray,
+    lay_out,
+)
+from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list, ends_of
+from telerag_cli.index.partial import (
+    Making,
+    Progress,
+    check_disk,
+    claimed,
+    finished,
+    free_bytes,
+    left_bytes,
+    publish,
+    save_array,
+    seal,
+    silent,
+    sized,
+)
+from telerag_cli.index.passages import BATCH_ROWS, write_passages
+from telerag_cli.index.verify import scan_lists
+
+CHECKPOINT_BYTES = 1 << 30
+"""Copied between checkpoints: a second of work to lose or two, against a wait for the disk each."""
+UNPACKED = 4
+"""Times that packed passages (gzip, Parquet) are larger in the index, for the estimate."""
+
+
+@dataclass(frozen=True)
+class ImportPlan(Making):
+    """What will be imported, and the bytes it takes."""
+
+    file: FaissFile
+    passages: tuple[Source, ...]
+    embedder: str | None
+    table: TableArray
+    """Of the lists in ``lists.bin``."""
+    lists_bytes: int
+    passages_bytes: int
+    """An estimate; 0 if nobody knows."""
+    on_disk_bytes: int
+    """What a killed import has left, and this one will use."""
+    free_disk_bytes: int
+
+    sources: ClassVar[str] = "files"
+
+    @staticmethod
+    def parameters_of(manifest: Manifest) -> dict[str, Any]:
+        """`parameters` of a finished index."""
+        return {
+            "files": manifest.source,
+            "embedder": manifest.embedder.model,
+            "telerag": manifest.created_by.removeprefix("telerag "),
+        }
+
+    @property
+    def needed_disk_bytes(self) -> int:
+        """What is still to be written."""
+        centroids_bytes = self.file.centroids.nbytes + self.table.nbytes
+        return max(0, self.lists_bytes + self.passages_bytes + centroids_bytes - self.on_disk_bytes)
+
+
+def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedder: str | None) -> ImportPlan:
+    """Work out sizes, and refuse what cannot be told apart or cut into passages.
+
+    Args:
+        file: the index.
+        passages: the passages, in the order of the ids; passage number i is that of id i.
+        root: the index folder to make.
+        embedder: the model that made the vectors, if it is known.
+
+    Raises:
+        UsageError: the passages are of a kind whose rows are not those of the index.
+    """
+    for source in passages:
+        if source.kind in (Kind.TEXT, Kind.MARKDOWN):
+            raise UsageError(f"{source.label} is text without rows, and passage number i must be that of Faiss's id i.",
+                             remedy="Give the passages as JSONL, TSV, CSV or Parquet, one a row.")  # fmt: skip
+    files = [source.path for source in passages if source.path is not None and source.path.is_file()]
+    if len(files) < len(passages):
+        raise UsageError("Passages that come through a pipe cannot be compared when an import resumes, and --passages takes files.",
+                         remedy="Write them to a file first.")  # fmt: skip
+    digest = xxhash.xxh3_64()
+    try:
+        for path in files:
+            digest.update(ends_of(path))
+        passages_bytes = sum(
+            path.stat().st_size * (UNPACKED if path.suffix in (".gz", ".parquet") else 1) for path in files
+        )
+    except OSError as error:
+        raise explain(error, files[0]) from error
+    digests = f"faiss {file.fingerprint()}, passages xxh3:{digest.hexdigest()}"
+    table, lists_bytes = lay_out(file.table[:, 0].astype("int64"), file.code_size)
+    parameters = {"files": digests, "embedder": embedder, "telerag": __version__}
+    return ImportPlan(
+        root,
+        parameters,
+        file,
+        tuple(passages),
+        embedder,
+        table,
+        lists_bytes,
+        passages_bytes,
+        left_bytes(root),
+        free_bytes(root),
+    )
+
+
+def import_index(plan: ImportPlan, *, overwrite: bool = False, progress: Progress = silent) -> Index:
+    """Import an index, or go on with an import that was interrupted; a finished one of the same files is opened as it is.
+
+    Args:
+        plan: `plan_import`.
+        overwrite: replace a finished index, and start over if an interrupted making had other parameters.
+        progress: shows the stages.
+
+    Raises:
+        ArtifactError: ``root`` is something else, or was begun or made of other files.
+        ResourceError: the disk is full or cannot be written; what was finished is kept.
+        InputError: an id is no number of a passage, a passage cannot be used, or there are more or fewer than vectors.
+    """
+    if finished(plan) and not overwrite:
+        return Index.open(plan.root)
+    check_disk(plan.root, plan.needed_disk_bytes, "Free space or choose another output.")
+    try:
+        with claimed(plan, overwrite):
+            _Import(plan, progress).run()
+            publish(plan)
+    except OSError as error:
+        raise explain(error, plan.partial) from error
+    return Index.open(plan.root)
+
+
+class _Import:
+    """The stages; each looks at what is there and does what is missing."""
+
+    def __init__(self, plan: ImportPlan, progress: Progress) -> None:
+        self.plan, self.file, self.progress = plan, plan.file, progress
+        self.paths = IndexPaths(plan.partial)
+        self.copied = plan.partial / "work" / "copied.json"
+
+    def run(self) -> None:
+        if self.paths.manifest.exists():
+            return
+        if not self.paths.centroids.exists():
+            self.begin()
+        if not self.paths.passages.exists():
+            self.write_passages()
+        self.copy()
+        self.seal()
+
+    def begin(self) -> None:
+        with self.progress("Checking ids", self.file.ntotal, unit="vectors") as advance:
+            check_ids(self.file, advance)
+        if self.file.trained is not None:
+            save_array(self.paths.quantizer, self.file.trained)
+        save_array(self.paths.offsets, self.plan.table)
+        save_array(self.paths.centroids, self.file.centroids)
+
+    def write_passages(self) -> None:
+        ntotal = self.file.ntotal
+        passages = read_passages(self.plan.passages)
+        written = 0
+        with (
+            self.progress("Writing passages", ntotal, unit="passages") as advance,
+            writing(self.paths.passages) as temporary,
+        ):
+            for count in write_passages(_batches(itertools.islice(passages, ntotal)), temporary):
+                written += count
+                advance(count)
+            more = sum(1 for _ in passages)
+            if written + more != ntotal:
+                names = ", ".join(str(source.path) for source in self.plan.passages)
+                raise InputError(f"{names} holds {written + more:,} passages, and {self.file.path} holds {ntotal:,} vectors.",
+                                 remedy="Name the passages that the vectors were made from, all of them, in their order.")  # fmt: skip
+
+    def copy(self) -> None:
+        held, wanted = self.file.table.tolist(), self.plan.table.tolist()
+        done = int(read_json(self.copied)["lists"]) if self.copied.exists() else 0
+        code_bytes = self.file.code_size
+
+        def bytes_of(number: int) -> int:
+            return int(held[number][0]) * (code_bytes + ID_BYTES)
+
+        total = sum(map(bytes_of, range(len(held))))
+        waiting = 0
+        with (
+            self.progress("Copying lists", total, unit="bytes") as advance,
+            self.file.data.open("rb", buffering=0) as source,
+            sized(self.paths.lists, self.plan.lists_bytes) as target,
+        ):
+            advance(sum(map(bytes_of, range(done))))
+            for number in range(done, len(held)):
+                copy_list(source.fileno(), held[number], target, wanted[number], code_bytes, self.file.data)
+                waiting += bytes_of(number)
+                advance(bytes_of(number))
+                if waiting >= CHECKPOINT_BYTES or number == len(held) - 1:
+                    os.fdatasync(target)  # before it is counted as done
+                    write_json(self.copied, {"lists": number + 1})
+                    waiting = 0
+
+    def seal(self) -> None:
+        file, plan = self.file, self.plan
+        with self.progress("Checking lists", plan.lists_bytes, unit="bytes") as advance:
+            sums, whole = scan_lists(self.paths.lists, plan.table, file.code_size, advance)
+        about = Manifest(
+            dimension=file.dimension, metric=file.metric, storage=file.storage, nlist=file.nlist, ntotal=file.ntotal,
+            code_size=file.code_size, seed=0, embedder=EmbedderInfo(plan.embedder), files={},
+            trained_on="unknown", source=plan.parameters["files"], created_by=f"telerag {__version__}",
+        )  # fmt: skip
+        seal(self.paths, about, sums, whole, self.progress)
+
+
+def _batches(passages: Iterator[Passage]) -> Iterator[pa.RecordBatch]:
+    while some := list(itertools.islice(passages, BATCH_ROWS)):
+        columns = [[p.id for p in some], [p.text for p in some], [p.metadata_json for p in some]]
+        yield pa.record_batch([pa.array(column, pa.string()) for column in columns], schema=PASSAGE_SCHEMA)

@@ -1,0 +1,617 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from telerag_cli.commands.eval import evaluate as command
+from telerag_cli.commands.guard import guarded
+from telerag_cli.corpus import pydocs
+from telerag_cli.evaluation.answers import contains, normalized, score_answer
+from telerag_cli.evaluation.bootstrap import FEWEST, Sampling, difference, estimate
+from telerag_cli.evaluation.judgements import trec_id
+from telerag_cli.evaluation.passages import measures, score_passages
+from telerag_cli.evaluation.records import Found, Record, names_of, read_asked
+
+ROOT = Path(__file__).parent.parent
+PYTHON_QA = ROOT / "datasets" / "python_qa.jsonl"
+CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Peru", "Lima"), ("Cuba", "Havana"),
+            ("Kenya", "Nairobi"), ("Japan", "Tokyo"), ("Chad", "N'Djamena")]  # fmt: skip
+
+program = typer.Typer()
+program.command("eval")(guarded(command))
+program.command("idle")(lambda: None)
+
+
+def telerag_eval(*arguments, stdin=None):
+    return CliRunner().invoke(program, ["eval", *map(str, arguments)], input=stdin)
+
+
+def figures(*arguments, stdin=None):
+    """The JSON on stdout, and what was said."""
+    result = telerag_eval(*arguments, "--json", stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), result.stderr
+
+
+def values(result, run=0):
+    return {name: found["value"] for name, found in result["runs"][run]["measures"].items()}
+
+
+def line(key, answer, passages=(), **more):
+    """A line as ``telerag run`` writes it; passages are (id, score, text)."""
+    found = [
+        {"rank": rank, "id": each[0], "score": each[1], "text": each[2]}
+        for rank, each in enumerate(passages, 1)
+    ]
+    return {"id": key, "question": f"{key}?", "answer": answer, "passages": found, **more}
+
+
+def passages_of(country, capital):
+    """Three passages, the second of which holds the answer."""
+    return [(f"{country} a", 0.9, "The weather."), (f"{country} b", 0.8, f"It is the city of {capital}."),
+            (f"{country} c", 0.7, "The food.")]  # fmt: skip
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def good(tmp_path):
+    return write(
+        tmp_path / "good.jsonl",
+        [line(country, f"{capital}.", passages_of(country, capital)) for country, capital in CAPITALS],
+    )
+
+
+@pytest.fixture
+def bad(tmp_path):
+    return write(
+        tmp_path / "bad.jsonl",
+        [line(country, "No idea", [("z", 0.5, "Nothing.")]) for country, _ in CAPITALS],
+    )
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write(
+        tmp_path / "questions.jsonl",
+        [{"id": country, "question": f"{country}?", "answers": [capital]} for country, capital in CAPITALS],
+    )
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "exact", "f1", "contained"),
+    [
+        ("The Eiffel Tower!", ["eiffel tower"], 1, 1, 1),  # articles, case and punctuation do not count
+        ("an  apple\na day", ["Apple day."], 1, 1, 1),
+        ("in Paris, France", ["Paris"], 0, 2 * (1 / 3) / (1 / 3 + 1), 1),
+        ("Paris", ["Paris, the capital of France"], 0, 2 * (1 / 4) / (1 + 1 / 4), 0),  # four words remain
+        ("Denver Broncos", ["Carolina Panthers", "Denver Broncos"], 1, 1, 1),  # the best of several
+        ("Denver", ["Carolina", "the Broncos of Denver", "Denver Broncos"], 0, 2 / 3, 0),
+        ("fear fear", ["fear"], 0, 2 * (1 / 2) / (1 / 2 + 1), 1),  # a word counts as often as both have it
+        ("London", ["Paris"], 0, 0, 0),
+        ("", ["Paris"], 0, 0, 0),
+        ("the", ["a"], 1, 1, 0),  # both are empty once normalised, and nothing is contained
+    ],
+)
+def test_scores_of_an_answer_are_squads(answer, gold, exact, f1, contained):
+    found = score_answer(answer, gold)
+    assert (found.exact_match, found.contains_answer) == (exact, contained)
+    assert found.f1 == pytest.approx(f1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "is_contained"),
+    [
+        ("It was in 1976, they say.", ["1976"], True),
+        ("It was in 19760.", ["1976"], False),  # whole words only
+        ("Call f.cache_clear() then.", ["f.cache_clear()"], True),
+        ("The cat sat on a mat", ["sat on the mat"], True),
+        ("cat", ["the", "dog"], False),
+        ("none", ["no"], False),
+    ],
+)
+def test_containment(text, answers, is_contained):
+    assert contains(normalized(text), [normalized(answer) for answer in answers]) is is_contained
+
+
+# --- passages ----------------------------------------------------------------------------------------------------------
+
+
+def record(key, ids, score=None):
+    return Record(key, None, tuple(Found(each, score, None) for each in ids), (), failed=False)
+
+
+def test_measures_of_passages_computed_by_hand():
+    judged = {"q": {"a": 2, "b": 1, "c": 1, "x": 0}, "none": {"a": 1}}
+    scores = score_passages(
+        [record("q", "xab"), record("none", "")], judged, measures([1, 2, 3], complete=True)
+    )
+    gained = 2 / math.log2(3) + 1 / math.log2(4)
+    best = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)
+    assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
+        {"recall@1": 0, "recall@2": 1 / 3, "recall@3": 2 / 3, "ndcg@10": gained / best, "mrr": 1 / 2}
+    )
+    assert {found["none"] for found in scores.values()} == {0.0}
+
+
+def test_success_where_not_all_relevant_passages_are_known():
+    scores = score_passages(
+        [record("q", "xab")], {"q": {"x": 0, "a": 1, "b": 1}}, measures([1, 3], complete=False)
+    )
+    best = 1 + 1 / math.log2(3)
+    assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
+        {"success@1": 0, "success@3": 1, "ndcg@10": (1 / math.log2(3) + 1 / 2) / best, "mrr": 1 / 2}
+    )
+
+
+@pytest.mark.parametrize("ids", ["ab", "ba"])
+def test_equal_scores_do_not_change_the_runs_order(ids):
+    """trec_eval would sort them by id."""
+    scores = score_passages([record("q", ids, 0.5)], {"q": {ids[0]: 1}}, measures([1], complete=True))
+    assert scores["mrr"]["q"] == scores["recall@1"]["q"] == 1
+
+
+def test_ndcg_counts_ten_passages():
+    ids = [f"p{number:02}" for number in range(11)]
+    scores = score_passages([record("q", ids)], {"q": {"p10": 1}}, measures([10, 11], complete=True))
+    assert [scores[name]["q"] for name in ("ndcg@10", "recall@10", "recall@11")] == [0, 0, 1]
+    assert scores["mrr"]["q"] == pytest.approx(1 / 11)
+
+
+# --- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_is_that_of_the_binomial():
+    """Of 400 questions half are right: the mean's standard error is 0.5 / sqrt(400) = 0.025."""
+    found = estimate([0.0, 1.0] * 200, Sampling(resamples=4000))
+    assert found.value == 0.5
+    assert found.questions == 400
+    assert found.low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006)
+    assert found.high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
+
+
+def test_the_seed_decides():
+    scores = list(np.random.default_rng(7).random(50))
+    assert estimate(scores, Sampling(500, 1)) == estimate(scores, Sampling(500, 1))
+    assert estimate(scores, Sampling(500, 1)) != estimate(scores, Sampling(500, 2))
+
+
+def test_draws_in_blocks_are_bounded_and_complete(monkeypatch):
+    scores = list(np.random.default_rng(7).random(50))
+    monkeypatch.setattr("telerag_cli.evaluation.bootstrap.BLOCK", 350)
+    whole = estimate(scores, Sampling(501))
+    assert whole.low < whole.value < whole.high
+
+
+def test_a_pair_is_compared_question_by_question():
+    """A small but constant advantage shows, although each run's own interval is wide."""
+    first = list(np.random.default_rng(7).random(50))
+    second = [score + 0.01 for score in first]
+    own = estimate(first, Sampling())
+    found = difference(first, second, Sampling())
+    assert own.high - own.low > 0.1
+    assert found.value == pytest.approx(0.01)
+    assert found.differs is True
+    assert difference(first, first, Sampling()).differs is False
+    assert difference(second, first, Sampling()).value == pytest.approx(-0.01)
+
+
+def test_noise_is_no_difference():
+    generator = np.random.default_rng(3)
+    assert difference(list(generator.random(40)), list(generator.random(40)), Sampling()).differs is False
+
+
+def test_few_questions_allow_no_verdict():
+    few = difference([0.0] * (FEWEST - 1), [1.0] * (FEWEST - 1), Sampling())
+    assert (few.value, few.low, few.high, few.differs) == (1.0, None, None, None)
+    assert difference([0.0] * FEWEST, [1.0] * FEWEST, Sampling()).differs is True
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_one_run_with_answers_from_the_questions(good, questions):
+    result, said = figures(good, "--questions", questions)
+    assert values(result) == pytest.approx(
+        {"exact_match": 1, "f1": 1, "contains_answer": 1, "success@1": 0, "success@3": 1, "mrr": 0.5,
+         "ndcg@10": 1 / math.log2(3)}
+    )  # fmt: skip
+    assert result["judged_by"] == "answers"
+    assert result["cutoffs"] == [1, 3]  # the usual ones up to what was retrieved
+    assert "success@k is the share of questions" in said
+    assert result["runs"][0]["measures"]["f1"]["questions"] == len(CAPITALS)
+
+
+def test_tables_are_data_and_notes_are_talk(good, bad, questions):
+    result = telerag_eval(good, bad, "-q", questions)
+    assert result.exit_code == 0
+    shown = result.stdout
+    for part in ("exact_match", "0.500", "good.jsonl", "-1.000", "-1.000 to -1.000", "differs", "success@3"):
+        assert part in shown
+    assert "Passages are judged" in result.stderr
+    assert "Passages are judged" not in shown
+
+
+def test_answers_on_the_runs_own_lines(tmp_path):
+    run = write(
+        tmp_path / "r.jsonl",
+        [line("1", "Paris", answers=["Paris"]), line("2", "Rome", golden_answers=["Rome", "Roma"]),
+         line("3", "Oslo", answers={"text": ["Oslo"], "answer_start": [0]}), line("4", "Bern")],
+    )  # fmt: skip
+    result, said = figures(run)
+    assert values(result) == {"exact_match": 1, "f1": 1, "contains_answer": 1}
+    assert result["runs"][0]["without_gold"] == 1
+    assert "1 of 4 lines have no gold answer" in said
+    assert "fewer than 6 questions" in said
+    assert result["runs"][0]["measures"]["f1"]["low"] is None
+
+
+def test_failed_lines_are_wrong_and_missing_questions_are_named(tmp_path, questions):
+    lines = [line(country, capital, passages_of(country, capital)) for country, capital in CAPITALS[:6]]
+    lines[2:4] = [{"id": lines[n]["id"], "question": "?", "error": {"message": "It failed."}} for n in (2, 3)]
+    result, said = figures(write(tmp_path / "r.jsonl", lines), "--questions", questions)
+    run = result["runs"][0]
+    assert (run["lines"], run["failed"], run["missing"]) == (6, 2, ["Japan", "Chad"])
+    assert values(result)["exact_match"] == pytest.approx(4 / 6)
+    assert values(result)["mrr"] == pytest.approx(4 / 6 / 2)
+    assert "2 of 6 lines failed; they count as wrong" in said
+    assert f"2 of the 8 questions of {questions} have no line and are left out: Japan, Chad." in said
+
+
+def test_identical_runs_do_not_differ(tmp_path, good, questions):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(good.read_bytes())
+    result, _ = figures(good, other, "--questions", questions)
+    pair = result["comparisons"][0]
+    assert (pair["questions"], pair["identical_answers"], pair["identical_passages"]) == (8, 8, 8)
+    assert {
+        (found["value"], found["low"], found["high"], found["differs"]) for found in pair["measures"].values()
+    } == {(0, 0, 0, False)}
+
+
+def test_different_runs_differ_over_what_both_answered(tmp_path, good, bad, questions):
+    lines = [json.loads(each) for each in bad.read_text().splitlines()]
+    lines[0] = {"id": lines[0]["id"], "question": "?", "error": {"message": "It failed."}}
+    lines[1]["answer"] = "Rome."
+    third = write(tmp_path / "third.jsonl", lines)
+    result, _ = figures(good, bad, third, "--questions", questions)
+    assert [(each["first"], each["second"], each["questions"], each["identical_answers"])
+            for each in result["comparisons"]] == [
+        ("good.jsonl", "bad.jsonl", 8, 0), ("good.jsonl", "third.jsonl", 7, 1), ("bad.jsonl", "third.jsonl", 7, 6),
+    ]  # fmt: skip
+    assert [each["measures"]["exact_match"]["differs"] for each in result["comparisons"]] == [
+        True,
+        True,
+        False,
+    ]
+    assert result["comparisons"][1]["measures"]["exact_match"]["value"] == pytest.approx(-6 / 7)
+
+
+def test_runs_without_gold_answers_are_compared_as_texts(good, bad):
+    result, said = figures(good, bad)
+    assert result["runs"][0]["measures"] == {}
+    assert (result["comparisons"][0]["identical_answers"], result["comparisons"][0]["questions"]) == (0, 8)
+    assert "8 of 8 lines have no gold answer" in said
+    assert telerag_eval(good, bad).exit_code == 0
+
+
+def batch(key, answer, **more):
+    body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}}], **more}
+    return {
+        "id": f"batch_req_{key}",
+        "custom_id": key,
+        "response": {"status_code": 200, "body": body},
+        "error": None,
+    }
+
+
+def test_batch_lines(tmp_path, questions):
+    found = line("", "", passages_of(*CAPITALS[0]))["passages"]
+    lines = [
+        batch("France", "Paris", telerag={"passages": found}),
+        batch("Italy", "Rome"),  # of another program
+        {"id": "x", "custom_id": "Spain", "response": None, "error": {"code": "failed", "message": "No."}},
+        {"id": "y", "custom_id": "Peru", "response": {"status_code": 500, "body": {}}, "error": None},
+    ]
+    result, said = figures(write(tmp_path / "b.jsonl", lines), "--questions", questions)
+    assert values(result) == pytest.approx(
+        {"exact_match": 0.5, "f1": 0.5, "contains_answer": 0.5, "success@1": 0, "success@3": 0.25,
+         "ndcg@10": 0.25 / math.log2(3), "mrr": 0.125}
+    )  # fmt: skip
+    assert "2 of 4 lines failed" in said
+
+
+def test_stdin_and_what_search_prints(questions):
+    lines = [
+        {"id": country, "question": "?", "passages": line("", "", passages_of(country, capital))["passages"]}
+        for country, capital in CAPITALS
+    ]
+    result, _ = figures("-", "-q", questions, stdin="\n".join(map(json.dumps, lines)))
+    assert result["runs"][0]["run"] == "<stdin>"
+    assert values(result) == pytest.approx(
+        {"success@1": 0, "success@3": 1, "ndcg@10": 1 / math.log2(3), "mrr": 0.5}
+    )
+
+
+BEIR = "query-id\tcorpus-id\tscore\nFrance\tFrance b\t1\nFrance\tFrance c\t1\nItaly\tItaly a\t2\nChad\tChad a\t0\n"
+TREC = "France 0 France%20b 1\nFrance 0 France%20c 1\n\nItaly 0 Italy%20a 2\nChad 0 Chad%20a 0\n"
+
+
+@pytest.mark.parametrize("text", [BEIR, BEIR.split("\n", 1)[1], TREC])
+def test_qrels(tmp_path, good, text):
+    path = tmp_path / "qrels"
+    path.write_text(text)
+    result, said = figures(good, "--qrels", path, "-k", 2, "-k", 4)
+    assert result["judged_by"] == "qrels"
+    france = (1 / math.log2(3) + 1 / 2) / (1 + 1 / math.log2(3))
+    assert values(result) == pytest.approx(
+        {"recall@2": (0.5 + 1) / 2, "recall@4": 1, "mrr": (0.5 + 1) / 2, "ndcg@10": (france + 1) / 2}
+    )
+    assert "6 of 8 lines have no relevant passage" in said
+    assert "at most 3 passages a question, so figures at 4 are figures at 3" in said
+
+
+def test_passages_of_the_questions_are_judgements(tmp_path, good):
+    path = write(
+        tmp_path / "q.jsonl",
+        [{"id": "France", "question": "?", "answers": ["Paris"], "passages": ["France a", "absent"]},
+         {"id": "Italy", "question": "?", "answers": ["Rome"]}],
+    )  # fmt: skip
+    result, said = figures(good, "--questions", path)
+    assert result["judged_by"] == "passages"
+    assert values(result)["recall@3"] == 0.5
+    assert result["runs"][0]["measures"]["recall@3"]["questions"] == 1
+    assert "7 of 8 lines have no relevant passage" in said
+    qrels = tmp_path / "qrels.tsv"
+    qrels.write_text(BEIR)
+    assert figures(good, "--questions", path, "--qrels", qrels)[0]["judged_by"] == "qrels"
+
+
+def test_questions_without_answers_beside_qrels(tmp_path, good):
+    """As BEIR has them: they say which questions the run should have."""
+    path = write(tmp_path / "q.jsonl", [{"_id": key, "text": "?"} for key in ("France", "Italy", "Mali")])
+    qrels = tmp_path / "qrels.tsv"
+    qrels.write_text(BEIR)
+    result, said = figures(good, "--questions", path, "--qrels", qrels)
+    assert result["runs"][0]["missing"] == ["Mali"]
+    assert values(result)["mrr"] == 0.75
+    assert "f1" not in values(result)
+    assert "1 of the 3 questions" in said
+
+
+def test_passages_without_texts_are_not_judged_by_answers(tmp_path, questions):
+    run = write(tmp_path / "r.jsonl", [line("France", "Paris", [("a", 0.1, None)])])
+    result, said = figures(run, "-q", questions)
+    assert "mrr" not in values(result)
+    assert "passages without their text cannot be judged" in said
+
+
+# --- TREC files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_trec_file_reads_back_as_what_was_retrieved(tmp_path, good, questions):
+    path = tmp_path / "good.trec"
+    assert telerag_eval(good, "-q", questions, "--trec", path).exit_code == 0
+    read = list(ir_measures.read_trec_run(str(path)))
+    expected = [(country, f"{country}%20{letter}", score)
+                for country, _ in CAPITALS for letter, score in (("a", 0.9), ("b", 0.8), ("c", 0.7))]  # fmt: skip
+    assert [tuple(each) for each in read] == expected
+    assert path.read_text().splitlines()[0] == "France Q0 France%20a 1 0.9 good.jsonl"
+
+
+@pytest.mark.parametrize(
+    "scores", [(0.5, 0.5, 0.2), (0.5, 0.6, 0.7), (0.5, 0.4, None), (0.5, 0.4, 0.4 - 1e-12)]
+)
+def test_a_trec_file_keeps_the_order_where_scores_do_not(tmp_path, scores):
+    passages = list(zip("bac", scores, ("x", "y", "z"), strict=True))
+    run = write(tmp_path / "r.jsonl", [line("q", "A", passages, answers=["A"])])
+    result = telerag_eval(run, "--trec", tmp_path / "r.trec")
+    assert result.exit_code == 0
+    assert "the scores written are 1 / rank" in " ".join(result.stderr.split())
+    read = ir_measures.read_trec_run(str(tmp_path / "r.trec"))
+    assert [(each.doc_id, each.score) for each in read] == [("b", 1), ("a", 0.5), ("c", 1 / 3)]
+
+
+def test_a_passage_counts_once_and_where_it_comes_first(tmp_path):
+    passages = [("a", 0.9, "x"), ("b", 0.8, "Rome"), ("a", 0.7, "x"), ("c", 0.6, "Rome")]
+    run = write(tmp_path / "r.jsonl", [line("q", "Rome", passages, answers=["Rome"])])
+    result, _ = figures(run, "--trec", tmp_path / "r.trec")
+    assert (result["runs"][0]["most_passages"], values(result)["mrr"]) == (3, 0.5)
+    read = ir_measures.read_trec_run(str(tmp_path / "r.trec"))
+    assert [each.doc_id for each in read] == ["a", "b", "c"]
+
+
+def test_several_runs_make_a_folder_of_trec_files(tmp_path, questions):
+    runs = []
+    for name in ("off", "on"):
+        (tmp_path / name).mkdir()
+        runs.append(
+            write(tmp_path / name / "answers.jsonl", [line("France", "Paris", [("a", 1.0, "Paris")])])
+        )
+    assert telerag_eval(*runs, "-q", questions, "--trec", tmp_path / "new" / "trec").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "new" / "trec").iterdir()) == [
+        "off-answers.trec",
+        "on-answers.trec",
+    ]
+
+
+def test_ids_and_names():
+    assert trec_id("topic:with/The with\tstatement%") == "topic:with/The%20with%09statement%"
+    assert trec_id(trec_id("a b")) == trec_id("a b")
+    assert names_of(["x/off/a.jsonl", "x/on/a.jsonl", "-"]) == ["off/a.jsonl", "on/a.jsonl", "<stdin>"]
+    assert names_of(["x/a.jsonl", "y/b.jsonl"]) == ["a.jsonl", "b.jsonl"]
+
+
+# --- output and input --------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_kept_as_json(tmp_path, good, questions):
+    kept = tmp_path / "result.json"
+    printed, _ = figures(good, "-q", questions, "-o", kept, "--resamples", 200, "--seed", 3)
+    assert json.loads(kept.read_text()) == printed
+    assert printed["bootstrap"] == {
+        "resamples": 200,
+        "seed": 3,
+        "confidence": 0.95,
+        "fewest_questions": FEWEST,
+    }
+    assert (printed["format"], printed["version"]) == ("telerag-eval", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "France", "answer": "Paris"}\n{"id": "Ita', "r.jsonl:2 is not JSON: Unterminated string"),
+        ('{"id": "France", "answer": "Paris"}\n{"id": "Ita', "and its line does not end"),
+        ("[1]\n", "r.jsonl:1 is a JSON list and not an object"),
+        ('\n{"id": "a"}\n', "r.jsonl:2 has ['id'], and a run's line has an id and an answer"),
+        ('{"answer": "a"}\n', "r.jsonl:1 has ['answer']"),
+        ('{"id": "a", "answer": 3}\n', "r.jsonl:1 has an answer of type int"),
+        ('{"id": "a", "answer": "b", "passages": {}, "answers": "c"}\n{"id": "a", "answer": "b"}',
+         "r.jsonl:2 has the id 'a', which line 1 has already"),
+        ('{"id": "a", "answer": "b", "passages": {"x": 1}}\n', "r.jsonl:1 has passages of type dict"),
+        ('{"id": "a", "answer": "b", "passages": [{"id": "p", "score": NaN}]}\n', "r.jsonl:1 has as its passage 1"),
+        ('{"id": "a", "answer": "b", "passages": [{"id": "p"}, "q"]}\n', "r.jsonl:1 has as its passage 2"),
+        ('{"id": "a", "answer": "b", "answers": [1]}\n', "r.jsonl:1 has answers that are no list of strings"),
+        ('{"custom_id": "a", "body": {}}\n', "r.jsonl:1 is a Batch line with neither"),
+        ('{"id": "\xff"}\n', "r.jsonl:1 is not UTF-8"),
+        ("\n\n", "r.jsonl holds no line of a run"),
+        ("", "r.jsonl holds no line of a run"),
+        ('{"id": "q", "answer": "b"}\n', "r.jsonl has 1 lines and nothing that they could be measured against"),
+    ],
+)  # fmt: skip
+def test_a_bad_run_is_one_sentence(tmp_path, text, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(text, encoding="latin-1")
+    result = telerag_eval(path, "--json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.split())
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--questions", "What is it?\n", "f:1 is not JSON"),
+        (
+            "--questions",
+            '{"id": "France", "question": "?"}\n',
+            "f has 1 questions and neither answers nor passages",
+        ),
+        (
+            "--questions",
+            '{"id": 1, "answers": ["x"]}\n{"_id": "1", "answers": ["x"]}',
+            "f:2 has the id '1', which line 1",
+        ),
+        (
+            "--questions",
+            '{"id": "France", "passages": [{"id": 1}]}\n',
+            "f:1 has passages that are no list of strings",
+        ),
+        ("--questions", '{"id": "Mali", "answers": ["Bamako"]}\n', "None of the 1 questions of"),
+        ("--questions", "\n", "f has 0 questions"),
+        ("--qrels", "", "f holds no judgement"),
+        ("--qrels", "France 0 France a 1\n", "f:1 has 5 fields, and TREC qrels have 4"),
+        (
+            "--qrels",
+            "France 0 a 1\nFrance 0 b 0.5\n",
+            "f:2 has the grade '0.5', and a grade is a whole number",
+        ),
+        ("--qrels", "France 0 a 5000\n", "f:1 has the grade '5000'"),
+        ("--qrels", "France 0 a 1\nFrance 0 a 2\n", "f:2 gives the passage 'a' grade 2"),
+        ("--qrels", "query-id\tcorpus-id\tscore\nFrance\ta\n", "f:2 has 2 fields, and BEIR qrels have 3"),
+        ("--qrels", "Mali 0 a 1\n", "None of the 1 questions of"),
+    ],
+)
+def test_a_bad_reference_is_one_sentence(tmp_path, good, option, text, message):
+    path = tmp_path / "f"
+    path.write_text(text)
+    result = telerag_eval(good, option, path)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in " ".join(result.stderr.split())
+
+
+def test_impossible_options(tmp_path, good, bad, questions):
+    for arguments, code, message in (
+        (["-", "-q", "-"], 2, "- is given 2 times"),
+        ([good, good], 2, "is given 2 times"),
+        ([good, "-k", 0], 2, "-k is 0"),
+        ([tmp_path / "absent"], 1, "absent cannot be read"),
+        ([good, "-q", questions, "-o", tmp_path / "no" / "r.json"], 1, "does not exist"),
+        ([good, bad, "-q", questions, "--trec", good], 1, "good.jsonl"),
+    ):
+        result = telerag_eval(*arguments)
+        assert result.exit_code == code, result.output
+        assert message in " ".join(result.stderr.split())
+    no_passage = write(tmp_path / "n.jsonl", [line("France", "Paris")])
+    result = telerag_eval(no_passage, "-q", questions, "--trec", tmp_path / "n.trec")
+    assert (result.exit_code, (tmp_path / "n.trec").exists()) == (1, False)
+    assert "no passage, so there is nothing to write" in " ".join(result.stderr.split())
+
+
+def test_a_closed_pipe_is_no_error(tmp_path, good):
+    """And judged passages alone need neither torch nor torchmetrics."""
+    qrels = tmp_path / "qrels"
+    qrels.write_text(BEIR)
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(*{'torch', 'torchmetrics'} & set(sys.modules), file=sys.stderr))\n"
+        "import typer\n"
+        "from telerag_cli.commands.eval import evaluate\n"
+        "from telerag_cli.commands.guard import guarded\n"
+        "app = typer.Typer()\n"
+        "app.command()(guarded(evaluate))\n"
+        "app()\n"
+    )
+    read, written = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, good, "--qrels", qrels], stdout=written, stderr=subprocess.PIPE, text=True, timeout=60
+        )  # fmt: skip
+    finally:
+        os.close(written)
+    assert (done.returncode, done.stderr) == (0, "\n")
+
+
+# --- the questions on the Python documentation -------------------------------------------------------------------------
+
+
+def test_questions_on_python_are_answered_by_their_passages(monkeypatch):
+    """In every Python whose documentation they are written for: 3.11 to 3.13."""
+    if sys.version_info >= (3, 14):
+        pytest.skip("datasets/python_qa.jsonl is written for the documentation of Python 3.11 to 3.13")
+    with PYTHON_QA.open("rb") as lines:
+        asked = read_asked(lines, PYTHON_QA.name)
+    assert len(asked) >= 40
+    wanted = {key for each in asked.values() for key in each.passages}
+    modules = {key.partition("#")[0] for key in wanted} | {key.rpartition(".")[0] for key in wanted}
+    modules |= {key.rpartition(".")[0] for key in modules}  # of a method's class
+    # Parsing the whole library takes seconds, and only these modules are asked about.
+    source = pydocs._source
+    monkeypatch.setattr(
+        pydocs, "_source", lambda path, module: source(path, module) if module in modules else ()
+    )
+    texts = {passage.id: passage.text for passage in pydocs.python_documentation() if passage.id in wanted}
+    assert wanted - texts.keys() == set()
+    for each in asked.values():
+        gold = [normalized(answer) for answer in each.answers]
+        assert each.passages, each.id
+        assert [key for key in each.passages if not contains(normalized(texts[key]), gold)] == [], each.id

@@ -1,0 +1,484 @@
+"""Faiss's files in and out: what telerag finds in an imported index, and Faiss in an exported one, is the same."""
+
+import contextlib
+import gzip
+import json
+import shutil
+
+import faiss
+import numpy as np
+import pytest
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from indexes import expected, make_vectors
+from telerag_cli.commands.export_index import export_index as export_command
+from telerag_cli.commands.guard import guarded
+from telerag_cli.commands.import_index import import_index as import_command
+from telerag_cli.config import Metric, Storage
+from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.corpus.readers import find_sources
+from telerag_cli.errors import ArtifactError, InputError, ResourceError, TeleragError, UsageError
+from telerag_cli.index import faiss_import
+from telerag_cli.index.artifact import Index
+from telerag_cli.index.build import BuildOptions, build, partial_of
+from telerag_cli.index.faiss_export import export_index
+from telerag_cli.index.faiss_file import read_faiss
+from telerag_cli.index.faiss_import import import_index, plan_import
+from telerag_cli.index.passages import Passages
+from telerag_cli.index.scoring import Coarse, empty_ivf, flat
+from telerag_cli.index.verify import verify
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.tiers.host import open_host_tier
+from vector_files import clustered, write_parquet
+
+DIMENSION, COUNT, NLIST = 12, 300, 9
+runner = CliRunner(env={"COLUMNS": "200"})
+
+
+def faiss_index(
+    metric=Metric.IP,
+    storage=Storage.FLOAT32,
+    *,
+    count=COUNT,
+    dimension=DIMENSION,
+    nlist=NLIST,
+    seed=0,
+    ids=None,
+):
+    vectors = make_vectors(count, dimension, seed, duplicates=count // 20)
+    ivf = empty_ivf(flat(vectors[:nlist], metric), dimension, nlist, metric, storage)
+    if storage is Storage.INT8:
+        ivf.train(vectors)
+    ivf.add_with_ids(vectors, np.random.default_rng(seed).permutation(count) if ids is None else ids)
+    return ivf, vectors
+
+
+def write(ivf, path):
+    faiss.write_index(ivf, str(path))
+    return path
+
+
+def write_on_disk(ivf, path):
+    """With `OnDiskInvertedLists`, filled a little at a time, which leaves room in some lists."""
+    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(path.with_suffix(".ivfdata")))
+    for number in range(ivf.nlist):
+        size = ivf.invlists.list_size(number)
+        if not size:
+            continue
+        ids = faiss.rev_swig_ptr(ivf.invlists.get_ids(number), size).copy()
+        codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(number), size * ivf.code_size).copy()
+        for low in range(0, size, 20):
+            part = codes[low * ivf.code_size :]
+            lists.add_entries(number, min(20, size - low), faiss.swig_ptr(ids[low:]), faiss.swig_ptr(part))
+    copy = faiss.deserialize_index(faiss.serialize_index(ivf))
+    copy.replace_invlists(lists, False)
+    return write(copy, path)
+
+
+def write_passages(path, count=COUNT):
+    lines = [json.dumps({"id": f"p{n}", "text": f"Passage {n}.", "title": f"T{n}"}) for n in range(count)]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def imported(file, passages, root, embedder=None, **options):
+    return import_index(
+        plan_import(read_faiss(file), find_sources([str(passages)]), root, embedder), **options
+    )
+
+
+def search(index, queries, k, nprobe):
+    coarse = Coarse(index.centroids, index.manifest.metric)
+    tier = open_host_tier(index, coarse, int(index.extents.sum()))
+    with contextlib.closing(Retriever(index, coarse, tier)) as retriever:
+        found = retriever.search(queries, k, nprobe)
+    return found.scores, found.rows
+
+
+def same_results(index, ivf, vectors, k=20):
+    queries = vectors[:6] + np.float32(0.1)
+    for nprobe in {1, min(4, ivf.nlist), ivf.nlist}:
+        found_scores, found_rows = search(index, queries, k, nprobe)
+        scores, faiss_rows, ordered = expected(ivf, index.manifest.metric, queries, k, nprobe)
+        np.testing.assert_array_equal(found_scores, scores)
+        np.testing.assert_array_equal(found_rows, ordered)
+        alone = np.array([[(line == score).sum() == 1 for score in line[:-1]] for line in scores])
+        np.testing.assert_array_equal(found_rows[:, :-1][alone], faiss_rows[:, :-1][alone])
+
+
+@pytest.mark.parametrize("written", [write, write_on_disk])
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("metric", Metric)
+def test_an_imported_index_finds_what_faiss_finds_and_so_does_it_exported(tmp_path, metric, storage, written):
+    ivf, vectors = faiss_index(metric, storage)
+    file = written(ivf, tmp_path / "f.index")
+    index = imported(file, write_passages(tmp_path / "p.jsonl"), tmp_path / "index", "some/model")
+    assert (index.manifest.metric, index.manifest.storage) == (metric, storage)
+    assert (index.manifest.ntotal, index.manifest.nlist) == (COUNT, NLIST)
+    assert index.manifest.embedder.model == "some/model"
+    assert not verify(index, lambda _count: None)
+    assert not partial_of(tmp_path / "index").exists()
+    same_results(index, ivf, vectors)
+    passage = Passages.open(index.paths.passages)[[COUNT - 1]][0]
+    assert (passage.id, passage.text, passage.metadata) == (
+        f"p{COUNT - 1}",
+        f"Passage {COUNT - 1}.",
+        {"title": f"T{COUNT - 1}"},
+    )
+    exported = tmp_path / "out.index"
+    assert export_index(index, exported) == exported.stat().st_size
+    again = faiss.read_index(str(exported))
+    assert type(again) is type(ivf)
+    assert (again.ntotal, again.metric_type) == (COUNT, ivf.metric_type)
+    same_results(index, again, vectors)
+    queries = vectors[7:12]
+    again.nprobe = ivf.nprobe = 5
+    for ours, theirs in zip(again.search(queries, 9), ivf.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(dimension=st.integers(1, 33), count=st.integers(20, 90), nlist=st.integers(1, 20), seed=st.integers(0, 999),
+       metric=st.sampled_from(Metric), storage=st.sampled_from(Storage), on_disk=st.booleans())  # fmt: skip
+def test_any_shape_there_and_back(tmp_path, dimension, count, nlist, seed, metric, storage, on_disk):
+    for old in tmp_path.iterdir():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    ivf, vectors = faiss_index(metric, storage, count=count, dimension=dimension, nlist=nlist, seed=seed)
+    file = (write_on_disk if on_disk else write)(ivf, tmp_path / "f.index")
+    index = imported(file, write_passages(tmp_path / "p.jsonl", count), tmp_path / "index")
+    same_results(index, ivf, vectors, k=5)
+    export_index(index, tmp_path / "out.index")
+    same_results(index, faiss.read_index(str(tmp_path / "out.index")), vectors, k=5)
+
+
+def test_a_built_index_is_exported(tmp_path):
+    vectors = clustered(900, 10)
+    index = build(Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors)), tmp_path / "index",
+                  BuildOptions(8, Metric.L2, Storage.INT8))  # fmt: skip
+    export_index(index, tmp_path / "out.index")
+    ivf = faiss.read_index(str(tmp_path / "out.index"))
+    same_results(index, ivf, vectors)
+    ivf.nprobe = 8
+    assert ivf.search(vectors[:50], 1)[1][:, 0].tolist() == list(range(50))
+
+
+def test_a_direct_map_is_passed_over(tmp_path):
+    ivf, vectors = faiss_index(ids=np.arange(COUNT))
+    passages = write_passages(tmp_path / "p.jsonl")
+    for kind in (faiss.DirectMap.Array, faiss.DirectMap.Hashtable):
+        ivf.set_direct_map_type(kind)
+        index = imported(write(ivf, tmp_path / f"{kind}.index"), passages, tmp_path / f"index{kind}")
+        same_results(index, ivf, vectors)
+
+
+@pytest.mark.parametrize("name", ["p.tsv", "p.jsonl.gz", "folder"])
+def test_passages_of_other_kinds(tmp_path, name):
+    ivf, _ = faiss_index(count=40)
+    path = tmp_path / name
+    if name == "p.tsv":  # as DPR's psgs_w100.tsv is
+        rows = [f"{n + 1}\tPassage {n}.\tT{n}\n" for n in range(40)]
+        path.write_text("id\ttext\ttitle\n" + "".join(rows))
+    elif name == "folder":
+        path.mkdir()
+        write_parquet(path / "a.parquet", clustered(25, 4))
+        write_parquet(path / "b.parquet", clustered(15, 4))
+    else:
+        with gzip.open(path, "wt") as handle:
+            handle.write(write_passages(tmp_path / "plain.jsonl", 40).read_text())
+    index = imported(write(ivf, tmp_path / "f.index"), path, tmp_path / "index")
+    found = Passages.open(index.paths.passages)
+    assert len(found) == 40
+    assert found[[14]][0].text == "Passage 14."
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(COUNT - 1, "299 passages"), (COUNT + 2, "302 passages"), (0, "0 passages")]
+)
+def test_passages_must_be_as_many_as_vectors(tmp_path, count, said):
+    ivf, _ = faiss_index()
+    file = write(ivf, tmp_path / "f.index")
+    passages = write_passages(tmp_path / "p.jsonl", count)
+    with pytest.raises(InputError, match=rf"p.jsonl holds {said}, and .*f.index holds 300 vectors"):
+        imported(file, passages, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(ArtifactError, match="was begun with files faiss"):
+        imported(file, write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
+    imported(file, passages, tmp_path / "index", overwrite=True)
+
+
+@pytest.mark.parametrize("where", ["-", "text.txt"])
+def test_passages_without_rows_are_refused(tmp_path, where):
+    ivf, _ = faiss_index()
+    (tmp_path / "text.txt").write_text("Some text.")
+    file = read_faiss(write(ivf, tmp_path / "f.index"))
+    with pytest.raises(
+        UsageError, match="pipe cannot be compared" if where == "-" else "is text without rows"
+    ):
+        plan_import(
+            file, find_sources([where if where == "-" else str(tmp_path / where)]), tmp_path / "index", None
+        )
+
+
+def test_a_bad_passage_is_named(tmp_path):
+    ivf, _ = faiss_index(count=20)
+    passages = write_passages(tmp_path / "p.jsonl", 20)
+    passages.write_text(passages.read_text().replace('"text": "Passage 7."', '"text": ""'))
+    with pytest.raises(InputError, match=r"p.jsonl:8: the text is empty"):
+        imported(write(ivf, tmp_path / "f.index"), passages, tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (
+            np.arange(1, COUNT + 1),
+            r"holds the id 300 in place \d+, and with 300 vectors they must be .* 0 to 299",
+        ),
+        (np.arange(COUNT) - 1, r"holds the id -1 in place"),
+        (np.arange(COUNT) // 2 * 2, r"holds the id \d+ twice"),
+    ],
+)
+def test_ids_must_be_row_numbers(tmp_path, ids, said):
+    ivf, _ = faiss_index(ids=ids)
+    with pytest.raises(InputError, match=said):
+        imported(write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def other(kind):
+    vectors = make_vectors(400, 8, 0)
+
+    def factory(text, metric=faiss.METRIC_L2):
+        index = faiss.index_factory(8, text, metric)
+        index.train(vectors)
+        if text.startswith("IDMap"):
+            index.add_with_ids(vectors, np.arange(400))
+        else:
+            index.add(vectors)
+        return index
+
+    if kind == "mixed":
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(8), 8, 4, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+    elif kind == "empty":
+        index = factory("IVF4,Flat")
+        index.reset()
+    elif kind == "no lists":
+        index = factory("IVF4,Flat")
+        index.replace_invlists(None, False)
+    elif kind == "untrained":
+        index = faiss.index_factory(8, "IVF4,Flat")
+    elif kind == "L1":
+        quantizer = faiss.IndexFlat(8, faiss.METRIC_L1)
+        quantizer.add(vectors[:4])
+        index = faiss.IndexIVFFlat(quantizer, 8, 4, faiss.METRIC_L1)
+        index.train(vectors)
+        index.add(vectors)
+        return index, quantizer
+    else:
+        index = factory(kind)
+    return index, None
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (
+            "Flat",
+            "is IndexFlat, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit",
+        ),
+        ("HNSW8", "is IndexHNSW, and"),
+        ("IVF4,PQ2x4", "is IndexIVFPQ, and"),
+        ("PCA4,IVF4,Flat", "is IndexPreTransform, and .* Import the index inside"),
+        ("IDMap,IVF4,Flat", "is IndexIDMap, and .* Import the index inside"),
+        ("IVF4,SQ8", r"by_residual = True, .*\(by_residual = False\)"),
+        ("IVF4,SQfp16", r"by_residual = True, .*\(by_residual = False\)"),
+        ("IVF4,SQ4", "is IndexIVFScalarQuantizer of 4bit, and telerag imports it of fp16 or 8bit"),
+        ("IVF4_HNSW4,Flat", "coarse quantizer of .* is IndexHNSW, and telerag takes IndexFlat"),
+        ("mixed", "ranks lists by l2, and its vectors by ip"),
+        ("L1", r"Faiss's metric 2, and telerag by 0 \(inner product\) or 1 \(L2\)"),
+        ("empty", "holds no vectors"),
+        ("no lists", "has no lists in it"),
+        ("untrained", "is not trained"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(tmp_path, kind, said):
+    index, _kept = other(kind)
+    with pytest.raises(InputError, match=said):
+        read_faiss(write(index, tmp_path / "f.index"))
+
+
+def test_what_is_no_faiss_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"f\.index does not exist"):
+        read_faiss(tmp_path / "f.index")
+    with pytest.raises(InputError, match="is a folder"):
+        read_faiss(tmp_path)
+    for content in (b"", b"Iw", b"PK\3\4 and so on", b'{"a": 1}'):
+        (tmp_path / "f.index").write_bytes(content)
+        with pytest.raises(InputError, match=r"begins with b.*, and a Faiss index with b'IwFl'"):
+            read_faiss(tmp_path / "f.index")
+    (tmp_path / "f.index").write_bytes(b"IxZZ" + bytes(100))
+    with pytest.raises(InputError, match="an index of the type 'IxZZ'"):
+        read_faiss(tmp_path / "f.index")
+
+
+@pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
+@pytest.mark.parametrize("written", [write, write_on_disk])
+def test_a_file_cut_anywhere_is_refused(tmp_path, storage, written):
+    ivf, _ = faiss_index(storage=storage, count=20, dimension=4, nlist=3)
+    whole = written(ivf, tmp_path / "f.index").read_bytes()
+    for length in (*range(4, len(whole) - 1, 5), len(whole) - 1):
+        (tmp_path / "f.index").write_bytes(whole[:length])
+        with pytest.raises(InputError, match=rf"f.index ends at byte {length:,}, and"):
+            read_faiss(tmp_path / "f.index")
+    (tmp_path / "f.index").write_bytes(whole)
+    read_faiss(tmp_path / "f.index")
+
+
+@pytest.mark.parametrize("written", [write, write_on_disk])
+def test_damage_is_an_error_of_ours_or_harmless(tmp_path, written):
+    """Numbers that cannot be are found before memory is taken for them."""
+    ivf, _ = faiss_index(storage=Storage.INT8, count=20, dimension=4, nlist=3)
+    whole = written(ivf, tmp_path / "f.index").read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x80
+        (tmp_path / "f.index").write_bytes(damaged)
+        try:
+            read_faiss(tmp_path / "f.index")
+        except TeleragError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_data_file_is_looked_for_beside_the_index(tmp_path):
+    ivf, vectors = faiss_index()
+    (tmp_path / "old").mkdir()
+    file = write_on_disk(ivf, tmp_path / "old" / "f.index")
+    moved = (tmp_path / "old").rename(tmp_path / "new") / file.name
+    passages = write_passages(tmp_path / "p.jsonl")
+    same_results(imported(moved, passages, tmp_path / "index"), ivf, vectors)
+    data = moved.with_suffix(".ivfdata")
+    data.write_bytes(data.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"f.ivfdata ends at byte .*, and its lists reach to byte"):
+        read_faiss(moved)
+    data.unlink()
+    with pytest.raises(InputError, match=r"old/f.ivfdata, and there is no such file, nor .*new/f.ivfdata"):
+        read_faiss(moved)
+
+
+def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
+    ivf, _ = faiss_index(storage=Storage.FLOAT16)
+    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+    whole = imported(file, passages, tmp_path / "whole")
+    root = tmp_path / "index"
+    monkeypatch.setattr(faiss_import, "CHECKPOINT_BYTES", 1)
+    copy, copied = faiss_import.copy_list, []
+
+    def interrupted(*arguments):
+        if len(copied) == 4:
+            raise KeyboardInterrupt
+        copied.append(1)
+        copy(*arguments)
+
+    monkeypatch.setattr(faiss_import, "copy_list", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        imported(file, passages, root)
+    assert not root.exists()
+    assert plan_import(read_faiss(file), find_sources([str(passages)]), root, None).begun
+    with pytest.raises(ArtifactError, match="was begun with embedder None, and this asks for embedder other"):
+        imported(file, passages, root, "other")
+    monkeypatch.setattr(faiss_import, "copy_list", lambda *arguments: copied.append(1) or copy(*arguments))
+    monkeypatch.setattr(faiss_import, "read_passages", lambda _sources: pytest.fail("they are there already"))
+    index = imported(file, passages, root)
+    assert len(copied) == NLIST
+    for name in index.manifest.files | {"manifest.json": None}:
+        assert (root / name).read_bytes() == (whole.paths.root / name).read_bytes()
+
+
+def test_a_finished_import_is_opened_and_another_refused(tmp_path, monkeypatch):
+    ivf, _ = faiss_index()
+    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+    root = imported(file, passages, tmp_path / "index").paths.root
+    with monkeypatch.context() as here:
+        here.setattr(faiss_import, "read_passages", lambda _sources: pytest.fail("they are there already"))
+        imported(file, passages, root)
+    changed, _ = faiss_index(seed=1)
+    write(changed, file)
+    with pytest.raises(
+        ArtifactError, match=r"was built with files faiss .*, and this asks for files faiss .* --overwrite"
+    ):
+        imported(file, passages, root)
+    index = imported(file, passages, root, overwrite=True)
+    assert (index.centroids == changed.quantizer.reconstruct_n()).all()
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists and is no index"):
+        imported(file, passages, tmp_path / "else")
+
+
+def test_too_little_disk_is_said_before(tmp_path, monkeypatch):
+    ivf, _ = faiss_index()
+    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+    index = imported(file, passages, tmp_path / "index")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(ResourceError, match=r"other needs .* of disk, and 1000 B are free"):
+        imported(file, passages, tmp_path / "other")
+    with pytest.raises(ResourceError, match=r"out.index needs .* of disk, and 1000 B are free"):
+        export_index(index, tmp_path / "out.index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.index", "index", "p.jsonl"]
+
+
+def test_lists_that_end_early_leave_no_file(tmp_path):
+    ivf, _ = faiss_index()
+    index = imported(
+        write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index"
+    )
+    with index.paths.lists.open("r+b") as handle:
+        handle.truncate(5000)
+    with pytest.raises(ArtifactError, match=r"lists.bin ends at byte 5,000"):
+        export_index(index, tmp_path / "out.index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.index", "index", "p.jsonl"]
+
+
+def program():
+    small = typer.Typer()
+    small.command("import-index")(guarded(import_command))
+    small.command("export-index")(guarded(export_command))
+    return small
+
+
+def test_commands(tmp_path):
+    ivf, vectors = faiss_index()
+    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+    root, out = tmp_path / "index", tmp_path / "out.index"
+    arguments = ["import-index", str(file), "--passages", str(passages), "-o", str(root)]
+    done = runner.invoke(program(), arguments)
+    assert (done.exit_code, done.stdout) == (0, f"{root}\n")
+    assert "300 vectors of 12 dimensions in 9 lists of float32, ip" in " ".join(done.stderr.split())
+    assert "name it with --embedder" in done.stderr
+    same_results(Index.open(root), ivf, vectors)
+    assert "is already imported" in runner.invoke(program(), arguments).stderr
+    other_model = runner.invoke(program(), [*arguments, "--embedder", "m"])
+    assert other_model.exit_code == 1
+    assert "was built with embedder None, and this asks for embedder m." in other_model.stderr.replace(
+        "\n", " "
+    )
+    done = runner.invoke(program(), ["export-index", str(root), "-o", str(out)])
+    assert (done.exit_code, done.stdout) == (0, f"{out}\n")
+    assert "300 vectors in 9 lists of float32, ip" in done.stderr
+    same_results(Index.open(root), faiss.read_index(str(out)), vectors)
+    again = runner.invoke(program(), ["export-index", str(root), "-o", str(out)])
+    assert again.exit_code == 1
+    assert f"{out} exists. Choose another output or add --overwrite." in again.stderr.replace("\n", " ")
+    assert runner.invoke(program(), ["export-index", str(root), "-o", str(out), "--overwrite"]).exit_code == 0
+    nothing = runner.invoke(
+        program(), ["import-index", str(tmp_path / "no.index"), "--passages", str(passages), "-o", str(root)]
+    )
+    assert nothing.exit_code == 1
+    assert "no.index does not exist" in nothing.stderr.replace("\n", "")
