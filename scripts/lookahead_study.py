@@ -32,6 +32,7 @@ import numpy.typing as npt
 from telerag_cli.config import Metric
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.engine.refiner import AWAITED
 from telerag_cli.files import write_json, writing
 from telerag_cli.generation.shapes import Lines
 from telerag_cli.index.artifact import FloatArray, IntArray, extent_bytes
@@ -45,6 +46,7 @@ from telerag_cli.lookahead.order import (
     text_weight,
 )
 from telerag_cli.lookahead.plan import Plan
+from telerag_cli.pipelines.flare import about
 from telerag_cli.tiers.residency import BoolArray
 
 Floats = npt.NDArray[np.float64]
@@ -100,8 +102,15 @@ class Store:
         return total
 
 
-def follow(stages: Sequence[Stage], store: Store, rate: float) -> Outcome:
-    """Move lists at a steady rate, each question by itself, all of them at once."""
+def follow(stages: Sequence[Stage], store: Store, rate: float, budget: float = np.inf) -> Outcome:
+    """Move lists at a steady rate, each question by itself, all of them at once.
+
+    Args:
+        stages: the orders, in time.
+        store: what is probed.
+        rate: bytes that can be moved in the window, as a multiple of those probed.
+        budget: bytes that may be moved, as a multiple of those probed.
+    """
     count = len(store.probed)
     moved = np.zeros_like(store.probed)
     used, spent, looks = np.zeros(count), np.zeros(count), np.zeros(count)
@@ -116,6 +125,7 @@ def follow(stages: Sequence[Stage], store: Store, rate: float) -> Outcome:
         before = np.cumsum(nbytes, 1) - nbytes
         capacity = rate * store.probed_bytes * end
         taken = (before + used[:, None] < capacity[:, None]) & looking[:, None]
+        taken &= before + spent[:, None] < budget * store.probed_bytes[:, None]
         now = np.zeros_like(moved)
         np.put_along_axis(now, stage.order, taken, 1)
         moved |= now
@@ -269,6 +279,8 @@ class Policy:
     reach: Callable[[int, float], int] = lambda nprobe, share: reach(nprobe, share, refining=True)
     rescore: Callable[[FloatArray, float], FloatArray] | None = None
     """What the lists' scores, (n, nlist), become at a share of the text, before they are ordered."""
+    several: bool = True
+    """Lists are moved for each of several queries, and a query more than before is followed even if the link is idle."""
 
 
 QUESTION_ONLY = Policy((), (), reach=lambda nprobe, _share: 2 * nprobe)
@@ -276,14 +288,22 @@ BEFORE = Policy(
     (0.15, 0.3, 0.45, 0.6, 0.75, 0.9),
     (0.45, 0.75, 0.9),
     reach=lambda nprobe, share: int(np.ceil(nprobe * (0.5 + 0.8 * share))),
+    several=False,
 )
 PERFECT = replace(QUESTION_ONLY, first=perfect)
 LOOKS_THREE = Policy(THREE, THREE)
 
 
 def at(*checkpoints: float) -> Policy:
-    """The default, but looking at these shares."""
-    return Policy(checkpoints, checkpoints)
+    """The default, but looking at these shares, and with an order for as long as there is no better one."""
+    return Policy(checkpoints, checkpoints, reach=lambda nprobe, _share: 2 * nprobe)
+
+
+def waiting(rate: float) -> Policy:
+    """Nothing is moved before the link must start to move in time what is probed; three looks in what is left."""
+    start = max(STEP, round(STEP * int((1 - 1 / rate) / STEP + 1e-6), 2))
+    looks = tuple(round(STEP * round((start + (1 - start) * part) / STEP), 2) for part in (0.0, 0.4, 0.75))
+    return Policy(looks, looks, reach=lambda nprobe, share: 2 * nprobe if share else 0)
 
 
 class Lab:
@@ -317,11 +337,10 @@ class Lab:
             made.append(Stage(begins, order, not share or share in policy.patient))
         return made
 
-    def run(
-        self, some: Questions, policy: Policy, rate: float = 1.0, expected_words: float | None = None
-    ) -> Outcome:
+    def run(self, some: Questions, policy: Policy, rate: float = 1.0, expected_words: float | None = None,
+            budget: float = np.inf) -> Outcome:  # fmt: skip
         """What comes of it."""
-        return follow(self.stages(some, policy, expected_words), some.store, rate)
+        return follow(self.stages(some, policy, expected_words), some.store, rate, budget)
 
     def _order(self, vectors: FloatArray, share: float, policy: Policy) -> IntArray:
         if policy.rescore is None:
@@ -456,7 +475,8 @@ def recorded(path: Path) -> Iterator[Recorded]:
                 for number in range(1, 1 + sum(stage.startswith("sentence_") for stage in texts)):
                     draft = texts[f"sentence_{number}"]
                     if f"rewrite_{number}" in texts:
-                        yield Recorded(written or question, draft, next(left), lambda text: [text])
+                        start = written or question
+                        yield Recorded(start, draft, next(left), partial(about, start))
                     sentence = texts.get(f"rewrite_{number}", draft)
                     written = f"{written} {sentence}".strip()
 
@@ -466,21 +486,27 @@ def recorded_stages(each: Recorded, policy: Policy, coarse: Coarse, encoder: Enc
     start = encoder.sketch([each.start])[0]
     first = coarse.rank(start)[None, : policy.reach(nprobe, 0.0)]
     stages = [Stage(np.zeros(1), first, True)]
+    if not policy.checkpoints:
+        return stages
     words, before = len(each.text.split()), 0.0
-    taken: list[str] = []
+    taken: list[str] | None = None
     for share in [number / max(words, 1) for number in range(1, words)]:
         queries = list(each.expect(beginning(each.text, share)))
         passed = [checkpoint for checkpoint in policy.checkpoints if before < checkpoint <= share]
-        if not queries or (not passed and len(queries) <= max(len(taken), 1)):
+        more = len(queries) > max(len(taken or ()), 1)
+        if not passed and not more:
             continue
-        before = share if passed else before
-        if queries == taken:
+        before = share
+        if queries == taken or not (queries or policy.several):
             continue
         taken = queries
-        vectors = encoder.sketch(queries)
+        vectors = encoder.sketch(queries) if queries else start[None]
         order = interleave([coarse.rank(blend(start, vector, share)) for vector in vectors])
+        count = (len(queries) or AWAITED) if policy.several else 1
         patient = any(checkpoint in policy.patient for checkpoint in passed)
-        stages.append(Stage(np.array([share]), order[None, : policy.reach(nprobe, share)], patient))
+        followed = patient or (policy.several and (more or not queries))
+        best = order[None, : policy.reach(count * nprobe, share)]
+        stages.append(Stage(np.array([share]), best, followed))
     return stages
 
 
@@ -522,7 +548,8 @@ def mean_of(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 # Figures
 
-COLOURS = ("#1f5fa8", "#c8551b", "#3a8f4d", "#7a4fa0", "#8a6d1d")
+COLOURS = ("#1f5fa8", "#3a8f4d", "#7a4fa0", "#c8551b", "#8a6d1d")
+COLOUR_OF = {"default": "#c8551b", "three looks": "#3a8f4d", "before": "#7a4fa0", "question only": "#8a6d1d"}
 
 
 def draw(
@@ -536,7 +563,9 @@ def draw(
 
     figure, axis = pyplot.subplots(figsize=(7.0, 4.6), layout="constrained")
     for number, (label, (across, up)) in enumerate(lines.items()):
-        axis.plot(across, up, marker="o", markersize=4, color=COLOURS[number % len(COLOURS)], label=label)
+        axis.plot(
+            across, up, marker="o", markersize=4, color=COLOUR_OF.get(label, COLOURS[number]), label=label
+        )
     axis.set(xlabel=axes[0], ylabel=axes[1])
     axis.set_title(title, loc="left", fontsize=11)
     axis.grid(visible=True, color="#dddddd", linewidth=0.7)
@@ -552,7 +581,7 @@ def draw_all(folder: Path, lab: Lab, test: Questions, expected_words: float) -> 
     """The three figures of docs/lookahead.md."""
     folder.mkdir(parents=True, exist_ok=True)
     rates = [round(0.1 * number, 1) for number in range(1, 21)]
-    named = {"perfect knowledge": PERFECT, "default": Policy(), "three looks": LOOKS_THREE, "before": BEFORE,
+    named = {"perfect knowledge": PERFECT, "default": Policy(), "before": BEFORE, "three looks": LOOKS_THREE,
              "question only": QUESTION_ONLY}  # fmt: skip
     curves = {
         name: (list(rates), [100 * lab.run(test, policy, rate).lists for rate in rates])
@@ -564,13 +593,13 @@ def draw_all(folder: Path, lab: Lab, test: Questions, expected_words: float) -> 
     evenly = [
         (count, 100 * lab.run(test, at(*even(count))).lists) for count in (1, 2, 3, 4, 5, 6, 8, 10, 14, 19)
     ]
-    draw(folder / "lookahead_place.png", "One look: best a little after the half",
+    draw(folder / "lookahead_place.png", "One look is worth most a little after the half",
          ("share of the text written when it is looked at (%)", "probed lists there at the join (%)"),
          {"one look, rate 1": ([100 * share for share in SHARES[:-1]], single)})  # fmt: skip
     known = [
         100 * lab.run(test, replace(at(*even(count)), predict=best_weights)).lists for count, _ in evenly
     ]
-    draw(folder / "lookahead_looks.png", "More looks help less and less, and 85 % is beyond them",
+    draw(folder / "lookahead_looks.png", "More looks help less and less",
          ("looks at the text, evenly placed", "probed lists there at the join (%), rate 1"),
          {"best weight of each question, known beforehand": ([count for count, _ in evenly], known),
           "the product's weights": ([count for count, _ in evenly], [share for _, share in evenly])})  # fmt: skip
@@ -690,6 +719,15 @@ def main() -> None:
         for name, row in table.items():
             print(f"{length:12}{name:10}", *(tuple(outcome.values()) for outcome in row.values()))
 
+    spare = {
+        str(rate): {
+            f"{name}, {length}": {"checkpoints": policy.checkpoints,
+                                  **mean_of([lab.run(test, policy, rate, words, budget=1.0)])}
+            for name, policy in (("at once", LOOKS_THREE), ("waiting", waiting(rate)))
+            for length, words in (("each known", None), ("mean known", expected_words))}
+        for rate in (1.6, 2.0, 3.0, 6.0)}  # fmt: skip
+    print("budget 1", json.dumps(spare, indent=1))
+
     pipelines = None
     if options.recorded:
         compared = {"question": QUESTION_ONLY, "before": BEFORE, "refined": Policy(), "three": LOOKS_THREE}
@@ -713,7 +751,7 @@ def main() -> None:
         ]  # fmt: skip
         result = record(shlex.join(["python", *sys.argv]), questions=len(chosen), nlist=options.nlist, nprobe=options.nprobe,
                         vectors=len(background) * (options.copies + 1), resident_share=shares, resident_bytes=share_bytes,
-                        places=places, ablations=ablations, links=links, mean_words=round(expected_words, 1),
+                        places=places, ablations=ablations, links=links, budget_of_one=spare, mean_words=round(expected_words, 1),
                         pipelines=pipelines, figures=figures)  # fmt: skip
         write_json(options.output, result)
 

@@ -21,7 +21,7 @@ from telerag_cli.engine.refiner import Begun, Refiner
 from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.errors import ArtifactError, InputError, ModelError
 from telerag_cli.generation.shapes import Lines
-from telerag_cli.lookahead.order import CHECKPOINTS
+from telerag_cli.lookahead.order import CHECKPOINTS, PATIENT_CHECKPOINTS
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
@@ -117,10 +117,11 @@ class StubRound:
 
 class StubRetriever:
     def __init__(self):
-        self.refined = []
+        self.refined, self.wanted = [], []
 
     def refine(self, ahead, queries, nprobe, fraction):
         self.refined.append((len(queries), fraction))
+        self.wanted.append(nprobe)
 
 
 class Sketches:
@@ -195,7 +196,22 @@ def test_each_finished_query_is_followed_at_once(sketches):
         refiner(text, 200 + len(text))
         settled(sketches)
     assert sketches.texts == [["one", "two"], ["one", "two", "three"]]
-    assert [count for count, _fraction in retriever.refined] == [2, 3]
+    assert [count for count, _fraction in retriever.refined] == [1, 2, 3]  # the first is the start's own
+    assert retriever.wanted == [8, 8, 12]
+
+
+def test_an_idle_link_waits_for_later_checkpoints_but_not_for_queries(sketches):
+    text, followed = refiner_of(sketches, 100)
+    lines, listed = refiner_of(sketches, 100, Lines(3).finished)
+    for refiner in (text, lines):
+        refiner._begun.result().round.idle = True
+    early, late = (round(100 * share) for share in (CHECKPOINTS[0], PATIENT_CHECKPOINTS[0]))
+    for tokens in range(1, late + 1):
+        text("word " * tokens, tokens)
+        lines("one\n" if tokens < early + 2 else "one\ntwo\n", tokens)
+        settled(sketches)
+    assert followed.refined == [(1, late / 100)]
+    assert listed.refined == [(2, (early + 2) / 100)]
 
 
 def test_a_refinement_that_comes_too_late_is_not_made(sketches):

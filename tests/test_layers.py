@@ -44,6 +44,8 @@ HEAVY = [
     "prompt_toolkit",
     "matplotlib",
     "jinja2",
+    "lancedb",
+    "lance",
     "torchmetrics",
     "ir_measures",
     "pytrec_eval",

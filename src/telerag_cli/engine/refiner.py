@@ -16,6 +16,9 @@ from telerag_cli.lookahead.retriever import Retriever
 from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Expect
 
+AWAITED = 2
+"""Queries for which lists are moved as long as none of several is finished. Source: scripts/lookahead_study.py."""
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -77,7 +80,7 @@ class Refiner:
         Args:
             begun: the lookahead to refine.
             retriever: what it is of.
-            nprobe: lists that will be probed.
+            nprobe: lists that each query will probe.
             expected_tokens: how long the text will probably be.
             sketcher: what embeds.
             expect: the queries that a text leads to; the text itself if not given.
@@ -91,7 +94,7 @@ class Refiner:
         self._lock = threading.Lock()
         self._text, self._fraction = "", 0.0
         self._looked, self._followed = 0.0, 0.0
-        self._taken: Sequence[str] = ()
+        self._taken: Sequence[str] | None = None
         self._ended = False
         self._error: Exception | None = None
 
@@ -100,10 +103,7 @@ class Refiner:
         fraction = min(tokens / self._expected, 1.0)
         with self._lock:
             self._text, self._fraction = text, fraction
-            # A query more than there was says more than any checkpoint.
-            if not due(fraction, self._looked, CHECKPOINTS) and len(self._expect(text)) <= max(
-                len(self._taken), 1
-            ):
+            if not due(fraction, self._looked, CHECKPOINTS) and not self._more(self._expect(text)):
                 return
             self._looked = fraction
         self._sketcher.submit(self)
@@ -124,12 +124,14 @@ class Refiner:
             return []
         with self._lock:
             text, fraction = self._text, self._fraction
-        if self._begun.result().round.idle and not due(fraction, self._followed, PATIENT_CHECKPOINTS):
-            return []
-        queries = self._expect(text)
-        if queries == self._taken:
+        begun, queries = self._begun.result(), self._expect(text)
+        patient = begun.round.idle and not due(fraction, self._followed, PATIENT_CHECKPOINTS)
+        if queries == self._taken or (patient and queries and not self._more(queries)):
             return []
         self._taken, self._followed = queries, fraction
+        if not queries:
+            # None is finished, and several may be written: the first order, which was only a start, is all there is so far.
+            self._retriever.refine(begun.round, begun.vector[None], AWAITED * self._nprobe, fraction)
         return queries
 
     def give(self, vectors: FloatArray) -> None:
@@ -137,7 +139,11 @@ class Refiner:
         begun = self._begun.result()
         fraction = self._followed
         mixed = [blend(begun.vector, vector, fraction) for vector in vectors]
-        self._retriever.refine(begun.round, np.stack(mixed), self._nprobe, fraction)
+        self._retriever.refine(begun.round, np.stack(mixed), len(mixed) * self._nprobe, fraction)
+
+    def _more(self, queries: Sequence[str]) -> bool:
+        """Whether these are more than there were: that says more than any checkpoint. The first one waits for its checkpoint."""
+        return len(queries) > max(len(self._taken or ()), 1)
 
     def fail(self, error: Exception) -> None:
         """See `Subject`."""

@@ -79,6 +79,11 @@ def closed(sentence: str) -> str:
     return sentence if sentence.endswith((".", "!", "?", ":")) else f"{sentence}."
 
 
+def about(start: str, sentence: str) -> list[str]:
+    """What the queries about a sentence will be near to: they come from the question, or what is written, and the sentence."""
+    return [f"{start} {sentence}"]
+
+
 async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, sentences: int = 4) -> Answer:
     """Write at most ``sentences`` sentences; one with a token less probable than the threshold is written again.
 
@@ -88,7 +93,8 @@ async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, senten
     written = ""
     retrieved: list[list[Retrieved]] = []
     for number in range(1, sentences + 1):
-        async with rag.lookahead(written or question) as ahead:
+        start = written or question
+        async with rag.lookahead(start) as ahead:
             draft = await rag.generate(
                 f"sentence_{number}",
                 continuation(question, (), written),
@@ -96,6 +102,7 @@ async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, senten
                 stop=SENTENCE_ENDS,
                 logprobs=True,
                 refining=ahead,
+                expect=partial(about, start),
             )
             queries = await together(
                 ask(rag, question, draft.text, doubt) for doubt in doubts(draft, flare_threshold)
