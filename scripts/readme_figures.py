@@ -112,14 +112,17 @@ def _latency(result: SuiteResult) -> list[str]:
 def _lines(results: dict[str, SuiteResult]) -> list[str]:
     """What the other suites found, a sentence each; those that were not run are left out."""
     lines = []
-    if warm := results.get("latency-warm"):
-        key = _keys(warm)[0]
-        told = [f"{over} ÷ {under} {_told(_ratio(warm, key, over, under))}" for over, under in
-                ((BASELINE, OURS), ("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT))
-                if _ratio(warm, key, over, under)]  # fmt: skip
-        lines.append(
-            f"Warm, `{key['pipeline']}`, the whole index in the page cache and arenas as they were left: {'; '.join(told)}."
-        )
+    for name, what, pairs in (
+        ("latency-limits", "the limits, cold",
+         (("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT), ("useless", "fetch"))),
+        ("latency-warm", "warm, the whole index in the page cache and arenas as they were left",
+         ((BASELINE, OURS), ("fetch", OURS), (OURS, LIMIT))),
+    ):  # fmt: skip
+        if result := results.get(name):
+            key = _keys(result)[0]
+            found = [(over, under, _ratio(result, key, over, under)) for over, under in pairs]
+            told = [f"{over} ÷ {under} {_told(ratio)}" for over, under, ratio in found if ratio]
+            lines.append(f"`{key['pipeline']}`, {what}: {'; '.join(told)}.")
     if hits := results.get("hit-rate"):
         share = {cell.system: cell.values["hit_share"] for cell in hits.cells if cell.key["budget"] == 1.0}
         lines.append("Lists in fast memory at the join when as many bytes may be moved as are probed: "

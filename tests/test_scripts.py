@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from telerag_cli.bench.results import Cell, Ratio, SuiteResult
 from telerag_cli.bench_record import record
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -25,7 +26,10 @@ def figures(tmp_path, monkeypatch):
     module = script("readme_figures")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text("above\n<!-- figures:begin -->\nold\n<!-- figures:end -->\nbelow\n")
+    marks = (
+        "<!-- suites:begin -->\nold\n<!-- suites:end -->\n<!-- figures:begin -->\nold\n<!-- figures:end -->\n"
+    )
+    (tmp_path / "README.md").write_text(f"above\n{marks}below\n")
     return module
 
 
@@ -53,6 +57,40 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
     assert readme.endswith("\nbelow\n")
     assert "old" not in readme
     assert "raw.json" not in readme
+
+
+def latency(folder, ratio):
+    key = {"pipeline": "hyde", "dataset": "q", "pages": "cold"}
+    cells = [
+        Cell(system, key, {"median_e2el_ms": ms, "hit_share": 0.9})
+        for system, ms in (("faiss-ondisk", 4000.0), ("refined", 2000.0))
+    ]
+    result = SuiteResult(
+        "latency", "Latency", "a figure", "2026-01-01T00:00:00+00:00", 1.0, "telerag bench latency", record("x")["hardware"], {},
+        {"num_prompts": 4, "repeats": 1, "nprobe": 8, "k": 3, "max_tokens": 48, "fast_memory_bytes": 1 << 30, "llm": "a model",
+         "index": {"nlist": 64, "lists_bytes": 10**9}},
+        {"faiss-ondisk": {}, "refined": {}}, ["pipeline", "dataset", "pages"], cells, [ratio], [])  # fmt: skip
+    folder.mkdir()
+    result.save(folder / "latency.json")
+    return key
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(
+    figures, tmp_path, monkeypatch, known
+):
+    key = {"pipeline": "hyde", "dataset": "q", "pages": "cold"}
+    note = "" if known else "spread too wide: from 1.00 to 3.00 over 4 pairs"
+    latency(
+        tmp_path / "benchmarks" / "results" / "here",
+        Ratio(key, "faiss-ondisk", "refined", "e2el_ms", 4, 2.0 if known else None, 1.0, 3.0, note),
+    )
+    run(figures, monkeypatch)
+    readme = (tmp_path / "README.md").read_text()
+    told = "**2.00** (1.00 to 3.00)" if known else note
+    assert f"| `hyde` | 4.00 | 2.00 | {told} |  | 90% |" in readme
+    assert "4 questions one at a time, cold; 8 of 64 lists of an index of 1.0 GB" in readme
+    assert "(benchmarks/results/here/report.md)" in readme
 
 
 def test_a_readme_without_marks_is_refused(figures, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def _build(embeddings: Path, output: Path, nlist: int, memory: str) -> tuple[dic
     ends = {"start and sample": partial / "work" / "queries.npz", "train": partial / "centroids.npy",
             "assign and passages": partial / "lists.bin", "place": partial / "checksums.npy"}  # fmt: skip
     began_s = time.monotonic()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen: dict[str, float] = {}
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
