@@ -105,7 +105,7 @@ def breakdown(ask: Ask) -> Outcome:
         for number in range(ask.repeats)
         for question in questions
     ]
-    return _simple(ask, works, ("e2el_ms",))
+    return _simple(ask, works, ())
 
 
 def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:

@@ -68,17 +68,8 @@ def mean_ratio(
     count = sum(map(len, logs))
     if not logs or min(map(len, logs)) < FEWEST_PAIRS:
         fewest = min(map(len, logs)) if logs else 0
-        return Ratio(
-            key,
-            over,
-            under,
-            metric,
-            count,
-            None,
-            0.0,
-            0.0,
-            f"{fewest} pairs are too few, {FEWEST_PAIRS} are needed",
-        )
+        note = f"too few: {fewest} of the {FEWEST_PAIRS} pairs that are needed"
+        return Ratio(key, over, under, metric, count, None, 0.0, 0.0, note)
     random = np.random.default_rng(seed)
     means = np.mean(
         [each[random.integers(len(each), size=(RESAMPLES, len(each)))].mean(axis=1) for each in logs], axis=0
