@@ -25,6 +25,12 @@ from telerag_cli.index.scoring import Coarse
 NLIST, DIMENSION = 12, 24
 
 
+@pytest.fixture(autouse=True)
+def no_other_datasets(monkeypatch):
+    """Libraries that look for the package `datasets` find the project's folder where tests run, and Lance looks for what they found."""
+    monkeypatch.delitem(sys.modules, "datasets", raising=False)
+
+
 @pytest.fixture
 def lancedb():
     pytest.importorskip("lance")

@@ -464,7 +464,7 @@ def test_commands(tmp_path):
     assert "name it with --embedder" in done.stderr
     same_results(Index.open(root), ivf, vectors)
     assert "is already imported" in runner.invoke(program(), arguments).stderr
-    other_model = runner.invoke(program(), [*arguments, "--embedder", "m"])
+    other_model = runner.invoke(program(), [*arguments, "--model", "m"])
     assert other_model.exit_code == 1
     assert "was built with embedder None, and this asks for embedder m." in other_model.stderr.replace(
         "\n", " "

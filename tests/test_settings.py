@@ -83,7 +83,9 @@ COMMANDS = dict(every_command())
 
 
 def commands_with(name, key):
-    return [name] if name != GLOBAL else [c for c in SECTIONS if c != GLOBAL and key in SECTIONS[c].options]
+    shared = SECTIONS[GLOBAL].options.get(key)
+    takers = (c for c in SECTIONS if c != GLOBAL and key in SECTIONS[c].options)
+    return [name] if name != GLOBAL else [c for c in takers if SECTIONS[c].options[key].means(shared)]
 
 
 def test_the_sections_are_all_commands_with_all_their_options():

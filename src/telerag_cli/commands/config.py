@@ -181,10 +181,16 @@ def template(sections: dict[str, Section]) -> Iterator[str]:
     """Lines of a settings file in which every option stands at its default, commented out."""
     yield '# Settings of telerag: take away the # before a line to set it. "" leaves an option as it is.'
     yield "# The command line counts first, then TELERAG_* variables, then this file."
-    used = Counter(key for name, section in sections.items() if name != GLOBAL for key in section.options)
-    several = {key for key in sections[GLOBAL].options if used[key] > 1}
+    shared = sections[GLOBAL].options
+
+    def is_shared(option: Option) -> bool:
+        return option.key in several and option.means(shared[option.key])
+
+    used = Counter(option.key for name, section in sections.items() if name != GLOBAL for option in section.options.values()
+                   if option.key in shared and option.means(shared[option.key]))  # fmt: skip
+    several = {key for key in shared if used[key] > 1}
     for name, section in sections.items():
-        own = [option for key, option in section.options.items() if (key in several) == (name == GLOBAL)]
+        own = [option for option in section.options.values() if is_shared(option) == (name == GLOBAL)]
         if own:
             yield ""
             yield ("# For all commands that have the option; each can be set for one of them below, too."

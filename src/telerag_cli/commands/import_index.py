@@ -34,7 +34,7 @@ def import_index(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.", show_default=False)],
-    embedder: Annotated[
+    model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|PATH",
@@ -59,14 +59,14 @@ def import_index(
         from telerag_cli.index.faiss_import import plan_import
         from telerag_cli.index.partial import finished
 
-        plan = plan_import(read_faiss(index), sources, output, embedder)
+        plan = plan_import(read_faiss(index), sources, output, model)
         if finished(plan) and not overwrite:
             console.say(f"{output} is already imported from these files with these options.")
         else:
             _show_plan(plan)
         made = run(plan, overwrite=overwrite, progress=console.progress)
         console.table("", COLUMNS, index_rows(made.manifest))
-        if embedder is None:
+        if model is None:
             console.say(
                 "Which model made the vectors is not recorded; name it with --embedder when you search."
             )

@@ -93,7 +93,11 @@ class Settings:
 
     def of(self, command: str, key: str) -> Value | None:
         """What is set for a command's option: the environment before the file, and in each the command before all."""
-        places = ((origin, name) for origin in (ENVIRONMENT, FILE) for name in (command, GLOBAL))
+        if not self.values:
+            return None  # nor any sections, if the settings could not be read
+        shared, own = self.sections[GLOBAL].options.get(key), self.sections[command].options[key]
+        names = (command, GLOBAL) if shared and shared.means(own) else (command,)
+        places = ((origin, name) for origin in (ENVIRONMENT, FILE) for name in names)
         return next((self.values[*place, key] for place in places if (*place, key) in self.values), None)
 
     def defaults(self) -> dict[str, dict[str, Any]]:
@@ -118,9 +122,10 @@ def sections_of(commands: Mapping[str, Any]) -> dict[str, Section]:
     }
     first: dict[str, Option] = {}
     differ: set[str] = set()
-    for section in found.values():
+    # What a group's commands mean by a key is their own matter: they take the one for all commands if it is theirs too.
+    for section in sorted(found.values(), key=lambda section: len(section.path)):
         for key, option in section.options.items():
-            if not first.setdefault(key, option).means(option):
+            if not first.setdefault(key, option).means(option) and len(section.path) == 1:
                 differ.add(key)
     shared = {key: option for key, option in first.items() if key not in differ}
     return {GLOBAL: Section(GLOBAL, shared), **found}
