@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,15 +27,15 @@ def plain_join(took_s: float) -> JoinReport:
     return JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=took_s)
 
 
-class Plain:
+class Plain(ABC):
     """Searches that nothing prepares: one after the other, each timed."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
 
+    @abstractmethod
     def find(self, queries: FloatArray, k: int, nprobe: int) -> tuple[FloatArray, IntArray]:
         """Scores and rows, (n, k), best first."""
-        raise NotImplementedError
 
     def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
         """See `Searcher`."""
