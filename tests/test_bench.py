@@ -14,7 +14,7 @@ from telerag_cli.bench.answering import MEAN, Ask, breakdown, cache, hit_rate, l
 from telerag_cli.bench.baselines import FaissMemory, FaissOnDisk, Recalled
 from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take_turns, ttft_ms
 from telerag_cli.bench.statistics import FEWEST_PAIRS, mean_ratio, ratio, summary
-from telerag_cli.bench.suites import Pages, SystemName
+from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Rig, Setup
 from telerag_cli.config import CacheKind, Lookahead, TierKind
 from telerag_cli.engine.assemble import Opened
@@ -318,3 +318,7 @@ def test_details_are_json(setup):
     assert len(detailed) == 4
     assert json.loads(json.dumps(detailed)) == detailed
     assert {entry["questions"][0] for entry in detailed} == set(QUESTIONS[1:])
+
+
+def test_every_suite_is_described():
+    assert SUITES.keys() == set(SuiteName)

@@ -69,13 +69,7 @@ def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
     """One question at a time: pipelines x datasets, from cold, or warm."""
     parts = []
     for state in pages:
-        works = [
-            Work({"pipeline": name.value, "dataset": dataset, "pages": state.value}, pipeline, name.value, (question,), number)
-            for dataset, questions in _measured(ask)
-            for name, pipeline in ask.pipelines.items()
-            for number in range(ask.repeats)
-            for question in questions
-        ]  # fmt: skip
+        works = _one_by_one(ask, ("pipeline", "dataset"), pages=state.value)
         turns, systems = _turns(ask, replace(ask.setup, pages=state), works)
         parts.append(Outcome(
             systems, measure.cells(turns, detailed=ask.detailed),
@@ -98,31 +92,20 @@ def _means(ask: Ask, turns: Sequence[Turn], state: Pages) -> list[Ratio]:
 
 def breakdown(ask: Ask) -> Outcome:
     """Where the time of a question goes, by pipeline and system."""
-    works = [
-        Work({"pipeline": name.value}, pipeline, name.value, (question,), number)
-        for name, pipeline in ask.pipelines.items()
-        for _dataset, questions in _measured(ask)
-        for number in range(ask.repeats)
-        for question in questions
-    ]
-    return _simple(ask, works, ())
+    return _simple(ask, _one_by_one(ask, ("pipeline",)), ())
 
 
 def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:
     """One question at a time, by lists probed."""
     parts = []
     for value in values:
-        works = [
-            Work({"nprobe": value}, pipeline, name.value, (question,), number)
-            for name, pipeline in ask.pipelines.items()
-            for _dataset, questions in _measured(ask)
-            for number in range(ask.repeats)
-            for question in questions
-        ]
         settings = replace(ask.setup.settings, nprobe=value)
+        probing = replace(ask, setup=replace(ask.setup, settings=settings))
         parts.append(
             _simple(
-                replace(ask, setup=replace(ask.setup, settings=settings)), works, ("e2el_ms", "retrieval_ms")
+                probing,
+                _one_by_one(ask, (), nprobe=value),
+                ("e2el_ms", "retrieval_ms"),
             )
         )
     return _joined(parts)
@@ -133,9 +116,7 @@ def throughput(ask: Ask, sizes: Sequence[int]) -> Outcome:
     works = []
     for size in sizes:
         for name, pipeline in ask.pipelines.items():
-            supply = itertools.cycle(
-                question for _dataset, questions in _measured(ask) for question in questions
-            )
+            supply = itertools.cycle(_questions(ask))
             works += [Work({"batch_size": size}, pipeline, name.value, tuple(itertools.islice(supply, size)), number)
                       for number in range(ask.repeats)]  # fmt: skip
     return _simple(ask, works, ("wall_ms",))
@@ -159,7 +140,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
             f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.",
             remedy="Name one with --pipeline.",
         )
-    questions = [question for _dataset, questions in _measured(ask) for question in questions]
+    questions = _questions(ask)
     with Rig.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig, ask.counting(
         "hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups
     ) as advance:  # fmt: skip
@@ -224,7 +205,7 @@ def cache(
     """
     setup = replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1))
     name, pipeline = next(iter(ask.pipelines.items()))
-    questions = [question for _dataset, questions in _measured(ask) for question in questions]
+    questions = _questions(ask)
     # Only hotness keeps lists by a share; the others are measured once.
     wanted = [
         (policy, fraction)
@@ -352,6 +333,32 @@ def _measured(ask: Ask) -> Iterator[tuple[str, Sequence[str]]]:
     """Each dataset's questions, without those for warming up."""
     for dataset, questions in ask.questions.items():
         yield dataset, questions[ask.num_warmups :]
+
+
+def _questions(ask: Ask) -> list[str]:
+    """Those of all datasets."""
+    return [question for _dataset, questions in _measured(ask) for question in questions]
+
+
+def _one_by_one(ask: Ask, axes: Sequence[str], **fixed: Any) -> list[Work]:
+    """Every question alone, by every pipeline, as often as is asked for.
+
+    Args:
+        ask: what was asked.
+        axes: which of ``pipeline`` and ``dataset`` tell the works apart.
+        fixed: the key's other entries.
+    """
+    works = []
+    for dataset, questions in _measured(ask):
+        for name, pipeline in ask.pipelines.items():
+            place = {"pipeline": name.value, "dataset": dataset}
+            key = {axis: place[axis] for axis in axes} | fixed
+            works += [
+                Work(key, pipeline, name.value, (question,), number)
+                for number in range(ask.repeats)
+                for question in questions
+            ]
+    return works
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from telerag_cli import console
-from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
+from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.commands.bench_report import compare, report
 from telerag_cli.commands.bench_serve import serve
 from telerag_cli.commands.grouped import expanded
 from telerag_cli.commands.guard import guarded
+from telerag_cli.commands.keeping import metadata_of, result_path
 from telerag_cli.commands.options import (
     CtxSizeOption,
     DeviceOption,
@@ -390,7 +391,8 @@ def _answering(
     pages: Pages, measure: Callable[[Ask], Outcome], *, nprobes: Sequence[int] = (), concurrency: int = 1,
 ) -> None:  # fmt: skip
     """Open what answering needs, measure, and keep what was found."""
-    noted = _metadata(keeping.metadata)
+    noted = metadata_of(keeping.metadata)
+    path = result_path(keeping.result_dir, keeping.result_filename, f"{suite}.json")
     if not asking.dataset:
         raise UsageError(
             f"bench {suite} needs questions and none are named.",
@@ -437,7 +439,7 @@ def _answering(
         )
         outcome = measure(ask)
         result = started.done(outcome, settings_of(ask, asking.trace), noted)
-    _show(result, keeping)
+    _show(result, keeping, path)
 
 
 Preparing = Callable[[Callable[[int], None]], "tuple[Outcome, dict[str, Any]]"]
@@ -446,7 +448,8 @@ Preparing = Callable[[Callable[[int], None]], "tuple[Outcome, dict[str, Any]]"]
 
 def _preparing(suite: SuiteName, keeping: Keeping, measure: Preparing) -> None:
     """Measure and keep what was found."""
-    noted = _metadata(keeping.metadata)
+    noted = metadata_of(keeping.metadata)
+    path = result_path(keeping.result_dir, keeping.result_filename, f"{suite}.json")
     with console.stdout_reserved():
         from telerag_cli.bench.recording import keep
 
@@ -454,20 +457,18 @@ def _preparing(suite: SuiteName, keeping: Keeping, measure: Preparing) -> None:
         with console.progress(f"bench {suite}", None) as advance:
             outcome, settings = measure(advance)
         result = started.done(outcome, settings, noted)
-    _show(result, keeping)
+    _show(result, keeping, path)
 
 
-def _show(result: Any, keeping: Keeping) -> None:
+def _show(result: Any, keeping: Keeping, path: Path | None) -> None:
     """Write the result where it was wanted, and print it."""
     from dataclasses import asdict
 
     from telerag_cli.bench.tables import headline_table, ratios_table
 
-    if keeping.result_dir:
-        keeping.result_dir.mkdir(parents=True, exist_ok=True)
-        path = keeping.result_dir / (keeping.result_filename or f"{result.suite}.json")
+    if path:
         result.save(path)
-        console.say(f"{path}; telerag bench report {keeping.result_dir} makes a page of it.")
+        console.say(f"{path}; telerag bench report {path.parent} makes a page of it.")
     if keeping.as_json:
         console.emit_json(asdict(result))
     else:
@@ -482,17 +483,3 @@ def _show(result: Any, keeping: Keeping) -> None:
 def _dataset_name(name: str) -> str:
     """As it stands in results: a file's without folder and ending."""
     return Path(name).stem if Path(name).suffix else name
-
-
-def _metadata(given: Sequence[str] | None) -> dict[str, str]:
-    pairs = [entry.partition("=") for entry in given or ()]
-    for entry, (key, equals, _value) in zip(given or (), pairs, strict=True):
-        if not (key and equals):
-            raise UsageError(
-                f"--metadata is '{entry}', which has no KEY=VALUE.",
-                remedy="Write it like --metadata disk=nvme.",
-            )
-    return {key: value for key, _equals, value in pairs}
-
-
-assert all(suite in SUITES for suite in SuiteName)

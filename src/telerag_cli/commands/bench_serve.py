@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,9 +16,10 @@ import typer
 
 from telerag_cli import console
 from telerag_cli.bench.load_names import Backend, DatasetName
+from telerag_cli.commands.keeping import metadata_of, result_path
 from telerag_cli.commands.options import BaseUrlOption, TimeoutOption
 from telerag_cli.config import DEFAULT_TIMEOUT_S
-from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from telerag_cli.bench.load_prompts import Prompt
@@ -273,8 +273,8 @@ def serve(
             remedy="Remove it." if dataset_path else "Name a file.",
         )
     sampling = Sampling(max_tokens, temperature, ignore_eos, _object(extra_body))
-    noted = _pairs(metadata or [])
-    path = _result_path(save_result, result_dir, result_filename)
+    noted = metadata_of(metadata)
+    path = result_path(result_dir, result_filename, DEFAULT_RESULT, save=save_result)
     if dataset_path:
         needed = num_warmups + num_prompts * len(rates)
         prompts, notes = _of_file(dataset, dataset_path, seed, needed)
@@ -351,45 +351,6 @@ def _object(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"--extra-body is the JSON {text} and no object.", remedy="""Write it like '{"top_k": 1}'.""")  # fmt: skip
     return value
-
-
-def _pairs(texts: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise UsageError(
-                f"--metadata has '{text}', which is no KEY=VALUE.", remedy="Write it like gpu=H100."
-            )
-        found[key] = value
-    return found
-
-
-def _result_path(save: bool, folder: Path | None, name: str | None) -> Path | None:
-    """Where the result goes, if anywhere; a folder that cannot be had is found out before the load and not after it.
-
-    Raises:
-        UsageError: the name is none of a JSON file.
-        ResourceError: the folder cannot be made or written.
-        ArtifactError: it is below something that is no folder.
-    """
-    if not (save or folder or name):
-        return None
-    if name and (Path(name).name != name or not name.endswith(".json")):
-        raise UsageError(f"--result-filename is '{name}', which is no name of a JSON file.",
-                         remedy="Write it like before.json, and its folder as --result-dir.")  # fmt: skip
-    path = (folder or Path()) / (name or DEFAULT_RESULT)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise UsageError(f"--result-dir {folder} is a file and no folder.", remedy="Name another.") from error
-    except OSError as error:
-        from telerag_cli.files import explain
-
-        raise explain(error, path.parent) from error
-    if not os.access(path.parent, os.W_OK):
-        raise ResourceError(f"{path.parent} cannot be written.", remedy="Choose another --result-dir.")
-    return path
 
 
 def _of_file(dataset: DatasetName, source: str, seed: int, needed: int) -> tuple[Iterator[Prompt], list[str]]:
