@@ -1,0 +1,1 @@
+"""Scheduling: which queries run together, in what order, and on which replica."""

@@ -1,0 +1,439 @@
+"""Micro-batches hold each query once, replicas get each micro-batch once, and nobody waits for ever."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telerag_cli.config import PlacementName
+from telerag_cli.scheduling import micro_batches
+from telerag_cli.scheduling.dispatch import LOOKED_AT, Dispatcher, MicroBatch, ReplicaState
+from telerag_cli.scheduling.micro_batches import arrival, greedy, likely, similar
+from telerag_cli.scheduling.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
+
+NLIST = 12
+
+
+# Micro-batches
+
+
+def vectors_of(kind, count, seed=0, dimension=8):
+    random = np.random.default_rng(seed)
+    vectors = random.standard_normal((count, dimension)).astype(np.float32)
+    if kind == "identical":
+        vectors[:] = vectors[:1]
+    elif kind == "zero":
+        vectors[:] = 0
+    elif kind == "some zero":
+        vectors[::2] = 0
+    elif kind == "few":
+        vectors = vectors[random.integers(0, max(count // 4, 1), count)] if count else vectors
+    return vectors
+
+
+def topics(count, each, seed=0):
+    """Vectors around ``count`` directions, shuffled, and which is which."""
+    random = np.random.default_rng(seed)
+    centres = np.eye(count, 16, dtype=np.float32)
+    topic = random.permutation(np.repeat(np.arange(count), each))
+    return centres[topic] + random.normal(0, 0.05, (len(topic), 16)).astype(np.float32), topic
+
+
+def worth(vectors, batches):
+    """What `similar` should make large: cosines within and between micro-batches, fading with the distance."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    place = np.empty(len(vectors), int)
+    for number, batch in enumerate(batches):
+        place[batch] = number
+    apart = np.abs(place[:, None] - place)
+    closeness = np.where(apart <= micro_batches.HORIZON, micro_batches.FADING**apart, 0)
+    return float(((unit @ unit.T) * closeness).sum())
+
+
+@given(
+    kind=st.sampled_from(["any", "identical", "zero", "some zero", "few"]),
+    count=st.integers(0, 40),
+    size=st.integers(1, 9),
+    ran=st.integers(0, 12),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, max_examples=150)
+def test_each_query_is_in_one_micro_batch_and_all_but_the_last_are_full(kind, count, size, ran, seed):
+    vectors, before = vectors_of(kind, count, seed), vectors_of("any", ran, seed + 1)
+    for batches in (
+        arrival(count, size),
+        greedy(vectors, size),
+        similar(vectors, size),
+        similar(vectors, size, before),
+    ):
+        assert sorted(place for batch in batches for place in batch.tolist()) == list(range(count))
+        assert all(len(batch) == size for batch in batches[:-1])
+        assert all(batch.dtype == np.int64 and len(batch) for batch in batches)
+        assert len(batches) == -(-count // size)
+
+
+@pytest.mark.parametrize("how", [greedy, similar])
+def test_the_same_queries_give_the_same_micro_batches(how):
+    vectors = vectors_of("few", 50, 3)
+    first, second = how(vectors, 4), how(vectors.copy(), 4)
+    assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("how", [greedy, similar])
+def test_queries_of_a_topic_run_together(how):
+    vectors, topic = topics(5, 4)
+    assert all(len(set(topic[batch])) == 1 for batch in how(vectors, 4))
+
+
+def test_greedy_seeds_with_what_is_most_similar_to_the_rest():
+    angles = np.radians([0, 40, 80, 75, 85])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    assert [batch.tolist() for batch in greedy(vectors, 2)] == [[3, 2], [1, 0], [4]]
+
+
+def test_of_equals_greedy_takes_the_lower_place():
+    vectors = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [1, 0]], np.float32)
+    assert [batch.tolist() for batch in greedy(vectors, 2)] == [[1, 3], [0, 2], [4]]
+
+
+def test_micro_batches_of_a_topic_follow_each_other():
+    vectors, topic = topics(4, 12, seed=2)
+    order = [int(topic[batch[0]]) for batch in similar(vectors, 4)]
+    assert sum(one != other for one, other in pairwise(order)) == 3
+    # The paper's order is by how typical a seed is, whatever ran before.
+    paper = [int(topic[batch[0]]) for batch in greedy(vectors, 4)]
+    assert sum(one != other for one, other in pairwise(paper)) > 3
+
+
+def test_a_batch_goes_on_where_the_one_before_it_ended():
+    vectors, topic = topics(4, 8)
+    for last in range(4):
+        before = np.eye(4, 16, dtype=np.float32)[[(last + 1) % 4] * 4 + [last] * 4]
+        assert topic[similar(vectors, 4, before)[0]].tolist() == [last] * 4
+
+
+@given(seed=st.integers(0, 50), size=st.integers(2, 6))
+@settings(deadline=None, max_examples=40)
+def test_changing_places_never_makes_it_worse(seed, size):
+    vectors = vectors_of("any", 30, seed)
+    near = micro_batches._cosines(vectors)
+    walk = micro_batches._walk(near, 0, size)
+    changed = micro_batches._change_places(near, walk, 0, size)
+    cut = micro_batches._cut
+    assert worth(vectors, cut(changed, size)) >= worth(vectors, cut(walk, size)) - 1e-3
+
+
+def test_no_exchange_of_two_queries_would_be_better():
+    vectors = vectors_of("any", 24, 5)
+    batches = similar(vectors, 4)
+    best = worth(vectors, batches)
+    order = np.concatenate(batches)
+    for one in range(24):
+        for other in range(one):
+            tried = order.copy()
+            tried[[one, other]] = tried[[other, one]]
+            assert worth(vectors, micro_batches._cut(tried, 4)) <= best + 1e-3
+
+
+def test_windows_and_blocks_are_as_good_as_everything_at_once(monkeypatch):
+    vectors, _topic = topics(12, 20, seed=1)
+    whole = worth(vectors, similar(vectors, 4))
+    monkeypatch.setattr(micro_batches, "TOGETHER", 16)
+    assert worth(vectors, similar(vectors, 4)) > 0.97 * whole
+    monkeypatch.setattr(micro_batches, "MOST", 100)
+    batches = similar(vectors, 4)
+    assert sorted(np.concatenate(batches)) == list(range(240))
+    assert all(set(batch // 100) == {batch[0] // 100} for batch in batches)
+
+
+def test_many_queries_are_put_together_quickly():
+    import time
+
+    vectors = vectors_of("any", 2048, dimension=64)
+    began_s = time.process_time()
+    similar(vectors, 4)
+    assert time.process_time() - began_s < 3  # a tenth of it here; any loop over pairs takes longer
+
+
+def test_likely_lists_are_compared_by_their_bytes():
+    extents = np.array([4096, 8192, 4096, 0])
+    vectors = likely(np.array([[0, 1], [1, 2], [3, 2]]), 1, extents)
+    assert vectors.shape == (3, 4)
+    products = vectors @ vectors.T
+    assert products[0, 1] == pytest.approx(8192 * 0.5)  # one ranks it first, the other second
+    assert products[0, 2] == 0
+    assert products[0, 0] == pytest.approx(4096 + 8192 * 0.25)
+
+
+# Dispatch
+
+
+def batch_of(number, lists=()):
+    mask = np.zeros(NLIST, np.bool_)
+    mask[list(lists)] = True
+    return MicroBatch(number, (number,), mask)
+
+
+def mask_of(*lists):
+    return batch_of(0, lists).lists
+
+
+def dispatcher(name=PlacementName.CACHE_AWARE, **options):
+    return Dispatcher(np.full(NLIST, 4096), make_placement(name), **options)
+
+
+def numbers(given):
+    return [(replica, batch.number) for replica, batch in given]
+
+
+@dataclass
+class _Alive:
+    """What a replica has in hand, and what it last said."""
+
+    said: np.ndarray
+    in_hand: list
+
+
+names = pytest.mark.parametrize("name", list(PlacementName))
+
+
+@names
+@given(
+    count=st.integers(0, 40),
+    replicas=st.integers(1, 5),
+    most_waits=st.integers(0, 5),
+    most_free=st.integers(1, 3),
+    density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_each_micro_batch_runs_once_whatever_happens(
+    name, count, replicas, most_waits, most_free, density, seed
+):
+    random = np.random.default_rng(seed)
+    queue = dispatcher(name, most_waits=most_waits)
+    coming = [batch_of(number, np.flatnonzero(random.random(NLIST) < density)) for number in range(count)]
+    alive = {number: _Alive(mask_of(), []) for number in range(replicas)}
+    entered, left, done = Counter(), Counter(), set()
+    order, passed = [], Counter()  # what waits, and how often each was passed over
+    while len(done) < count:
+        some = int(random.integers(0, len(coming) + 1))
+        queue.add(coming[:some])
+        order += [batch.number for batch in coming[:some]]
+        entered.update(batch.number for batch in coming[:some])
+        del coming[:some]
+        states = [
+            ReplicaState(number, int(random.integers(0, most_free + 1)), each.said, tuple(each.in_hand))
+            for number, each in alive.items()
+        ]
+        waited = queue.waiting
+        given_now = queue.assign(states)
+        assert queue.waiting == waited - len(given_now)
+        assert queue.waiting == 0 or len(given_now) == sum(state.free for state in states)
+        for state in states:
+            assert sum(replica == state.replica for replica, _batch in given_now) <= state.free
+        for replica, batch in given_now:
+            left[batch.number] += 1
+            assert left[batch.number] <= entered[batch.number]
+            alive[replica].in_hand.append(batch)
+            place = order.index(batch.number)
+            passed.update(order[:place])
+            del order[place], passed[batch.number]
+        # In so many rounds at most, in each of which every replica takes one at most.
+        assert all(each <= most_waits * replicas for each in passed.values())
+        for number, each in alive.items():
+            fate = random.choice(["works", "ends one", "dies"], p=[0.4, 0.5, 0.1])
+            if fate == "ends one" and each.in_hand:
+                ended = each.in_hand.pop(0)
+                done.add(ended.number)
+                each.said = each.said | ended.lists
+            elif fate == "dies":
+                for batch in each.in_hand:
+                    queue.again(batch)
+                    entered[batch.number] += 1
+                    order.insert(0, batch.number)
+                alive[number] = _Alive(mask_of(), [])
+    assert queue.waiting == 0
+    assert left == entered
+    assert set(left) == set(range(count))
+
+
+@names
+def test_each_replica_gets_another_one(name):
+    queue = dispatcher(name)
+    queue.add(batch_of(number, [1, 2]) for number in range(4))
+    given_now = queue.assign([ReplicaState(number, 1, mask_of()) for number in range(4)])
+    assert sorted(replica for replica, _batch in given_now) == [0, 1, 2, 3]
+    assert sorted(batch.number for _replica, batch in given_now) == [0, 1, 2, 3]
+
+
+def test_micro_batches_go_where_their_lists_are():
+    queue = dispatcher()
+    queue.add([batch_of(0, [0, 1]), batch_of(1, [4, 5]), batch_of(2, [8, 9])])
+    states = [
+        ReplicaState(5, 1, mask_of(8, 9)),
+        ReplicaState(6, 1, mask_of(0, 1)),
+        ReplicaState(7, 1, mask_of(4)),
+    ]
+    assert sorted(numbers(queue.assign(states))) == [(5, 2), (6, 0), (7, 1)]
+
+
+def test_what_comes_to_a_replica_counts_as_there():
+    queue = dispatcher()
+    queue.add([batch_of(1, [0, 1]), batch_of(2, [4, 5])])
+    states = [
+        ReplicaState(0, 1, mask_of(), (batch_of(8, [4, 5]),)),
+        ReplicaState(1, 1, mask_of(), (batch_of(9, [0, 1]),)),
+    ]
+    assert sorted(numbers(queue.assign(states))) == [(0, 2), (1, 1)]
+    queue.add([batch_of(3, [0, 1]), batch_of(4, [7]), batch_of(5, [0, 1]), batch_of(6, [7])])
+    # What is given in the same call counts too.
+    given_now = numbers(queue.assign([ReplicaState(0, 2, mask_of(7)), ReplicaState(1, 2, mask_of())]))
+    assert sorted(given_now) == [(0, 4), (0, 6), (1, 3), (1, 5)]
+
+
+def test_what_suits_a_busy_replica_is_left_for_it():
+    queue = dispatcher()
+    queue.add([batch_of(0, [0, 1, 2]), batch_of(1, [5])])
+    busy, free = ReplicaState(0, 0, mask_of(0, 1, 2)), ReplicaState(1, 1, mask_of())
+    assert numbers(queue.assign([busy, free])) == [(1, 1)]
+    # But not if nothing else is left: to wait would cost more than to move.
+    assert numbers(queue.assign([busy, free])) == [(1, 0)]
+
+
+def test_a_replica_keeps_to_the_order_of_its_share():
+    queue = dispatcher()
+    queue.add([batch_of(0, [0, 3]), batch_of(1, [0, 1]), batch_of(2, [0, 1, 2])])
+    assert [number for _replica, number in numbers(queue.assign([ReplicaState(0, 3, mask_of(0, 1, 2))]))] == [
+        0,
+        1,
+        2,
+    ]
+
+
+def test_greedy_takes_them_in_order_and_the_best_replica_for_each():
+    queue = dispatcher(PlacementName.GREEDY)
+    queue.add([batch_of(0, [0]), batch_of(1, [0, 1, 2]), batch_of(2, [7])])
+    states = [ReplicaState(0, 1, mask_of(5)), ReplicaState(1, 1, mask_of(0, 1, 2))]
+    # The first takes the place that the second needs more: what cache-aware does better.
+    assert numbers(queue.assign(states)) == [(1, 0), (0, 1)]
+    better = dispatcher()
+    better.add([batch_of(0, [0]), batch_of(1, [0, 1, 2])])
+    assert sorted(numbers(better.assign(states))) == [(0, 0), (1, 1)]
+
+
+def test_round_robin_goes_on_with_the_next_free_replica():
+    queue = dispatcher(PlacementName.ROUND_ROBIN)
+    queue.add(batch_of(number) for number in range(5))
+    idle = [ReplicaState(number, 1, mask_of()) for number in range(3)]
+    assert numbers(queue.assign(idle[:2])) == [(0, 0), (1, 1)]
+    assert numbers(queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(1, 0, mask_of()), idle[2]])) == [
+        (0, 2),
+        (2, 3),
+    ]
+    assert numbers(queue.assign(idle)) == [(0, 4)]
+
+
+def test_round_robin_goes_on_after_the_last_that_got_one():
+    turns = RoundRobin()
+    free = np.array([True, True, True])
+    offer = Offer(np.zeros((3, 1)), np.zeros(3), free, 0)
+    assert [turns.choose(offer) for _ in range(4)] == [[(0, 0)], [(1, 0)], [(2, 0)], [(0, 0)]]
+
+
+def test_nobody_waits_for_ever():
+    queue = dispatcher(most_waits=3)
+    unwanted = batch_of(0, [7, 8, 9, 10, 11])
+    queue.add([unwanted])
+    order = []
+    # The replica that it suits never gets free, and others suit the one that does better.
+    busy = ReplicaState(0, 0, unwanted.lists)
+    for number in range(1, 30):
+        queue.add([batch_of(number, [0, 1])])
+        if number == 1:
+            continue
+        order += [batch.number for _replica, batch in queue.assign([busy, ReplicaState(1, 1, mask_of(0, 1))])]
+        if 0 in order:
+            break
+    assert order == [1, 2, 3, 0]
+
+
+@names
+def test_one_whose_replica_died_goes_first(name):
+    queue = dispatcher(name)
+    queue.add(batch_of(number, [number]) for number in range(4))
+    ((_replica, first),) = queue.assign([ReplicaState(0, 1, mask_of())])
+    queue.again(first)
+    assert queue.waiting == 4
+    given_now = numbers(queue.assign([ReplicaState(1, 1, mask_of(2, 3))]))
+    assert given_now == [(1, first.number)]
+
+
+@given(
+    cost=st.integers(1, 5).flatmap(
+        lambda count: st.lists(
+            st.lists(st.integers(0, 9), min_size=count, max_size=count), min_size=count, max_size=count
+        )
+    )
+)
+@settings(deadline=None, max_examples=80)
+def test_cache_aware_moves_the_fewest_bytes_when_all_are_free(cost):
+    to_move = np.array(cost, np.float64)
+    count = len(to_move)
+    offer = Offer(to_move, np.zeros(count), np.ones(count, np.bool_), 0)
+    least = min(
+        sum(to_move[row, column] for row, column in enumerate(each)) for each in permutations(range(count))
+    )
+    assert sum(to_move[pair] for pair in CacheAware().choose(offer)) == least
+    assert sum(to_move[pair] for pair in Greedy().choose(offer)) >= least
+
+
+def test_the_least_loaded_gets_more_of_what_suits_all():
+    offer = Offer(np.full((3, 2), 10.0), np.array([5.0, 0.0, 1.0]), np.ones(3, np.bool_), 0)
+    assert sorted(replica for replica, _batch in CacheAware().choose(offer)) == [1, 2]
+    assert [replica for replica, _batch in Greedy().choose(offer)] == [1, 2]
+
+
+def test_only_the_oldest_are_looked_at():
+    queue = dispatcher()
+    queue.add(batch_of(number, [0]) for number in range(LOOKED_AT))
+    queue.add([batch_of(99, [1])])
+    seen = []
+
+    class Looking:
+        def choose(self, offer):
+            seen.append(offer.to_move.shape)
+            return [(0, 0)]
+
+    queue._placement = Looking()
+    queue.assign([ReplicaState(0, 1, mask_of(1))])
+    assert seen == [(1, LOOKED_AT)]
+
+
+def test_misuse_is_noticed():
+    queue = dispatcher()
+    queue.add([batch_of(1)])
+    with pytest.raises(AssertionError, match="waits already"):
+        queue.again(batch_of(1))
+    with pytest.raises(AssertionError, match="two states"):
+        queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(0, 1, mask_of())])
+    queue._placement = type("Idle", (), {"choose": lambda self, offer: []})()
+    with pytest.raises(AssertionError, match="gets nothing"):
+        queue.assign([ReplicaState(0, 1, mask_of())])
+    queue._placement = type("Same", (), {"choose": lambda self, offer: [(0, 0), (1, 0)]})()
+    with pytest.raises(AssertionError, match="comes twice"):
+        queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(1, 1, mask_of())])
+
+
+@names
+def test_nothing_waits_and_nobody_is_free(name):
+    queue = dispatcher(name)
+    assert queue.assign([ReplicaState(0, 3, mask_of())]) == []
+    queue.add([batch_of(1)])
+    assert queue.assign([ReplicaState(0, 0, mask_of())]) == []
+    assert queue.assign([]) == []
+    assert queue.waiting == 1
