@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from telerag_cli.bench_record import record
-from telerag_cli.config import MOST_CONCURRENT, Lookahead, TierKind, parse_bytes
+from telerag_cli.config import MOST_CONCURRENT, Lookahead, ScheduleName, TierKind, parse_bytes
 from telerag_cli.engine.assemble import Opened, default_k, default_nprobe, open_engine, open_index
-from telerag_cli.engine.batch import Outputs, answer_all
+from telerag_cli.engine.batch import LineForm, Outputs, answer_all
 from telerag_cli.engine.llm import LlmOptions, plan_llm
 from telerag_cli.engine.placement import TierOptions, plan_tier
 from telerag_cli.engine.questions import Question, read_questions
+from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.workers import Local
 from telerag_cli.files import write_json
 from telerag_cli.generation.models import resolve_model
 from telerag_cli.index.artifact import Index
@@ -43,9 +45,9 @@ def turn(opened: Opened, questions: list[Question], name: PipelineName, concurre
     lines: list[dict[str, Any]] = []
     outputs = Outputs(lines.append, None, talk, lambda _count: None)
     try:
-        summary = answer_all(
-            engine, name, make_pipeline(name), questions, outputs, concurrency=concurrency, answered=set()
-        )
+        schedule = Schedule(ScheduleName.ARRIVAL)
+        summary = answer_all([Local(engine, make_pipeline(name), name.value, concurrency)], Scheduler.over(engine, schedule),
+                             questions, outputs, LineForm(name, settings.lookahead), answered=set())  # fmt: skip
     finally:
         engine.close()
     if summary.failed:

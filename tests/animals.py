@@ -53,6 +53,13 @@ class World:
         assert sum(write_passages([rows], self.index.paths.passages)) == len(TEXTS)
         self.opened = []
 
+    @classmethod
+    def over(cls, index):
+        """Over an index that another process has made."""
+        world = cls.__new__(cls)
+        world.index, world.opened = index, []
+        return world
+
     def engine(
         self,
         script,

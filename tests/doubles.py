@@ -1,4 +1,4 @@
-"""A link whose delays and failures are the test's to choose."""
+"""Doubles that several tests use: a link whose delays and failures they choose, and a run in one process."""
 
 import random
 import threading
@@ -6,7 +6,34 @@ import time
 
 import numpy as np
 
+from telerag_cli.config import ScheduleName
+from telerag_cli.engine.batch import LineForm, answer_all
+from telerag_cli.engine.scheduler import Schedule, Scheduler
+from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError
+from telerag_cli.pipelines.registry import make_pipeline
+
+
+def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, answered=(), ordered=False):
+    """A run of one worker."""
+    workers = [Local(engine, make_pipeline(name), name.value, concurrency)]
+    form = LineForm(name, engine.settings.lookahead)
+    return answer_all(
+        workers,
+        Scheduler.over(engine, schedule),
+        questions,
+        outputs,
+        form,
+        answered=set(answered),
+        ordered=ordered,
+    )
+
+
+def answer_in_order(engine, name, questions, outputs, **how):
+    """A run that takes questions as they come."""
+    return answer_with(
+        engine, name, questions, outputs, Schedule(ScheduleName.ARRIVAL, max_wait_s=0.01), **how
+    )
 
 
 class ChosenLink:

@@ -3,16 +3,21 @@
 import asyncio
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from animals import ANIMALS, WordHashes
-from doubles import ChosenLink
-from telerag_cli.engine.batch import Outputs, answer_all
+from doubles import ChosenLink, answer_in_order, answer_with
+from telerag_cli.config import Lookahead, ScheduleName
+from telerag_cli.engine.batch import Outputs
+from telerag_cli.engine.gathering import Gathering
 from telerag_cli.engine.lines import trace_line
 from telerag_cli.engine.questions import Question
-from telerag_cli.errors import ArtifactError, ModelError, ResourceError
+from telerag_cli.engine.scheduler import Schedule, micro_batch_size
+from telerag_cli.engine.workers import Local, Together
+from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.lookahead.plan import Plan
 from telerag_cli.lookahead.round import Mover
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
@@ -38,8 +43,9 @@ def questions_of(*texts):
 
 
 def answer(engine, questions, taken, *, name=PipelineName.HYDE, concurrency=4, answered=(), ordered=False):
-    return answer_all(engine, name, make_pipeline(name), questions, taken.outputs, concurrency=concurrency,
-                      answered=set(answered), ordered=ordered)  # fmt: skip
+    return answer_in_order(
+        engine, name, questions, taken.outputs, concurrency=concurrency, answered=answered, ordered=ordered
+    )
 
 
 def echo(request):
@@ -87,7 +93,7 @@ def test_one_that_fails_and_one_that_is_no_question_do_not_disturb_the_rest(engi
     summary = answer(engine_of(script), questions, taken, answered={"3"}, ordered=True)
     assert [(line["id"], "error" in line) for line in taken.lines] == [("1", False), ("2", True), ("4", True)]
     assert (summary.asked, summary.failed, summary.skipped) == (3, 2, 1)
-    assert [told.split(":")[0] for told in taken.told] == ["question 2", "question 4"]
+    assert sorted(told.split(":")[0] for told in taken.told) == ["question 2", "question 4"]
     assert [line["id"] for line in taken.traces] == ["1"]
 
 
@@ -99,8 +105,8 @@ def test_an_output_that_cannot_be_written_ends_the_run(engine_of):
         raise ResourceError("The disk is full.")
 
     with pytest.raises(ResourceError, match="disk is full"):
-        answer_all(engine, PipelineName.HYDE, make_pipeline(PipelineName.HYDE), questions_of(*["why"] * 8),
-                   Outputs(full, None, taken.told.append, taken.advance), concurrency=4, answered=set())  # fmt: skip
+        answer_in_order(engine, PipelineName.HYDE, questions_of(*["why"] * 8),
+                        Outputs(full, None, taken.told.append, taken.advance))  # fmt: skip
     assert engine.generator.running == 0
 
 
@@ -133,9 +139,145 @@ def test_a_source_that_waits_holds_nothing_up(engine_of):
         gate.set()
 
     engine = engine_of(echo)
-    answer_all(engine, PipelineName.NAIVE, make_pipeline(PipelineName.NAIVE), source(),
-               Outputs(write, None, taken.told.append, taken.advance), concurrency=2, answered=set())  # fmt: skip
+    answer_in_order(engine, PipelineName.NAIVE, source(),
+                    Outputs(write, None, taken.told.append, taken.advance), concurrency=2)  # fmt: skip
     assert [line["id"] for line in taken.lines] == ["1", "2"]
+
+
+class Watched(WordHashes):
+    """Notes what is embedded exactly, and what roughly."""
+
+    def __init__(self):
+        self.exact, self.rough = [], []
+
+    def encode_queries(self, texts):
+        self.exact.extend(texts)
+        return super().encode_queries(texts)
+
+    def sketch(self, texts):
+        self.rough.extend(texts)
+        return super().encode_queries(texts)
+
+
+def watched(engine):
+    engine.embedder = Watched()
+    return engine.embedder
+
+
+MIXED = [f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")]
+
+
+def test_similar_questions_run_together_and_every_question_once(engine_of):
+    engine = engine_of(echo)
+    embedder = watched(engine)
+    companies = []
+    usual = engine.ask
+
+    def ask(pipeline, question, *, name, company):
+        companies.append(company)
+        return usual(pipeline, question, name=name, company=company)
+
+    engine.ask = ask
+    taken = Taken()
+    schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2)
+    summary = answer_with(
+        engine, PipelineName.HYDE, questions_of(*MIXED), taken.outputs, schedule, concurrency=2
+    )
+    assert sorted(line["question"] for line in taken.lines) == sorted(MIXED)
+    assert (summary.asked, summary.failed) == (6, 0)
+    groups = {tuple(sorted(company._questions)) for company in companies}
+    assert groups == {tuple(sorted((MIXED[n], MIXED[n + 3]))) for n in range(3)}
+    # The scheduler's embeddings serve lookahead too.
+    assert sorted(embedder.exact) == sorted(MIXED)
+    assert not set(MIXED) & set(embedder.rough)
+
+
+def test_a_micro_batch_is_one_round_and_its_first_moves_are_planned_together(engine_of):
+    engine = engine_of(echo, Lookahead.QUESTION, token_s=0.005)
+    tier, mover = engine.retriever.tier, engine.retriever._mover
+    rounds, begun = [], []
+    usual_round, usual_begin = tier.new_round, mover.begin
+
+    def new_round(fraction):
+        rounds.append(fraction)
+        return usual_round(fraction)
+
+    def begin(orders, reach, nprobe):
+        begun.append(len(orders))
+        usual_begin(orders, reach, nprobe)
+
+    tier.new_round, mover.begin = new_round, begin
+    answer_with(engine, PipelineName.HYDE, questions_of(*MIXED[:4]), Taken().outputs,
+                Schedule(ScheduleName.ARRIVAL, micro_batch=4), concurrency=4)  # fmt: skip
+    assert begun == [4]
+    assert len(rounds) == 1
+
+
+def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of):
+    engine = engine_of(echo, Lookahead.QUESTION)
+
+    async def other_question(rag, question):
+        if "owls" in question:
+            raise ModelError("not today")
+        async with rag.lookahead(question) as ahead:
+            found = await rag.retrieve([question], ahead)
+        async with rag.lookahead("something else"):
+            pass
+        async with rag.lookahead(question):  # a second time
+            pass
+        return await rag.answer(question, found)
+
+    worker = Local(engine, other_question, "", 3)
+    together = Together(0, ("Where do cats live?", "Where do owls live?", "Where do cats live?"), None)
+
+    async def all_members():
+        return await asyncio.gather(
+            *(worker.answer(together, place) for place in range(3)), return_exceptions=True
+        )
+
+    results = asyncio.run(all_members())
+    assert [isinstance(result, ModelError) for result in results] == [False, True, False]
+    assert results[0].answer == results[2].answer
+    deadline_s = time.monotonic() + 5
+    while engine.retriever.rounds and time.monotonic() < deadline_s:
+        time.sleep(0.005)
+    assert engine.retriever.rounds == 0
+    assert not worker._companies
+
+
+def test_questions_that_come_soon_after_each_other_are_gathered_and_others_not_waited_for():
+    gates = [threading.Event() for _ in range(2)]
+
+    def source():
+        yield from questions_of("one", "two")
+        gates[0].wait(5)
+        yield from questions_of("three", "four", "five", "six")
+        gates[1].wait(5)
+        raise ArtifactError("The questions end in the middle.")
+
+    async def gather():
+        gathering = Gathering(source(), 3, 0.05)
+        sizes = [len(await gathering.some())]
+        gates[0].set()
+        sizes += [len(await gathering.some()) for _ in range(2)]
+        gates[1].set()
+        for _ in range(2):  # it stays told
+            with pytest.raises(ArtifactError, match="in the middle"):
+                await gathering.some()
+        return sizes
+
+    assert asyncio.run(gather()) == [2, 3, 1]
+
+
+def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():
+    assert micro_batch_size(None, 16, 1 << 30, 1 << 20) == 4
+    assert micro_batch_size(None, 4, 1 << 30, 1 << 20) == 2
+    assert micro_batch_size(None, 1, 1 << 30, 1 << 20) == 1
+    assert micro_batch_size(None, 16, 2 << 20, 1 << 20) == 2
+    assert micro_batch_size(None, 16, 1 << 10, 1 << 20) == 1
+    assert micro_batch_size(8, 8, 1, 1 << 20) == 8
+    with pytest.raises(UsageError, match="--micro-batch is 9 and 8 questions"):
+        micro_batch_size(9, 8, 1, 1)
 
 
 def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):

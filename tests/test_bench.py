@@ -10,8 +10,9 @@ import pytest
 
 from animals import TEXTS, WordHashes, World
 from telerag_cli.bench import page_cache
-from telerag_cli.bench.answering import MEAN, Ask, breakdown, cache, hit_rate, latency, nprobe, throughput
+from telerag_cli.bench.answering import MEAN, Ask, breakdown, hit_rate, latency, nprobe, throughput
 from telerag_cli.bench.baselines import FaissMemory, FaissOnDisk, Recalled
+from telerag_cli.bench.caching import cache
 from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take_turns, ttft_ms
 from telerag_cli.bench.statistics import FEWEST_PAIRS, mean_ratio, ratio, summary
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
@@ -193,7 +194,7 @@ def test_nprobe_and_throughput_have_a_cell_for_each_value(setup):
     outcome = nprobe(ask_of(setup, systems), [2, 8])
     wanted = {(cell.key["nprobe"], cell.system): cell.values.get("bytes_wanted") for cell in outcome.cells}
     assert wanted[2, "refined"] < wanted[8, "refined"]
-    outcome = throughput(ask_of(setup, systems, repeats=3), [1, 3])
+    outcome = throughput(ask_of(setup, systems, repeats=3), [1, 3], 2)
     counts = {(cell.key["batch_size"], cell.system): cell.values["completed"] for cell in outcome.cells}
     assert counts == {(1, "faiss-memory"): 3, (1, "refined"): 3, (3, "faiss-memory"): 9, (3, "refined"): 9}
     assert {each.metric for each in outcome.ratios} == {"wall_ms"}
@@ -219,7 +220,7 @@ def test_hit_rate_is_for_pipelines_that_retrieve_once(setup):
 def test_caches_are_compared_over_the_same_queries(setup):
     outcome = cache(ask_of(setup, (SystemName.FETCH,)), list(CacheKind), [0.5, 0.25], 0.5, 0.0)
     keys = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
-    assert sorted(keys) == [("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
+    assert sorted(keys) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
     wanted = {cell.values["bytes_wanted"] for cell in outcome.cells}
     assert len(wanted) == 1
     hits = {

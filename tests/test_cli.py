@@ -177,12 +177,13 @@ def test_reserved_stdout_keeps_native_chatter_out_of_the_data():
         "from telerag_cli import console\n"
         "with console.stdout_reserved():\n"
         "    os.write(1, b'chatter of a C library\\n')\n"
+        "    print('and of one in Python')\n"
         "    console.emit('data')\n"
         "console.emit('after')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "data\nafter\n"
-    assert done.stderr == "chatter of a C library\n"
+    assert done.stderr == "chatter of a C library\nand of one in Python\n"
 
 
 def test_progress_is_silent_when_stderr_is_no_terminal(capsys):

@@ -17,14 +17,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from telerag_cli.engine.batch import Outputs, answer_all
+from doubles import answer_in_order
+from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import InputError, ModelError, UsageError
 from telerag_cli.generation import endpoint as module
 from telerag_cli.generation.base import Message, Request
 from telerag_cli.generation.endpoint import Endpoint
 from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import PipelineName
 
 ADDRESS = "127.0.0.1"
 
@@ -515,9 +516,7 @@ def answer_by_a_server(engine, endpoint, texts):
     outputs = Outputs(lines.append, None, lambda _message: None, lambda _count: None)
     name = PipelineName.NAIVE
     questions = [Question(str(number), text) for number, text in enumerate(texts)]
-    answer_all(
-        engine, name, make_pipeline(name), questions, outputs, concurrency=4, answered=set(), ordered=True
-    )
+    answer_in_order(engine, name, questions, outputs, ordered=True)
     return lines
 
 

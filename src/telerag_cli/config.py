@@ -80,6 +80,30 @@ class CacheKind(StrEnum):
     NONE = "none"
     LRU = "lru"
     HOTNESS = "hotness"
+    FREQUENCY = "frequency"
+
+
+class ScheduleName(StrEnum):
+    """In what order questions are answered: similar ones together, or as they come."""
+
+    SIMILAR = "similar"
+    ARRIVAL = "arrival"
+
+
+class PlacementName(StrEnum):
+    """How micro-batches find their replica."""
+
+    CACHE_AWARE = "cache-aware"
+    GREEDY = "greedy"
+    ROUND_ROBIN = "round-robin"
+
+
+DEFAULT_BATCH_SIZE = 64
+"""Questions that the scheduler looks at together."""
+DEFAULT_MICRO_BATCH = 4
+"""Questions that run together, if there is room for twice as many."""
+DEFAULT_MAX_WAIT_S = 0.05
+"""For which a question waits for company at most."""
 
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

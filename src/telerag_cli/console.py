@@ -28,6 +28,14 @@ def _stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
+_reserved: IO[str] | None = None
+"""Where data goes while stdout is reserved for it."""
+
+
+def _stdout() -> IO[str]:
+    return _reserved or sys.stdout
+
+
 def say(message: str) -> None:
     """A line of talk on stderr."""
     _stderr().print(message, markup=False, soft_wrap=True)
@@ -45,8 +53,9 @@ def fail(message: str) -> None:
 
 def emit(text: str) -> None:
     """A line of data on stdout, flushed, so that the next stage of a pipeline sees it now."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    out = _stdout()
+    out.write(text + "\n")
+    out.flush()
 
 
 def emit_json(value: Any, *, indent: int | None = None) -> None:
@@ -79,7 +88,7 @@ def table(
     for row in rows:
         # As Text, so that a bracket in a cell is a bracket and no markup.
         grid.add_row(*(Text(_cell(cell)) for cell in row))
-    console = Stdout(highlight=False) if data else _stderr()
+    console = Stdout(file=_stdout(), highlight=False) if data else _stderr()
     if not console.is_terminal:
         console.width = width
     console.print(grid, markup=False)
@@ -124,23 +133,25 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
 
 @contextlib.contextmanager
 def stdout_reserved() -> Iterator[IO[str]]:
-    """Keep native libraries off stdout: whatever writes to file descriptor 1 meanwhile lands on stderr.
+    """Keep libraries off stdout: what they write meanwhile, to file descriptor 1 or to ``sys.stdout``, lands on stderr.
 
     Yields:
-        The real stdout, for the command's data.
+        The real stdout, for the command's data; the functions of this module write there by themselves.
     """
-    original = sys.stdout
+    global _reserved
+    original, before = sys.stdout, _reserved
     original.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
     try:
-        if _is_descriptor_1(original):
-            with os.fdopen(os.dup(saved), "w", encoding="utf-8") as sys.stdout:
-                yield sys.stdout
-        else:  # somebody captures sys.stdout itself; data goes to them
-            yield original
+        with contextlib.ExitStack() as closed:
+            # If somebody captures sys.stdout itself, data goes to them.
+            own = _is_descriptor_1(original)
+            data = closed.enter_context(os.fdopen(os.dup(saved), "w", encoding="utf-8")) if own else original
+            _reserved, sys.stdout = data, sys.stderr
+            yield data
     finally:
-        sys.stdout = original
+        _reserved, sys.stdout = before, original
         os.dup2(saved, 1)
         os.close(saved)
 

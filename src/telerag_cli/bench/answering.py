@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,19 +11,12 @@ from typing import Any
 from telerag_cli.bench import measure, page_cache
 from telerag_cli.bench.measure import Turn, Work, take_turns
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
-from telerag_cli.bench.statistics import ratio, short, summary
-from telerag_cli.bench.suites import Pages, SystemName
+from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Perfect, Rig, Setup, System
-from telerag_cli.config import CacheKind, format_bytes
-from telerag_cli.engine.assemble import open_retriever
 from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.placement import plan_tier
-from telerag_cli.errors import ResourceError, TeleragError, UsageError
-from telerag_cli.index.artifact import FloatArray
-from telerag_cli.lookahead.retriever import JoinReport, Retriever
+from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.tiers.transport import available_bytes
 
 GENERATING_FIRST = (
     PipelineName.HYDE, PipelineName.SUBQUESTION, PipelineName.ITERATIVE, PipelineName.ITER_RETGEN, PipelineName.FLARE,
@@ -111,13 +101,13 @@ def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:
     return _joined(parts)
 
 
-def throughput(ask: Ask, sizes: Sequence[int]) -> Outcome:
-    """So many questions at once: how many a second are answered. Every turn has other questions."""
+def throughput(ask: Ask, sizes: Sequence[int], at_once: int) -> Outcome:
+    """So many questions given together: how many a second are answered. Every turn has other questions."""
     works = []
     for size in sizes:
         for name, pipeline in ask.pipelines.items():
-            supply = itertools.cycle(_questions(ask))
-            works += [Work({"batch_size": size}, pipeline, name.value, tuple(itertools.islice(supply, size)), number)
+            supply = itertools.cycle(questions_of(ask))
+            works += [Work({"batch_size": size}, pipeline, name.value, tuple(itertools.islice(supply, size)), number, at_once=at_once)
                       for number in range(ask.repeats)]  # fmt: skip
     return _simple(ask, works, ("wall_ms",))
 
@@ -140,14 +130,15 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
             f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.",
             remedy="Name one with --pipeline.",
         )
-    questions = _questions(ask)
+    questions = questions_of(ask)
     with Rig.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig, ask.counting(
         "hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups
     ) as advance:  # fmt: skip
         first = [Work({}, pipeline, name.value, (question,)) for question in questions]
-        known = take_turns(rig, first, (SystemName.FETCH,), _warmups(ask), advance)
+        known = take_turns(rig, first, (SystemName.FETCH,), warmups_of(ask), advance)
         works = [
-            Work({"budget": budget}, pipeline, name.value, turn.work.questions, prepare=partial(_limit, rig, _only(turn, name), budget))
+            Work({"budget": budget}, pipeline, name.value, turn.work.questions,
+                 prepare=partial(_limit, rig, only_retrieval(turn, name, SuiteName.HIT_RATE), budget))
             for turn in known for budget in budgets
         ]  # fmt: skip
         turns = take_turns(rig, works, ask.systems, (), advance)
@@ -164,13 +155,18 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     )
 
 
-def _only(turn: Turn, name: PipelineName) -> Answered:
-    """The answer of a turn, if it retrieved once."""
+def only_retrieval(turn: Turn, name: PipelineName, suite: SuiteName) -> Answered:
+    """The answer of a turn that wrote, then retrieved once.
+
+    Raises:
+        TeleragError: it could not be answered.
+        UsageError: it retrieved more than once, or the pipeline writes nothing before.
+    """
     if turn.errors:
         raise TeleragError(f"'{turn.work.questions[0]:.60}' cannot be answered: {turn.errors[0]}")
     answered = turn.answers[0]
     if len(answered.retrievals) != 1 or name is PipelineName.NAIVE:
-        raise UsageError(f"hit-rate is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
+        raise UsageError(f"{suite} is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
                          remedy="Use --pipeline hyde, subquestion or self_rag.")  # fmt: skip
     return answered
 
@@ -181,127 +177,6 @@ def _limit(rig: Rig, answered: Answered, budget: float, system: System) -> None:
     system.retriever.budget_bytes = round(budget * answered.joins[0].bytes_wanted)
     if isinstance(system.retriever, Perfect):
         system.retriever.known = rig.setup.opened.embedder.encode_queries(answered.retrievals[0].queries)
-
-
-@dataclass(frozen=True)
-class _Cached:
-    """A cache policy and its share, with an arena of its own."""
-
-    policy: CacheKind
-    fraction: float
-    retriever: Retriever
-
-
-def cache(
-    ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], budget: float, window_s: float | None
-) -> Outcome:
-    """Retrievals one after the other over arenas that are never emptied, by policy and by the share kept for hot lists.
-
-    The LLM writes each question's texts once; then every policy has the same questions, the same queries, and the same time
-    between them. Lookahead is by the question, and may move ``budget`` times the bytes probed.
-
-    Raises:
-        ResourceError: the arenas do not fit the memory together.
-    """
-    setup = replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1))
-    name, pipeline = next(iter(ask.pipelines.items()))
-    questions = _questions(ask)
-    # Only hotness keeps lists by a share; the others are measured once.
-    wanted = [
-        (policy, fraction)
-        for policy in policies
-        for fraction in (fractions if policy is CacheKind.HOTNESS else fractions[:1])
-    ]
-    with (
-        ask.counting("cache", len(questions) * (1 + len(wanted)) + ask.num_warmups) as advance,
-        ExitStack() as undo,
-    ):
-        with Rig.open(setup, (SystemName.FETCH,)) as rig:
-            works = [Work({}, pipeline, name.value, (question,)) for question in questions]
-            known = [
-                _only(turn, name)
-                for turn in take_turns(rig, works, (SystemName.FETCH,), _warmups(ask), advance)
-            ]
-        if window_s is None:
-            window_s = statistics.median(
-                answered.timings["llm_s"] - answered.stages[-1].took_s for answered in known
-            )
-        plans = [
-            plan_tier(setup.opened.index, replace(setup.tier, cache=policy)) for policy, _fraction in wanted
-        ]
-        if (needed := sum(plan.ram_bytes for plan in plans)) > (free := available_bytes()):
-            raise ResourceError(f"{len(plans)} arenas take {format_bytes(needed)} and {format_bytes(free)} are free.",
-                                remedy="Lower --fast-memory, or name fewer --cache-fraction.")  # fmt: skip
-        arenas = []
-        for (policy, fraction), plan in zip(wanted, plans, strict=True):
-            base = undo.enter_context(closing(open_retriever(setup.opened.index, plan)))
-            arenas.append(
-                _Cached(
-                    policy, fraction, Retriever(base.index, rig.coarse(), base.tier, cache_fraction=fraction)
-                )
-            )
-        reports: dict[tuple[str, float], list[JoinReport]] = {}
-        embedder = setup.opened.embedder
-        for number, (question, answered) in enumerate(zip(questions, known, strict=True)):
-            ahead, query = (
-                embedder.encode_queries([question]),
-                embedder.encode_queries(answered.retrievals[0].queries),
-            )
-            page_cache.drop(setup.opened.index.paths.lists)
-            for each in arenas[number % len(arenas) :] + arenas[: number % len(arenas)]:
-                each.retriever.budget_bytes = round(budget * answered.joins[0].bytes_wanted)
-                report = _retrieve(each.retriever, ahead, query, setup, window_s)
-                reports.setdefault((each.policy.value, each.fraction), []).append(report)
-                advance(1)
-        configurations = {
-            each.policy.value: {"what": f"telerag, cache policy {each.policy.value}", "lookahead": "question", "tier": plan.name,
-                                "arena_bytes": each.retriever.tier.arena_bytes, "budget": budget, "window_s": round(window_s, 3)}
-            for each, plan in zip(arenas, plans, strict=True)
-        }  # fmt: skip
-    cells = [
-        Cell(policy, {"cache_fraction": fraction}, _joins(found))
-        for (policy, fraction), found in reports.items()
-    ]
-    notes = [
-        f"Retrievals alone: {window_s:.2f} s for lookahead before each, without the LLM, which wrote the texts before. Arenas start empty "
-        "and are never emptied; what each holds is what its policy kept.",
-        "cache_fraction has a meaning for hotness only; the others were measured once.",
-    ]  # fmt: skip
-    return Outcome(configurations, cells, list(_cache_ratios(reports, ask.seed)), [], notes)
-
-
-def _retrieve(
-    retriever: Retriever, ahead: FloatArray, query: FloatArray, setup: Setup, window_s: float
-) -> JoinReport:
-    nprobe = setup.settings.nprobe
-    begun = retriever.begin(ahead, nprobe)
-    time.sleep(window_s)
-    return retriever.search(query, setup.settings.k, nprobe, begun).report
-
-
-def _joins(reports: Sequence[JoinReport]) -> dict[str, Any]:
-    wanted = sum(report.lists_wanted for report in reports)
-    return {
-        "completed": len(reports),
-        **summary("join_ms", [1e3 * report.join_s for report in reports]),
-        "hit_share": short(sum(report.lists_hit for report in reports) / wanted) if wanted else 0.0,
-        "bytes_wanted": sum(report.bytes_wanted for report in reports) // len(reports),
-        "bytes_moved": sum(report.bytes_moved for report in reports) // len(reports),
-        "bytes_missed": sum(report.bytes_missed for report in reports) // len(reports),
-    }
-
-
-def _cache_ratios(reports: Mapping[tuple[str, float], Sequence[JoinReport]], seed: int) -> Iterator[Ratio]:
-    """No cache by each policy, question by question."""
-    none = next(
-        (found for (policy, _fraction), found in reports.items() if policy == CacheKind.NONE.value), []
-    )
-    for (policy, fraction), found in reports.items():
-        if none and policy != CacheKind.NONE.value:
-            pairs = [(one.join_s, other.join_s) for one, other in zip(none, found, strict=True)]
-            yield ratio(
-                {"cache_fraction": fraction}, CacheKind.NONE.value, policy, "join_ms", pairs, seed=seed
-            )
 
 
 def _simple(ask: Ask, works: Sequence[Work], metrics: Sequence[str]) -> Outcome:
@@ -316,13 +191,13 @@ def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[Turn], d
     with Rig.open(setup, ask.systems) as rig:
         if setup.pages is Pages.WARM:
             rig.warm()
-        warmups = _warmups(ask)
+        warmups = warmups_of(ask)
         with ask.counting("turns", (len(works) + len(warmups)) * len(ask.systems)) as advance:
             turns = take_turns(rig, works, ask.systems, warmups, advance)
         return turns, {name.value: system.configuration for name, system in rig.systems.items()}
 
 
-def _warmups(ask: Ask) -> list[Work]:
+def warmups_of(ask: Ask) -> list[Work]:
     """The first questions, by the first pipeline: models, threads and pages of the arena."""
     name, pipeline = next(iter(ask.pipelines.items()))
     questions = next(iter(ask.questions.values()))[: ask.num_warmups]
@@ -335,7 +210,7 @@ def _measured(ask: Ask) -> Iterator[tuple[str, Sequence[str]]]:
         yield dataset, questions[ask.num_warmups :]
 
 
-def _questions(ask: Ask) -> list[str]:
+def questions_of(ask: Ask) -> list[str]:
     """Those of all datasets."""
     return [question for _dataset, questions in _measured(ask) for question in questions]
 

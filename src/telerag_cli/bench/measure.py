@@ -11,7 +11,11 @@ from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.statistics import mean_ratio, pairs_of, ratio, short, summary
 from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.bench.systems import Rig, System
+from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.questions import Question
+from telerag_cli.engine.scheduler import Schedule, Scheduler, micro_batch_size
+from telerag_cli.engine.workers import Local
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
 
@@ -39,6 +43,8 @@ class Work:
     """Tells repetitions of the same questions apart."""
     prepare: Callable[[System], None] = lambda _system: None
     """Called off the clock, before the turn."""
+    at_once: int | None = None
+    """How many of them run at once, put together by the system's scheduler; None: all."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,7 @@ async def _turn(rig: Rig, system: System, work: Work) -> Turn:
     left = rig.start(system)
     work.prepare(system)
     began_s = time.perf_counter()
-    asked = [system.engine.ask(work.pipeline, question, name=work.name) for question in work.questions]
-    results = await asyncio.gather(*asked, return_exceptions=True)
+    results = await _outcomes(system, work)
     wall_ms = 1e3 * (time.perf_counter() - began_s)
     answers = [result for result in results if isinstance(result, Answered)]
     errors = []
@@ -123,6 +128,26 @@ async def _turn(rig: Rig, system: System, work: Work) -> Turn:
         for answered in answers:
             rig.recalled.remember(answered.retrievals)
     return Turn(system.name, work, wall_ms, answers, errors, left)
+
+
+async def _outcomes(system: System, work: Work) -> list[Answered | BaseException]:
+    """Of each question, in order."""
+    if work.at_once is None:
+        asked = [system.engine.ask(work.pipeline, question, name=work.name) for question in work.questions]
+        return await asyncio.gather(*asked, return_exceptions=True)
+    retriever = system.engine.retriever
+    probed_bytes = float(retriever.tier.extents.mean()) * system.engine.settings.nprobe
+    size = micro_batch_size(None, work.at_once, retriever.tier.arena_bytes, probed_bytes)
+    schedule = Schedule(system.schedule, batch_size=len(work.questions), micro_batch=size)
+    workers = [Local(system.engine, work.pipeline, work.name, work.at_once)]
+    outcomes: dict[int, Answered | BaseException] = {}
+
+    def take(place: int, _question: Question, outcome: Answered | TeleragError) -> None:
+        outcomes[place] = outcome
+
+    questions = [Question(str(place), text) for place, text in enumerate(work.questions)]
+    await answer_each(workers, Scheduler.over(system.engine, schedule), questions, take)
+    return [outcomes[place] for place in range(len(questions))]
 
 
 def ttft_ms(answered: Answered) -> float:
@@ -229,7 +254,7 @@ def comparisons(systems: Sequence[SystemName]) -> list[tuple[SystemName, SystemN
     baseline = next((name for name in BASELINES if name in systems), systems[0])
     pairs = [(baseline, name) for name in systems if name is not baseline]
     one = SystemName
-    more = [(one.FETCH, one.REFINED), (one.QUESTION, one.REFINED), (one.FAISS_MEMORY, one.REFINED),
+    more = [(one.FETCH, one.REFINED), (one.ARRIVAL, one.REFINED), (one.QUESTION, one.REFINED), (one.FAISS_MEMORY, one.REFINED),
             (one.REFINED, one.RESIDENT), (one.REFINED, one.LLM_ONLY), (one.USELESS, one.FETCH)]  # fmt: skip
     return pairs + [pair for pair in more if set(pair) <= set(systems) and pair not in pairs]
 

@@ -30,6 +30,7 @@ class SystemName(StrEnum):
     LANCEDB = "lancedb"
     FETCH = "fetch"
     QUESTION = "question"
+    ARRIVAL = "arrival"
     REFINED = "refined"
     PERFECT = "perfect"
     USELESS = "useless"
@@ -61,7 +62,7 @@ SUITES = {
     SuiteName.HIT_RATE: Suite("Lists in fast memory at the join, by bytes moved", "the paper's hit rate by prefetch budget", ("budget",)),
     SuiteName.THROUGHPUT: Suite("Throughput by batch size", "the paper's throughput by batch size", ("batch_size",)),
     SuiteName.BREAKDOWN: Suite("Where the time goes", "the paper's breakdown of latency into stages", ("pipeline",)),
-    SuiteName.CACHE: Suite("Cache policies", "the paper's ablation of the cache", ("cache_fraction",)),
+    SuiteName.CACHE: Suite("Cache policies", "the paper's ablation of the cache", ("skew", "cache_fraction")),
     SuiteName.SCALING: Suite("Throughput by replicas", "the paper's scaling over several GPUs", ("replicas",)),
     SuiteName.EMBED: Suite("Embedding a corpus", "nothing in the paper, which takes embeddings as given", ("batch_size",)),
     SuiteName.BUILD: Suite("Building an index", "nothing in the paper, which takes the index as given", ()),

@@ -14,7 +14,7 @@ import numpy as np
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.baselines import FaissGpu, FaissMemory, FaissOnDisk, Plain, Recalled
 from telerag_cli.bench.suites import Pages, SystemName
-from telerag_cli.config import Lookahead, TierKind, format_bytes
+from telerag_cli.config import Lookahead, ScheduleName, TierKind, format_bytes
 from telerag_cli.engine.assemble import Opened, open_retriever
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.placement import TierOptions, device_number, plan_tier
@@ -60,6 +60,8 @@ class System:
     """It reads these besides the index."""
     retriever: Retriever | None = None
     """Of those that have a fast tier."""
+    schedule: ScheduleName = ScheduleName.ARRIVAL
+    """Which questions run together, where there are more than run at once."""
 
 
 class Perfect(Retriever):
@@ -68,10 +70,12 @@ class Perfect(Retriever):
     known: FloatArray | None = None
     """The query to come, (n, dimension)."""
 
-    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
+    def begin_each(
+        self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False
+    ) -> list[Round]:
         """Start lookahead for the query that is known."""
         assert self.known is not None, "nobody has said what the query will be"
-        return super().begin(self.known, nprobe, refining=refining)
+        return super().begin_each([self.known] * len(searches), nprobe, refining=refining)
 
 
 class Useless(Retriever):
@@ -79,11 +83,12 @@ class Useless(Retriever):
 
     random = np.random.default_rng(0)
 
-    def begin(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Round:
+    def begin_each(
+        self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False
+    ) -> list[Round]:
         """Start lookahead for anything but these queries."""
-        return super().begin(
-            self.random.standard_normal(queries.shape, np.float32), nprobe, refining=refining
-        )
+        wrong = [self.random.standard_normal(each.shape, np.float32) for each in searches]
+        return super().begin_each(wrong, nprobe, refining=refining)
 
 
 @dataclass
@@ -233,16 +238,27 @@ def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
 
 
 def _telerag(
-    rig: Rig, name: SystemName, lookahead: Lookahead, what: str, kind: type[Retriever] = Retriever
+    rig: Rig,
+    name: SystemName,
+    lookahead: Lookahead,
+    what: str,
+    kind: type[Retriever] = Retriever,
+    schedule: ScheduleName = ScheduleName.ARRIVAL,
 ) -> System:
     retriever = rig.retriever(kind)
     tier = retriever.tier
     configuration = {
         "what": f"telerag, {what}", "lookahead": lookahead.value, "arena_bytes": tier.arena_bytes, "cache": rig.setup.tier.cache.value,
-        "cache_fraction": rig.setup.cache_fraction, "tier": plan_tier(rig.setup.opened.index, rig.setup.tier).name,
+        "cache_fraction": rig.setup.cache_fraction, "schedule": schedule.value,
+        "tier": plan_tier(rig.setup.opened.index, rig.setup.tier).name,
     }  # fmt: skip
     return System(
-        name, configuration, rig.engine(retriever, lookahead), forget=tier.forget, retriever=retriever
+        name,
+        configuration,
+        rig.engine(retriever, lookahead),
+        forget=tier.forget,
+        retriever=retriever,
+        schedule=schedule,
     )
 
 
@@ -312,10 +328,14 @@ def _open_llm_only(rig: Rig) -> System:
 
 
 def _lookahead(
-    name: SystemName, mode: Lookahead, what: str, kind: type[Retriever] = Retriever
+    name: SystemName,
+    mode: Lookahead,
+    what: str,
+    kind: type[Retriever] = Retriever,
+    schedule: ScheduleName = ScheduleName.ARRIVAL,
 ) -> Callable[[Rig], System]:
     """Opens telerag with something that predicts, or nothing."""
-    return partial(_telerag, name=name, lookahead=mode, what=what, kind=kind)
+    return partial(_telerag, name=name, lookahead=mode, what=what, kind=kind, schedule=schedule)
 
 
 OPENERS: dict[SystemName, Callable[[Rig], System]] = {
@@ -325,7 +345,9 @@ OPENERS: dict[SystemName, Callable[[Rig], System]] = {
     SystemName.LANCEDB: _open_lance,
     SystemName.FETCH: _lookahead(SystemName.FETCH, Lookahead.OFF, "no lookahead: lists move when the query is there"),
     SystemName.QUESTION: _lookahead(SystemName.QUESTION, Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"),
-    SystemName.REFINED: _lookahead(SystemName.REFINED, Lookahead.REFINED, "lookahead by the question and the text so far: the default"),
+    SystemName.ARRIVAL: _lookahead(SystemName.ARRIVAL, Lookahead.REFINED, "as refined, with the questions in order of arrival"),
+    SystemName.REFINED: _lookahead(SystemName.REFINED, Lookahead.REFINED, "lookahead by the question and the text so far: the default",
+                                   schedule=ScheduleName.SIMILAR),
     SystemName.PERFECT: _lookahead(SystemName.PERFECT, Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do",
                                    Perfect),
     SystemName.USELESS: _lookahead(SystemName.USELESS, Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost",

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.config import Lookahead
+from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.gathering import Gathering
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
 from telerag_cli.engine.questions import Question
+from telerag_cli.engine.scheduler import Scheduler
+from telerag_cli.engine.workers import Together, Worker
 from telerag_cli.errors import InputError, TeleragError
 from telerag_cli.lookahead.retriever import JoinReport
-from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.scheduling.dispatch import MicroBatch, ReplicaState
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -68,6 +71,14 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class LineForm:
+    """What the lines of a run have in common."""
+
+    pipeline: PipelineName
+    lookahead: Lookahead
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Where a run tells what it does."""
 
@@ -81,86 +92,174 @@ class Outputs:
     """Called after each question."""
 
 
-def answer_all(
-    engine: Engine,
-    name: PipelineName,
-    pipeline: Pipeline,
-    questions: Iterable[Question],
-    outputs: Outputs,
-    *,
-    concurrency: int,
-    answered: set[str],
-    ordered: bool = False,
-) -> Summary:
+Outcome = Answered | TeleragError
+Take = Callable[[int, Question, Outcome], None]
+"""Takes what became of a question, as soon as it is known, and the question's place among all."""
+
+
+def answer_all(workers: Sequence[Worker], scheduler: Scheduler, questions: Iterable[Question], outputs: Outputs, form: LineForm, *,
+               answered: Collection[str], ordered: bool = False) -> Summary:  # fmt: skip
     """Answer questions and write each one's line as soon as it is there.
 
     Args:
-        engine: what answers.
-        name: of the pipeline, for the lines.
-        pipeline: how to answer.
+        workers: what answers.
+        scheduler: puts questions together, and says which worker takes which.
         questions: from any source, read as they come.
         outputs: where lines and messages go.
-        concurrency: questions under way at once.
+        form: what all lines say.
         answered: ids to skip.
         ordered: write in the order of the questions, which may keep an answer back until those before it are there.
     """
     summary = Summary()
-    write = _InOrder(outputs.write) if ordered else None
-    started_s = time.perf_counter()
 
-    async def one(number: int, question: Question) -> None:
-        try:
-            if question.problem is not None:
-                raise InputError(question.problem)
-            result = await engine.ask(pipeline, question.text, name=name.value)
-        except TeleragError as error:
+    def take(_place: int, question: Question, outcome: Outcome) -> None:
+        summary.asked += 1
+        if isinstance(outcome, TeleragError):
             summary.failed += 1
-            outputs.tell(f"question {question.id}: {error}")
-            line = error_line(question, str(error))
+            outputs.tell(f"question {question.id}: {outcome}")
+            line = error_line(question, str(outcome))
         else:
-            summary.add(result)
-            line = answer_line(question, result, name, engine.settings.lookahead)
+            summary.add(outcome)
+            line = answer_line(question, outcome, form.pipeline, form.lookahead)
             if outputs.record:
-                outputs.record(trace_line(question, result, name))
-        if write:
-            write.put(number, line)
-        else:
-            outputs.write(line)
+                outputs.record(trace_line(question, outcome, form.pipeline))
+        outputs.write(line)
         outputs.advance(1)
 
-    async def everything() -> None:
+    def wanted() -> Iterator[Question]:
+        for question in questions:
+            if question.id in answered:
+                summary.skipped += 1
+            else:
+                yield question
+
+    started_s = time.perf_counter()
+    asyncio.run(answer_each(workers, scheduler, wanted(), InOrder(take) if ordered else take))
+    summary.wall_s = time.perf_counter() - started_s
+    return summary
+
+
+async def answer_each(
+    workers: Sequence[Worker], scheduler: Scheduler, questions: Iterable[Question], take: Take
+) -> None:
+    """Answer questions: gather, schedule, answer; whatever is ready goes on.
+
+    Args:
+        workers: what answers.
+        scheduler: puts questions together, and says which worker takes which.
+        questions: from any source, read as they come.
+        take: called once for each.
+    """
+    await _Run(workers, scheduler, take).everything(questions)
+
+
+class InOrder:
+    """A `Take` that keeps outcomes back until all before them are known."""
+
+    def __init__(self, take: Take) -> None:
+        self._take = take
+        self._next = 0
+        self._kept: dict[int, tuple[Question, Outcome]] = {}
+
+    def __call__(self, place: int, question: Question, outcome: Outcome) -> None:
+        """See `Take`."""
+        self._kept[place] = question, outcome
+        while self._next in self._kept:
+            self._take(self._next, *self._kept.pop(self._next))
+            self._next += 1
+
+
+class _Run:
+    def __init__(self, workers: Sequence[Worker], scheduler: Scheduler, take: Take) -> None:
+        self._workers = workers
+        self._scheduler = scheduler
+        self._done = take
+        self._count = 0
+        self._asked: dict[int, Question] = {}
+        self._together: dict[int, Together] = {}
+        self._members = [0] * len(workers)
+        """Questions under way, by worker."""
+        self._left: dict[int, int] = {}
+        """Of them, by micro-batch."""
+        self._under_way: list[dict[int, MicroBatch]] = [{} for _ in workers]
+
+    async def everything(self, questions: Iterable[Question]) -> None:
+        """Until the source has ended and every question has its line."""
+        schedule = self._scheduler.schedule
+        gathering = Gathering(questions, schedule.batch_size, schedule.max_wait_s)
         running: set[asyncio.Task[None]] = set()
-        source = _feed(questions, concurrency)
-
-        async def following() -> Question | None:
-            return await anext(source, None)
-
-        coming: asyncio.Task[Question | None] | None = asyncio.create_task(following())
+        coming: asyncio.Task[list[Question]] | None = asyncio.create_task(gathering.some())
         try:
-            while coming or running:
-                room = coming is not None and len(running) < concurrency
-                await asyncio.wait(
-                    running | ({coming} if room and coming else set()), return_when=asyncio.FIRST_COMPLETED
-                )
+            while coming or running or self._scheduler.queue.waiting:
+                running |= self._start()
+                # One batch is read ahead, and looked at when what waits no longer fills the workers.
+                wanted = {coming} if coming and self._scheduler.queue.waiting < len(self._workers) else set()
+                await asyncio.wait(running | wanted, return_when=asyncio.FIRST_COMPLETED)
                 running = {task for task in running if not _finished(task)}
-                if not room or coming is None or not coming.done():
-                    continue
-                question = coming.result()
-                coming = asyncio.create_task(following()) if question else None
-                if question and question.id in answered:
-                    summary.skipped += 1
-                elif question:
-                    running.add(asyncio.create_task(one(summary.asked, question)))
-                    summary.asked += 1
+                if coming in wanted and coming.done():
+                    gathered = coming.result()
+                    coming = asyncio.create_task(gathering.some()) if gathered else None
+                    await self._gathered(gathered)
         finally:
             left = [task for task in (*running, coming) if task]
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    asyncio.run(everything())
-    summary.wall_s = time.perf_counter() - started_s
-    return summary
+    async def _gathered(self, questions: Sequence[Question]) -> None:
+        """Put questions in the queue; what is none has its outcome already."""
+        new: list[int] = []
+        for question in questions:
+            number, self._count = self._count, self._count + 1
+            if question.problem is None:
+                self._asked[number] = question
+                new.append(number)
+            else:
+                self._done(number, question, InputError(question.problem))
+        if new:
+            texts = [self._asked[number].text for number in new]
+            made = await asyncio.to_thread(self._scheduler.cut, texts, new)
+            self._together.update((batch.number, together) for batch, together in made)
+            self._scheduler.queue.add(batch for batch, _together in made)
+
+    def _start(self) -> set[asyncio.Task[None]]:
+        """Give the workers as many micro-batches as they can take."""
+        if not self._scheduler.queue.waiting:
+            return set()
+        size = self._scheduler.schedule.micro_batch
+        states = [
+            ReplicaState(
+                number, (worker.at_once - members) // size, worker.resident(), tuple(batches.values())
+            )
+            for number, (worker, members, batches) in enumerate(
+                zip(self._workers, self._members, self._under_way, strict=True)
+            )
+        ]
+        started = set()
+        for worker, batch in self._scheduler.queue.assign(states):
+            self._under_way[worker][batch.number] = batch
+            self._members[worker] += len(batch.members)
+            self._left[batch.number] = len(batch.members)
+            together = self._together.pop(batch.number)
+            started |= {
+                asyncio.create_task(self._answer(worker, batch, together, place))
+                for place in range(len(batch.members))
+            }
+        return started
+
+    async def _answer(self, worker: int, batch: MicroBatch, together: Together, place: int) -> None:
+        number = batch.members[place]
+        outcome: Outcome
+        try:
+            outcome = await self._workers[worker].answer(together, place)
+        except TeleragError as error:
+            outcome = error
+        finally:
+            self._members[worker] -= 1
+            self._left[batch.number] -= 1
+            if not self._left[batch.number]:
+                del self._left[batch.number], self._under_way[worker][batch.number]
+        self._done(number, self._asked.pop(number), outcome)
 
 
 def _finished(task: asyncio.Task[None]) -> bool:
@@ -168,53 +267,3 @@ def _finished(task: asyncio.Task[None]) -> bool:
     if task.done():
         task.result()
     return task.done()
-
-
-class _InOrder:
-    """Keeps lines back until all before them are written."""
-
-    def __init__(self, write: Write) -> None:
-        self._write = write
-        self._next = 0
-        self._kept: dict[int, dict[str, Any]] = {}
-
-    def put(self, number: int, line: dict[str, Any]) -> None:
-        """Write line ``number``, and those that waited for it, or keep it."""
-        self._kept[number] = line
-        while self._next in self._kept:
-            self._write(self._kept.pop(self._next))
-            self._next += 1
-
-
-async def _feed(questions: Iterable[Question], ahead: int) -> AsyncIterator[Question]:
-    """Read a blocking source in a thread, a few items ahead.
-
-    The thread is a daemon, because nothing can wake one that waits for a terminal or a pipe when the run is interrupted.
-    """
-    loop = asyncio.get_running_loop()
-    read: asyncio.Queue[Question | BaseException | None] = asyncio.Queue()
-    places = threading.Semaphore(ahead)
-
-    def put(item: Question | BaseException | None) -> bool:
-        try:
-            loop.call_soon_threadsafe(read.put_nowait, item)
-        except RuntimeError:
-            return False  # the loop has ended, and nobody listens any more
-        return True
-
-    def work() -> None:
-        try:
-            for question in questions:
-                places.acquire()
-                if not put(question):
-                    return
-            put(None)
-        except BaseException as error:  # told where it can be handled
-            put(error)
-
-    threading.Thread(target=work, daemon=True, name="questions").start()
-    while (item := await read.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        places.release()
-        yield item

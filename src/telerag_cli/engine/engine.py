@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
+from telerag_cli.engine.company import Company
 from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
@@ -71,7 +72,7 @@ class Engine:
         """
         check_search(retriever.index, settings.k, settings.nprobe)
         self.tracer = tracer or Tracer(enabled=False)
-        self._embedder = embedder
+        self.embedder = embedder
         retrievals = finder or Retrievals(
             embedder, retriever, passages, settings.k, settings.nprobe, self.tracer
         )
@@ -98,9 +99,8 @@ class Engine:
         """Choose what predicts the lists to move, from the next question on."""
         self.shared = replace(self.shared, settings=replace(self.shared.settings, lookahead=mode))
 
-    async def ask(
-        self, pipeline: Pipeline, question: str, watch: Watch | None = None, *, name: str = ""
-    ) -> Answered:
+    async def ask(self, pipeline: Pipeline, question: str, watch: Watch | None = None, *, name: str = "",
+                  company: Company | None = None) -> Answered:  # fmt: skip
         """Answer one question.
 
         Args:
@@ -108,11 +108,13 @@ class Engine:
             question: the question.
             watch: is told what each stage writes, as it writes.
             name: of the pipeline: what is learned of its stages is kept under it.
+            company: the questions that it is answered together with, itself included.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
-        session = Session(self.shared, Forecast(self.shared.averages, self.shared.planner, name), watch)
+        forecast = Forecast(self.shared.averages, self.shared.planner, name)
+        session = Session(self.shared, forecast, company or Company([question]), watch)
         started_s = time.perf_counter()
         try:
             answer = await pipeline(session, question)
@@ -135,4 +137,4 @@ class Engine:
 
     def _sketch(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):
-            return self._embedder.sketch(texts)
+            return self.embedder.sketch(texts)

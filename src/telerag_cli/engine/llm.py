@@ -62,6 +62,7 @@ def plan_llm(
     tier: PlannedTier | None,
     notice: Callable[[str], None],
     device: str = "auto",
+    sharers: int = 1,
 ) -> PlannedLlm:
     """Choose how many questions to answer at once and say what memory that takes.
 
@@ -71,6 +72,7 @@ def plan_llm(
         tier: what the index will take of the memory that is free; None if there is none.
         notice: takes what a user should know of a server.
         device: ``cuda:N`` for the GPU that the LLM's layers go to, if any do; else they go to all there are.
+        sharers: processes that plan to share this machine's memory, this one included.
 
     Raises:
         UsageError: options contradict each other.
@@ -80,7 +82,7 @@ def plan_llm(
     if options.kind is GeneratorKind.OPENAI:
         planned = _plan_endpoint(options, concurrency or MOST_CONCURRENT // 2, notice)
     else:
-        planned = _plan_llama(options, concurrency, tier, device)
+        planned = _plan_llama(options, concurrency, tier, device, sharers)
     if options.replay is None:
         return planned
     replay = options.replay
@@ -133,7 +135,7 @@ def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str]
 
 
 def _plan_llama(
-    options: LlmOptions, concurrency: int | None, tier: PlannedTier | None, device: str
+    options: LlmOptions, concurrency: int | None, tier: PlannedTier | None, device: str, sharers: int
 ) -> PlannedLlm:
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
@@ -151,7 +153,7 @@ def _plan_llama(
     model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=gpu_number(gpu))
     context_tokens = min(options.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = memory_left_bytes(_free_bytes(options, tier, gpu), model.weights_bytes)
+    free_bytes = memory_left_bytes(_free_bytes(options, tier, gpu) // sharers, model.weights_bytes)
     fitting = max(1, min(MOST_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = concurrency or fitting
     slots = max(at_once, min(fitting, FEWEST_SLOTS))

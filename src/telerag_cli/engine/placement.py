@@ -34,7 +34,7 @@ class TierOptions:
     gpu_memory_bytes: int | None = None
     """None for what the LLM leaves."""
     require_pinned: bool = False
-    cache: CacheKind = CacheKind.HOTNESS
+    cache: CacheKind = CacheKind.FREQUENCY
     throttle_bytes_per_s: int | None = None
     """Of the simulated GPU's link."""
 

@@ -29,33 +29,51 @@ class Begun:
 
 
 class Beginning:
-    """A `Subject` that starts lookahead for a query while the LLM already reads its prompt."""
+    """A `Subject` that starts lookahead for some queries together while the LLM already reads their prompts."""
 
     urgent = True
 
-    def __init__(self, query: str, begin: Callable[[FloatArray], Round]) -> None:
+    def __init__(
+        self,
+        queries: Sequence[str],
+        begin: Callable[[FloatArray], Sequence[Round]],
+        vectors: FloatArray | None = None,
+    ) -> None:
         """Get ready.
 
         Args:
-            query: the lookahead query.
-            begin: starts a round for its embedding, shape (1, dimension).
+            queries: the lookahead queries.
+            begin: starts a round for each embedding, shape (n, dimension).
+            vectors: the embeddings, if they are known already.
         """
-        self._query = query
+        self._queries = queries
         self._begin = begin
-        self.begun: Future[Begun] = Future()
+        self._vectors = vectors
+        self.begun: list[Future[Begun]] = [Future() for _ in queries]
 
     def take(self) -> Sequence[str]:
         """See `Subject`."""
-        return [self._query] if self.begun.set_running_or_notify_cancel() else []
+        # What nobody wants any more is left out, and a future that is running can no longer be cancelled.
+        wanted = [place for place, future in enumerate(self.begun) if future.set_running_or_notify_cancel()]
+        self.begun = [self.begun[place] for place in wanted]
+        if self._vectors is None or not wanted:
+            return [self._queries[place] for place in wanted]
+        try:
+            self.give(self._vectors[wanted])
+        except Exception as error:
+            self.fail(error)
+        return []
 
     def give(self, vectors: FloatArray) -> None:
         """See `Subject`."""
-        self.begun.set_result(Begun(vectors[0], self._begin(vectors)))
+        for future, vector, begun in zip(self.begun, vectors, self._begin(vectors), strict=True):
+            future.set_result(Begun(vector, begun))
 
     def fail(self, error: Exception) -> None:
         """See `Subject`."""
-        if not self.begun.done():
-            self.begun.set_exception(error)
+        for future in self.begun:
+            if not future.done():
+                future.set_exception(error)
 
 
 class Refiner:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from telerag_cli.config import Lookahead
+from telerag_cli.engine.company import Company, give_up
 from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.prompt import fit
-from telerag_cli.engine.refiner import Beginning, Begun, Refiner
+from telerag_cli.engine.refiner import Begun, Refiner
 from telerag_cli.engine.retrieval import Finder, Retrieval
 from telerag_cli.engine.sketcher import Sketcher
 from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
@@ -104,6 +105,7 @@ class Session:
 
     shared: Shared
     forecast: Forecast
+    company: Company
     watch: Watch | None = None
     stages: list[Stage] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
@@ -124,14 +126,14 @@ class Session:
             return
         refining = shared.settings.lookahead is Lookahead.REFINED
 
-        def begin(vectors: FloatArray) -> Round:
-            return shared.retriever.begin(vectors, shared.settings.nprobe, refining=refining)
+        def begin(vectors: FloatArray) -> list[Round]:
+            each = [vector[None] for vector in vectors]
+            return shared.retriever.begin_each(each, shared.settings.nprobe, refining=refining)
 
-        beginning = Beginning(query, begin)
-        self._begun.append(beginning.begun)
+        begun = self.company.lookahead(query, begin, shared.sketcher)
+        self._begun.append(begun)
         self.forecast.lookahead_begins()
-        shared.sketcher.submit(beginning)
-        yield _Ahead(beginning.begun)
+        yield _Ahead(begun)
 
     async def generate(
         self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
@@ -192,8 +194,7 @@ class Session:
     def end(self) -> None:
         """Stop lookahead that nothing retrieved from."""
         for begun in self._begun:
-            if not begun.cancel():
-                begun.add_done_callback(_end_round)
+            give_up(begun)
 
     def _refiner(
         self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None
@@ -222,8 +223,3 @@ class Session:
         self.timings[f"{stage.name}_s"] += stage.took_s
         self.timings["llm_s"] += stage.took_s
         self.stages.append(stage)
-
-
-def _end_round(begun: Future[Begun]) -> None:
-    if not begun.cancelled() and not begun.exception():
-        begun.result().round.end()

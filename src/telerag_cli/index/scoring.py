@@ -69,6 +69,10 @@ class Coarse:
         scores, lists = (np.concatenate(part) for part in zip(*blocks, strict=True))
         return scores, lists
 
+    def nearest(self, queries: FloatArray, count: int) -> IntArray:
+        """The ``count`` nearest lists of each query, nearest first: (n, count)."""
+        return self.probe(queries, count)[1]
+
     def rank(self, query: FloatArray) -> IntArray:
         """All lists, nearest first, for one query of shape (dimension,)."""
         ranking: IntArray = self.probe(query[None], self.nlist)[1][0]

@@ -182,10 +182,27 @@ class Retriever:
 
         ``refining`` says that `refine` will follow, so that this order is only a start.
         """
+        return self.begin_each([queries], nprobe, refining=refining)[0]
+
+    def begin_each(
+        self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False
+    ) -> list[Round]:
+        """Start lookahead for several searches that belong together, each of queries of shape (n, dimension).
+
+        To the cache they are one round. All orders are known before anything moves, so the link takes everyone's best lists,
+        then everyone's second, and a list that several want once.
+        """
         kept = self.tier.new_round(self._cache_fraction)
-        ahead = self._mover.start(Plan(self.tier.extents, kept, self.budget_bytes))
-        ahead.begin(self.order(queries), reach(nprobe, 0.0, refining=refining), nprobe)
-        return ahead
+        orders = [self.order(queries) for queries in searches]
+        rounds = [self._mover.start(Plan(self.tier.extents, kept, self.budget_bytes)) for _ in orders]
+        self._mover.begin(
+            list(zip(rounds, orders, strict=True)), reach(nprobe, 0.0, refining=refining), nprobe
+        )
+        return rounds
+
+    def nearest(self, queries: FloatArray, count: int) -> IntArray:
+        """The ``count`` lists nearest to each of these queries, shape (n, dimension): (n, count), nearest first."""
+        return self._coarse.nearest(queries, count)
 
     def refine(self, ahead: Round, queries: FloatArray, nprobe: int, fraction: float) -> None:
         """Follow these queries, shape (n, dimension), made when ``fraction`` of the expected text was written."""

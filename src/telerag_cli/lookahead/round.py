@@ -56,6 +56,12 @@ class Mover:
             self._rounds.append(new)
         return new
 
+    def begin(self, orders: Sequence[tuple[Round, IntArray]], reach: int, nprobe: int) -> None:
+        """Follow the ``reach`` best lists of each round's first order, for queries that will probe ``nprobe`` lists."""
+        for new, order in orders:
+            new.begin(order, reach, nprobe)
+        self.fill()
+
     @property
     def all(self) -> Sequence[Round]:
         """Rounds that have not ended; the lock is held."""
@@ -154,7 +160,7 @@ class Round:
         self._mover.fill()
 
     def begin(self, order: IntArray, reach: int, nprobe: int) -> None:
-        """Follow the first order, for a query that will probe ``nprobe`` lists; the window begins."""
+        """Take the first order, for a query that will probe ``nprobe`` lists; the window begins, and nothing moves yet."""
         tier = self._mover.tier
         likely = order[:nprobe]
         likely_bytes = tier.extents[likely]
@@ -163,7 +169,8 @@ class Round:
             self._held_share = held_bytes / max(int(likely_bytes.sum()), 1)
             self._rounds = sum(each.going for each in self._mover.all)
             self._began_s = time.perf_counter()
-        self.follow(order, reach)
+            self.orders += 1
+            self.plan.reorder(order, reach)
 
     def move(self, count: int) -> None:
         """So many more are under way, or fewer; the mover's lock is held."""

@@ -53,7 +53,7 @@ def size_arena(index: Index, nbytes: int, option: str) -> Arena:
 class ArenaTier:
     """A `FastTier`. One lock guards the accounting; callbacks are made outside it."""
 
-    def __init__(self, index: Index, arena: Arena, transport: Transport, scorer: Scorer, *, cache: CacheKind = CacheKind.HOTNESS,
+    def __init__(self, index: Index, arena: Arena, transport: Transport, scorer: Scorer, *, cache: CacheKind = CacheKind.FREQUENCY,
                  in_place: InPlace | None = None, notes: Sequence[str] = (), closing: Callable[[], None] = lambda: None,
                  tracer: Tracer | None = None) -> None:  # fmt: skip
         """Begin with an empty arena.

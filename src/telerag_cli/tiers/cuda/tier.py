@@ -31,7 +31,7 @@ MOST_LISTS_TRIED = 256
 
 
 def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | None, *, require_pinned: bool = False,
-                   cache: CacheKind = CacheKind.HOTNESS, advance: Advance = lambda _count: None,
+                   cache: CacheKind = CacheKind.FREQUENCY, advance: Advance = lambda _count: None,
                    lists: HostLists | None = None, rates: JoinRates | None = None, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
     """Read the index into host memory, take the arena, and measure link and scoring.
 

@@ -1,0 +1,316 @@
+"""Cache policies by themselves, in the accounting, in the study that compares them, and in ``bench cache``."""
+
+from contextlib import closing, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from animals import TEXTS, WordHashes, World
+from cache_study import STAY, TRACES, Counted, bound, candidates, replay, trace
+from telerag_cli.app import app
+from telerag_cli.bench.answering import Ask
+from telerag_cli.bench.caching import cache, sequence
+from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
+from telerag_cli.bench.systems import Setup
+from telerag_cli.config import PAGE_BYTES, CacheKind, Lookahead, TierKind
+from telerag_cli.engine.assemble import Opened
+from telerag_cli.engine.placement import TierOptions
+from telerag_cli.engine.session import Settings
+from telerag_cli.errors import EXIT_USAGE, UsageError
+from telerag_cli.generation.scripted import ScriptedGenerator
+from telerag_cli.index.passages import Passages
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.tiers.arena import Arena
+from telerag_cli.tiers.cache import Frequency, make_policy
+from telerag_cli.tiers.host import open_host_tier
+from telerag_cli.tiers.residency import Residency, State
+
+KEEPING = [kind for kind in CacheKind if kind is not CacheKind.NONE]
+
+
+def residency_of(kind, lists, pages):
+    """Lists of a page each."""
+    extents = np.full(lists, PAGE_BYTES)
+    return Residency(extents, Arena(pages * PAGE_BYTES), make_policy(kind, lists), lambda _list_no: None)
+
+
+def probe(residency, *lists):
+    """A round without lookahead."""
+    residency.new_round(0.5)
+    absent = [number for number in lists if residency.state[number] == State.ABSENT]
+    assert len(residency.reserve(absent)) == len(absent)
+    residency.commit(np.array(absent, np.int64))
+    residency.policy.used(np.array(lists))
+
+
+def there(residency):
+    return np.flatnonzero(residency.state == State.RESIDENT).tolist()
+
+
+@pytest.mark.parametrize(("kind", "leaves"), [(CacheKind.FREQUENCY, 1), (CacheKind.HOTNESS, 0), (CacheKind.LRU, 0)])  # fmt: skip
+def test_frequency_remembers_what_the_others_have_forgotten(kind, leaves):
+    residency = residency_of(kind, 9, 2)
+    for _ in range(3):
+        probe(residency, 0)
+    for _ in range(6):
+        residency.new_round(0.5)
+    probe(residency, 1)
+    residency.new_round(0.5)
+    residency.reserve([2])
+    assert residency.state[leaves] == State.ABSENT
+    assert residency.state[1 - leaves] == State.RESIDENT
+
+
+def test_what_was_moved_in_vain_leaves_first():
+    residency = residency_of(CacheKind.FREQUENCY, 9, 3)
+    probe(residency, 0)
+    for number in (1, 2):  # lookahead moved them later, and nothing probed them
+        residency.new_round(0.5)
+        residency.reserve([number])
+        residency.commit(np.array([number]))
+    for number in (3, 4):
+        residency.reserve([number])
+    assert residency.state[[1, 2]].tolist() == [State.ABSENT] * 2
+    assert residency.state[0] == State.RESIDENT
+
+
+def test_a_list_that_comes_again_is_as_hot_as_its_uses_were():
+    residency = residency_of(CacheKind.FREQUENCY, 9, 1)
+    for _ in range(4):
+        probe(residency, 0)
+    probe(residency, 1)
+    assert there(residency) == [1]
+    probe(residency, 0)
+    decay = Frequency.decay
+    assert residency.policy.heat[0] == pytest.approx(1 + sum(decay**age for age in (2, 3, 4, 5)))
+    assert residency.policy.heat[0] > residency.policy.heat[1] == pytest.approx(decay)
+
+
+def test_only_hotness_keeps_lists_from_lookahead():
+    kept = {}
+    for kind in CacheKind:
+        residency = residency_of(kind, 9, 4)
+        for _ in range(5):
+            probe(residency, 3)
+        kept[kind] = np.flatnonzero(residency.new_round(1.0)).tolist()
+    assert kept == {CacheKind.NONE: [], CacheKind.LRU: [], CacheKind.HOTNESS: [3], CacheKind.FREQUENCY: []}
+
+
+def test_the_uses_of_all_rounds_stay_finite():
+    policy = Frequency(1)
+    for _ in range(5000):
+        policy.new_round()
+        policy.used(np.array([0]))
+    assert policy.heat[0] == pytest.approx(1 / (1 - Frequency.decay))
+
+
+@st.composite
+def rounds(draw):
+    """Lists, an arena that holds the longest of them, and rounds: an order, and what is probed."""
+    sizes = draw(st.lists(st.integers(0, 5), min_size=4, max_size=14).filter(any))
+    extents = np.array(sizes, np.int64) * PAGE_BYTES
+    pages = draw(st.integers(max(sizes), 30))
+    probed = st.lists(st.integers(0, len(sizes) - 1), unique=True, min_size=1, max_size=len(sizes))
+    asked = draw(st.lists(st.tuples(st.permutations(range(len(sizes))), probed), min_size=1, max_size=12))
+    wanted = [
+        np.array(sorted(number for number in lists if sizes[number]), np.int64) for _order, lists in asked
+    ]
+    orders = [np.array(order) for order, _lists in asked]
+    some = [place for place, lists in enumerate(wanted) if len(lists)]
+    return extents, pages * PAGE_BYTES, [orders[place] for place in some], [wanted[place] for place in some]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    made=rounds(),
+    kind=st.sampled_from(CacheKind),
+    fraction=st.floats(0, 1),
+    budget=st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_rounds_keep_the_accounts_whatever_the_policy(made, kind, fraction, budget):
+    extents, arena_bytes, orders, probes = made
+    if not probes:
+        return
+
+    class Checked(type(make_policy(kind, 1))):
+        """Checks the accounts of all that happened since the last round."""
+
+        def new_round(self):
+            super().new_round()
+            held[-1].check_integrity()
+            assert not held[-1].references.any()
+            assert not (held[-1].state == State.MOVING).any()
+            assert held[-1].arena.used_bytes <= arena_bytes
+
+    held = []
+
+    class Watched(Residency):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            held.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cache_study.Residency", Watched)
+        counts = replay(extents, Checked(len(extents)), fraction, orders, probes, arena_bytes, budget)
+    held[-1].check_integrity()
+    assert (counts.hits <= counts.wanted).all()
+    assert (counts.hit_bytes <= counts.wanted_bytes).all()
+    assert (counts.ahead_bytes <= np.round(budget * counts.wanted_bytes)).all()
+    if kind is CacheKind.NONE and not budget:
+        assert counts.hits.sum() == 0
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), pages=st.integers(3, 14), name=st.sampled_from(sorted(candidates())))
+def test_no_policy_beats_knowing_the_future(seed, pages, name):
+    random = np.random.default_rng(seed)
+    extents = np.full(15, PAGE_BYTES)
+    probes = [np.sort(random.choice(15, 3, replace=False)) for _ in range(30)]
+    orders = [random.permutation(15) for _ in range(30)]
+    make, fraction = candidates()[name]
+    found = replay(extents, make(extents), fraction, orders, probes, pages * PAGE_BYTES, 0.0)
+    assert found.hits.sum() <= bound(extents, orders, probes, pages * PAGE_BYTES, 0.0).hits.sum()
+
+
+def test_the_bound_is_right_where_it_can_be_counted():
+    extents = np.full(4, PAGE_BYTES)
+    probes = [np.array([number]) for number in (0, 1, 2, 0, 1, 3, 0)]
+    orders = [np.arange(4)] * len(probes)
+    # With room for two, 0 and 1 stay and 2 and 3 pass through.
+    assert bound(extents, orders, probes, 2 * PAGE_BYTES, 0.0).hits.tolist() == [0, 0, 0, 1, 1, 0, 1]
+
+
+def test_the_candidate_without_changes_is_the_products_policy():
+    random = np.random.default_rng(3)
+    extents = random.integers(1, 9, 60) * PAGE_BYTES
+    probes = [np.sort(random.choice(60, 8, replace=False)) for _ in range(40)]
+    orders = [random.permutation(60) for _ in range(40)]
+    arguments = (0.5, orders, probes, int(extents.sum() // 3), 0.7)
+    ours, theirs = (
+        replay(extents, policy, *arguments)
+        for policy in (Counted(extents), make_policy(CacheKind.FREQUENCY, 60))
+    )
+    np.testing.assert_array_equal(ours.hits, theirs.hits)
+    np.testing.assert_array_equal(ours.ahead_bytes, theirs.ahead_bytes)
+
+
+@pytest.mark.parametrize("kind", CacheKind)
+def test_the_studys_rounds_are_the_retrievers(tmp_path, kind):
+    world = World(tmp_path / "index")
+    coarse = Coarse(world.index.centroids, world.index.manifest.metric)
+    arena_bytes = int(world.index.extents.sum() // 2)
+    queries = WordHashes().encode_queries(TEXTS[::11])
+    tier = open_host_tier(world.index, coarse, arena_bytes, cache=kind)
+    with closing(Retriever(world.index, coarse, tier)) as retriever:
+        reports = [retriever.search(query[None], 3, 4).report for query in queries]
+    probes = [np.sort(row) for row in coarse.probe(queries, 4)[1]]
+    orders = [coarse.rank(query) for query in queries]
+    counts = replay(world.index.extents, make_policy(kind, world.index.manifest.nlist), 0.5, orders, probes, arena_bytes, 0.0)  # fmt: skip
+    assert [report.lists_hit for report in reports] == counts.hits.tolist()
+    assert (counts.hits.sum() > 0) == (kind in KEEPING)
+
+
+def test_traces_are_what_they_say():
+    topic = np.arange(200) % 10
+    asked = {name: trace(name, topic, 400, 1) for name in TRACES}
+    assert all(each.shape == (400,) and 0 <= each.min() <= each.max() < 200 for each in asked.values())
+    assert asked["recorded"].tolist() == [number % 200 for number in range(400, 800)]
+    distinct = [len(set(asked[f"zipf {exponent}"].tolist())) for exponent in ("0.6", "1.0", "1.4")]
+    assert distinct == sorted(distinct, reverse=True)
+    bursts = topic[asked["bursts"]]
+    assert (bursts[1:] == bursts[:-1]).mean() == pytest.approx(STAY + (1 - STAY) / 10, abs=0.08)
+    frequent = [np.bincount(topic[part], minlength=10).argmax() for part in np.split(asked["drift"], 4)]
+    assert len(set(frequent)) > 1
+    np.testing.assert_array_equal(asked["topics"], trace("topics", topic, 400, 1))
+
+
+def test_a_skew_draws_the_first_questions_more_often():
+    assert sequence(7, 0.0, 3) == list(range(7))
+    drawn = sequence(500, 1.0, 3)
+    assert len(drawn) == 500
+    assert drawn == sequence(500, 1.0, 3) != sequence(500, 1.0, 4)
+    counts = np.bincount(drawn, minlength=500)
+    assert counts[0] > counts[9] > counts[200:].mean()
+    assert counts[0] / 500 == pytest.approx(1 / np.sum(1 / np.arange(1, 501)), rel=0.35)
+    assert len(set(sequence(500, 2.0, 3))) < len(set(drawn)) < 500
+
+
+QUESTIONS = ("Where do owls live?", "Where do bees live?", "What do ants eat?", "What do cows eat?",
+             "Where do eels live?", "What do hens eat?")  # fmt: skip
+
+
+def written(request):
+    """The first passage about an animal that was asked about."""
+    asked = request.messages[-1].content.lower().split()
+    return next(text for text in TEXTS if text.split()[0] in asked)
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """Six questions over an arena of half the lists, without warming up."""
+    world = World(tmp_path / "index")
+    opened = Opened(world.index, Passages.open(world.index.paths.passages), WordHashes())
+    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.extents.sum() // 2))
+    texts = ScriptedGenerator(written)
+    setup = Setup(opened, texts, Settings(3, 6, Lookahead.OFF, 20), options, Pages.COLD)
+    advances = []
+    made = Ask(setup, (SystemName.FETCH,), {"animals": QUESTIONS}, {PipelineName.HYDE: make_pipeline(PipelineName.HYDE)}, num_warmups=0,
+               repeats=1, seed=0, detailed=False, counting=lambda _what, total: nullcontext(advances.append))  # fmt: skip
+    return made
+
+
+def hits_of(outcome):
+    return {(cell.system, cell.key["skew"]): cell.values["hit_share"] for cell in outcome.cells}
+
+
+def test_every_skew_begins_with_empty_arenas_and_has_cells_of_its_own(ask):
+    both = cache(ask, list(CacheKind), [0.5], 0.0, 0.0, [0.0, 2.0])
+    alone = cache(ask, list(CacheKind), [0.5], 0.0, 0.0, [2.0])
+    assert set(hits_of(both)) == {(kind.value, skew) for kind in CacheKind for skew in (0.0, 2.0)}
+    assert all(set(cell.key) == set(SUITES[SuiteName.CACHE].axes) for cell in both.cells)
+    assert {key: share for key, share in hits_of(both).items() if key[1] == 2.0} == hits_of(alone)
+    assert all(hits_of(both)["none", skew] == 0 for skew in (0.0, 2.0))
+    assert all(hits_of(both)[kind.value, 2.0] > hits_of(both)[kind.value, 0.0] for kind in KEEPING)
+    distinct = {cell.key["skew"]: cell.values["distinct_questions"] for cell in both.cells}
+    assert distinct == {0.0: 6, 2.0: len(set(sequence(6, 2.0, 0)))}
+    compared = {(each.under, each.key["skew"]) for each in both.ratios}
+    assert compared == {(kind.value, skew) for kind in KEEPING for skew in (0.0, 2.0)}
+    for skew in (0.0, 2.0):
+        assert len({cell.values["bytes_wanted"] for cell in both.cells if cell.key["skew"] == skew}) == 1
+
+
+def test_only_hotness_is_measured_for_every_share(ask):
+    outcome = cache(ask, list(CacheKind), [0.5, 0.25], 0.5, 0.0)
+    places = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
+    assert sorted(places) == [
+        ("frequency", 0.5),
+        ("hotness", 0.25),
+        ("hotness", 0.5),
+        ("lru", 0.5),
+        ("none", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pipelines", "message"),
+    [
+        ((PipelineName.HYDE, PipelineName.NAIVE), "cache is for one pipeline and 2 are named"),
+        ((PipelineName.NAIVE,), "cache is for pipelines that write, then retrieve once, and naive has 1"),
+    ],
+)
+def test_what_cache_cannot_compare_is_refused(ask, pipelines, message):
+    asked = replace(ask, pipelines={name: make_pipeline(name) for name in pipelines})
+    with pytest.raises(UsageError, match=message):
+        cache(asked, list(CacheKind), [0.5], 0.0, 0.0)
+
+
+def test_a_skew_below_nothing_is_refused():
+    refused = CliRunner().invoke(app, ["bench", "cache", "nowhere", "--skew", "-1"])
+    assert refused.exit_code == EXIT_USAGE
+    assert "--skew" in refused.stderr
