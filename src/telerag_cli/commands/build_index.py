@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from telerag_cli import console
+from telerag_cli.commands.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
 from telerag_cli.config import KeptType, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import UsageError
 
@@ -42,6 +44,9 @@ def build_index(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index, or a build begun otherwise.")
     ] = False,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Build an IVF index from embeddings, out of core; an interrupted build resumes.
 
@@ -52,20 +57,35 @@ def build_index(
 
     from telerag_cli.corpus.embeddings import Embeddings
     from telerag_cli.index.build import BuildOptions, build, finished, plan_build
+    from telerag_cli.index.scoring import faiss_threads
     from telerag_cli.index.train import find_gpu
 
     with console.stdout_reserved():
         gpu = find_gpu(device)
+        if ray or ray_address is not None:  # workers need not have this process's working folder
+            embeddings, root = embeddings.absolute(), output.absolute()
+        else:
+            root = output
         source = Embeddings.open(embeddings, column)
         options = BuildOptions(count, metric, storage, seed, memory_bytes, gpu, str(keep_vectors or ""))
-        plan = plan_build(source, output, options)
-        if finished(plan) and not overwrite:
+        plan = plan_build(source, root, options)
+        kept = finished(plan) and not overwrite
+        if kept:
             console.say(f"{output} is already built from these embeddings with these options.")
         else:
             _show_plan(plan)
             if device == "auto" and gpu is not None:
                 console.say(f"k-means runs on cuda:{gpu}, which Faiss finds; --device cpu keeps it off.")
-        index = build(source, output, options, overwrite=overwrite, progress=console.progress, plan=plan)
+        # The scores of Faiss differ in their last bit with its threads: workers have as many as this process.
+        with contextlib.ExitStack() as stack:
+            pool = (
+                None
+                if kept
+                else stack.enter_context(ray_pool(ray, ray_address, workers, threads=faiss_threads()))
+            )
+            index = build(
+                source, root, options, overwrite=overwrite, progress=console.progress, plan=plan, pool=pool
+            )
         console.table("", COLUMNS, index_rows(index.manifest))
     console.emit(str(output))
 

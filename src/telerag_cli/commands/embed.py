@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from telerag_cli import console
+from telerag_cli.commands.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
 from telerag_cli.config import DEFAULT_EMBEDDER
-from telerag_cli.errors import InputError
+from telerag_cli.errors import InputError, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from telerag_cli.cluster.data import Pool
+    from telerag_cli.embedding.job import Makers
 
 
 def embed(
@@ -50,11 +57,20 @@ def embed(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and count them.")
     ] = False,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
 ) -> None:
     """Embed a corpus into a folder of Parquet shards; a killed run resumes."""
     from telerag_cli.corpus.readers import count_passages, find_sources, read_passages
 
     found = find_sources(sources)  # before the seconds that loading a model takes
+    remote = ray or ray_address is not None
+    if remote and ":" in device:
+        raise UsageError(
+            f"--device is {device}, and Ray gives each worker a GPU.",
+            remedy="Use --device cuda, auto or cpu.",
+        )
 
     from itertools import islice
 
@@ -62,7 +78,8 @@ def embed(
     from telerag_cli.embedding.encoder import Encoder
     from telerag_cli.embedding.job import embed_passages
 
-    encoder = Encoder.load(model, device=device, dtype=precision)
+    # With Ray this process only counts tokens, and settles the precision.
+    encoder = Encoder.load(model, device="auto" if remote and device == "cuda" else device, dtype=precision)
     bad: list[InputError] = []
     skipped = 0
 
@@ -80,7 +97,10 @@ def embed(
         total = limit if total is None else min(total, limit)
     started = time.perf_counter()
     try:
-        with console.progress("Embedding", total, unit="passages") as advance:
+        with (
+            ray_pool(ray, ray_address, workers, gpus=device != "cpu") as pool,
+            console.progress("Embedding", total, unit="passages") as advance,
+        ):
             report = embed_passages(
                 islice(passages, limit),
                 encoder,
@@ -90,6 +110,7 @@ def embed(
                 shard_rows=shard_rows,
                 batch_size=batch_size,
                 advance=advance,
+                makers=_makers(pool, model, device, batch_size) if pool else None,
             )
     finally:
         if skipped:
@@ -101,10 +122,31 @@ def embed(
     place = f"{report.rows:,} passages in {report.shards:,} shard{'s' * (report.shards != 1)} in {output}"
     if report.embedded:
         kept = report.rows - report.embedded
+        computed_on = f"{pool.workers:,} worker{'s' * (pool.workers != 1)}" if pool else encoder.device
         console.say(
             f"Embedded {report.embedded:,} passages in {seconds:.1f} s ({report.embedded / seconds:,.1f} passages/s, "
-            f"{report.precision} on {encoder.device}){f', kept {kept:,} from before' * bool(kept)}: {place}."
+            f"{report.precision} on {computed_on}){f', kept {kept:,} from before' * bool(kept)}: {place}."
         )
     else:
         console.say(f"Already complete: {place}.")
     console.emit(str(output))
+
+
+def _makers(pool: Pool, model: str, device: str, batch_size: int | None) -> Makers:
+    """Shards made by the workers of a pool."""
+    from telerag_cli.embedding.job import ShardMaker, ShardTask
+
+    if device == "cuda" and not pool.gpus_each:
+        raise ResourceError(
+            "cuda was asked for and Ray finds no GPU on its machines.", remedy="Use --device cpu."
+        )
+    folder = Path(model).expanduser()
+    maker = ShardMaker(
+        str(folder.resolve()) if folder.is_dir() else model, "cuda" if pool.gpus_each else "cpu", batch_size
+    )
+
+    def makers(tasks: Iterable[ShardTask]) -> Generator[int]:
+        # Workers need not have this process's working folder.
+        return pool((replace(task, path=task.path.absolute()) for task in tasks), maker)
+
+    return makers

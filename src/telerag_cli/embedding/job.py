@@ -3,6 +3,9 @@
 The folder holds ``shard-00000.parquet``, ... in the order of the corpus, and ``embeddings.json``, which is there from the
 start and says at the end ``"complete": true``. A shard is whole or absent. A resumed run reads the whole corpus again and
 compares it, by a running digest that each shard records, with what the shards were made of.
+
+What is to be made of a shard, a `ShardTask`, is pickled easily, and `make_shard` needs an encoder beside it and no more; so
+shards can be made elsewhere too (`Makers`). Which are made, and that the folder is whole, is decided here.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +27,7 @@ import xxhash
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Advance, Encoder, FloatArray, Precision
-from telerag_cli.errors import ArtifactError, InputError
+from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
 from telerag_cli.files import checksum, explain, read_json, write_json, writing
 
 VERSION = 1
@@ -55,6 +58,75 @@ class Report:
     precision: str
 
 
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard that is to be made."""
+
+    path: Path
+    rows: list[Passage]
+    header: dict[str, Any]
+    """What the shard records of its making: model, precision, dtype, rows and corpus among it."""
+
+
+Makers = Callable[[Iterable[ShardTask]], Generator[int]]
+"""Makes shards in other processes, which find the folder by the same path: the rows of each, in order, as it is there."""
+
+
+def make_shard(
+    task: ShardTask, encoder: Encoder, batch_size: int | None = None, advance: Advance | None = None
+) -> int:
+    """Embed a shard's passages and write it; the number of them.
+
+    Args:
+        task: the shard.
+        encoder: of the task's model; its precision is set.
+        batch_size: as in `Encoder.encode`.
+        advance: called with the number of passages embedded.
+
+    Raises:
+        ResourceError: the file cannot be written, or the GPU's memory does not hold a batch.
+    """
+    vectors = encoder.encode([row.embedded_text for row in task.rows], batch_size, advance)
+    _write_shard(task.path, task.rows, vectors, task.header["dtype"], task.header)
+    return len(task.rows)
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """Pickled, called once in a process, it returns what makes shards there; the model is loaded with the first."""
+
+    model: str
+    """As in `Encoder.load`; a folder is found by the same path."""
+    device: str
+    batch_size: int | None = None
+
+    def __call__(self) -> Callable[[ShardTask], int]:
+        """What makes a shard and returns its rows."""
+        encoders: list[Encoder] = []
+
+        def make(task: ShardTask) -> int:
+            if not (task.path.parent / DESCRIPTION).exists():
+                raise ResourceError(
+                    f"A worker does not see {task.path.parent} with its {DESCRIPTION}.",
+                    remedy="Choose an --output on a file system that all machines share.",
+                )
+            if not encoders:
+                encoders.append(self._load(task.header))
+            return make_shard(task, encoders[0], self.batch_size)
+
+        return make
+
+    def _load(self, header: dict[str, Any]) -> Encoder:
+        encoder = Encoder.load(self.model, device=self.device, dtype=header["precision"])
+        for name, value in asdict(encoder.info).items():
+            if header[name] != value:
+                raise ModelError(
+                    f"The embedder '{self.model}' of a worker has {name} {value}, and this process's has {header[name]}.",
+                    remedy="Give all machines the same model.",
+                )
+        return encoder
+
+
 def embed_passages(
     passages: Iterable[Passage],
     encoder: Encoder,
@@ -65,13 +137,14 @@ def embed_passages(
     shard_rows: int = DEFAULT_SHARD_ROWS,
     batch_size: int | None = None,
     advance: Advance | None = None,
+    makers: Makers | None = None,
 ) -> Report:
     """Embed a corpus into a folder, or finish what an earlier run of the same left.
 
     Batches never cross a shard, so an interrupted and resumed run writes the same bytes as one that was not.
 
     Args:
-        passages: the corpus; one shard of it is held at a time.
+        passages: the corpus; one shard of it is held at a time, or as many as ``makers`` asks for before they are made.
         encoder: its precision, if still undecided, is the folder's or decided on the first passages.
         output: the folder, made if absent.
         source: names the corpus in errors.
@@ -79,6 +152,7 @@ def embed_passages(
         shard_rows: passages in a shard.
         batch_size: as in `Encoder.encode`.
         advance: called with the number of passages done, those of finished shards included.
+        makers: what makes the shards; None: ``encoder``, here.
 
     Raises:
         InputError: the corpus is empty.
@@ -86,74 +160,106 @@ def embed_passages(
         ResourceError: the folder cannot be written; finished shards are kept.
     """
     with _locked(output):
-        return _embed(iter(passages), encoder, output, source, dtype, shard_rows, batch_size, advance)
-
-
-def _embed(
-    passages: Iterator[Passage],
-    encoder: Encoder,
-    output: Path,
-    source: str,
-    dtype: Dtype,
-    shard_rows: int,
-    batch_size: int | None,
-    advance: Advance | None,
-) -> Report:
-    manifest = output / DESCRIPTION
-    recorded = read_json(manifest) if manifest.exists() else None
-    if recorded is None and any(output.glob("shard-*.parquet")):
-        raise ArtifactError(
-            f"{output} holds shards and no {DESCRIPTION}, so what made them is not known.",
-            remedy="Choose another --output.",
-        )
-    if recorded is not None and (not isinstance(recorded, dict) or recorded.get("format") != FORMAT):
-        raise ArtifactError(f"{manifest} is not of the format {FORMAT}.", remedy="Choose another --output.")
-
-    rows = list(islice(passages, shard_rows))
-    if not rows:
-        raise InputError(
-            f"{source} holds no passage.", remedy="Name a source with at least one line of text."
-        )
-    if encoder.precision is None:
-        if recorded and recorded.get("precision") in get_args(Precision):
-            encoder.precision = recorded["precision"]
+        job = _Job(iter(passages), encoder, output, source, dtype, shard_rows, advance)
+        job.begin()
+        if makers is None:
+            for task in job.missing():
+                job.embedded += make_shard(task, encoder, batch_size, advance)
         else:
-            encoder.decide([row.embedded_text for row in rows])
-    header = _header(encoder, dtype, shard_rows)
-    if recorded is None:
-        write_json(manifest, {**header, "complete": False})
-    else:
-        _refuse_mixing(recorded, header, output)
+            with contextlib.closing(makers(job.missing())) as made:
+                for rows in made:
+                    job.embedded += rows
+                    if advance:
+                        advance(rows)
+        return job.finish()
 
-    digest = xxhash.xxh3_128()
-    total = embedded = number = 0
-    while rows:
-        path = output / shard_name(number)
-        before = digest.copy()
-        _update(digest, rows)
-        if not (path.exists() and _already_done(path, rows, before, digest, source)):
-            if recorded and recorded.get("complete"):  # the corpus has grown
-                write_json(manifest, {**header, "complete": False})
-                recorded = None
-            vectors = encoder.encode([row.embedded_text for row in rows], batch_size, advance)
-            made_of = {"rows": len(rows), "first_row": total, "corpus": _text(digest)}
-            _write_shard(path, rows, vectors, dtype, {**header, **made_of})
-            embedded += len(rows)
-        elif advance:
-            advance(len(rows))
-        total, number = total + len(rows), number + 1
-        rows = list(islice(passages, shard_rows))
 
-    if (output / shard_name(number)).exists():
-        raise ArtifactError(
-            f"{output} holds {shard_name(number)}, and {source} ends after {total:,} passages.",
-            remedy="Choose another --output for this corpus.",
-        )
-    if not (recorded and recorded.get("complete")):
-        shards = [_describe(output / shard_name(index)) for index in range(number)]
-        write_json(manifest, {**header, "complete": True, "rows": total, "shards": shards})
-    assert encoder.precision is not None
-    return Report(total, embedded, number, encoder.precision)
+class _Job:
+    """One run: what the folder is for, which shards it lacks, and that it is whole at the end."""
+
+    def __init__(
+        self,
+        passages: Iterator[Passage],
+        encoder: Encoder,
+        output: Path,
+        source: str,
+        dtype: Dtype,
+        shard_rows: int,
+        advance: Advance | None,
+    ) -> None:
+        self._passages, self._encoder, self._output, self._source = passages, encoder, output, source
+        self._dtype, self._shard_rows, self._advance = dtype, shard_rows, advance
+        self._manifest = output / DESCRIPTION
+        self._rows: list[Passage] = []
+        self._complete = False
+        self._total = self._number = 0
+        self.embedded = 0
+        """Passages embedded by this run."""
+
+    def begin(self) -> None:
+        """Read the first passages, settle the precision, and describe the folder or compare it with its description."""
+        manifest = self._manifest
+        recorded = read_json(manifest) if manifest.exists() else None
+        if recorded is None and any(self._output.glob("shard-*.parquet")):
+            raise ArtifactError(
+                f"{self._output} holds shards and no {DESCRIPTION}, so what made them is not known.",
+                remedy="Choose another --output.",
+            )
+        if recorded is not None and (not isinstance(recorded, dict) or recorded.get("format") != FORMAT):
+            raise ArtifactError(
+                f"{manifest} is not of the format {FORMAT}.", remedy="Choose another --output."
+            )
+        self._rows = list(islice(self._passages, self._shard_rows))
+        if not self._rows:
+            raise InputError(
+                f"{self._source} holds no passage.", remedy="Name a source with at least one line of text."
+            )
+        if self._encoder.precision is None:
+            if recorded and recorded.get("precision") in get_args(Precision):
+                self._encoder.precision = recorded["precision"]
+            else:
+                self._encoder.decide([row.embedded_text for row in self._rows])
+        self._header = _header(self._encoder, self._dtype, self._shard_rows)
+        if recorded is None:
+            self._describe(complete=False)
+        else:
+            _refuse_mixing(recorded, self._header, self._output)
+            self._complete = bool(recorded.get("complete"))
+
+    def missing(self) -> Iterator[ShardTask]:
+        """Read the corpus to its end, and say which shards are not there."""
+        digest = xxhash.xxh3_128()
+        while self._rows:
+            rows, path = self._rows, self._output / shard_name(self._number)
+            before = digest.copy()
+            _update(digest, rows)
+            if not (path.exists() and _already_done(path, rows, before, digest, self._source)):
+                if self._complete:  # the corpus has grown
+                    self._describe(complete=False)
+                made_of = {"rows": len(rows), "first_row": self._total, "corpus": _text(digest)}
+                yield ShardTask(path, rows, {**self._header, **made_of})
+            elif self._advance:
+                self._advance(len(rows))
+            self._total, self._number = self._total + len(rows), self._number + 1
+            self._rows = list(islice(self._passages, self._shard_rows))
+
+    def finish(self) -> Report:
+        """Describe the whole folder."""
+        output, number = self._output, self._number
+        if (output / shard_name(number)).exists():
+            raise ArtifactError(
+                f"{output} holds {shard_name(number)}, and {self._source} ends after {self._total:,} passages.",
+                remedy="Choose another --output for this corpus.",
+            )
+        if not self._complete:
+            shards = [_describe(output / shard_name(index)) for index in range(number)]
+            self._describe(complete=True, rows=self._total, shards=shards)
+        assert self._encoder.precision is not None
+        return Report(self._total, self.embedded, number, self._encoder.precision)
+
+    def _describe(self, *, complete: bool, **more: Any) -> None:
+        write_json(self._manifest, {**self._header, "complete": complete, **more})
+        self._complete = complete
 
 
 def shard_name(number: int) -> str:

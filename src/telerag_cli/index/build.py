@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ import numpy.typing as npt
 from telerag_cli import __version__
 from telerag_cli.config import Metric, Storage, format_bytes
 from telerag_cli.corpus.embeddings import Embeddings
-from telerag_cli.errors import InputError, UsageError
+from telerag_cli.errors import UsageError
 from telerag_cli.files import explain, read_json, write_json, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
@@ -51,7 +51,6 @@ from telerag_cli.index.artifact import (
     lay_out,
     lay_out_vectors,
 )
-from telerag_cli.index.assign import Assigner
 from telerag_cli.index.partial import (
     Making,
     Progress,
@@ -65,18 +64,31 @@ from telerag_cli.index.partial import (
     save_array,
     seal,
     silent,
-    sized,
-    write_at,
 )
 from telerag_cli.index.passages import write_passages
 from telerag_cli.index.recall import ListRecall, Nearest
-from telerag_cli.index.scoring import Coarse, empty_ivf, flat
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.index.stages import (
+    ASSIGN_ROWS,
+    Assigned,
+    Assigning,
+    Encode,
+    Placing,
+    Pool,
+    Span,
+    assignments_path,
+    encoder,
+    held_out,
+    span_rows,
+)
 from telerag_cli.index.train import TrainingPlan, draw_rows, plan_training, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
 
 __all__ = [
     "BuildOptions",
     "BuildPlan",
+    "Encode",
+    "Pool",
     "Progress",
     "build",
     "encoder",
@@ -86,14 +98,9 @@ __all__ = [
     "silent",
 ]
 
-ASSIGN_ROWS = 16384
-"""Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
 CHECKPOINT_BLOCKS = 16
 """Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""
-MAX_FLOAT16 = float(np.finfo(np.float16).max)
 LARGEST_PLACE_BYTES = 512 << 20
-
-Encode = Callable[[FloatArray], npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -221,7 +228,7 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
 
 
 def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrite: bool = False,
-          progress: Progress = silent, plan: BuildPlan | None = None) -> Index:  # fmt: skip
+          progress: Progress = silent, plan: BuildPlan | None = None, pool: Pool | None = None) -> Index:  # fmt: skip
     """Build an index, or go on with one that was interrupted; a finished one of the same parameters is opened as it is.
 
     Args:
@@ -231,6 +238,7 @@ def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrit
         overwrite: replace a finished index, and start over if an interrupted build had other parameters.
         progress: shows the stages.
         plan: `plan_build` of the same, if the caller has it.
+        pool: processes that assign and place; they find the embeddings and ``root`` by the same paths. None: this one does.
 
     Raises:
         ArtifactError: ``root`` is something else, or was begun or built with other parameters.
@@ -244,7 +252,7 @@ def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrit
                "Free space, choose another output, or store less with --storage float16 or int8.")  # fmt: skip
     try:
         with claimed(plan, overwrite):
-            _Build(embeddings, plan, options, progress).run()
+            _Build(embeddings, plan, options, progress, pool).run()
             publish(plan)
     except OSError as error:
         raise explain(error, plan.partial) from error
@@ -255,12 +263,18 @@ class _Build:
     """The stages; each looks at what is there and does what is missing."""
 
     def __init__(
-        self, embeddings: Embeddings, plan: BuildPlan, options: BuildOptions, progress: Progress
+        self,
+        embeddings: Embeddings,
+        plan: BuildPlan,
+        options: BuildOptions,
+        progress: Progress,
+        pool: Pool | None,
     ) -> None:
         self.embeddings, self.plan, self.options, self.progress = embeddings, plan, options, progress
+        self.pool = pool
         self.paths = IndexPaths(plan.partial)
         self.work = plan.partial / "work"
-        self.assignments_path = self.work / "assignments.i32"
+        self.assignments_path = assignments_path(plan.partial)
 
     def run(self) -> None:
         if self.paths.manifest.exists():
@@ -304,39 +318,49 @@ class _Build:
     def assign(self) -> None:
         """The nearest list of every row; and, while the vectors pass by, the exact answers to the held-out queries."""
         state = self.work / "assigned.npz"
-        truth = self._truth()
+        truth = held_out(self.plan.partial, self.options.metric)
         done = 0
         if state.exists():
             with np.load(state) as saved:
                 done, truth.scores, truth.rows = int(saved["done"]), saved["scores"], saved["rows"]
         if done == self.plan.rows:
             return
-        nearest_lists = Assigner(self.centroids, self.options.metric)
         halves = self.options.storage is Storage.FLOAT16 or self.options.keep_vectors == "float16"
-        with (self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
-              self.assignments_path.open("ab") as handle):  # fmt: skip
+        assigning = Assigning(self.embeddings, self.plan.partial, self.options.metric, halves)
+        with (
+            self.progress("Assigning to lists", self.plan.rows, unit="vectors") as advance,
+            self.assignments_path.open("ab") as handle,
+            contextlib.closing(self._assigned(assigning, done, truth)) as blocks,
+        ):
             handle.truncate(4 * done)
             advance(done)
-            for number, (first, block) in enumerate(self.embeddings.batches(ASSIGN_ROWS, done), 1):
-                if halves and np.abs(block).max() > MAX_FLOAT16:
-                    row = first + int(np.abs(block).max(axis=1).argmax())
-                    raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
-                                     remedy="Choose another type than float16 for --storage and --keep-vectors.")  # fmt: skip
-                lists = nearest_lists(block)
-                if (lists < 0).any():
-                    row = int(np.flatnonzero(lists < 0)[0])
-                    length = np.linalg.norm(block[row].astype(np.float64))
-                    raise InputError(f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list "
-                                     "exceeds float32.", remedy="Scale the vectors down.")  # fmt: skip
-                handle.write(lists.astype(np.int32).tobytes())
-                truth.update(first, block)
-                done = first + len(block)
+            for number, block in enumerate(blocks, 1):
+                handle.write(block.lists.tobytes())
+                truth.merge(block.found)
+                done = block.first + len(block.lists)
                 if number % CHECKPOINT_BLOCKS == 0 or done == self.plan.rows:
                     handle.flush()
                     os.fsync(handle.fileno())
                     with writing(state) as temporary, temporary.open("wb") as saved_to:
                         np.savez(saved_to, done=done, scores=truth.scores, rows=truth.rows)
-                advance(len(block))
+                advance(len(block.lists))
+
+    def _assigned(self, assigning: Assigning, done: int, truth: Nearest) -> Generator[Assigned]:
+        """The blocks from row ``done`` on, in order; ``truth`` grows meanwhile."""
+        if self.pool is None:
+            assign = assigning.open()
+            for first, vectors in self.embeddings.batches(ASSIGN_ROWS, done):
+                yield assign(first, vectors, truth.least)
+            return
+        step = span_rows(self.embeddings, ASSIGN_ROWS)
+        # What is known is so when the span is sent: it may be of fewer rows than those before it, and lets more pass.
+        spans = (
+            Span(first, min(first + step, self.plan.rows), truth.least)
+            for first in range(done, self.plan.rows, step)
+        )
+        with contextlib.closing(self.pool(spans, assigning)) as results:
+            for blocks in results:
+                yield from blocks
 
     def place(self) -> None:
         """Write each row's code and number where the sizes of the lists say; rows of a list keep their order."""
@@ -344,71 +368,57 @@ class _Build:
         lists = np.memmap(self.assignments_path, np.int32, "r", shape=(plan.rows,))
         sizes = _count(lists, plan.training.nlist, 0, plan.rows)
         table, total_bytes = lay_out(sizes, plan.code_size)
-        if not self.paths.offsets.exists():
-            save_array(self.paths.offsets, table)
         state = self.work / "placed.json"
         done = int(read_json(state)["rows"]) if state.exists() else 0
         if done == plan.rows:
             return
         filled = _count(lists, plan.training.nlist, 0, done)
-        encode = self._encoder()
-        header, vector_bytes = lay_out_vectors(plan.rows, plan.dimension, self.options.keep_vectors)
-        offset, rows_at = (
-            table[:, 2].astype(np.int64),
-            (table[:, 2] + table[:, 1] * np.uint64(plan.code_size)).astype(np.int64),
-        )
-        synced: Future[None] | None = None
+        rows = plan.place_rows if self.pool is None else max(1, plan.place_rows // self.pool.workers)
+        placing = Placing(self.embeddings, plan.partial, self.options.metric, self.options.storage,
+                          self.options.keep_vectors, rows)  # fmt: skip
+        placing.prepare(table, total_bytes)
         with (
             self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
-            sized(self.paths.lists, total_bytes) as descriptor,
-            sized(self.paths.vectors, plan.vectors_bytes) if header else contextlib.nullcontext() as vectors,
-            ThreadPoolExecutor(1) as disk,
+            contextlib.closing(self._placed(placing, lists, filled, done)) as ends,
         ):
-            if vectors is not None:
-                write_at(vectors, memoryview(header), 0)
-
-            def keep(rows: int) -> None:
-                """What was written is on disk before it is counted as done; meanwhile the next block is placed."""
-                os.fdatasync(descriptor)
-                if vectors is not None:
-                    os.fdatasync(vectors)
-                write_json(state, {"rows": rows})
-
             advance(done)
-            for first, block in self.embeddings.batches(plan.place_rows, done):
-                if vectors is not None:
-                    # Before there are codes, so that this copy takes no memory beside theirs.
-                    kept = block.astype(self.options.keep_vectors, copy=False)
-                    write_at(vectors, kept.data.cast("B"), len(header) + first * vector_bytes)
-                    del kept
-                chosen = lists[first : first + len(block)]
-                order = np.argsort(chosen, kind="stable")
-                codes, rows = encode(block)[order], first + order
-                present, begin, count = np.unique(chosen[order], return_index=True, return_counts=True)
-                code_places = offset[present] + filled[present] * plan.code_size
-                row_places = rows_at[present] + filled[present] * ID_BYTES
-                code_bytes, row_bytes = (
-                    codes.view(np.uint8).data.cast("B"),
-                    rows.view(np.uint8).data.cast("B"),
-                )
-                for low, high, code_place, row_place in zip(
-                    begin.tolist(),
-                    (begin + count).tolist(),
-                    code_places.tolist(),
-                    row_places.tolist(),
-                    strict=True,
-                ):
-                    write_at(descriptor, code_bytes[low * plan.code_size : high * plan.code_size], code_place)
-                    write_at(descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
-                filled[present] += count
+            for end in ends:
+                write_json(state, {"rows": end})
+                advance(end - done)
+                done = end
+        assert (filled == sizes).all()
+
+    def _placed(
+        self, placing: Placing, lists: npt.NDArray[np.int32], filled: IntArray, done: int
+    ) -> Generator[int]:
+        """Place what is not, and say after each part how many rows are, on the disk; ``filled`` counts them."""
+        plan, rows = self.plan, placing.block_rows
+        if self.pool is not None:
+            step = span_rows(self.embeddings, rows)
+
+            def spans(start: int) -> Iterator[Span]:
+                for first in range(start, plan.rows, step):
+                    end = min(first + step, plan.rows)
+                    yield Span(first, end, filled.copy())
+                    filled[:] += _count(lists, plan.training.nlist, first, end)
+
+            with contextlib.closing(self.pool(spans(done), placing)) as ends:
+                yield from ends
+            return
+        synced: Future[None] | None = None
+        end = done
+        with contextlib.closing(placing.open()) as placer, ThreadPoolExecutor(1) as disk:
+            for first, block in self.embeddings.batches(rows, done):
+                placer.place(first, block, filled)
+                # What was written is on disk before it is counted as done; meanwhile the next block is placed.
                 if synced is not None:
                     synced.result()
-                synced = disk.submit(keep, first + len(block))
-                advance(len(block))
-                del codes, rows, code_bytes, row_bytes
+                    yield end
+                end = first + len(block)
+                synced = disk.submit(placer.sync)
             if synced is not None:
                 synced.result()
-        assert (filled == sizes).all()
+                yield end
 
     @contextlib.contextmanager
     def _passages_beside(self) -> Iterator[None]:
@@ -447,7 +457,7 @@ class _Build:
         """Sum every byte, search the lists while they pass by, and write the manifest."""
         plan, options, paths = self.plan, self.options, self.paths
         table: TableArray = np.load(paths.offsets)
-        truth = self._truth()
+        truth = held_out(plan.partial, options.metric)
         with np.load(self.work / "assigned.npz") as saved:
             truth.scores, truth.rows = saved["scores"], saved["rows"]
         recall = ListRecall(truth, Coarse(self.centroids, options.metric), paths.lists, table, plan.code_size,
@@ -464,30 +474,6 @@ class _Build:
             source=plan.parameters["embeddings"], created_by=f"telerag {__version__}",
         )  # fmt: skip
         seal(paths, about, sums, whole, self.progress)
-
-    def _truth(self) -> Nearest:
-        with np.load(self.work / "queries.npz") as saved:
-            return Nearest(saved["vectors"], saved["rows"], self.options.metric)
-
-    def _encoder(self) -> Encode:
-        return encoder(self.centroids, self.options.metric, self.options.storage, self.ranges)
-
-
-def encoder(centroids: FloatArray, metric: Metric, storage: Storage, trained: FloatArray | None) -> Encode:
-    """What makes codes of vectors: (n, dimension) float32 to (n, code_size) uint8.
-
-    Args:
-        centroids: of the index, (nlist, dimension).
-        metric: of the index.
-        storage: how vectors are kept.
-        trained: `train_ranges`, for ``int8``.
-    """
-    if storage is Storage.FLOAT32:
-        return lambda block: block.view(np.uint8)
-    # The quantizer inside the very index that will scan these codes.
-    ivf = empty_ivf(flat(centroids, metric), centroids.shape[1], len(centroids), metric, storage, trained)
-    encode: Encode = lambda block: ivf.sq.compute_codes(block)  # noqa: E731
-    return encode
 
 
 def _count(lists: npt.NDArray[np.int32], nlist: int, start: int, stop: int) -> IntArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -28,6 +29,15 @@ def closeness(queries: FloatArray, vectors: FloatArray, metric: Metric) -> Float
     return scores
 
 
+@dataclass(frozen=True)
+class Found:
+    """The ten best rows of a block, (n, 10) in no order, for the queries of these numbers, (n,)."""
+
+    queries: IntArray
+    scores: FloatArray
+    rows: IntArray
+
+
 class Nearest:
     """The exact ten nearest rows of each query, kept while the vectors stream by; a query's own row does not count."""
 
@@ -36,18 +46,31 @@ class Nearest:
         self.scores = np.full((len(queries), NEIGHBOURS), WORST, np.float32)
         self.rows = np.full((len(queries), NEIGHBOURS), -1, np.int64)
 
+    @property
+    def least(self) -> FloatArray:
+        """What a score must exceed to count, (queries,): that of the tenth best so far."""
+        return self.scores[:, -1].copy()
+
     def update(self, first: int, vectors: FloatArray) -> None:
         """See the vectors of rows ``first``, ``first + 1``, ..."""
+        self.merge(self.found(first, vectors, self.least))
+
+    def found(self, first: int, vectors: FloatArray, least: FloatArray) -> Found:
+        """What of these rows may be among the nearest, if ``least`` was `least` at some moment before them."""
         if not len(self.queries):
-            return
+            return Found(np.empty(0, np.int64), self.scores, self.rows)
         scores = closeness(self.queries, vectors, self.metric)
         inside = np.flatnonzero((self.own_rows >= first) & (self.own_rows < first + len(vectors)))
         scores[inside, self.own_rows[inside] - first] = WORST
         # After the first blocks next to nothing passes the tenth best so far, so this costs one comparison per score.
-        better = np.flatnonzero((scores > self.scores[:, -1:]).any(axis=1))
-        best_scores, best_rows = _best(scores[better], np.arange(first, first + len(vectors)))
+        better = np.flatnonzero((scores > least[:, None]).any(axis=1))
+        return Found(better, *_best(scores[better], np.arange(first, first + len(vectors))))
+
+    def merge(self, found: Found) -> None:
+        """Take in what was found in rows after those seen so far."""
+        better = found.queries
         self.scores[better], self.rows[better] = _merge(
-            self.scores[better], self.rows[better], best_scores, best_rows
+            self.scores[better], self.rows[better], found.scores, found.rows
         )
 
 

@@ -1,0 +1,1 @@
+"""More than one process, or machine: Ray, and what runs on it. Ray is an extra, imported only inside functions."""

@@ -1,0 +1,336 @@
+"""Work spread over processes by Ray: the same bytes, whatever happens to the workers, and Ray left as it was found."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from telerag_cli.app import app
+from telerag_cli.cluster import data as cluster_data
+from telerag_cli.cluster.data import Pool, stream
+from telerag_cli.cluster.session import Cluster, cause, joined
+from telerag_cli.config import Metric, Storage
+from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.corpus.passages import Passage
+from telerag_cli.embedding.encoder import EncoderInfo
+from telerag_cli.embedding.job import embed_passages, make_shard
+from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
+from telerag_cli.index.build import BuildOptions, build
+from telerag_cli.index.recall import Nearest
+from telerag_cli.index.stages import ASSIGN_ROWS
+from vector_files import clustered, write_parquet
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+POOL = Pool(2, 1, 0.0, {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """One for all tests here; afterwards nothing of it may be left in this process."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    before = dict(os.environ), signal.getsignal(signal.SIGTERM), sys.excepthook
+    with joined(cpus=2) as found:
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+        yield found
+    assert (dict(os.environ), signal.getsignal(signal.SIGTERM), sys.excepthook) == before
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_what_was_started_here_is_told(cluster):
+    assert (cluster.nodes, cluster.cpus, cluster.local) == (1, 2, True)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """A worker of numbers; it kills itself at the first item that says so, and refuses one that is no number."""
+
+    marker: Path | None = None
+
+    def __call__(self):
+        def work(item):
+            if item == "die" and not self.marker.exists():
+                self.marker.touch()
+                item = "fatal"
+            if item == "fatal":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item == "bad":
+                raise InputError("c.jsonl:4: not a number.", remedy="Write one.")
+            return (0 if item == "die" else item * item), os.getpid()
+
+        return work
+
+
+def test_results_come_in_order_and_a_killed_worker_loses_nothing(cluster, tmp_path):
+    items = [*range(6), "die", *range(7, 20)]
+    read = []
+
+    def source():
+        for item in items:
+            read.append(item)
+            yield item
+
+    results = []
+    for result in stream(source(), Squares(tmp_path / "died"), 2, ahead=5):
+        results.append(result)
+        assert len(read) - len(results) < 5
+    assert (tmp_path / "died").exists()
+    assert [square for square, _pid in results] == [0 if item == "die" else item * item for item in items]
+    assert len({pid for _square, pid in results}) >= 2
+
+
+def test_what_a_worker_raises_is_raised_as_it_was(cluster):
+    with pytest.raises(TeleragError) as caught:
+        list(stream([1, 2, 3, "bad", 5], Squares(), 2))
+    assert type(caught.value) is InputError
+    assert str(caught.value) == "c.jsonl:4: not a number. Write one."
+
+
+def test_what_kills_every_worker_ends(cluster):
+    with pytest.raises(ResourceError, match="Workers died 4 times at the same piece of work"):
+        list(stream(["fatal"], Squares(), 1))
+
+
+def test_what_the_items_raise_comes_after_the_results_of_those_before(cluster):
+    def source():
+        yield from (1, 2, 3)
+        raise InputError("line 4 is bad")
+
+    results = []
+    with pytest.raises(InputError, match="line 4 is bad"):
+        results.extend(square for square, _pid in stream(source(), Squares(), 2))
+    assert results == [1, 4, 9]
+
+
+def test_a_stream_that_is_not_read_to_its_end_stops_its_workers(cluster):
+    results = stream(iter(range(10_000)), Squares(), 2)
+    _square, pid = next(results)
+    results.close()
+    ends = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@dataclass
+class Letters:
+    """Stands in for an encoder: counts letters, or has no room for a text."""
+
+    too_much: str = ""
+    precision: str = "float32"
+    info = EncoderInfo("letters", 4, "mean", True, None, 16, "xxh3:0")
+
+    def encode(self, texts, batch_size=None, advance=None):
+        if self.too_much in texts:
+            raise ResourceError("It does not fit.", remedy="Use less.")
+        return np.array([[text.count(letter) for letter in "abcd"] for text in texts], np.float32)
+
+
+def makers(too_much):
+    """Shards made by workers."""
+
+    def letters():
+        return partial(make_shard, encoder=Letters(too_much))
+
+    return partial(POOL, make_worker=letters)
+
+
+def test_embeddings_are_the_same_bytes_and_go_on_from_each_other(cluster, tmp_path):
+    rows = [Passage(str(index), "a" * index + "b", {"n": index}) for index in range(30)]
+    here, there = tmp_path / "here", tmp_path / "there"
+    embed_passages(rows, Letters(), here, shard_rows=4)
+    with pytest.raises(ResourceError, match="It does not fit"):
+        embed_passages(rows, Letters(), there, shard_rows=4, makers=makers(rows[22].text))
+    left = {path.name for path in there.glob("*.parquet")}
+    assert "shard-00005.parquet" not in left
+    done = []
+    report = embed_passages(rows, Letters(), there, shard_rows=4, advance=done.append, makers=makers(""))
+    assert contents(there) == contents(here)
+    assert (report.rows, sum(done)) == (30, 30)
+    assert report.embedded == 30 - sum(2 if name == "shard-00007.parquet" else 4 for name in left)
+    (there / "shard-00003.parquet").unlink()
+    embed_passages(rows, Letters(), there, shard_rows=4)
+    assert contents(there) == contents(here)
+
+
+class StopError(Exception):
+    pass
+
+
+def until(stage):
+    """A progress that ends the build where a stage begins."""
+
+    @contextlib.contextmanager
+    def progress(description, _total, *, unit=""):
+        if description.startswith(stage):
+            raise StopError
+        yield lambda count: None
+
+    return progress
+
+
+@pytest.mark.parametrize("first", [None, POOL], ids=["begun here", "begun there"])
+def test_an_index_is_the_same_bytes_and_goes_on_from_each_other(cluster, tmp_path, first):
+    vectors = clustered(2 * ASSIGN_ROWS + 1000, 8)
+    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    options = BuildOptions(16, Metric.L2, Storage.INT8, keep_vectors="float16")
+    build(source, tmp_path / "here", options)
+    with pytest.raises(StopError):
+        build(source, tmp_path / "there", options, pool=first, progress=until("Placing"))
+    build(source, tmp_path / "there", options, pool=POOL if first is None else None)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_answers_found_with_what_was_known_earlier_are_the_same():
+    vectors = np.round(clustered(6000, 8), 2)  # with equal scores among them
+    own = np.array([3, 1999, 5999])
+    at_once, stale = (Nearest(vectors[own], own, Metric.IP) for _ in range(2))
+    known = [stale.least] * 3
+    for first in range(0, 6000, 500):
+        at_once.update(first, vectors[first : first + 500])
+        stale.merge(stale.found(first, vectors[first : first + 500], known.pop(0)))
+        known.append(stale.least)
+    assert (stale.rows == at_once.rows).all()
+    assert (stale.scores == at_once.scores).all()
+
+
+@pytest.mark.parametrize(
+    ("cluster_has", "options", "workers", "cpus", "gpus"),
+    [
+        (Cluster(1, 8, 0, True), {}, 8, 1, 0),
+        (Cluster(1, 8, 0, True), {"workers": 3}, 3, 2, 0),
+        (Cluster(1, 2, 0, True), {"workers": 4}, 4, 0.5, 0),
+        (Cluster(2, 16, 2, False), {"gpus": True}, 2, 1, 1),
+        (Cluster(2, 16, 2, False), {"gpus": True, "workers": 3}, 3, 1, 0.5),
+        (Cluster(2, 16, 2, False), {}, 16, 1, 0),
+        (Cluster(2, 16, 0, False), {"threads": 8}, 2, 8, 0),
+        (Cluster(2, 16, 0, False), {"threads": 32}, 2, 8, 0),  # no machine has 32
+    ],
+)
+def test_shares_of_workers(monkeypatch, cluster_has, options, workers, cpus, gpus):
+    monkeypatch.setattr(cluster_data, "_fewest_cpus", lambda: 8 if cluster_has.cpus > 2 else 2)
+    pool = Pool.of(cluster_has, options.pop("workers", None), **{"gpus": False, **options})
+    assert (pool.workers, pool.cpus_each, pool.gpus_each) == (workers, cpus, gpus)
+    threads = options.get("threads")
+    assert pool.environment == (threads and {"OMP_NUM_THREADS": str(threads)})
+
+
+def test_without_ray_the_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ResourceError) as caught, joined():
+        pass
+    assert "needs the package ray" in caught.value.message
+    assert "pip install 'telerag-cli[ray]'" in caught.value.remedy
+
+
+@pytest.mark.parametrize("address", ["here", "host:port", "host:0", ":6379", "ray://host:10001"])
+def test_what_is_no_address(address):
+    with pytest.raises(UsageError, match="--ray-address is"), joined(address):
+        pass
+
+
+def test_nobody_at_the_address_is_found_out_at_once():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with (
+            pytest.raises(ResourceError, match=f"no Ray cluster to join at {address}: Connection refused"),
+            joined(address),
+        ):
+            pass
+
+
+def test_a_lost_worker_is_a_sentence():
+    told = cause(ray.exceptions.WorkerCrashedError())
+    assert isinstance(told, ResourceError)
+    assert told.message.startswith("A worker of Ray was lost: ")
+
+
+def telerag(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", ["embed", "build-index"])
+def test_workers_without_ray_are_refused(tmp_path, command):
+    write_parquet(tmp_path / "e.parquet", clustered(100, 8))
+    result = telerag(command, tmp_path / "e.parquet", "-o", tmp_path / "out", "--workers", 2)
+    assert result.exit_code == 2
+    assert "--workers is 2, and without Ray this process is the only one" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_chooses_the_gpu(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n')
+    result = telerag("embed", tmp_path / "c.jsonl", "-o", tmp_path / "e", "--ray", "--device", "cuda:1")
+    assert result.exit_code == 2
+    assert "--device is cuda:1, and Ray gives each worker a GPU" in result.stderr
+
+
+def test_a_running_cluster_is_joined_and_goes_on(cluster):
+    code = (
+        "import sys\n"
+        "from telerag_cli.cluster.session import joined\n"
+        "with joined(sys.argv[1]) as found: print(found)\n"
+    )
+    address = ray.get_runtime_context().gcs_address
+    done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, check=False)
+    assert done.stdout == "Cluster(nodes=1, cpus=2, gpus=0, local=False)\n", done.stderr
+    assert done.stderr == ""
+    assert ray.get(ray.put(1)) == 1
+
+
+@pytest.fixture
+def commands(cluster, tmp_path, monkeypatch):
+    """Runs a command once alone and once with Ray, and says that both left the same."""
+
+    @contextlib.contextmanager
+    def here(address=None, *, cpus=None):
+        yield cluster
+
+    monkeypatch.setattr("telerag_cli.cluster.session.joined", here)
+    monkeypatch.chdir(tmp_path)
+
+    def both(*arguments):
+        assert telerag(*arguments, "-o", "alone").exit_code == 0
+        result = telerag(*arguments, "-o", "spread", "--ray", "--workers", 1)
+        assert (result.exit_code, result.stdout) == (0, "spread\n"), result.stderr
+        assert "Ray runs 1 worker on this machine." in result.stderr
+        return contents(tmp_path / "alone") == contents(tmp_path / "spread")
+
+    return both
+
+
+@pytest.mark.model
+def test_embed_with_ray(commands, tmp_path):
+    lines = "".join(f'{{"text": "{"word " * n}{n}"}}\n' for n in range(1, 13))
+    (tmp_path / "c.jsonl").write_text(lines)
+    assert commands("embed", "c.jsonl", "--device", "cpu", "--shard-rows", 5)
+
+
+def test_build_index_with_ray(commands, tmp_path):
+    write_parquet(tmp_path / "e.parquet", clustered(2000, 8))
+    assert commands("build-index", "e.parquet", "--nlist", 16, "--storage", "float16")
