@@ -32,7 +32,7 @@ T = TypeVar("T")
 KEPT_SLOTS = {
     SystemName.REFINED: 0, SystemName.QUESTION: 1, SystemName.PERFECT: 2, SystemName.FAISS_MEMORY: 3, SystemName.FAISS_ONDISK: 4,
     SystemName.FETCH: 5, SystemName.RESIDENT: 6, SystemName.LANCEDB: 7, SystemName.LLM_ONLY: 8, SystemName.FAISS_GPU: 9,
-    SystemName.USELESS: 10, "hotness": 0, "lru": 1, "none": 5,
+    SystemName.USELESS: 10, "hotness": 0, "lru": 1, "frequency": 2, "none": 5,
 }  # fmt: skip
 """Colours of systems that many reports have, so that these agree with each other; whoever comes second takes a free one."""
 
@@ -57,7 +57,9 @@ LINES = {
     SuiteName.NPROBE: Lines("nprobe", ("median_e2el_ms",), instead=("mean_e2el_ms",)),
     SuiteName.HIT_RATE: Lines("budget", ("hit_share",), doubling=False),
     SuiteName.THROUGHPUT: Lines("batch_size", ("request_throughput",), instead=("output_throughput",)),
-    SuiteName.SCALING: Lines("replicas", ("request_throughput",), instead=("output_throughput",)),
+    SuiteName.SCALING: Lines(
+        "replicas", ("request_throughput", "efficiency_share"), instead=("output_throughput",)
+    ),
     SuiteName.CACHE: Lines(
         "cache_fraction", ("hit_share", "median_e2el_ms", "median_join_ms"), doubling=False
     ),
@@ -119,13 +121,17 @@ def _speedups(result: SuiteResult, metric: str, of_systems: Mapping[str, int]) -
     )
     words = label(metric).removesuffix(" (ms)").removesuffix(" (s)")
     most = {over: len({ratio.under for ratio in ratios if ratio.over == over}) for over in overs}
+    simulated = tables.simulated(result.cells)
     baseline = max(overs, key=lambda over: most[over])
     if most[baseline] > 1 or len(overs) == 1:
         # What else was compared stands in the table.
         ratios = [ratio for ratio in ratios if ratio.over == baseline]
         title = f"Speed-up over {baseline}" if is_time(metric) else f"{baseline}, divided by each system"
         entries = {
-            (ratio.over, ratio.under): bar_entry(ratio.under, of_systems[ratio.under]) for ratio in ratios
+            (ratio.over, ratio.under): bar_entry(
+                ratio.under, of_systems[ratio.under], int(ratio.under in simulated)
+            )
+            for ratio in ratios
         }
     elif len(unders) == 1:
         title = (
@@ -133,7 +139,9 @@ def _speedups(result: SuiteResult, metric: str, of_systems: Mapping[str, int]) -
             if is_time(metric)
             else f"Each system, divided by {unders[0]}"
         )
-        entries = {(over, unders[0]): bar_entry(over, of_systems[over]) for over in overs}
+        entries = {
+            (over, unders[0]): bar_entry(over, of_systems[over], int(over in simulated)) for over in overs
+        }
     else:
         title = (
             "Speed-up of the second over the first" if is_time(metric) else "The first divided by the second"
@@ -175,7 +183,8 @@ def _values(
 
 
 def _value_bar(cell: Cell, metric: str, of_systems: Mapping[str, int], scale: float) -> Bar:
-    entry, value = bar_entry(cell.system, of_systems[cell.system]), number(cell.values.get(metric))
+    hatch = int(cell.values.get("simulated") is True)
+    entry, value = bar_entry(cell.system, of_systems[cell.system], hatch), number(cell.values.get(metric))
     if value is None:
         return Bar(entry, None, "no request completed" if tables.has_failed(cell) else "not measured")
     return Bar(entry, scale * value, short(metric, value))
@@ -193,7 +202,7 @@ def _panels(result: SuiteResult, bars: Sequence[tuple[Key, Bar]], title: str, wo
     # An interval may be much longer than its bar; it must not make all of them stubs.
     limit = min(max([most, *ends]), 2.5 * most) * 1.18
     panels = []
-    for where, inside in _by(bars, result.axes[1:]).items():
+    for where, inside in _by(bars, result.axes[1:], named=True).items():
         groups = [(name, [bar for _key, bar in these]) for name, these in _by(inside, across).items()]
         if not across:
             groups = [(bar.entry.label, [bar]) for _name, group in groups for bar in group]
@@ -282,14 +291,16 @@ def _over(result: SuiteResult, lines: Lines, metric: str, drawn: Mapping[str, st
     most = 104.0 if is_share(metric) else 1.08 * scale * max([*values, 0.0]) or 1.0
     words, over = label(metric), label(lines.axis)
     panels = []
+    simulated = tables.simulated(result.cells)
     others = [axis for axis in result.axes if axis != lines.axis]
-    for where, inside in _by([(cell.key, cell) for cell in result.cells], others).items():
+    for where, inside in _by([(cell.key, cell) for cell in result.cells], others, named=True).items():
         cells = [cell for _key, cell in inside]
         xs = _positions([cell.key.get(lines.axis) for cell in cells])
         curves, missing, told = [], [], []
         for system in dict.fromkeys(cell.system for cell in cells):
-            entry = line_entry(system, of_systems[system])
-            for place, (which, name) in enumerate(drawn.items()):
+            first = int(system in simulated)
+            entry = line_entry(system, of_systems[system], first)
+            for place, (which, name) in enumerate(drawn.items(), first):
                 points = []
                 for cell in cells:
                     if cell.system != system:
@@ -396,18 +407,25 @@ def _measured(result: SuiteResult, name: str) -> bool:
     return bool(_values_of(result, [name]))
 
 
-def _by(items: Sequence[tuple[Key, T]], axes: Sequence[str]) -> dict[str, list[tuple[Key, T]]]:
+def _by(
+    items: Sequence[tuple[Key, T]], axes: Sequence[str], *, named: bool = False
+) -> dict[str, list[tuple[Key, T]]]:
     groups: dict[str, list[tuple[Key, T]]] = {}
     for key, item in items:
-        groups.setdefault(tables.place(key, axes), []).append((key, item))
+        groups.setdefault(tables.place(key, axes, named=named), []).append((key, item))
     return groups
 
 
 def _legend(
-    result: SuiteResult, of_systems: Mapping[str, int], entry: Callable[[str, int], Entry]
+    result: SuiteResult, of_systems: Mapping[str, int], entry: Callable[[str, int, int], Entry]
 ) -> tuple[Entry, ...]:
-    present = {cell.system for cell in result.cells}
-    return tuple(entry(name, of_systems[name]) for name in tables.systems(result) if name in present)
+    """Systems that have cells; those that were only simulated are hatched, and their lines dashed."""
+    present, simulated = {cell.system for cell in result.cells}, tables.simulated(result.cells)
+    return tuple(
+        entry(name, of_systems[name], int(name in simulated))
+        for name in tables.systems(result)
+        if name in present
+    )
 
 
 def _axis_value(value: Any) -> Any:

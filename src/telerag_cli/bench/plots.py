@@ -100,6 +100,8 @@ class Entry:
     marker: str = ""
     """Of a line; none for a bar."""
     hatch: str = ""
+    style: Any = "-"
+    """Of a line."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,17 @@ def bar_entry(name: str, slot: int, hatch: int = 0) -> Entry:
     return Entry(name, f"s{colour}", "■", SERIES[colour][0], hatch=pattern)
 
 
-def line_entry(name: str, slot: int) -> Entry:
-    """How a system's lines look; see `bar_entry`."""
+def line_entry(name: str, slot: int, style: int = 0) -> Entry:
+    """How a system's lines look; see `bar_entry`.
+
+    Args:
+        name: in the legend.
+        slot: the system's number.
+        style: the first of its styles.
+    """
     colour = slot % len(SERIES)
     marker, glyph = MARKERS[(slot + slot // len(SERIES)) % len(MARKERS)]
-    return Entry(name, f"s{colour}", glyph, SERIES[colour][0], marker)
+    return Entry(name, f"s{colour}", glyph, SERIES[colour][0], marker, style=STYLES[style])
 
 
 def stage_entry(name: str, slot: int) -> Entry:
@@ -401,7 +409,7 @@ def _handles(drawing: Drawing) -> list[Any]:
     from matplotlib.patches import Patch
 
     return [
-        Line2D([], [], color=entry.colour, marker=entry.marker, markersize=5, linewidth=1.6) if entry.marker
+        Line2D([], [], color=entry.colour, marker=entry.marker, markersize=5, linewidth=1.6, linestyle=entry.style) if entry.marker
         else Patch(facecolor=entry.colour, hatch=entry.hatch or None, edgecolor=PAPER, linewidth=0)
         for entry in drawing.legend
     ]  # fmt: skip

@@ -37,6 +37,8 @@ PREFERRED = (
 """Shown first, in this order, where they were measured."""
 LAST = ("duration", "total_input_tokens", "total_output_tokens")
 """Shown first only if there is nothing else."""
+WORDS = ("bottleneck",)
+"""Shown first, behind all figures, though they are none."""
 
 _STATISTIC = re.compile(r"(mean|median|std|min|max|p\d+(?:\.\d+)?)_(.+)")
 _QUANTITIES = {
@@ -58,6 +60,9 @@ _QUANTITIES = {
     "batch_size": "batch size",
     "cache_fraction": "cache, as a share of fast memory",
     "request_rate": "request rate (1/s)",
+    "speedup": "speed-up over one replica",
+    "efficiency_share": "efficiency against one replica",
+    "skew": "skew (Zipf exponent)",
 }
 _UNITS = {"_bytes_per_s": "B/s", "_per_s": "1/s", "_ms": "ms", "_s": "s"}
 
@@ -258,7 +263,8 @@ def headline(result: SuiteResult) -> list[str]:
     chosen += [name for name in others if statistic(name)[1] not in known]
     chosen += [name for name in LAST if name in present]
     counts = [name for name in COUNTS if name in chosen]
-    return counts + [name for name in chosen if name not in COUNTS][:MOST_COLUMNS]
+    words = [name for name in WORDS if any(name in cell.values for cell in result.cells)]
+    return counts + [name for name in chosen if name not in COUNTS][:MOST_COLUMNS] + words
 
 
 def at(key: Key, axis: str) -> str:
@@ -272,9 +278,10 @@ def table_of(cell: Cell, name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def place(key: Key, axes: Sequence[str]) -> str:
-    """``hyde, nq, cold``; empty if there are no axes."""
-    return ", ".join(at(key, axis) for axis in axes)
+def place(key: Key, axes: Sequence[str], *, named: bool = False) -> str:
+    """``hyde, nq, cold``; empty if there are no axes. ``skew 0.6`` if numbers, which do not speak for themselves, are to be named."""
+    names = [f"{axis.replace('_', ' ')} " if named and is_number(key.get(axis)) else "" for axis in axes]
+    return ", ".join(name + at(key, axis) for name, axis in zip(names, axes, strict=True))
 
 
 def why_none(ratio: Ratio) -> str:
@@ -286,6 +293,11 @@ def interval(ratio: Ratio) -> str:
     """``1.2 to 1.4``; `NONE` where there were too few pairs for one."""
     low, high = number(ratio.low), number(ratio.high)
     return f"{times(low)} to {times(high)}" if low and high else NONE
+
+
+def simulated(cells: Iterable[Cell]) -> set[str]:
+    """The systems whose figures were not measured but come from a simulation."""
+    return {cell.system for cell in cells if cell.values.get("simulated") is True}
 
 
 def has_failed(cell: Cell) -> bool:
@@ -304,7 +316,9 @@ def headline_table(result: SuiteResult) -> Table:
     caption = "Main figures by system"
     columns = [column(name, [cell.values.get(name) for cell in result.cells]) for name in names]
     rows = [[shown[place] for shown in columns] for place in range(len(result.cells))]
-    return _cells_table(caption, result, [Column(name, label(name)) for name in names], rows, result.cells)
+    return _cells_table(
+        caption, result, [Column(name, label(name), name not in WORDS) for name in names], rows, result.cells
+    )
 
 
 def ratios_table(result: SuiteResult) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,29 +11,15 @@ import typer
 
 from telerag_cli import console
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
+from telerag_cli.commands.bench_options import WORK, Asking, Keeping, dataset_name, show
 from telerag_cli.commands.bench_report import compare, report
+from telerag_cli.commands.bench_scaling import scaling
 from telerag_cli.commands.bench_serve import serve
 from telerag_cli.commands.grouped import expanded
 from telerag_cli.commands.guard import guarded
 from telerag_cli.commands.keeping import metadata_of, result_path
-from telerag_cli.commands.options import (
-    CtxSizeOption,
-    DeviceOption,
-    EmbedderOption,
-    FastMemoryOption,
-    GpuMemoryOption,
-    HfRepoOption,
-    IndexArgument,
-    KOption,
-    ModelOption,
-    NGpuLayersOption,
-    NprobeOption,
-    RequirePinnedOption,
-    ThreadsOption,
-    TierOption,
-    tier_options,
-)
-from telerag_cli.config import DEFAULT_CTX_SIZE, CacheKind, GeneratorKind, TierKind
+from telerag_cli.commands.options import DeviceOption, tier_options
+from telerag_cli.config import CacheKind, GeneratorKind
 from telerag_cli.errors import UsageError
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
@@ -47,99 +32,11 @@ app = typer.Typer(
     help="Measure, side by side with other systems: each suite stands for a figure of the paper, and its help says which.",
 )
 
-_WHERE = "What is kept"
-_WORK = "How much"
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Options of all suites: where results go."""
-
-    result_dir: Annotated[
-        Path | None,
-        typer.Option(help="Write the result there, as SUITE.json; telerag bench report makes pages of it.  \\[default: nowhere]",
-                     metavar="DIR", show_default=False, rich_help_panel=_WHERE),
-    ] = None  # fmt: skip
-    result_filename: Annotated[
-        str | None,
-        typer.Option(help="Name of that file.  \\[default: SUITE.json]", metavar="NAME", show_default=False, rich_help_panel=_WHERE),
-    ] = None  # fmt: skip
-    save_detailed: Annotated[
-        bool,
-        typer.Option(
-            "--save-detailed", help="Keep every request, not only summaries.", rich_help_panel=_WHERE
-        ),
-    ] = False
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(help="A note to keep with the result; repeatable.", metavar="KEY=VALUE", show_default=False, rich_help_panel=_WHERE),
-    ] = None  # fmt: skip
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=_WHERE),
-    ] = False
-
-
-@dataclass(frozen=True)
-class Asking:
-    """Options of the suites that answer questions."""
-
-    index: IndexArgument
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="Questions: a dataset that telerag data prepared, or a file, one a line or JSONL; repeatable.",
-                     metavar="NAME|FILE", show_default=False, rich_help_panel=_WORK),
-    ] = None  # fmt: skip
-    system: Annotated[
-        list[SystemName] | None,
-        typer.Option(
-            help="What is measured, interleaved; repeatable.", show_default=False, rich_help_panel=_WORK
-        ),
-    ] = None
-    pipeline: Annotated[
-        list[PipelineName] | None,
-        typer.Option(
-            help="How questions are answered; repeatable.", show_default=False, rich_help_panel=_WORK
-        ),
-    ] = None
-    num_prompts: Annotated[
-        int, typer.Option(min=1, help="Questions of each dataset.", rich_help_panel=_WORK)
-    ] = 8
-    num_warmups: Annotated[
-        int, typer.Option(min=0, help="Questions asked before, and not measured.", rich_help_panel=_WORK)
-    ] = 1
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each is asked.", rich_help_panel=_WORK)] = 1
-    seed: Annotated[
-        int, typer.Option(min=0, help="For the choice of questions, and intervals.", rich_help_panel=_WORK)
-    ] = 0
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="Give the texts of a recording (telerag run --record), in the time the LLM takes for as many tokens; "
-                          "without it the LLM writes.", metavar="FILE", show_default=False, rich_help_panel=_WORK),
-    ] = None  # fmt: skip
-    k: KOption = None
-    nprobe: NprobeOption = None
-    tier: TierOption = TierKind.AUTO
-    fast_memory: FastMemoryOption = None
-    gpu_memory: GpuMemoryOption = "auto"
-    require_pinned: RequirePinnedOption = False
-    embedder: EmbedderOption = None
-    device: DeviceOption = "auto"
-    model: ModelOption = None
-    hf_repo: HfRepoOption = None
-    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE
-    n_gpu_layers: NGpuLayersOption = 0
-    threads: ThreadsOption = None
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel="The LLM")
-    ] = 64
-
-
 PagesOption = Annotated[
     Pages,
     typer.Option(
         help="Page cache and arenas when a question comes: emptied, or as earlier questions left them.",
-        rich_help_panel=_WORK,
+        rich_help_panel=WORK,
     ),
 ]
 
@@ -157,7 +54,7 @@ def latency(
             help="Page cache and arenas when a question comes: emptied, or as earlier questions left them; repeatable.  "
             "\\[default: cold]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = None,
 ) -> None:
@@ -187,7 +84,7 @@ def nprobe(
             min=1,
             help="Lists probed; repeatable, in place of --nprobe.  \\[default: 64, 128, 256, 512]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = None,
     pages: PagesOption = Pages.COLD,
@@ -219,7 +116,7 @@ def hit_rate(
             help="Bytes that lookahead may move, as a multiple of those probed; repeatable.  "
             "\\[default: 0.25, 0.5, 0.75, 1, 1.3, 1.6]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = None,
 ) -> None:
@@ -240,19 +137,29 @@ def throughput(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Questions at once; repeatable. Each is tried --repeats times, with other questions.  "
+            help="Questions given together; repeatable. Each is tried --repeats times, with other questions.  "
             "\\[default: 1, 4, 8]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of them, answered at once; the rest wait for the scheduler.  \\[default: all, at most 8]",
+            show_default=False,
+            rich_help_panel=WORK,
         ),
     ] = None,
     pages: PagesOption = Pages.COLD,
 ) -> None:
-    """Questions answered a second, by how many are asked at once: the paper's throughput by batch size."""
+    """Questions answered a second, by how many are given together: the paper's throughput by batch size."""
     from telerag_cli.bench.answering import throughput as measure
 
-    systems = (SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.REFINED)
+    systems = (SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.ARRIVAL, SystemName.REFINED)
     sizes = batch_size or [1, 4, 8]
+    at_once = concurrency or min(8, max(sizes))
     _answering(
         SuiteName.THROUGHPUT,
         asking,
@@ -260,8 +167,8 @@ def throughput(
         systems,
         HYDE,
         pages,
-        lambda ask: measure(ask, sizes),
-        concurrency=max(sizes),
+        lambda ask: measure(ask, sizes, at_once),
+        concurrency=at_once,
     )
 
 
@@ -273,7 +180,7 @@ def cache(
         typer.Option(
             help="What stays in the arena between questions; repeatable.  \\[default: all]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = None,
     cache_fraction: Annotated[
@@ -283,7 +190,7 @@ def cache(
             max=1.0,
             help="Share of the arena kept for hot lists; repeatable.  \\[default: 0.5, 0, 0.25, 0.75]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = None,
     budget: Annotated[
@@ -291,7 +198,7 @@ def cache(
         typer.Option(
             min=0.0,
             help="Bytes that lookahead may move, as a multiple of those probed.",
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
         ),
     ] = 0.5,
     window: Annotated[
@@ -300,21 +207,34 @@ def cache(
             min=0.0,
             help="Seconds for lookahead before each retrieval.  \\[default: what the LLM takes]",
             show_default=False,
-            rich_help_panel=_WORK,
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    skew: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0,
+            max=10.0,
+            help="Which questions are asked: 0 for each once, in order; above it, as many drawn with putting back by a Zipf law "
+            "of this exponent; repeatable.  \\[default: 0]",
+            show_default=False,
+            rich_help_panel=WORK,
         ),
     ] = None,
 ) -> None:
     """What is left of earlier questions, by cache policy and share: the paper's ablation of the cache."""
-    from telerag_cli.bench.answering import cache as measure
+    from telerag_cli.bench.caching import cache as measure
 
     if asking.system:
         raise UsageError(
             "--system has no part in bench cache, whose systems are cache policies.",
             remedy="Name them with --policy.",
         )
-    policies, fractions = policy or list(CacheKind), cache_fraction or [0.5, 0.0, 0.25, 0.75]
+    policies = list(dict.fromkeys(policy or CacheKind))
+    fractions = list(dict.fromkeys(cache_fraction or [0.5, 0.0, 0.25, 0.75]))
+    skews = list(dict.fromkeys(skew or [0.0]))
     _answering(SuiteName.CACHE, asking, keeping, (SystemName.FETCH,), HYDE, Pages.COLD,
-               lambda ask: measure(ask, policies, fractions, budget, window))  # fmt: skip
+               lambda ask: measure(ask, policies, fractions, budget, window, skews))  # fmt: skip
 
 
 def embed(
@@ -322,11 +242,11 @@ def embed(
         str, typer.Argument(help="What telerag embed reads.", metavar="SOURCE", show_default=False)
     ],
     keeping: Keeping,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Passages.", rich_help_panel=_WORK)] = 384,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Passages.", rich_help_panel=WORK)] = 384,
     shortest: Annotated[
-        int, typer.Option(min=0, help="Leave out passages of fewer characters.", rich_help_panel=_WORK)
+        int, typer.Option(min=0, help="Leave out passages of fewer characters.", rich_help_panel=WORK)
     ] = 500,
-    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.", rich_help_panel=_WORK)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs.", rich_help_panel=WORK)] = 5,
     model: Annotated[
         str | None,
         typer.Option(
@@ -360,11 +280,11 @@ def build(
             show_default=False,
         ),
     ],
-    nlist: Annotated[int, typer.Option(min=1, help="Lists.", rich_help_panel=_WORK)] = 4096,
+    nlist: Annotated[int, typer.Option(min=1, help="Lists.", rich_help_panel=WORK)] = 4096,
     memory: Annotated[
         str,
         typer.Option(
-            help="What building may take, see telerag build-index.", metavar="SIZE", rich_help_panel=_WORK
+            help="What building may take, see telerag build-index.", metavar="SIZE", rich_help_panel=WORK
         ),
     ] = "2GiB",
 ) -> None:
@@ -379,7 +299,8 @@ def build(
 
 for _command, _name in (
     (latency, SuiteName.LATENCY), (breakdown, SuiteName.BREAKDOWN), (nprobe, SuiteName.NPROBE), (hit_rate, SuiteName.HIT_RATE),
-    (throughput, SuiteName.THROUGHPUT), (cache, SuiteName.CACHE), (embed, SuiteName.EMBED), (build, SuiteName.BUILD),
+    (throughput, SuiteName.THROUGHPUT), (cache, SuiteName.CACHE), (scaling, SuiteName.SCALING),
+    (embed, SuiteName.EMBED), (build, SuiteName.BUILD),
 ):  # fmt: skip
     app.command(_name.value)(guarded(expanded(_command)))
 for _made in (serve, report, compare):
@@ -410,7 +331,7 @@ def _answering(
 
         started = keep(suite)
         count = asking.num_warmups + asking.num_prompts
-        questions = {_dataset_name(name): [each.text for each in load_questions(name, limit=count, seed=asking.seed)]
+        questions = {dataset_name(name): [each.text for each in load_questions(name, limit=count, seed=asking.seed)]
                      for name in asking.dataset}  # fmt: skip
         llm = LlmOptions(GeneratorKind.LLAMA, asking.model, asking.hf_repo, None, asking.ctx_size, asking.n_gpu_layers, asking.threads,
                          replay=asking.trace)  # fmt: skip
@@ -439,7 +360,7 @@ def _answering(
         )
         outcome = measure(ask)
         result = started.done(outcome, settings_of(ask, asking.trace), noted)
-    _show(result, keeping, path)
+    show(result, keeping, path)
 
 
 Preparing = Callable[[Callable[[int], None]], "tuple[Outcome, dict[str, Any]]"]
@@ -457,29 +378,4 @@ def _preparing(suite: SuiteName, keeping: Keeping, measure: Preparing) -> None:
         with console.progress(f"bench {suite}", None) as advance:
             outcome, settings = measure(advance)
         result = started.done(outcome, settings, noted)
-    _show(result, keeping, path)
-
-
-def _show(result: Any, keeping: Keeping, path: Path | None) -> None:
-    """Write the result where it was wanted, and print it."""
-    from dataclasses import asdict
-
-    from telerag_cli.bench.tables import headline_table, ratios_table
-
-    if path:
-        result.save(path)
-        console.say(f"{path}; telerag bench report {path.parent} makes a page of it.")
-    if keeping.as_json:
-        console.emit_json(asdict(result))
-    else:
-        tables = [headline_table(result), *([ratios_table(result)] if result.ratios else [])]
-        for each in tables:
-            console.table(each.caption, [column.label for column in each.columns], each.rows, data=True)
-    for check in result.checks:
-        if not check.held:
-            console.warn(f"{check.name}: {check.says}")
-
-
-def _dataset_name(name: str) -> str:
-    """As it stands in results: a file's without folder and ending."""
-    return Path(name).stem if Path(name).suffix else name
+    show(result, keeping, path)
