@@ -17,11 +17,11 @@ LAYERS = [
     {"app"},
     {"commands"},
     {"bench"},
-    {"datasets", "evaluation"},
+    {"cluster", "datasets", "evaluation"},
     {"engine"},
     {"profiling"},
     {"pipelines"},
-    {"lookahead", "generation", "embedding"},
+    {"lookahead", "generation", "embedding", "scheduling"},
     {"tiers"},
     {"index"},
     {"corpus"},
@@ -49,6 +49,10 @@ HEAVY = [
     "torchmetrics",
     "ir_measures",
     "pytrec_eval",
+    "ray",
+    "scipy",
+    "simpy",
+    "pandas",
 ]
 
 

@@ -17,6 +17,7 @@ from telerag_cli.commands.doctor import doctor
 from telerag_cli.commands.embed import embed
 from telerag_cli.commands.eval import evaluate
 from telerag_cli.commands.export_index import export_index
+from telerag_cli.commands.grouped import expanded
 from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
 from telerag_cli.commands.import_index import import_index
 from telerag_cli.commands.inspect import inspect
@@ -76,7 +77,7 @@ for command in (
     profile,
     inspect,
     search,
-    run,
+    expanded(run),
     chat,
     doctor,
     config,

@@ -10,8 +10,11 @@ import typer
 from telerag_cli.config import (
     DEFAULT_FAST_MEMORY,
     DEFAULT_GENERATOR,
+    DEFAULT_MICRO_BATCH,
     GeneratorKind,
     Lookahead,
+    PlacementName,
+    ScheduleName,
     TierKind,
     parse_bytes,
 )
@@ -219,6 +222,50 @@ TopPOption = Annotated[
 ]
 SeedOption = Annotated[
     int, typer.Option(min=0, help="For sampling at temperatures above 0.", rich_help_panel=_LLM)
+]
+
+_SCHEDULE = "Many questions, many replicas"
+ScheduleOption = Annotated[
+    ScheduleName,
+    typer.Option(
+        help="Which questions run together: similar ones, which share what they move, or as they arrive.",
+        rich_help_panel=_SCHEDULE,
+    ),
+]
+BatchSizeOption = Annotated[
+    int,
+    typer.Option(min=1, help="Questions that the scheduler looks at together.", rich_help_panel=_SCHEDULE),
+]
+MicroBatchOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help=f"Questions that run together.  \\[default: {DEFAULT_MICRO_BATCH}, less if the arena or the LLM has room for fewer]",
+        show_default=False,
+        rich_help_panel=_SCHEDULE,
+    ),
+]
+MaxWaitOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, help="Seconds that a question waits for company at most.", rich_help_panel=_SCHEDULE
+    ),
+]
+PlacementOption = Annotated[
+    PlacementName,
+    typer.Option(
+        help="Which replica takes which questions: cache-aware moves least; the others are for comparison.",
+        rich_help_panel=_SCHEDULE,
+    ),
+]
+ReplicasOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|auto",
+        help="LLMs that answer side by side, each with a GPU or a share of the processors; auto: one for each GPU. More than one "
+        "needs Ray.",
+        rich_help_panel=_SCHEDULE,
+    ),
 ]
 
 

@@ -43,6 +43,7 @@ from telerag_cli.commands.options import (
     check_trace,
     tier_options,
 )
+from telerag_cli.commands.scheduling import Scheduling, open_workers
 from telerag_cli.commands.search import no_question, open_lines
 from telerag_cli.config import (
     DEFAULT_CTX_SIZE,
@@ -57,6 +58,7 @@ from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 def run(
     index: IndexArgument,
+    scheduling: Scheduling,
     questions: Annotated[
         str,
         typer.Option(
@@ -95,7 +97,7 @@ def run(
         int | None,
         typer.Option(
             min=1,
-            help="Questions answered at once.  \\[default: what the memory holds contexts for, at most 16; 8 with a server]",
+            help="Questions that each replica answers at once.  \\[default: what memory holds contexts for, at most 16; 8 with a server]",
             show_default=False,
         ),
     ] = None,
@@ -156,8 +158,8 @@ def run(
         open_lines(questions) as (lines, name),
         contextlib.ExitStack() as opened_here,
     ):
-        from telerag_cli.commands.opening import Answering, Planned, Searching, open_answering
-        from telerag_cli.engine.batch import Outputs, answer_all
+        from telerag_cli.commands.opening import Answering, Planned, Searching
+        from telerag_cli.engine.batch import LineForm, Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
         from telerag_cli.engine.llm import LlmOptions
         from telerag_cli.engine.questions import read_questions
@@ -175,18 +177,17 @@ def run(
         if trace:
             opened_here.callback(tracer.save, trace)
         planned = Planned(profile, prefetch_budget, explain, how, pipeline.value)
-        engine, at_once = opened_here.enter_context(
-            open_answering(searching, answering, tracer, planned=planned)
+        workers, scheduler = opened_here.enter_context(
+            open_workers(searching, answering, scheduling, how, pipeline.value, tracer, planned)
         )
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
             summary = answer_all(
-                engine,
-                pipeline,
-                how,
+                workers,
+                scheduler,
                 read_questions(lines, name),
                 Outputs(write, recording.append if recording else None, console.fail, advance),
-                concurrency=at_once,
+                LineForm(pipeline, lookahead),
                 answered=file.answered if file else set(),
                 ordered=ordered,
             )
