@@ -164,7 +164,9 @@ def watched(engine):
     return engine.embedder
 
 
-MIXED = [f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")]
+MIXED = [
+    f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")
+]
 
 
 def test_similar_questions_run_together_and_every_question_once(engine_of):

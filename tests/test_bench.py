@@ -220,7 +220,13 @@ def test_hit_rate_is_for_pipelines_that_retrieve_once(setup):
 def test_caches_are_compared_over_the_same_queries(setup):
     outcome = cache(ask_of(setup, (SystemName.FETCH,)), list(CacheKind), [0.5, 0.25], 0.5, 0.0)
     keys = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
-    assert sorted(keys) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
+    assert sorted(keys) == [
+        ("frequency", 0.5),
+        ("hotness", 0.25),
+        ("hotness", 0.5),
+        ("lru", 0.5),
+        ("none", 0.5),
+    ]
     wanted = {cell.values["bytes_wanted"] for cell in outcome.cells}
     assert len(wanted) == 1
     hits = {
