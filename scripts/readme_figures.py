@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,29 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
                 f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)
             ]
             lines.append(f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}.")
-    if cache := results.get("cache"):
-        kept = {(cell.system, cell.key["cache_fraction"]): cell.values["hit_share"] for cell in cache.cells}
+    if many := results.get("throughput"):
         told = [
-            f"{value:.0%} {system}" + (f" ({fraction:g})" if system == "hotness" else "")
-            for (system, fraction), value in kept.items()
+            f"{_told(found)} at {key['batch_size']}"
+            for key in _keys(many)
+            if (found := _ratio(many, key, "arrival", OURS))
         ]
-        lines.append(f"Cache policies (share kept), lists hit: {', '.join(told)}.")
+        if told:
+            lines.append(
+                f"The same, questions in order of arrival ÷ similar ones together: {', '.join(told)}."
+            )
+    if cache := results.get("cache"):
+        skews = list(dict.fromkeys(cell.key.get("skew", 0) for cell in cache.cells))
+        for skew in skews:
+            shares = [
+                f"{cell.values['hit_share']:.0%} {cell.system}"
+                + (f" ({cell.key['cache_fraction']:g} kept)" if cell.system == "hotness" else "")
+                for cell in cache.cells
+                if cell.key.get("skew", 0) == skew
+            ]
+            asked = f"questions drawn by Zipf's law with exponent {skew:g}" if skew else "every question once"
+            lines.append(f"Cache policies, {asked}, lists hit: {', '.join(shares)}.")
+    if scaling := results.get("scaling"):
+        lines += list(_scaling(scaling))
     if embed := results.get("embed"):
         rates = {cell.system: cell.values["request_throughput"] for cell in embed.cells}
         lines.append(f"Embedding: {rates['telerag']:.0f} passages/s, {_told(embed.ratios[0])} times SentenceTransformer.encode. "
@@ -150,6 +167,25 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
                      f"{cell.values['us_per_vector']:.1f} µs a vector, {ratio.ratio:.2f} times Faiss's train and add in memory, "
                      f"at most {format_bytes(cell.values['peak_rss_bytes'])} of memory.")  # fmt: skip
     return lines
+
+
+def _scaling(result: SuiteResult) -> Iterator[str]:
+    """What replicas did, and what others are said to do."""
+    rates: dict[str, dict[int, float]] = {}
+    for cell in result.cells:
+        rates.setdefault(cell.system, {})[int(cell.key["replicas"])] = cell.values["request_throughput"]
+    measured, simulated = rates.get("replicas", {}), rates["simulated"]
+    if measured:
+        told = [
+            f"{rate:.2f} by {count} (simulated {simulated[count]:.2f})" for count, rate in measured.items()
+        ]
+        yield f"Replicas that share these cores, questions a second: {', '.join(told)}."
+    base = simulated[min(simulated)]
+    told = [f"{rate / base:.1f} at {count}" for count, rate in simulated.items() if count not in measured]
+    slow = {cell.values["bottleneck"] for cell in result.cells if cell.system == "simulated"}
+    if told:
+        yield (f"More of them, **simulated**, as a multiple of one: {', '.join(told)}; most of the time goes to: "
+               f"{', '.join(sorted(slow))}.")  # fmt: skip
 
 
 def _keys(result: SuiteResult) -> list[Key]:

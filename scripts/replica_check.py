@@ -98,6 +98,18 @@ def turn(
     }
 
 
+def figures(turns: Sequence[dict[str, Any]], count: int, replicas: int) -> list[dict[str, str]]:
+    """The README's row."""
+    killed = [done for done in turns if done["killed"]]
+    return [{
+        "what": f"Runs of {count} questions by {replicas} replicas, one of which gets SIGKILL on the way, in which every question has "
+        "one line with the answer, passages and scores of a run without replicas",
+        "value": f"{sum(done['same'] for done in killed)} of {len(killed)}",
+        "against": f"nobody killed: {sum(done['same'] for done in turns[1:2])} of 1",
+        "goal": f"{len(killed)} of {len(killed)}",
+    }]  # fmt: skip
+
+
 def main() -> None:
     """Run, compare, print, write."""
     parser = argparse.ArgumentParser(
@@ -105,6 +117,7 @@ def main() -> None:
     )
     parser.add_argument("index", type=Path)
     parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=10, help="so many of them")
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--max-tokens", type=int, default=32)
@@ -113,17 +126,20 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     choice = random.Random(options.seed)
-    base = [str(Path(sys.executable).with_name("telerag")), "run", str(options.index), "-q", str(options.questions),
+    questions = options.questions.read_text().splitlines()[: options.limit]
+    base = [str(Path(sys.executable).with_name("telerag")), "run", str(options.index),
             "--profile", "none", "--max-tokens", str(options.max_tokens), "--fast-memory", options.fast_memory]  # fmt: skip
     replicas = [*base, "--replicas", str(options.replicas)]
-    count = len(options.questions.read_text().split("\n")) - 1
+    count = len(questions)
     turns = []
     with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "questions.txt"
+        asked.write_text("\n".join(questions) + "\n")
         expected: dict[str, Any] | None = None
         for number in range(2 + options.kills):
             output = Path(folder) / f"{number}.jsonl"
             kill_after = choice.randrange(1, count) if number > 1 else None
-            done = turn(replicas if number else base, output, kill_after, choice)
+            done = turn([*(replicas if number else base), "-q", str(asked)], output, kill_after, choice)
             found = answers(output)
             expected = expected or found
             done |= {
@@ -142,6 +158,7 @@ def main() -> None:
           f"{len(left)} processes of Ray are left.")  # fmt: skip
     if options.output:
         write_json(options.output, record(
+            figures=figures(turns, count, options.replicas),
             what="telerag run with replicas that are killed, against one process", command=shlex.join(["python", *sys.argv]),
             questions=count, turns=turns, turns_same=same, turns_with_a_kill=died, processes_left=len(left),
         ))  # fmt: skip
