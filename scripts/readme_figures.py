@@ -134,16 +134,16 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
                 f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)
             ]
             lines.append(f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}.")
-    if many := results.get("throughput"):
+    if many := results.get("throughput-schedule"):
+        size = max(cell.key["batch_size"] for cell in many.cells)
+        by_system = {cell.system: cell.values for cell in many.cells if cell.key["batch_size"] == size}
         told = [
-            f"{_told(found)} at {key['batch_size']}"
-            for key in _keys(many)
-            if (found := _ratio(many, key, "arrival", OURS))
+            f"{by_system[system]['hit_share']:.0%} of the probed lists there at the join, "
+            f"{(by_system[system]['bytes_moved'] + by_system[system]['bytes_missed']) / 1e6:.0f} MB moved a question, "
+            f"{by_system[system]['request_throughput']:.3f} questions/s {words}"
+            for system, words in (("arrival", "in order of arrival"), (OURS, "similar ones together"))
         ]
-        if told:
-            lines.append(
-                f"The same, questions in order of arrival ÷ similar ones together: {', '.join(told)}."
-            )
+        lines.append(f"{size} questions, 8 at once: {'; '.join(told)}.")
     if cache := results.get("cache"):
         skews = list(dict.fromkeys(cell.key.get("skew", 0) for cell in cache.cells))
         for skew in skews:

@@ -131,12 +131,14 @@ def main() -> None:
             "--profile", "none", "--max-tokens", str(options.max_tokens), "--fast-memory", options.fast_memory]  # fmt: skip
     replicas = [*base, "--replicas", str(options.replicas)]
     count = len(questions)
-    turns = []
+    turns: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "questions.txt"
         asked.write_text("\n".join(questions) + "\n")
         expected: dict[str, Any] | None = None
-        for number in range(2 + options.kills):
+        # A kill may come too late; then there is another turn.
+        while len(turns) < 2 + options.kills + sum(not done["killed"] for done in turns[2:]):
+            number = len(turns)
             output = Path(folder) / f"{number}.jsonl"
             kill_after = choice.randrange(1, count) if number > 1 else None
             done = turn([*(replicas if number else base), "-q", str(asked)], output, kill_after, choice)
