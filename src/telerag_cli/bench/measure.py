@@ -14,7 +14,7 @@ from telerag_cli.bench.systems import Rig, System
 from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.questions import Question
-from telerag_cli.engine.scheduler import Schedule, Scheduler, micro_batch_size
+from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
@@ -136,9 +136,9 @@ async def _outcomes(system: System, work: Work) -> list[Answered | BaseException
         asked = [system.engine.ask(work.pipeline, question, name=work.name) for question in work.questions]
         return await asyncio.gather(*asked, return_exceptions=True)
     retriever = system.engine.retriever
-    probed_bytes = float(retriever.tier.extents.mean()) * system.engine.settings.nprobe
-    size = micro_batch_size(None, work.at_once, retriever.tier.arena_bytes, probed_bytes)
-    schedule = Schedule(system.schedule, batch_size=len(work.questions), micro_batch=size)
+    wish = Schedule(system.schedule, batch_size=len(work.questions))
+    tier, nprobe = retriever.tier, system.engine.settings.nprobe
+    schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.extents, nprobe)
     workers = [Local(system.engine, work.pipeline, work.name, work.at_once)]
     outcomes: dict[int, Answered | BaseException] = {}
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from telerag_cli.cluster.session import Cluster, cause
+from telerag_cli.cluster.session import Cluster, unwrapped
 from telerag_cli.config import format_bytes
 from telerag_cli.engine.assemble import Planning, open_engine, open_index
 from telerag_cli.engine.engine import Answered
@@ -179,13 +179,8 @@ class Remote:
 
     async def answer(self, together: Together, place: int) -> Answered:
         """See `Worker`."""
-        try:
+        with unwrapped():
             answered, bits = await self._actor.answer.remote(together, place)
-        except Exception as error:
-            found = cause(error)
-            if found is error:
-                raise
-            raise found from error
         # As of the last answer, so it is stale by what has moved since: a round at most.
         self._resident = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._resident)).astype(
             np.bool_
@@ -257,13 +252,8 @@ def _get(references: Sequence[Any]) -> list[Any]:
     """Their values; raises the error itself where there is one."""
     import ray
 
-    try:
+    with unwrapped():
         values: list[Any] = ray.get(list(references))
-    except Exception as error:
-        found = cause(error)
-        if found is error:
-            raise
-        raise found from error
     return values
 
 
@@ -276,13 +266,13 @@ def _end(actors: Sequence[Any]) -> None:
             ray.kill(actor)
 
 
-def check_memory(recipe: Recipe, replicas: int, free_bytes: int) -> None:
+def check_memory(index: Index, options: TierOptions, replicas: int, free_bytes: int) -> None:
     """Refuse arenas that this machine's memory does not hold together.
 
     Raises:
         ResourceError: they are larger.
     """
-    tier = plan_tier(Index.open(recipe.index), recipe.tier)
+    tier = plan_tier(index, options)
     if tier.gpu is None and replicas * tier.ram_bytes > free_bytes:
         raise ResourceError(
             f"{replicas} arenas of {format_bytes(tier.ram_bytes)} do not fit: {format_bytes(free_bytes)} of memory are free.",

@@ -116,6 +116,18 @@ def cause(error: Exception) -> Exception:
     return deepest if isinstance(deepest, Exception) else error
 
 
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise the `cause` of what the block raises."""
+    try:
+        yield
+    except Exception as error:
+        found = cause(error)
+        if found is error:
+            raise
+        raise found from error
+
+
 def _check(address: str) -> None:
     """Look whether somebody is there, since Ray itself would try for minutes."""
     if "://" in address:

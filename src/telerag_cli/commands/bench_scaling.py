@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from telerag_cli.cluster.session import Cluster
     from telerag_cli.commands.opening import Prepared
     from telerag_cli.engine.scheduler import Schedule
+    from telerag_cli.index.artifact import Index
 
 _WHAT = "How many replicas"
 DEFAULT_REPLICAS = (1, 2)
@@ -133,7 +134,7 @@ def scaling(
         extent = _extent(asking, measured, simulate, replicas_per_host, prompts_per_replica)
         batch = _batch(asking, names[0], lookahead)
         made, recipe = _prepared(asking, names[0], lookahead, concurrency)
-        _check_memory(recipe, extent)
+        _check_memory(made.opened.index, recipe, extent)
         how = _schedule(made, concurrency, schedule, placement, batch_size, micro_batch)
         found = _measure(made, recipe, how, extent, batch, detailed=keeping.save_detailed)
         result = started.done(found, _settings(made, recipe, extent, batch), noted)
@@ -250,19 +251,18 @@ def _schedule(
     micro_batch: int | None,
 ) -> Schedule:
     """As the scheduler takes it; the same for any number of replicas."""
-    from telerag_cli.engine.scheduler import Schedule, micro_batch_size
+    from telerag_cli.engine.scheduler import Schedule, fitted
 
-    extents = made.opened.index.extents
     arena_bytes = made.tier.gpu_bytes or made.tier.ram_bytes
-    size = micro_batch_size(micro_batch, at_once, arena_bytes, float(extents.mean()) * made.nprobe)
-    return Schedule(name, placement, max(batch_size, size), size)
+    wish = Schedule(name, placement, batch_size)
+    return fitted(wish, micro_batch, at_once, arena_bytes, made.opened.index.extents, made.nprobe)
 
 
-def _check_memory(recipe: Recipe, extent: Extent) -> None:
+def _check_memory(index: Index, recipe: Recipe, extent: Extent) -> None:
     from telerag_cli.cluster.replicas import check_memory
     from telerag_cli.tiers.transport import available_bytes
 
-    check_memory(recipe, max((*extent.calibrated, *extent.measured)), available_bytes())
+    check_memory(index, recipe.tier, max((*extent.calibrated, *extent.measured)), available_bytes())
 
 
 def _record(made: Prepared, recipe: Recipe, schedule: Schedule, batch: Batch) -> Recorded:

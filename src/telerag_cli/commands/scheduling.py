@@ -73,11 +73,10 @@ class Scheduling:
 
     def made(self, at_once: int, arena_bytes: int, index: Index, nprobe: int) -> Schedule:
         """As the scheduler takes it."""
-        from telerag_cli.engine.scheduler import Schedule, micro_batch_size
+        from telerag_cli.engine.scheduler import Schedule, fitted
 
-        probed_bytes = float(index.extents.mean()) * nprobe
-        size = micro_batch_size(self.micro_batch, at_once, arena_bytes, probed_bytes)
-        return Schedule(self.schedule, self.placement, max(self.batch_size, size), size, self.max_wait)
+        wish = Schedule(self.schedule, self.placement, self.batch_size, max_wait_s=self.max_wait)
+        return fitted(wish, self.micro_batch, at_once, arena_bytes, index.extents, nprobe)
 
 
 @contextlib.contextmanager
@@ -131,7 +130,7 @@ def _open_replicas(searching: Searching, answering: Answering, scheduling: Sched
     recipe = Recipe(searching.index.resolve(), searching.embedder, searching.tier, answering.llm, settings, pipeline, name,
                     answering.concurrency, searching.rescore, budget)  # fmt: skip
     if scheduling.ray_address is None and scheduling.count:
-        check_memory(recipe, scheduling.count, available_bytes())
+        check_memory(index, searching.tier, scheduling.count, available_bytes())
     # Questions are embedded here to put them together; on the processor, because the GPUs are the replicas'.
     opened = open_index(index, searching.embedder, "cpu")
     coarse = Coarse(index.centroids, index.manifest.metric)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,6 +70,23 @@ def micro_batch_size(given: int | None, at_once: int, arena_bytes: int, probed_b
         return given
     fitting = int(arena_bytes / max(probed_bytes, 1.0))
     return max(1, min(DEFAULT_MICRO_BATCH, at_once // 2, fitting))
+
+
+def fitted(
+    wish: Schedule, micro_batch: int | None, at_once: int, arena_bytes: int, extents: IntArray, nprobe: int
+) -> Schedule:
+    """A schedule with micro-batches of the size that fits, and batches of one of them at least; see `micro_batch_size`.
+
+    Args:
+        wish: all else of it.
+        micro_batch: what the user said of the size, if anything.
+        at_once: questions that a replica answers at once.
+        arena_bytes: of a replica.
+        extents: bytes each list takes, shape (nlist,).
+        nprobe: lists that a query probes.
+    """
+    size = micro_batch_size(micro_batch, at_once, arena_bytes, float(extents.mean()) * nprobe)
+    return replace(wish, micro_batch=size, batch_size=max(wish.batch_size, size))
 
 
 class Grouping:
