@@ -7,7 +7,6 @@ import difflib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,12 @@ from telerag_cli.engine.lines import answer_line
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError, TeleragError, UsageError
 from telerag_cli.files import writing
-from telerag_cli.generation.base import Generation, Message
-from telerag_cli.pipelines.base import Ahead, Pipeline, Rag
+from telerag_cli.pipelines.base import ANSWER, Pipeline, Rag
 from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, in_conversation, recalled
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline, options
+from telerag_cli.pipelines.told import telling
 from telerag_cli.tracing import Span
-
-ANSWER = "answer"
-"""The stage whose text is the answer, and so may be shown while it is written."""
 
 
 def converse(chat: Chat, lines: Lines, screen: Screen) -> int:
@@ -75,34 +71,22 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class Told(Rag):
-    """A `Rag` that says what begins."""
+class Shown:
+    """Shows what a pipeline does; a `Listener`."""
 
-    rag: Rag
-    tell: Callable[[str], None]
+    screen: Screen
 
-    def lookahead(self, query: str) -> AbstractAsyncContextManager[Ahead]:
-        """See `Rag`."""
-        return self.rag.lookahead(query)
+    def begins(self, stage: str) -> None:
+        """See `Listener`."""
+        phrases = {"rewrite": "rewriting the question...", ANSWER: "reading passages..."}
+        self.screen.stage(phrases.get(stage, f"writing {stage.replace('_', ' ')}..."))
 
-    async def generate(self, stage: str, messages: Sequence[Message], **more: Any) -> Generation:
-        """See `Rag`."""
-        self.tell(
-            "rewriting the question..." if stage == "rewrite" else f"writing {stage.replace('_', ' ')}..."
-        )
-        return await self.rag.generate(stage, messages, **more)
+    def retrieving(self) -> None:
+        """See `Listener`."""
+        self.screen.stage("retrieving...")
 
-    async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
-        """See `Rag`."""
-        self.tell("retrieving...")
-        return await self.rag.retrieve(queries, ahead)
-
-    async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = ANSWER, **more: Any
-    ) -> Answer:
-        """See `Rag`."""
-        self.tell("reading passages..." if stage == ANSWER else f"writing {stage.replace('_', ' ')}...")
-        return await self.rag.answer(question, found, stage=stage, **more)
+    def retrieved(self, found: Sequence[Retrieved]) -> None:
+        """See `Listener`."""
 
 
 class Chat:
@@ -157,8 +141,7 @@ class Chat:
             self._screen.answered(answered)
         finally:
             self._screen.end_line()
-        cut = (stage.generation for stage in answered.stages if stage.generation.finish_reason == "length")
-        if any(generation.text == answered.answer for generation in cut):
+        if answered.finish_reason == "length":
             self._screen.note("The answer is as long as --max-tokens lets it be.")
         lookahead = self._engine.settings.lookahead
         self._exchanges.append(Exchange(question, asked, answered, self._name, lookahead))
@@ -188,9 +171,7 @@ class Chat:
             if stage == ANSWER:
                 loop.call_soon_threadsafe(written.put_nowait, text)
 
-        async def told(rag: Rag, question: str) -> Answer:
-            return await pipeline(Told(rag, self._screen.stage), question)
-
+        told = telling(pipeline, Shown(self._screen))
         answering = asyncio.create_task(self._engine.ask(told, question, watch, name=self._name.value))
         answering.add_done_callback(lambda _task: written.put_nowait(None))
         try:

@@ -13,7 +13,7 @@ from telerag_cli.engine.forecast import Forecast, Plan
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
 from telerag_cli.engine.sketcher import Sketcher
-from telerag_cli.generation.base import Generator
+from telerag_cli.generation.base import FinishReason, Generator, find_stop
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
 from telerag_cli.lookahead.retriever import JoinReport, Retriever, check_search
@@ -41,6 +41,15 @@ class Answered:
     dropped_passages: int
     """Retrieved passages that did not fit a prompt, lowest rank first."""
     timings: dict[str, float]
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended; ``length`` if it is a text that was cut."""
+        cut = any(
+            stage.generation.text == self.answer and stage.generation.finish_reason == "length"
+            for stage in self.stages
+        )
+        return "length" if cut else "stop"
 
     @property
     def joins(self) -> list[JoinReport]:
@@ -100,7 +109,7 @@ class Engine:
         self.shared = replace(self.shared, settings=replace(self.shared.settings, lookahead=mode))
 
     async def ask(self, pipeline: Pipeline, question: str, watch: Watch | None = None, *, name: str = "",
-                  company: Company | None = None) -> Answered:  # fmt: skip
+                  company: Company | None = None, settings: Settings | None = None) -> Answered:  # fmt: skip
         """Answer one question.
 
         Args:
@@ -109,19 +118,22 @@ class Engine:
             watch: is told what each stage writes, as it writes.
             name: of the pipeline: what is learned of its stages is kept under it.
             company: the questions that it is answered together with, itself included.
+            settings: how to answer this one; ``k`` and ``nprobe`` stay the engine's.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
         forecast = Forecast(self.shared.averages, self.shared.planner, name)
-        session = Session(self.shared, forecast, company or Company([question]), watch)
+        shared = replace(self.shared, settings=settings) if settings else self.shared
+        session = Session(shared, forecast, company or Company([question]), watch)
         started_s = time.perf_counter()
         try:
             answer = await pipeline(session, question)
         finally:
             session.end()
         session.timings["total_s"] = time.perf_counter() - started_s
-        return Answered(answer.text, list(answer.found), cite(answer.text, answer.found), session.stages, session.retrievals,
+        text = _before_stop(answer.text, shared.settings.stop)
+        return Answered(text, list(answer.found), cite(text, answer.found), session.stages, session.retrievals,
                         session.plans, session.dropped, dict(session.timings))  # fmt: skip
 
     def release(self) -> None:
@@ -138,3 +150,9 @@ class Engine:
     def _sketch(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):
             return self.embedder.sketch(texts)
+
+
+def _before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to a stop: a pipeline may put an answer together from texts of which none held it."""
+    found = find_stop(text, stop)
+    return text[: found[0]].rstrip() if found else text

@@ -26,8 +26,15 @@ def answer_line(
     question: Question, answered: Answered, pipeline: PipelineName, lookahead: Lookahead
 ) -> dict[str, Any]:
     """The line for an answered question. Times are seconds, rounded to a microsecond."""
-    body = {
-        "answer": answered.answer,
+    body = {"answer": answered.answer, **answer_body(answered, pipeline, lookahead)}
+    if question.batch is None:
+        return {"id": question.id, "question": question.text, **body}
+    return _batch_line(question, answered, body)
+
+
+def answer_body(answered: Answered, pipeline: PipelineName, lookahead: Lookahead) -> dict[str, Any]:
+    """How an answer came about, beside its text."""
+    return {
         "passages": [
             {"rank": rank, "id": hit.passage.id, "score": hit.score, "text": hit.passage.text, "metadata": hit.passage.metadata}
             for rank, hit in enumerate(answered.found, 1)
@@ -48,9 +55,13 @@ def answer_line(
         "plan": [_rounded(plan) for plan in answered.plans],
         "dropped_passages": answered.dropped_passages,
     }  # fmt: skip
-    if question.batch is None:
-        return {"id": question.id, "question": question.text, **body}
-    return _batch_line(question, answered, body)
+
+
+def usage(answered: Answered) -> dict[str, int]:
+    """OpenAI's count of tokens, over all that the LLM read and wrote for an answer."""
+    read = sum(stage.generation.prompt_tokens for stage in answered.stages)
+    written = sum(stage.generation.completion_tokens for stage in answered.stages)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def error_line(question: Question, message: str) -> dict[str, Any]:
@@ -100,11 +111,6 @@ def trace_line(question: Question, answered: Answered, pipeline: PipelineName) -
 
 
 def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) -> dict[str, Any]:
-    last = answered.stages[-1].generation
-    usage = {
-        "prompt_tokens": sum(stage.generation.prompt_tokens for stage in answered.stages),
-        "completion_tokens": sum(stage.generation.completion_tokens for stage in answered.stages),
-    }
     completion = {
         "id": f"chatcmpl-{question.id}",
         "object": "chat.completion",
@@ -114,10 +120,10 @@ def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) ->
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": answered.answer},
-                "finish_reason": last.finish_reason,
+                "finish_reason": answered.finish_reason,
             }
         ],
-        "usage": usage | {"total_tokens": sum(usage.values())},
+        "usage": usage(answered),
         "telerag": {key: value for key, value in body.items() if key != "answer"},
     }
     response = {"status_code": 200, "request_id": f"req_{question.id}", "body": completion}

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from telerag_cli.config import Lookahead
@@ -23,7 +23,7 @@ from telerag_cli.generation.shapes import Shape
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.lookahead.retriever import Retriever
 from telerag_cli.lookahead.round import Round
-from telerag_cli.pipelines.base import Ahead, Expect, Prompt
+from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Prompt, is_answer
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
@@ -47,6 +47,12 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, beside those of its pipeline."""
+    shape: Shape | None = None
+    """What the answer must look like."""
+    instructions: str = ""
+    """What the LLM is told for the answer, beside what its pipeline tells it."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Stage:
     name: str
     request: Request
     generation: Generation
+    began_s: float
+    """By `time.perf_counter`."""
     took_s: float
     expected: ExpectedText | None
     """What the profile says of a text of this length, if there is one."""
@@ -157,7 +165,7 @@ class Session:
         if refiner:
             refiner.end()
         expected = self.forecast.wrote(stage, generation, width)
-        self._note(Stage(stage, request, generation, ended_s - started_s, expected))
+        self._note(Stage(stage, request, generation, started_s, ended_s - started_s, expected))
         return generation
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
@@ -176,18 +184,22 @@ class Session:
         return retrieval.found
 
     async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = "answer", prompt: Prompt = answer_prompt,
+        self, question: str, found: Sequence[Retrieved], *, stage: str = ANSWER, prompt: Prompt = answer_prompt,
         max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
     ) -> Answer:  # fmt: skip
         """See `Rag`."""
-        generator = self.shared.generator
-        longest = max_tokens or self.shared.settings.max_tokens
+        generator, settings = self.shared.generator, self.shared.settings
+        longest = max_tokens or settings.max_tokens
+        shape = None
+        if is_answer(stage):
+            stop, shape = (*stop, *settings.stop), settings.shape
+            prompt = _instructed(prompt, settings.instructions)
         messages, kept = fit(
             question, found, prompt, generator.context_tokens - longest, generator.count_tokens
         )
         self.dropped += len(found) - kept
         generation = await self.generate(
-            stage, messages, max_tokens=longest, stop=stop, refining=refining, expect=expect
+            stage, messages, max_tokens=longest, stop=stop, shape=shape, refining=refining, expect=expect
         )
         return Answer(generation.text, found)
 
@@ -223,3 +235,17 @@ class Session:
         self.timings[f"{stage.name}_s"] += stage.took_s
         self.timings["llm_s"] += stage.took_s
         self.stages.append(stage)
+
+
+def _instructed(prompt: Prompt, instructions: str) -> Prompt:
+    """The prompt with these instructions after its own."""
+    if not instructions:
+        return prompt
+
+    def with_instructions(question: str, found: Sequence[Retrieved]) -> Sequence[Message]:
+        first, *others = prompt(question, found)
+        if first.role != "system":
+            return [Message("system", instructions), first, *others]
+        return [replace(first, content=f"{first.content}\n\n{instructions}"), *others]
+
+    return with_instructions

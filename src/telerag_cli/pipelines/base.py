@@ -11,6 +11,14 @@ from telerag_cli.generation.shapes import Shape
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 
+ANSWER = "answer"
+"""The stage whose text is the answer."""
+
+
+def is_answer(stage: str) -> bool:
+    """Whether a stage's text may be the answer: it is the only one, or one of several of which the best is kept."""
+    return stage == ANSWER or stage.startswith(f"{ANSWER}_")
+
 
 class Ahead:
     """Lookahead under way; handed from `Rag.lookahead` to `Rag.generate` and `Rag.retrieve`."""
@@ -50,7 +58,7 @@ class Rag(Protocol):
         """The best passages for these queries together, best first, each once."""
 
     async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = "answer", prompt: Prompt = answer_prompt,
+        self, question: str, found: Sequence[Retrieved], *, stage: str = ANSWER, prompt: Prompt = answer_prompt,
         max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
     ) -> Answer:  # fmt: skip
         """Let the LLM answer from as many of the passages as its context holds, best first.
