@@ -9,55 +9,18 @@ from typing import Annotated
 import typer
 
 from telerag_cli import console
-from telerag_cli.commands.options import (
-    BaseUrlOption,
-    CtxSizeOption,
-    DeviceOption,
-    EmbedderOption,
-    FastMemoryOption,
-    FlareThresholdOption,
-    GeneratorOption,
-    GpuMemoryOption,
-    HfRepoOption,
-    IndexArgument,
-    KOption,
-    LookaheadOption,
-    MaxTokensOption,
-    ModelOption,
-    NGpuLayersOption,
-    NprobeOption,
-    PipelineOption,
-    PrefetchBudgetOption,
-    ProfileOption,
-    RequirePinnedOption,
-    RescoreOption,
-    RoundsOption,
-    SeedOption,
-    SentencesOption,
-    SubQuestionsOption,
-    TemperatureOption,
-    ThreadsOption,
-    TierOption,
-    TimeoutOption,
-    TopPOption,
-    check_trace,
-    tier_options,
-)
+from telerag_cli.commands.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
+from telerag_cli.commands.options import PipelineOption, check_trace
 from telerag_cli.commands.scheduling import Scheduling, open_workers
 from telerag_cli.commands.search import no_question, open_lines
-from telerag_cli.config import (
-    DEFAULT_CTX_SIZE,
-    DEFAULT_TIMEOUT_S,
-    GeneratorKind,
-    Lookahead,
-    TierKind,
-)
 from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 
 def run(
-    index: IndexArgument,
+    search: SearchOptions,
+    pipelines: PipelineOptions,
+    llm: LlmOptionsGiven,
     scheduling: Scheduling,
     questions: Annotated[
         str,
@@ -75,20 +38,6 @@ def run(
         ),
     ] = "-",
     pipeline: PipelineOption = PipelineName.HYDE,
-    rounds: RoundsOption = None,
-    sub_questions: SubQuestionsOption = None,
-    flare_threshold: FlareThresholdOption = None,
-    sentences: SentencesOption = None,
-    lookahead: LookaheadOption = Lookahead.REFINED,
-    nprobe: NprobeOption = None,
-    k: KOption = None,
-    rescore: RescoreOption = None,
-    tier: TierOption = TierKind.AUTO,
-    fast_memory: FastMemoryOption = None,
-    gpu_memory: GpuMemoryOption = "auto",
-    require_pinned: RequirePinnedOption = False,
-    profile: ProfileOption = "auto",
-    prefetch_budget: PrefetchBudgetOption = None,
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Print the plan before starting.", rich_help_panel="The plan"),
@@ -104,20 +53,6 @@ def run(
     ordered: Annotated[
         bool, typer.Option("--ordered", help="Write answers in the order of the questions.")
     ] = False,
-    generator: GeneratorOption = GeneratorKind.LLAMA,
-    model: ModelOption = None,
-    hf_repo: HfRepoOption = None,
-    base_url: BaseUrlOption = None,
-    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
-    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
-    n_gpu_layers: NGpuLayersOption = 0,
-    threads: ThreadsOption = None,
-    max_tokens: MaxTokensOption = 128,
-    temperature: TemperatureOption = 0.0,
-    top_p: TopPOption = 1.0,
-    seed: SeedOption = 0,
-    embedder: EmbedderOption = None,
-    device: DeviceOption = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the output file: skip what it has answered.")
     ] = False,
@@ -145,40 +80,27 @@ def run(
     ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""
-    how = make_pipeline(
-        pipeline,
-        rounds=rounds,
-        sub_questions=sub_questions,
-        flare_threshold=flare_threshold,
-        sentences=sentences,
-    )
+    how = make_pipeline(pipeline, **pipelines.given)
     check_trace(trace)
     with (
         console.stdout_reserved(),
         open_lines(questions) as (lines, name),
         contextlib.ExitStack() as opened_here,
     ):
-        from telerag_cli.commands.opening import Answering, Planned, Searching
         from telerag_cli.engine.batch import LineForm, Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
-        from telerag_cli.engine.llm import LlmOptions
         from telerag_cli.engine.questions import read_questions
         from telerag_cli.tracing import Tracer
 
-        llm_options = LlmOptions(
-            generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout, replay
-        )
-        where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
-        searching = Searching(index, embedder, where, k, nprobe, rescore)
-        answering = Answering(llm_options, concurrency, lookahead, max_tokens, temperature, top_p, seed)
         file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
         recording = opened_here.enter_context(RunFile(record, resume=resume)) if record else None
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
-        planned = Planned(profile, prefetch_budget, explain, how, pipeline.value)
+        answering = llm.answering(search.lookahead, concurrency, replay)
+        planned = search.planned(explain=explain, pipeline=how, name=pipeline.value)
         workers, scheduler = opened_here.enter_context(
-            open_workers(searching, answering, scheduling, how, pipeline.value, tracer, planned)
+            open_workers(search.searching, answering, scheduling, how, pipeline.value, tracer, planned)
         )
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
@@ -187,7 +109,7 @@ def run(
                 scheduler,
                 read_questions(lines, name),
                 Outputs(write, recording.append if recording else None, console.fail, advance),
-                LineForm(pipeline, lookahead),
+                LineForm(pipeline, search.lookahead),
                 answered=file.answered if file else set(),
                 ordered=ordered,
             )
