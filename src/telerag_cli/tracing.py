@@ -14,6 +14,9 @@ from typing import Any
 
 from telerag_cli.files import writing
 
+MOST_HEARD = 50_000
+"""Spans that a listener keeps: some tens of megabytes, and more than any picture shows."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -26,21 +29,67 @@ class Span:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class _Listener:
+    """The newest of the spans added while somebody listens."""
+
+    def __init__(self, most: int) -> None:
+        self.spans: list[Span] = []
+        self._most = most
+
+    def hear(self, span: Span) -> None:
+        self.spans.append(span)
+        if len(self.spans) >= 2 * self._most:  # seldom, as it moves all that stay
+            self.end()
+
+    def end(self) -> None:
+        del self.spans[: -self._most]
+
+
 class Tracer:
-    """Collects spans from any thread; a disabled one keeps nothing."""
+    """Collects spans from any thread. A disabled one keeps nothing, and gives them only to those who listen."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._spans: list[Span] = []
+        self._listeners: list[_Listener] = []
         self._lock = threading.Lock()
         self._busy: set[tuple[str, int]] = set()
         self._origin_s = time.perf_counter()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a span that is added now goes anywhere: what costs something to find out need not be found out otherwise."""
+        return self.enabled or bool(self._listeners)
+
     def add(self, lane: str, name: str, start_s: float, end_s: float, **details: Any) -> None:
         """Record work that has ended."""
-        if self.enabled:
+        if not self.wanted:
+            return
+        span = Span(lane, name, start_s, end_s, details)
+        with self._lock:
+            if self.enabled:
+                self._spans.append(span)
+            for listener in self._listeners:
+                listener.hear(span)
+
+    @contextlib.contextmanager
+    def listening(self, most: int = MOST_HEARD) -> Iterator[list[Span]]:
+        """A list of the spans that are added while the block runs, whether the tracer is enabled or not.
+
+        It is the caller's own: `clear` leaves it alone, and others who listen have theirs. Spans of everybody's work are in it.
+
+        Args:
+            most: spans that are in it after the block: the newest. Meanwhile there may be up to twice as many.
+        """
+        listener = _Listener(most)
+        with self._lock:
+            self._listeners.append(listener)
+        try:
+            yield listener.spans
+        finally:
             with self._lock:
-                self._spans.append(Span(lane, name, start_s, end_s, details))
+                self._listeners.remove(listener)
+                listener.end()
 
     @contextlib.contextmanager
     def span(self, lane: str, name: str, **details: Any) -> Iterator[None]:

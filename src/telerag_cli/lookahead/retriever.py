@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from telerag_cli.config import Metric
 from telerag_cli.errors import ResourceError, TeleragError, UsageError
@@ -17,7 +19,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, faiss_threads, merge, nothing, score_again
 from telerag_cli.lookahead.order import interleave, reach
 from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Mover, Round, Window
+from telerag_cli.lookahead.round import Mover, Order, Round, Window
 from telerag_cli.lookahead.split import Ends, Misses, Together
 from telerag_cli.tiers.base import Claim, FastTier, InPlace
 from telerag_cli.tiers.residency import BoolArray
@@ -28,6 +30,39 @@ IN_PLACE = "in place"
 RETRY_S = 0.002
 RESCORE = 4
 """Candidates a result that are scored again, where the index keeps vectors for it: Faiss's ``k_factor``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """When what happened in one retrieval, for whoever draws it.
+
+    Times are ``time.perf_counter`` seconds of the process that searched. It is about this search alone, whatever was searched
+    together with it; only that the times of scoring are those of all.
+    """
+
+    arrived_s: float
+    """When the query was there."""
+    ended_s: float
+    """When its results were."""
+    orders: tuple[Order, ...]
+    """That its lookahead followed."""
+    wanted: IntArray
+    """The distinct lists probed, empty ones aside, shape (lists_wanted,)."""
+    moved: IntArray
+    """Lists that its lookahead moved, in order of arrival for each of its rounds, shape (lists_moved,)."""
+    moved_s: npt.NDArray[np.float64]
+    """When each of them arrived."""
+    fetched: IntArray
+    """Lists wanted that the join began to move because they were missed; others of those missed were scored in place or came
+    with somebody's lookahead after all."""
+    scored_s: npt.NDArray[np.float64]
+    """Begin and end of each call of a scorer that scored a list of this search, shape (n, 2)."""
+    scored: IntArray
+    """How many of its lists each of them scored, shape (n,)."""
+    scored_in_place: BoolArray
+    """Which of them scored in the slow tier, shape (n,)."""
+    again_s: float
+    """Seconds before the end in which candidates were scored again."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +96,8 @@ class JoinReport:
     """From the query's arrival to its results, all included."""
     window: Window | None = None
     """Of the lookahead that prepared it, if any did."""
+    course: Course | None = field(default=None, compare=False, repr=False)
+    """How it went, where there is a fast tier."""
 
     @classmethod
     def count_names(cls) -> list[str]:
@@ -206,7 +243,7 @@ class Retriever:
 
     def refine(self, ahead: Round, queries: FloatArray, nprobe: int, fraction: float) -> None:
         """Follow these queries, shape (n, dimension), made when ``fraction`` of the expected text was written."""
-        ahead.follow(self.order(queries), reach(nprobe, fraction, refining=True))
+        ahead.follow(self.order(queries), reach(nprobe, fraction, refining=True), fraction)
 
     def order(self, queries: FloatArray) -> IntArray:
         """The order in which lists are worth moving for queries like these, shape (n, dimension)."""
@@ -254,6 +291,7 @@ class Retriever:
             wanted = self._lists(probes)
             join.run(wanted.tolist())
             self.tier.used(wanted)
+            joined_s = time.perf_counter()
             if self._rescore and self.index.vectors is not None:
                 vectors = self.index.vectors
                 join.scores, join.rows = score_again(queries, join.rows, vectors, k, manifest.metric)
@@ -261,12 +299,14 @@ class Retriever:
             for ahead in rounds:
                 ahead.end()
         ended_s = time.perf_counter()
+        times = _Times(arrived_s, coarse_s, joined_s, ended_s)
         found, start = [], 0
         for search in searches:
             rows = slice(start, start := start + len(search.queries))
-            report = self._report(search, self._lists(probes[rows]), join, coarse_s, ended_s - arrived_s)
+            report = self._report(search, self._lists(probes[rows]), join, times)
             found.append(Found(join.scores[rows], join.rows[rows], report))
-            self._tracer.add(JOIN, "join", arrived_s, ended_s, **report.counts())
+            if self._tracer.wanted:
+                self._tracer.add(JOIN, "join", arrived_s, ended_s, **report.counts())
         return found
 
     def _lists(self, probes: IntArray) -> IntArray:
@@ -281,15 +321,20 @@ class Retriever:
         mask[np.asarray(lists, np.int64)] = True
         return mask
 
-    def _report(
-        self, search: Search, wanted: IntArray, join: _Join, coarse_s: float, join_s: float
-    ) -> JoinReport:
+    def _report(self, search: Search, wanted: IntArray, join: _Join, times: _Times) -> JoinReport:
         """What the join was for one of its searches; what two of them needed counts for both."""
         extents = self.tier.extents
-        moved = np.array([list_no for ahead in search.rounds for list_no in ahead.moved], np.int64)
-        missed, failed, coming = (
-            wanted[self._mask(lists)[wanted]] for lists in (join.missed, join.failed, join.coming)
+        arrivals = [ahead.arrivals() for ahead in search.rounds]
+        moved = np.concatenate([np.empty(0, np.int64), *(numbers for numbers, _arrived_s in arrivals)])
+        moved_s = np.concatenate([np.empty(0), *(arrived_s for _numbers, arrived_s in arrivals)])
+        missed, failed, coming, fetched = (
+            wanted[self._mask(lists)[wanted]]
+            for lists in (join.missed, join.failed, join.coming, join.fetched)
         )
+        orders = tuple(order for ahead in search.rounds for order in ahead.followed)
+        again_s = times.ended_s - times.joined_s if self._rescore else 0.0
+        course = Course(times.arrived_s, times.ended_s, orders, wanted, moved, moved_s, fetched,
+                        *join.pieces_with(wanted), again_s)  # fmt: skip
         return JoinReport(
             lists_wanted=len(wanted), lists_hit=len(wanted) - len(missed) - len(coming), lists_coming=len(coming), lists_missed=len(missed),
             lists_moved=len(moved), lists_wasted=len(moved) - int(self._mask(wanted)[moved].sum()),
@@ -297,8 +342,19 @@ class Retriever:
             lists_in_place=int(self._mask(join.in_place)[missed].sum()),
             lists_failed=len(failed) + sum(ahead.failed for ahead in search.rounds),
             orders=sum(ahead.orders for ahead in search.rounds),
-            coarse_s=coarse_s, score_s=join.score_s, join_s=join_s,
-            window=search.rounds[0].window if search.rounds else None)  # fmt: skip
+            coarse_s=times.coarse_s, score_s=join.score_s, join_s=times.ended_s - times.arrived_s,
+            window=search.rounds[0].window if search.rounds else None, course=course)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Of a join, in ``time.perf_counter`` seconds; how long it took to find the lists to probe."""
+
+    arrived_s: float
+    coarse_s: float
+    joined_s: float
+    """When all lists were scored."""
+    ended_s: float
 
 
 @dataclass(frozen=True)
@@ -310,10 +366,20 @@ class _Arrived:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """A call of a scorer."""
+
+    start_s: float
+    end_s: float
+    lists: Sequence[int]
+    in_place: bool
+
+
+@dataclass(frozen=True)
 class _Scored:
     """What scoring some lists in place gave; nothing when that end has stopped."""
 
-    lists: Sequence[int]
+    piece: _Piece
     scores: FloatArray
     rows: IntArray
 
@@ -344,9 +410,11 @@ class _Join:
         self.scores, self.rows = nothing(len(queries), k, metric)
         self.coming: list[int] = []
         self.missed: list[int] = []
+        self.fetched: list[int] = []
         self.in_place: list[int] = []
         self.failed: list[int] = []
         self.score_s = 0.0
+        self._pieces: list[_Piece] = []
         self._coming_now = 0
         self._scoring_beside = False
         self._error: BaseException | None = None
@@ -356,6 +424,7 @@ class _Join:
         self._coming_now = len(claim.coming) + len(claim.started)
         # What found no room is missed too, however it gets here later: other lookahead may bring it.
         self.coming, self.missed = claim.coming, claim.started + claim.absent
+        self.fetched.extend(claim.started)
         self._misses = self._row_of(claim.absent)
         # With nothing to do beside it, scoring in place needs no thread of its own, nor Faiss others than it has just used.
         if self._misses.ends is Ends.IN_PLACE and not (claim.hits or self._coming_now):
@@ -375,6 +444,22 @@ class _Join:
             raise self._error
         if self._tier.in_place and claim.absent:
             self._learn(claim, time.perf_counter() - began_s)
+
+    def pieces_with(self, wanted: IntArray) -> tuple[npt.NDArray[np.float64], IntArray, BoolArray]:
+        """The calls of scorers that scored any of these lists: begin and end, how many of these, and whether in place."""
+        counts = np.bincount(self._piece_of[wanted] + 1, minlength=len(self._pieces) + 1)[1:]
+        there = np.flatnonzero(counts)
+        pieces = [self._pieces[number] for number in there.tolist()]
+        times = np.array([(piece.start_s, piece.end_s) for piece in pieces], np.float64).reshape(-1, 2)
+        return times, counts[there], np.array([piece.in_place for piece in pieces], np.bool_)
+
+    @cached_property
+    def _piece_of(self) -> IntArray:
+        """Which piece scored each list, shape (nlist,); -1 for none."""
+        numbers: IntArray = np.full(self._tier.nlist, -1, np.int64)
+        for number, piece in enumerate(self._pieces):
+            numbers[np.asarray(piece.lists, np.int64)] = number
+        return numbers
 
     def _learn(self, claim: Claim, took_s: float) -> None:
         """Whether two ends are better than one, from a join in which there was little else to do and nothing went wrong."""
@@ -409,6 +494,7 @@ class _Join:
             claim = self._tier.claim(lists, self._told)
             if claim.absent:
                 self._misses.refused(claim.absent)
+            self.fetched.extend(claim.started)
             self._coming_now += len(claim.coming) + len(claim.started)
             self._score(claim.hits)  # other lookahead has brought them
 
@@ -426,7 +512,7 @@ class _Join:
                 if self._misses.ends is not Ends.BOTH or scored > place.scoring.bytes_per_s * took_s:
                     place.scoring.observe(float(scored), took_s)
                 self._tracer.add(IN_PLACE, f"score {len(lists)} lists", started_s, ended_s)
-                self._events.put(_Scored(lists, scores, rows))
+                self._events.put(_Scored(_Piece(started_s, ended_s, lists, in_place=True), scores, rows))
                 lists = self._misses.in_place() if self._error is None else []
             self._events.put(None)
         except BaseException as error:
@@ -454,7 +540,8 @@ class _Join:
                 else:
                     self._fall_back(event.lists, event.error)
             elif isinstance(event, _Scored):
-                self.in_place.extend(event.lists)
+                self.in_place.extend(event.piece.lists)
+                self._pieces.append(event.piece)
                 self._merge(event.scores, event.rows)
             else:
                 self._scoring_beside = False
@@ -480,9 +567,11 @@ class _Join:
             return
         started_s = time.perf_counter()
         keys = self._keys(lists)
+        failed = False
         try:
             found = self._tier.score(self._queries, keys, self._k)
         except ResourceError as error:
+            failed = True
             self._fall_back(lists, error)
         else:
             self._merge(*found)
@@ -490,6 +579,8 @@ class _Join:
             self._tier.release(lists)
             self._misses.room()
         ended_s = time.perf_counter()
+        if not failed:
+            self._pieces.append(_Piece(started_s, ended_s, lists, in_place=False))
         if place := self._tier.in_place:
             scored = float(self._tier.extents[keys[keys >= 0]].sum())
             place.scoring_moved.observe(scored, max(ended_s - started_s - place.latency_s, 0.0))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import IntArray
@@ -32,6 +33,16 @@ class Window:
     """Of the bytes that the first order would have probed, in fast memory at the beginning."""
     rounds: int
     """Rounds of lookahead under way at the beginning, this one included."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order that a round followed."""
+
+    at_s: float
+    """Since when, in ``time.perf_counter`` seconds."""
+    fraction: float
+    """Share of the expected text that it was made from; 0 for the question alone."""
 
 
 class Mover:
@@ -118,6 +129,7 @@ class Mover:
             taker.move(-len(lists))
             if error is None:
                 taker.moved.extend(lists)
+                taker.arrived_s.extend([time.perf_counter()] * len(lists))
             else:
                 taker.failed += len(lists)
         self.fill()
@@ -138,10 +150,14 @@ class Round:
         self.under_way = 0
         self.moved: list[int] = []
         """Lists moved in this round, in order of arrival."""
+        self.arrived_s: list[float] = []
+        """When each of them did, in ``time.perf_counter`` seconds."""
         self.failed = 0
         """Moves that ended in an error; the join tries those lists again and tells."""
         self.orders = 0
         """How many orders were followed: one, and one more for each refinement."""
+        self.followed: list[Order] = []
+        """Those orders."""
         self.window = Window(0.0, 0.0, 0, 0.0, 1)
         """Known when it has stopped."""
         self._began_s: float | None = None
@@ -150,12 +166,18 @@ class Round:
         self._held_share = 0.0
         self._rounds = 1
 
-    def follow(self, order: IntArray, reach: int) -> None:
-        """Move the ``reach`` best lists of this order from now on; what is under way goes on."""
+    def follow(self, order: IntArray, reach: int, fraction: float = 0.0) -> None:
+        """Move the ``reach`` best lists of this order from now on; what is under way goes on.
+
+        Args:
+            order: distinct lists, best first.
+            reach: how many of them are worth moving.
+            fraction: share of the expected text that the order was made from.
+        """
         with self._mover.lock:
             if not self.going:
                 return
-            self.orders += 1
+            self._note(Order(time.perf_counter(), fraction))
             self.plan.reorder(order, reach)
         self._mover.fill()
 
@@ -169,7 +191,7 @@ class Round:
             self._held_share = held_bytes / max(int(likely_bytes.sum()), 1)
             self._rounds = sum(each.going for each in self._mover.all)
             self._began_s = time.perf_counter()
-            self.orders += 1
+            self._note(Order(self._began_s, 0.0))
             self.plan.reorder(order, reach)
 
     def move(self, count: int) -> None:
@@ -208,3 +230,12 @@ class Round:
     def bytes_moved(self) -> int:
         """Bytes of the lists moved so far."""
         return int(self._mover.tier.extents[self.moved].sum()) if self.moved else 0
+
+    def arrivals(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
+        """The lists moved so far, and when each arrived in ``time.perf_counter`` seconds, both of shape (n,)."""
+        with self._mover.lock:
+            return np.array(self.moved, np.int64), np.array(self.arrived_s, np.float64)
+
+    def _note(self, order: Order) -> None:
+        self.orders += 1
+        self.followed.append(order)

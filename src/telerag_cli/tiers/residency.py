@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -27,6 +28,19 @@ ABSENT, MOVING, RESIDENT = (state.value for state in State)
 """The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
 TOGETHER = 16
 """Lists that room is made for at once. Each gets as much as the longest of them needs, so more of them would evict more."""
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What an arena holds now. Empty lists, which take no room, are not counted."""
+
+    resident_bytes: int
+    moving_bytes: int
+    """Room taken for lists on their way."""
+    lists_resident: int
+    lists_moving: int
+    references: int
+    """Uses of lists by queries that are being answered; a list may have several."""
 
 
 class Residency:
@@ -136,6 +150,13 @@ class Residency:
         """Evict all that is not moving or referenced, and all that was known of its heat."""
         self._evict_all()
         self.policy.heat[:] = 0
+
+    def occupancy(self) -> Occupancy:
+        """What the arena holds; cheap enough to be asked each second."""
+        moving = np.flatnonzero(self.state == MOVING)
+        moving_bytes = int(self.extents[moving].sum())
+        return Occupancy(self.arena.used_bytes - moving_bytes, moving_bytes, len(self.arena) - len(moving), len(moving),
+                         int(self.references.sum()))  # fmt: skip
 
     def check_integrity(self) -> None:
         """Assert that the slot table and the arena agree about every list."""

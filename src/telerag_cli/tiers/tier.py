@@ -16,7 +16,7 @@ from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import Claim, InPlace, ListsArrived, Prefetched, Stay
 from telerag_cli.tiers.cache import make_policy
-from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Residency
+from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Occupancy, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer
 
@@ -164,6 +164,11 @@ class ArenaTier:
         with self._lock:
             return int(self._residency.references.sum())
 
+    def occupancy(self) -> Occupancy:
+        """What the arena holds now, all of it at one moment."""
+        with self._lock:
+            return self._residency.occupancy()
+
     def close(self) -> None:
         """See `FastTier`."""
         with self._settled:
@@ -196,10 +201,12 @@ class ArenaTier:
         started_s = time.perf_counter()
 
         def arrived(ended: Sequence[Move], error: TeleragError | None) -> None:
-            if self._tracer.enabled:
+            if self._tracer.wanted:
                 lane, ended_s = threading.current_thread().name, time.perf_counter()
                 for move in ended:
-                    self._tracer.add(lane, f"list {move.list_no}", started_s, ended_s, bytes=move.nbytes)
+                    self._tracer.add(
+                        lane, f"list {move.list_no}", started_s, ended_s, list=move.list_no, bytes=move.nbytes
+                    )
             self._arrived(ended, error)
 
         self._transport.submit(moves, arrived)

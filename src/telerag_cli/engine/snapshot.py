@@ -1,0 +1,79 @@
+"""An engine's state in numbers, for those who watch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from telerag_cli.engine.engine import Engine
+from telerag_cli.tiers.residency import Occupancy
+
+if TYPE_CHECKING:
+    from telerag_cli.generation.llamacpp import Stats  # imports llama.cpp, which an engine need not have
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an engine is doing and has done; a generator that cannot tell shows 0, except for its slots."""
+
+    slots: int
+    """Requests that the LLM writes at once."""
+    running: int
+    """Requests with a slot."""
+    waiting: int
+    """Requests that wait for one."""
+    evaluated_tokens: int
+    """Of prompts, computed; from the start, as are the other tokens."""
+    taken_over_tokens: int
+    """Of prompts, computed for another request before."""
+    written_tokens: int
+    arena_bytes: int
+    resident_bytes: int
+    moving_bytes: int
+    """Room taken for lists on their way."""
+    lists_resident: int
+    lists_moving: int
+    references: int
+    """Uses of lists by queries that are being answered."""
+    rounds: int
+    """Of lookahead, that have not ended."""
+
+
+@runtime_checkable
+class _Counting(Protocol):
+    """A generator that knows what it does."""
+
+    def stats(self) -> Stats:
+        """What goes on now."""
+
+
+@runtime_checkable
+class _Accounting(Protocol):
+    """A fast tier with an arena."""
+
+    def occupancy(self) -> Occupancy:
+        """What it holds now."""
+
+
+def snapshot(engine: Engine) -> Snapshot:
+    """The state now, from any thread. It takes some microseconds, and moments of two parts may differ by as much."""
+    generator, retriever = engine.generator, engine.retriever
+    stats = generator.stats() if isinstance(generator, _Counting) else None
+    tier = retriever.tier
+    assert isinstance(tier, _Accounting), "a fast tier without an arena"
+    held = tier.occupancy()
+    return Snapshot(
+        slots=generator.parallel,
+        running=stats.running if stats else 0,
+        waiting=stats.waiting if stats else 0,
+        evaluated_tokens=stats.evaluated_tokens if stats else 0,
+        taken_over_tokens=stats.taken_over_tokens if stats else 0,
+        written_tokens=stats.written_tokens if stats else 0,
+        arena_bytes=tier.arena_bytes,
+        resident_bytes=held.resident_bytes,
+        moving_bytes=held.moving_bytes,
+        lists_resident=held.lists_resident,
+        lists_moving=held.lists_moving,
+        references=held.references,
+        rounds=retriever.rounds,
+    )
