@@ -155,6 +155,10 @@ class Encoder:
         """Tokens of a text as the model would see it untruncated, special tokens included."""
         return len(self.tokenizer.encode(text).ids)
 
+    def count_query_tokens(self, text: str) -> int:
+        """The same for a query, the model's prompt for queries included."""
+        return self.count_tokens(f"{self._query_prompt or ''}{text}")
+
     def encode(
         self, texts: Sequence[str], batch_size: int | None = None, advance: Advance | None = None
     ) -> FloatArray:

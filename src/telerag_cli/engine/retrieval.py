@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
 
 from telerag_cli.config import Metric
+from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import FloatArray
+from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.index.passages import Passages
 from telerag_cli.lookahead.retriever import Found, JoinReport, Search, Searcher
 from telerag_cli.lookahead.round import Round
@@ -21,6 +25,10 @@ from telerag_cli.tracing import Tracer
 EMBED = "embed"
 MOST_SEARCHES = 32
 """Searches in one batch; each waits for the lists of all."""
+MOST_HITS = 1 << 18
+"""Results of one batch, over all its queries: a search that looks deep takes the time and the memory of few at once."""
+
+T = TypeVar("T")
 
 
 class QueryEmbedder(Protocol):
@@ -44,6 +52,14 @@ class Retrieval:
     """For the batch that it was part of, as the join's times are."""
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Rows of passages and their scores, shape (n,), each row once, best first; equal scores by row."""
+
+    rows: IntArray
+    scores: FloatArray
+
+
 class Finder(Protocol):
     """Finds passages for texts."""
 
@@ -58,13 +74,14 @@ class Finder(Protocol):
         """Wait for what runs and let go of what this alone uses."""
 
 
-@dataclass(frozen=True)
-class _Asked:
+@dataclass(frozen=True, eq=False)
+class _Asked(Generic[T]):
     queries: tuple[str, ...]
     rounds: tuple[Round, ...]
-    answer: asyncio.Future[Retrieval] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    k: int
+    make: Callable[[Found, float], T]
+    """The answer from what was found and the seconds that embedding took; called in the thread."""
+    answer: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Retrievals:
@@ -79,7 +96,7 @@ class Retrievals:
         self._nprobe = nprobe
         self._tracer = tracer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve")
-        self._waiting: list[_Asked] = []
+        self._waiting: list[_Asked[Any]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def find(self, queries: Sequence[str], rounds: Sequence[Round]) -> Retrieval:
@@ -88,24 +105,64 @@ class Retrievals:
         Raises:
             TeleragError: a list could not be read.
         """
-        asked = _Asked(tuple(queries), tuple(rounds))
-        self._waiting.append(asked)
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        return await asked.answer
+        texts = tuple(queries)
+
+        def retrieval(found: Found, embed_s: float) -> Retrieval:
+            best = self._best([found], self._k)
+            rows, scores = best.rows.tolist(), best.scores.tolist()
+            hits = map(Retrieved, self._passages[rows], rows, scores)
+            return Retrieval(texts, list(hits), found.report, embed_s)
+
+        return await self._ask(_Asked(texts, tuple(rounds), self._k, retrieval))
+
+    async def rank(self, queries: Sequence[str], k: int) -> Ranking:
+        """The best ``k`` passages for these queries together, as deep as anyone wants to look, without their texts.
+
+        Fewer come back only if the lists that the queries probe hold no more. What others search at the same time finds what
+        it would find alone: only searches of the same ``k`` are one batch, for ``k`` decides what is scored again.
+
+        Raises:
+            TeleragError: a list could not be read.
+        """
+        width = min(k, self._deepest)
+        step = max(1, MOST_HITS // width)
+        parts = [
+            await self._ask(
+                _Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found)
+            )
+            for start in range(0, len(queries), step)
+        ]
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._best, parts, k)
+
+    async def read(self, rows: Sequence[int]) -> list[Passage]:
+        """The passages of these rows, in the order asked for.
+
+        Raises:
+            ArtifactError: a row's bytes are damaged.
+        """
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._passages.__getitem__, rows
+        )
 
     def close(self) -> None:
         """Wait for what runs and stop the thread."""
         self._thread.shutdown()
 
+    async def _ask(self, asked: _Asked[T]) -> T:
+        self._waiting.append(asked)
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await asked.answer
+
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while self._waiting:
-                batch, self._waiting = self._waiting[:MOST_SEARCHES], self._waiting[MOST_SEARCHES:]
-                batch = [asked for asked in batch if not asked.answer.done()]
+                self._waiting = [asked for asked in self._waiting if not asked.answer.done()]
+                batch = self._next()
                 if not batch:
                     continue
+                self._waiting = [asked for asked in self._waiting if asked not in batch]
                 results = await loop.run_in_executor(self._thread, self._work, batch)
                 for asked, result in zip(batch, results, strict=True):
                     if asked.answer.done():
@@ -117,7 +174,20 @@ class Retrievals:
         finally:
             self._running = None
 
-    def _work(self, batch: Sequence[_Asked]) -> list[Retrieval | Exception]:
+    def _next(self) -> list[_Asked[Any]]:
+        """Who has waited longest, and others whose results are as many, as far as a batch goes."""
+        batch: list[_Asked[Any]] = []
+        hits = 0
+        for asked in self._waiting:
+            if asked.k != self._waiting[0].k:
+                continue
+            hits += len(asked.queries) * asked.k
+            if batch and (len(batch) == MOST_SEARCHES or hits > MOST_HITS):
+                break
+            batch.append(asked)
+        return batch
+
+    def _work(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
         try:
             return list(self._together(batch))
         except Exception as error:
@@ -126,7 +196,7 @@ class Retrievals:
             # What one of them needs may be damaged and what the others need not.
             return [result for asked in batch for result in self._work([asked])]
 
-    def _together(self, batch: Sequence[_Asked]) -> list[Retrieval]:
+    def _together(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
         texts = [query for asked in batch for query in asked.queries]
         started_s = time.perf_counter()
         with self._tracer.span(EMBED, f"{len(texts)} texts" if len(texts) > 1 else "text"):
@@ -135,22 +205,21 @@ class Retrievals:
         searches, start = [], 0
         for asked in batch:
             searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.rounds))
-        found = self._searcher.search_together(searches, self._k, self._nprobe)
-        return [
-            Retrieval(asked.queries, self._best(each), each.report, embed_s)
-            for asked, each in zip(batch, found, strict=True)
-        ]
+        found = self._searcher.search_together(searches, batch[0].k, self._nprobe)
+        return [asked.make(each, embed_s) for asked, each in zip(batch, found, strict=True)]
 
-    def _best(self, found: Found) -> list[Retrieved]:
-        """The best ``k`` passages over all queries, each once, best first."""
+    @cached_property
+    def _deepest(self) -> int:
+        """No query has more candidates than this."""
+        return int(np.sort(self._searcher.index.sizes)[-self._nprobe :].sum())
+
+    def _best(self, parts: Sequence[Found], k: int) -> Ranking:
+        """The best ``k`` passages over all queries of these searches, each once, best first."""
+        scores = np.concatenate([found.scores.ravel() for found in parts])
+        rows = np.concatenate([found.rows.ravel() for found in parts])
+        scores, rows = scores[rows >= 0], rows[rows >= 0]
         larger_is_nearer = self._searcher.index.manifest.metric is Metric.IP
-        best: dict[int, float] = {}
-        for score, row in zip(found.scores.ravel().tolist(), found.rows.ravel().tolist(), strict=True):
-            if row >= 0 and (row not in best or (score > best[row]) == larger_is_nearer):
-                best[row] = score
-        ranked = sorted(best.items(), key=lambda item: (-item[1] if larger_is_nearer else item[1], item[0]))
-        ranked = ranked[: self._k]
-        passages = self._passages[[row for row, _score in ranked]]
-        return [
-            Retrieved(passage, row, score) for passage, (row, score) in zip(passages, ranked, strict=True)
-        ]
+        order = np.lexsort((rows, -scores if larger_is_nearer else scores))
+        _rows, firsts = np.unique(rows[order], return_index=True)
+        kept = order[np.sort(firsts)[:k]]
+        return Ranking(rows[kept], scores[kept])
