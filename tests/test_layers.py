@@ -16,7 +16,7 @@ LAYERS = [
     {"__main__"},
     {"app"},
     {"commands"},
-    {"bench"},
+    {"bench", "serving"},
     {"cluster", "datasets", "evaluation"},
     {"engine"},
     {"profiling"},
@@ -53,6 +53,9 @@ HEAVY = [
     "scipy",
     "simpy",
     "pandas",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
 ]
 
 
@@ -182,6 +185,7 @@ def test_click_is_never_imported():
         ["run", "--help"],
         ["embed", "--help"],
         ["chat", "--help"],
+        ["serve-local", "--help"],
         ["eval", "--help"],
         ["bench", "latency", "--help"],
     ],

@@ -314,6 +314,15 @@ def test_config_shows_what_is_set_and_where(monkeypatch):
     assert telerag("config", "--path", "--init").exit_code == 2
 
 
+@pytest.mark.parametrize("how", [[], ["--json"], ["--all"]])
+def test_config_shows_that_there_is_a_key_and_not_which(monkeypatch, how):
+    monkeypatch.setenv("TELERAG_API_KEY", "open-sesame")
+    done = CliRunner().invoke(app, ["config", *how])
+    assert done.exit_code == 0
+    assert "(hidden)" in done.stdout
+    assert "sesame" not in done.output
+
+
 def test_config_path_says_where_a_file_would_be_looked_for(tmp_path):
     none = telerag("config", "--path")
     assert (none.exit_code, none.stdout) == (1, "")

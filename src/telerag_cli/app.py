@@ -25,6 +25,7 @@ from telerag_cli.commands.profile import profile
 from telerag_cli.commands.quickstart import quickstart
 from telerag_cli.commands.run import run
 from telerag_cli.commands.search import search
+from telerag_cli.commands.serve_local import serve_local
 from telerag_cli.commands.settings import wanted
 
 app = typer.Typer(
@@ -78,7 +79,8 @@ for command in (
     inspect,
     search,
     expanded(run),
-    chat,
+    expanded(chat),
+    expanded(serve_local),
     doctor,
     config,
 ):

@@ -36,18 +36,51 @@ def _stdout() -> IO[str]:
     return _reserved or sys.stdout
 
 
+_as_json = False
+"""Whether talk is one JSON object a line, for programs that collect logs."""
+
+
+@contextlib.contextmanager
+def talking(*, as_json: bool) -> Iterator[None]:
+    """Choose how talk on stderr looks while the block runs: as text, or as JSON lines with ``time``, ``level`` and ``event``."""
+    global _as_json
+    before, _as_json = _as_json, as_json
+    try:
+        yield
+    finally:
+        _as_json = before
+
+
+def _log(level: str, event: str, **said: Any) -> None:
+    """A JSON line on stderr."""
+    from datetime import UTC, datetime
+
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    sys.stderr.write(json.dumps({"time": now, "level": level, "event": event, **said}, default=str) + "\n")
+    sys.stderr.flush()
+
+
 def say(message: str) -> None:
     """A line of talk on stderr."""
+    if _as_json:
+        _log("info", "message", message=message)
+        return
     _stderr().print(message, markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
+    if _as_json:
+        _log("warning", "message", message=message)
+        return
     _stderr().print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """An error on stderr."""
+    if _as_json:
+        _log("error", "message", message=message)
+        return
     _stderr().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
 
 
@@ -72,6 +105,10 @@ def table(
     width: int = WIDE,
 ) -> None:
     """A table: to stdout if it is the command's answer (``data``), else to stderr. Numbers align right."""
+    if _as_json and not data:
+        named = [dict(zip(columns, map(str, row), strict=True)) for row in rows]
+        _log("info", "table", title=title, rows=named)
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -115,7 +152,7 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
     )
 
     console = _stderr()
-    if not console.is_terminal:
+    if not console.is_terminal or _as_json:
         yield lambda _count: None
         return
     rate = TextColumn("{task.fields[rate]}")

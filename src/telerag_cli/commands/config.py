@@ -97,6 +97,10 @@ def apply(context: typer.Context, named: Path | None) -> None:
     context.default_map = settings.defaults()
 
 
+SECRET, HIDDEN = ("api_key",), "(hidden)"
+"""Options whose values are nobody's business."""
+
+
 def settings_of(context: typer.Context) -> Settings:
     """What is set, as the entry point has read it.
 
@@ -119,6 +123,8 @@ def rows_of(settings: Settings, *, every: bool) -> list[Row]:
                 value, origin, place = (
                     (found.value, found.origin, found.place) if found else (option.default, DEFAULT, None)
                 )
+                if key in SECRET and value:
+                    value = HIDDEN
                 rows.setdefault(
                     (option.flag, repr(value), place), Row(option.flag, [], value, origin, place)
                 ).commands.append(command)

@@ -1,0 +1,185 @@
+"""Between an answer under way and its client: work that ends when the client is gone, and news in the order of its happening."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from telerag_cli.pipelines.base import ANSWER
+from telerag_cli.pipelines.found import Retrieved
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client hung up; nobody reads the response."""
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives; if the client hangs up, the work is cancelled and has ended before `ClientGoneError` comes out of here."""
+    working = asyncio.create_task(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Silent:
+    """A `Watcher` that tells nobody."""
+
+    def queued(self, before: int) -> None:
+        """See `Watcher`."""
+
+    def begins(self, stage: str) -> None:
+        """See `Watcher`."""
+
+    def retrieving(self) -> None:
+        """See `Watcher`."""
+
+    def retrieved(self, found: Sequence[Retrieved]) -> None:
+        """See `Watcher`."""
+
+    def wrote(self, stage: str, text: str) -> None:
+        """See `Watcher`."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """All that a stage has written so far, for one of several questions."""
+
+    index: int
+    stage: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something else to tell, as JSON."""
+
+    index: int
+    body: dict[str, Any]
+
+
+News = Text | Event
+
+
+class Stream:
+    """Keeps the news of answers until they are fetched, however slowly: of a growing text only its last state."""
+
+    def __init__(self, *, events: bool) -> None:
+        """Begin with no news.
+
+        Args:
+            events: whether more than the answers' texts is wanted.
+        """
+        self.events = events
+        self._loop = asyncio.get_running_loop()
+        self._news: deque[News] = deque()
+        self._there = asyncio.Event()
+        self._ended = False
+
+    async def news(self, answering: asyncio.Task[Any]) -> AsyncIterator[News]:
+        """What happens while answers are written; ends with the task that writes them, whatever becomes of it."""
+        answering.add_done_callback(lambda _task: self._end())
+        while True:
+            await self._there.wait()
+            while self._news:
+                yield self._news.popleft()
+            if self._ended:
+                return
+            self._there.clear()
+
+    def add(self, news: News) -> None:
+        """Tell something; in the event loop."""
+        if (
+            isinstance(news, Text)
+            and self._news
+            and isinstance(last := self._news[-1], Text)
+            and (last.index, last.stage) == (news.index, news.stage)
+        ):
+            self._news.pop()
+        self._news.append(news)
+        self._there.set()
+
+    def add_soon(self, news: News) -> None:
+        """Tell something; from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the server was stopped by force
+            self._loop.call_soon_threadsafe(self.add, news)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._there.set()
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A `Watcher` that puts what becomes of one question into a stream."""
+
+    stream: Stream
+    index: int = 0
+
+    def queued(self, before: int) -> None:
+        """See `Watcher`."""
+        self._tell({"event": "queued", "position": before})
+
+    def begins(self, stage: str) -> None:
+        """See `Watcher`."""
+        self._tell({"event": "stage", "stage": stage})
+
+    def retrieving(self) -> None:
+        """See `Watcher`."""
+        self._tell({"event": "retrieving"})
+
+    def retrieved(self, found: Sequence[Retrieved]) -> None:
+        """See `Watcher`."""
+        passages = [
+            {"rank": rank, "id": hit.passage.id, "title": title(hit), "score": hit.score}
+            for rank, hit in enumerate(found, 1)
+        ]
+        self._tell({"event": "retrieved", "passages": passages})
+
+    def wrote(self, stage: str, text: str) -> None:
+        """See `Watcher`."""
+        if self.stream.events or stage == ANSWER:
+            self.stream.add_soon(Text(self.index, stage, text))
+
+    def _tell(self, body: dict[str, Any]) -> None:
+        if self.stream.events:
+            self.stream.add(Event(self.index, body))
+
+
+class Growing:
+    """What is new of a text that grows, without white space around the whole."""
+
+    def __init__(self) -> None:
+        self.shown = ""
+
+    def more(self, text: str) -> str:
+        """What to show now of all the text so far; nothing if it is not the text that was begun."""
+        text = text.strip()
+        if not text.startswith(self.shown):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+
+def title(hit: Retrieved) -> str:
+    """The passage's title, or its id, in one line."""
+    return " ".join(str(hit.passage.metadata.get("title") or hit.passage.id).split())

@@ -1,0 +1,98 @@
+"""A server in a thread of the test's process, over an engine that a test made."""
+
+import asyncio
+import contextlib
+import json
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from telerag_cli.config import ScheduleName
+from telerag_cli.engine.scheduler import Schedule, Scheduler
+from telerag_cli.serving.access_log import AccessLog, LogFormat
+from telerag_cli.serving.app import make_app
+from telerag_cli.serving.gates import LOOPBACK_HOSTS, GateOptions, guarded
+from telerag_cli.serving.metrics import Metrics
+from telerag_cli.serving.server import address_of, bind, uvicorn_server
+from telerag_cli.serving.service import Limits, Service, all_pipelines
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    url: str
+    service: Service
+    lines: list[str]
+    """Of its access log, as JSON."""
+    loop: asyncio.AbstractEventLoop
+    server: Any
+
+    def line(self, number=-1):
+        """A line of the log, which may come a moment after the response."""
+        deadline = time.monotonic() + 5
+        while not self.lines:
+            assert time.monotonic() < deadline, "nothing was logged"
+            time.sleep(0.005)
+        return json.loads(self.lines[number])
+
+    def call(self, function, *arguments):
+        """Call something in the server's loop."""
+
+        async def called():
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(10)
+
+    def idle(self):
+        """Wait until nothing is under way, and assert that nothing is left."""
+
+        async def quiet():
+            async with asyncio.timeout(10):
+                while True:
+                    state = self.service.state()
+                    busy = (state["queue"]["running"], state["queue"]["waiting"], state["llm"]["running"], state["arena"]["references"],
+                            state["lookahead"]["rounds"])  # fmt: skip
+                    if busy == (0, 0, 0, 0, 0):
+                        return
+                    await asyncio.sleep(0.01)
+
+        asyncio.run_coroutine_threadsafe(quiet(), self.loop).result(15)
+
+
+@contextlib.contextmanager
+def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=None, is_open=True):
+    """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
+    metrics = Metrics("0")
+    service = Service(all_pipelines({}), Limits(queue, request_s), metrics, "0")
+    lines: list[str] = []
+    log = AccessLog(lines.append, LogFormat.JSON)
+    gates = options or GateOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
+    server = uvicorn_server(guarded(make_app(service), gates, log, metrics), 5.0)
+    started = threading.Event()
+    running: list[Running] = []
+
+    async def live(listening):
+        if is_open:
+            service.open(
+                engine,
+                Scheduler.over(engine, Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)),
+                at_once,
+            )
+        running.append(Running(address_of(listening), service, lines, asyncio.get_running_loop(), server))
+        listening.listen(100)
+        started.set()
+        await server.serve([listening])
+        await service.close()
+
+    with bind("127.0.0.1", 0) as listening:
+        thread = threading.Thread(target=lambda: asyncio.run(live(listening)), name="server")
+        thread.start()
+        try:
+            assert started.wait(10)
+            yield running[0]
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()

@@ -1,0 +1,515 @@
+"""Embeddings and vector-store search over the small world, and how deep searches go beside others."""
+
+import asyncio
+import base64
+import dataclasses
+import json
+import struct
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fastapi import FastAPI, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.testclient import TestClient
+
+from animals import ANIMALS, DIMENSION, TEXTS, WordHashes, World
+from indexes import make_vectors
+from telerag_cli.config import Metric
+from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
+from telerag_cli.engine import retrieval
+from telerag_cli.index.passages import write_passages
+from telerag_cli.serving import embeddings, vector_stores
+from telerag_cli.serving.errors import ApiError
+from telerag_cli.serving.filters import attributes, passes
+from telerag_cli.serving.protocol import (
+    EmbeddingList,
+    ErrorBody,
+    VectorSearchRequest,
+    VectorStore,
+    VectorStoreList,
+    VectorStoreSearchPage,
+    invalid,
+)
+from telerag_cli.serving.streams import ClientGoneError
+from telerag_cli.serving.vector_stores import search, shown_scores
+
+MOST_TOKENS = 12
+MODEL = "words"
+SEARCH = "/v1/vector_stores/vs_telerag/search"
+QUERY = "owls number 3 live in place 8"
+
+
+class Words(WordHashes):
+    """Knows how many words it sees, and can be held up."""
+
+    info = SimpleNamespace(max_tokens=MOST_TOKENS)
+
+    def __init__(self):
+        self.batches = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def count_query_tokens(self, text):
+        return len(text.split())
+
+    def encode_queries(self, texts):
+        self.batches.append(len(texts))
+        assert self.gate.wait(5)
+        return super().encode_queries(texts)
+
+
+def metadata_of(row):
+    animal, number = ANIMALS[row // 30], row % 30
+    return {"animal": animal, "number": number, "half": number / 2, "even": number % 2 == 0, "tags": [animal], "none": None,
+            "nan": float("nan"), **({"title": f"About\n{animal}"} if number else {})}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def only_engine(tmp_path_factory):
+    """Over passages of which something is known."""
+    world = World(tmp_path_factory.mktemp("search") / "index")
+    known = [json.dumps(metadata_of(n)) for n in range(len(TEXTS))]
+    rows = pa.record_batch([[f"p{n}" for n in range(len(TEXTS))], TEXTS, known], schema=PASSAGE_SCHEMA)
+    assert sum(write_passages([rows], world.index.paths.passages)) == len(TEXTS)
+    yield world.engine({})
+    world.close()
+
+
+@pytest.fixture
+def engine(only_engine, monkeypatch):
+    """It, with an embedder that counts from the start."""
+    words = Words()
+    monkeypatch.setattr(only_engine, "embedder", words)
+    monkeypatch.setattr(only_engine.shared.retrievals, "_embedder", words)
+    return only_engine
+
+
+@pytest.fixture
+def batches(engine, monkeypatch):
+    """The ``k`` and the number of searches of each batch."""
+    noted = []
+    usual = engine.retriever.search_together
+
+    def search_together(searches, k, nprobe):
+        noted.append((k, len(searches)))
+        return usual(searches, k, nprobe)
+
+    monkeypatch.setattr(engine.retriever, "search_together", search_together)
+    return noted
+
+
+def app_over(engine, *, ready=True):
+    def require_ready():
+        if not ready:
+            raise ApiError(503, "Loading.")
+
+    async def within(work):
+        return await work
+
+    models = ["telerag-naive", MODEL]
+    service = SimpleNamespace(
+        engine=engine,
+        embedder_name=MODEL,
+        models=models,
+        require_ready=require_ready,
+        within=within,
+        started_at=1.0,
+    )
+    app = FastAPI()
+    app.include_router(embeddings.router(service))
+    app.include_router(vector_stores.router(service))
+
+    @app.exception_handler(ApiError)
+    async def refused(_request, error):
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_request, error):
+        return invalid(error).response()
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(_request, _error):
+        return Response(status_code=499)
+
+    return app
+
+
+@pytest.fixture
+def client(engine):
+    with TestClient(app_over(engine)) as client:
+        yield client
+
+
+def page(client, **body):
+    response = client.post(SEARCH, json={"query": QUERY} | body)
+    assert response.status_code == 200, response.text
+    return VectorStoreSearchPage.model_validate(response.json())
+
+
+def ids(found):
+    return [result.file_id for result in found.data]
+
+
+def all_candidates(engine, *queries):
+    """Rows and scores of all that the probed lists hold, best first, each once."""
+    found = engine.retriever.search(WordHashes().encode_queries(queries), len(TEXTS), engine.settings.nprobe)
+    best = {}
+    for score, row in zip(found.scores.ravel().tolist(), found.rows.ravel().tolist(), strict=True):
+        if row >= 0:
+            best[row] = max(score, best.get(row, score))
+    return sorted(best.items(), key=lambda item: (-item[1], item[0]))
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    return ErrorBody.model_validate(response.json()).error
+
+
+# Embeddings
+
+
+def test_embeddings_are_those_of_questions(client, engine):
+    body = client.post("/v1/embeddings", json={"model": MODEL, "input": [QUERY, "bats"]}).json()
+    answer = EmbeddingList.model_validate(body)
+    assert [item.index for item in answer.data] == [0, 1]
+    np.testing.assert_array_equal(
+        np.array([item.embedding for item in answer.data], np.float32),
+        engine.embedder.encode_queries([QUERY, "bats"]),
+    )
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == 8
+    assert answer.model == MODEL
+
+
+def test_base64_holds_the_same_numbers(client):
+    plain, packed = (
+        client.post("/v1/embeddings", json={"model": MODEL, "input": QUERY, "encoding_format": form}).json()
+        for form in ("float", "base64")
+    )
+    data = base64.b64decode(packed["data"][0]["embedding"])
+    assert list(struct.unpack(f"<{DIMENSION}f", data)) == plain["data"][0]["embedding"]
+    assert packed["usage"] == plain["usage"]
+
+
+def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
+    texts = [f"{animal} {n}" for n in range(7) for animal in ANIMALS]
+    answer = EmbeddingList.model_validate(
+        client.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json()
+    )
+    assert engine.embedder.batches == [32, 32, 6]
+    assert [item.index for item in answer.data] == list(range(70))
+    expected = WordHashes().encode_queries(texts)
+    np.testing.assert_array_equal(np.array([item.embedding for item in answer.data], np.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ([5], [(0, 1)]), ([2000], [(0, 1)]), ([2000, 2000, 1], [(0, 1), (1, 2), (2, 3)]), ([1000, 24, 1], [(0, 2), (2, 3)]),
+        ([1] * 33, [(0, 32), (32, 33)]), ([1] * 64, [(0, 32), (32, 64)]),
+    ],
+)  # fmt: skip
+def test_a_piece_is_short_in_texts_and_tokens(counts, expected):
+    assert list(embeddings.pieces(counts)) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "words"),
+    [
+        ({"model": "gpt-5"}, 404, "model", "does not exist"),
+        ({"model": "telerag-naive"}, 404, "model", "makes no embeddings; `words` makes them"),
+        ({"dimensions": DIMENSION + 1}, 400, "dimensions", f"vectors of {DIMENSION}"),
+        ({"input": "word " * 13}, 400, "input", "13 tokens and the model sees 12"),
+        ({"input": ["a"] * 40 + ["word " * 13]}, 400, "input.40", "13 tokens"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused_before_anything_is(client, engine, body, status, param, words):
+    response = client.post("/v1/embeddings", json={"model": MODEL, "input": "owls"} | body)
+    error = error_of(response, status)
+    assert error.param == param
+    assert words in error.message
+    assert engine.embedder.batches == []
+
+
+def test_the_models_own_dimension_may_be_named(client):
+    body = {"model": MODEL, "input": "word " * MOST_TOKENS, "dimensions": DIMENSION}
+    assert client.post("/v1/embeddings", json=body).status_code == 200
+
+
+async def post(app, path, body, gone):
+    """The status of a request whose client hangs up once the event is set; nobody is there to read it then."""
+    sent = []
+    parts = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if parts:
+            return parts.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path, "raw_path": b"",
+             "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
+             "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    await app(scope, receive, send)
+    return sent[0]["status"]
+
+
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def test_a_long_request_ends_when_its_client_is_gone_and_lets_others_between(engine):
+    app, encoder = app_over(engine), engine.embedder
+
+    async def run():
+        gone = asyncio.Event()
+        encoder.gate.clear()
+        long = asyncio.create_task(post(app, "/v1/embeddings", {"model": MODEL, "input": ["a"] * 320}, gone))
+        await until(lambda: encoder.batches == [32])
+        short = asyncio.create_task(
+            post(app, "/v1/embeddings", {"model": MODEL, "input": ["b"] * 3}, asyncio.Event())
+        )
+        await asyncio.sleep(0.02)
+        encoder.gate.set()
+        assert await short == 200
+        assert len(encoder.batches) < 10
+        encoder.gate.clear()
+        gone.set()
+        status = await long
+        encoder.gate.set()
+        return status
+
+    assert asyncio.run(run()) == 499
+    assert sum(encoder.batches) < 323
+
+
+# Vector stores
+
+
+def test_the_index_is_the_one_vector_store(client, engine):
+    listed = VectorStoreList.model_validate(client.get("/v1/vector_stores").json())
+    assert [store.id for store in listed.data] == ["vs_telerag"]
+    store = VectorStore.model_validate(client.get("/v1/vector_stores/vs_telerag").json())
+    assert store == listed.data[0]
+    assert store.file_counts.total == store.file_counts.completed == len(TEXTS)
+    assert store.usage_bytes == int(engine.retriever.index.extents.sum())
+    empty = VectorStoreList.model_validate(client.get("/v1/vector_stores?after=vs_telerag&limit=5").json())
+    assert (empty.data, empty.first_id, empty.has_more) == ([], None, False)
+    assert error_of(client.get("/v1/vector_stores?limit=0"), 400).param == "limit"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/vector_stores/vs_1"), ("POST", "/v1/vector_stores/vs_1/search")])  # fmt: skip
+def test_there_is_no_other(client, method, path):
+    error = error_of(client.request(method, path, json={"query": "x"}), 404)
+    assert error.message == "No vector store found with id 'vs_1'."
+
+
+@pytest.mark.parametrize("k", [1, 10, 50])
+def test_search_finds_the_best_of_the_probed_lists(client, engine, k):
+    found = page(client, max_num_results=k)
+    expected = all_candidates(engine, QUERY)[:k]
+    assert ids(found) == [f"p{row}" for row, _score in expected]
+    assert [result.score for result in found.data] == [score for _row, score in expected]
+    assert found.search_query == [QUERY]
+    assert not found.has_more
+
+
+def test_a_result_tells_what_is_known_of_its_passage(client):
+    (result,) = page(client, query=TEXTS[63], max_num_results=1).data
+    assert result.file_id == "p63"
+    assert result.filename == "About owls"
+    assert result.attributes == {"animal": "owls", "number": 3, "half": 1.5, "even": False, "title": "About\nowls"}  # fmt: skip
+    assert [(part.type, part.text) for part in result.content] == [("text", TEXTS[63])]
+    (untitled,) = page(client, query=TEXTS[60], max_num_results=1).data
+    assert untitled.filename == untitled.file_id == "p60"
+
+
+def test_of_several_queries_the_best_over_all_are_found_each_once(client, engine):
+    queries = [QUERY, "bats number 4 live in place 2", QUERY]
+    found = page(client, query=queries, max_num_results=20)
+    expected = all_candidates(engine, *queries)[:20]
+    assert ids(found) == [f"p{row}" for row, _score in expected]
+    assert len(set(ids(found))) == 20
+
+
+@pytest.mark.parametrize(
+    "some",
+    [
+        {"type": "eq", "key": "even", "value": True},
+        {"type": "ne", "key": "animal", "value": "owls"},
+        {"type": "and", "filters": [{"type": "gte", "key": "number", "value": 20}, {"type": "lt", "key": "half", "value": 12.5}]},
+        {"type": "eq", "key": "number", "value": 29},
+        {"type": "eq", "key": "animal", "value": "wolves"},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("queries", [[QUERY], [QUERY, "bats number 4 live in place 2"]])
+def test_a_filter_looks_as_deep_as_the_probed_lists_go(client, engine, some, queries):
+    request = VectorSearchRequest.model_validate({"query": queries, "filters": some})
+    expected = [
+        row for row, _score in all_candidates(engine, *queries)
+        if passes(request.filters, attributes(metadata_of(row)))
+    ]  # fmt: skip
+    found = page(client, query=queries, filters=some, max_num_results=5)
+    assert ids(found) == [f"p{row}" for row in expected[:5]]
+
+
+def test_what_does_not_reach_the_threshold_is_not_found_nor_looked_for(client, engine, batches):
+    everything = all_candidates(engine, QUERY)
+    threshold = everything[6][1]
+    found = page(client, max_num_results=50, ranking_options={"score_threshold": threshold})
+    assert ids(found) == [f"p{row}" for row, score in everything if score >= threshold]
+    batches.clear()
+    nothing = {"type": "eq", "key": "animal", "value": "wolves"}
+    assert page(client, filters=nothing, ranking_options={"score_threshold": threshold}).data == []
+    assert batches == [(10, 1)]
+    batches.clear()
+    assert page(client, filters=nothing).data == []
+    assert batches[:2] == [(10, 1), (40, 1)]
+
+
+def test_distances_become_scores_of_which_larger_is_nearer():
+    np.testing.assert_array_equal(shown_scores(np.array([0, 1, 3], np.float32), Metric.L2), [1, 0.5, 0.25])
+    np.testing.assert_array_equal(shown_scores(np.array([-1, 2], np.float32), Metric.IP), [-1, 2])
+
+
+def test_nothing_is_answered_before_the_server_is_ready(engine):
+    with TestClient(app_over(engine, ready=False)) as client:
+        for response in (
+            client.post("/v1/embeddings", json={"model": MODEL, "input": "a"}), client.get("/v1/vector_stores"),
+            client.get("/v1/vector_stores/vs_telerag"), client.post(SEARCH, json={"query": "a"}),
+        ):  # fmt: skip
+            assert response.status_code == 503
+
+
+def test_a_search_ends_when_its_client_is_gone(engine):
+    app = app_over(engine)
+
+    async def run():
+        gone = asyncio.Event()
+        engine.embedder.gate.clear()
+        asked = asyncio.create_task(post(app, SEARCH, {"query": QUERY}, gone))
+        await until(lambda: engine.embedder.batches)
+        gone.set()
+        status = await asked
+        engine.embedder.gate.set()
+        return status
+
+    assert asyncio.run(run()) == 499
+
+
+# Filters
+
+
+@pytest.mark.parametrize(
+    ("some", "expected"),
+    [
+        (("eq", "text", "b"), True), (("eq", "text", "B"), False), (("eq", "number", 2), True), (("eq", "number", 2.0), True),
+        (("eq", "number", "2"), False), (("eq", "number", True), False), (("eq", "truth", True), True), (("eq", "truth", 1), False),
+        (("ne", "text", "a"), True), (("ne", "text", "b"), False), (("eq", "other", "b"), False), (("ne", "other", "b"), True),
+        (("gt", "number", 1), True), (("gt", "number", 2), False), (("gte", "number", 2), True), (("lt", "number", 2.5), True),
+        (("lte", "number", 1), False), (("gt", "text", "a"), True), (("lt", "text", "a"), False), (("gt", "text", 1), False),
+        (("lt", "text", 1), False), (("gt", "truth", 0), False), (("gte", "other", 0), False),
+        (("in", "text", ["a", "b"]), True), (("in", "text", ["a"]), False), (("nin", "text", ["a"]), True),
+        (("nin", "text", ["b"]), False), (("in", "truth", [1, "true"]), False), (("nin", "other", ["b"]), True),
+        (("in", "list", ["x"]), False),
+    ],
+)  # fmt: skip
+def test_a_comparison(some, expected):
+    values = attributes({"text": "b", "number": 2, "truth": True, "list": ["x"]})
+    request = VectorSearchRequest.model_validate(
+        {"query": "q", "filters": dict(zip(("type", "key", "value"), some, strict=True))}
+    )
+    assert passes(request.filters, values) is expected
+
+
+def test_compound_filters_hold_for_all_or_for_any():
+    yes, no = ({"type": "eq", "key": "a", "value": value} for value in (1, 2))
+    for kind, parts, expected in [
+        ("and", [yes, yes], True), ("and", [yes, no], False), ("or", [no, yes], True), ("or", [no, no], False),
+        ("and", [{"type": "or", "filters": [no, yes]}, yes], True), ("or", [{"type": "and", "filters": [no, yes]}, no], False),
+    ]:  # fmt: skip
+        request = VectorSearchRequest.model_validate({"query": "q", "filters": {"type": kind, "filters": parts}})  # fmt: skip
+        assert passes(request.filters, {"a": 1}) is expected
+    assert passes(None, {})
+
+
+# Deep searches beside others
+
+
+def test_searches_of_several_depths_find_what_they_find_alone(engine, batches):
+    finder = engine.shared.retrievals
+    texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
+
+    def same(one, other):
+        return [(hit.row, hit.score) for hit in one.found] == [(hit.row, hit.score) for hit in other.found]
+
+    async def run():
+        alone = [(await finder.find([text], []), await finder.rank([text], 40)) for text in texts]
+        batches.clear()
+        engine.embedder.gate.clear()
+        first = asyncio.create_task(finder.find(["held up"], []))
+        await until(lambda: len(engine.embedder.batches) > 2 * len(texts))
+        jobs = [job for text in texts for job in (finder.find([text], []), finder.rank([text], 40))]
+        tasks = list(map(asyncio.create_task, jobs))
+        await asyncio.sleep(0.01)
+        engine.embedder.gate.set()
+        together = await asyncio.gather(*tasks)
+        await first
+        return alone, together
+
+    alone, together = asyncio.run(run())
+    assert batches == [(3, 1), (3, len(texts)), (40, len(texts))]
+    for (found, ranking), found_too, ranking_too in zip(alone, together[::2], together[1::2], strict=True):
+        assert same(found, found_too)
+        np.testing.assert_array_equal(ranking.rows, ranking_too.rows)
+        np.testing.assert_array_equal(ranking.scores, ranking_too.scores)
+        assert [hit.row for hit in found.found] == ranking.rows[:3].tolist()
+
+
+def test_a_deep_search_takes_few_queries_at_once_and_finds_the_same(engine, batches, monkeypatch):
+    finder = engine.shared.retrievals
+    queries = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
+    expected = all_candidates(engine, *queries)
+    batches.clear()
+    monkeypatch.setattr(retrieval, "MOST_HITS", 200)
+    ranking = asyncio.run(finder.rank(queries, 90))
+    assert batches == [(min(90, finder._deepest), 1)] * 5
+    assert list(zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)) == expected[:90]
+    everything = asyncio.run(finder.rank(queries, 10**9))
+    assert everything.rows.tolist() == [row for row, _score in expected]
+    assert finder._deepest <= len(TEXTS)
+
+
+def test_ranking_keeps_what_scoring_again_finds(engine, monkeypatch):
+    """With kept vectors, how many are scored again depends on k, so each depth is a batch of its own."""
+    vectors = make_vectors(len(TEXTS), DIMENSION, seed=1)
+    monkeypatch.setattr(
+        engine.retriever, "index", dataclasses.replace(engine.retriever.index, vectors=vectors)
+    )
+    monkeypatch.setattr(engine.retriever, "_rescore", 4)
+    finder = engine.shared.retrievals
+    query = WordHashes().encode_queries([QUERY])
+
+    async def run():
+        return await asyncio.gather(*(finder.rank([QUERY], k) for k in (2, 5, 2)), finder.find([QUERY], []))
+
+    *rankings, found = asyncio.run(run())
+    for k, ranking in zip((2, 5, 2), rankings, strict=True):
+        alone = engine.retriever.search(query, k, engine.settings.nprobe)
+        np.testing.assert_array_equal(ranking.rows, alone.rows[0])
+        np.testing.assert_allclose(ranking.scores, vectors[ranking.rows] @ query[0], rtol=1e-5)
+    assert [hit.row for hit in found.found] == engine.retriever.search(query, 3, 4).rows[0].tolist()
+    assert rankings[0].rows.tolist() != rankings[1].rows[:2].tolist()
+
+
+def test_search_alone_needs_no_server(engine):
+    request = VectorSearchRequest.model_validate({"query": QUERY, "max_num_results": 2})
+    found = asyncio.run(search(engine.shared.retrievals, Metric.IP, request))
+    assert [hit.row for hit in found] == [row for row, _score in all_candidates(engine, QUERY)[:2]]

@@ -1,0 +1,474 @@
+"""What is drawn under an answer, and the engine's state in numbers."""
+
+import asyncio
+import json
+import pickle
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from doubles import ChosenLink
+from indexes import make_index, make_vectors
+from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, Storage
+from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.retrieval import Retrieval
+from telerag_cli.engine.session import Stage
+from telerag_cli.engine.snapshot import snapshot
+from telerag_cli.generation.base import Generation, Message, Request
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.lookahead.retriever import Course, JoinReport, Retriever, Search
+from telerag_cli.lookahead.round import Order
+from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.serving.timeline import COUNTS, MOST_BARS, MOST_LANES, timeline
+from telerag_cli.tiers.cuda.simulated import SimulatedGpu
+from telerag_cli.tiers.cuda.tier import open_cuda_tier
+from telerag_cli.tracing import Span, Tracer
+
+PASSAGE = " ".join(["owls number 3 live in place 8 and eat food 3 as is well known to all who see them"] * 6)
+ANSWER = "owls number 3 live in place 8. [1]"
+QUESTION = "Where do owls live?"
+
+
+def script(request):
+    return PASSAGE if "passage that answers" in request.messages[-1].content else ANSWER
+
+
+async def ask(engine, name=PipelineName.HYDE, question=QUESTION):
+    """An answer and its timeline."""
+    with engine.tracer.listening() as spans:
+        began_s = time.perf_counter()
+        answered = await engine.ask(make_pipeline(name), question)
+        ended_s = time.perf_counter()
+    return answered, timeline(answered, spans, began_s, ended_s)
+
+
+def asked(engine, name=PipelineName.HYDE, question=QUESTION):
+    return asyncio.run(ask(engine, name, question))
+
+
+def bars_of(drawn, kind):
+    return [bar for lane in drawn["lanes"] if lane["kind"] == kind for bar in lane["bars"]]
+
+
+def lists_of(drawn, outcome):
+    return sorted(bar["list"] for bar in bars_of(drawn, "link") if bar["outcome"] == outcome)
+
+
+def check(drawn, joins):
+    """What holds for every timeline."""
+    json.dumps(drawn, allow_nan=False)
+    total_s = drawn["total_s"]
+    for lane in drawn["lanes"]:
+        assert lane["bars"]
+        assert all(0 <= bar["start_s"] <= bar["end_s"] <= total_s for bar in lane["bars"])
+        assert all(bar["label"] for bar in lane["bars"])
+    assert all(0 <= mark["at_s"] <= total_s for mark in drawn["marks"])
+    assert [mark["at_s"] for mark in drawn["marks"]] == sorted(mark["at_s"] for mark in drawn["marks"])
+    counts = drawn["counts"]
+    assert {name: counts[name] for name in COUNTS} == {
+        name: sum(getattr(join, name) for join in joins) for name in COUNTS
+    }
+    lists = dict.fromkeys(("hit", "wasted", "missed"), 0)
+    for bar in bars_of(drawn, "link"):
+        lists[bar["outcome"]] += bar["lists"]
+    fetched = sum(len(join.course.fetched) for join in joins)
+    assert sum(lists.values()) + counts["lists_undrawn"] == counts["lists_moved"] + fetched
+    if not counts["lists_undrawn"]:
+        assert lists["wasted"] == counts["lists_wasted"]
+        assert lists["hit"] == counts["lists_moved"] - counts["lists_wasted"]
+        assert lists["missed"] == fetched <= counts["lists_missed"]
+    for kind in ("llm", "link", "scoring", "embedding"):
+        assert len([lane for lane in drawn["lanes"] if lane["kind"] == kind]) <= MOST_LANES
+
+
+def test_a_list_moved_ahead_is_a_hit_or_wasted(engine_of):
+    engine = engine_of(script, token_s=0.001, arena=1.0, tracer=Tracer(enabled=False))
+    answered, drawn = asked(engine)
+    check(drawn, answered.joins)
+    course = answered.joins[0].course
+    assert lists_of(drawn, "hit") == sorted(set(course.wanted) & set(course.moved))
+    assert lists_of(drawn, "wasted") == sorted(set(course.moved) - set(course.wanted))
+    assert lists_of(drawn, "hit")
+    assert lists_of(drawn, "wasted")
+    assert lists_of(drawn, "missed") == sorted(course.fetched)
+    assert drawn["counts"]["lists_undrawn"] == 0
+    extents = engine.retriever.tier.extents
+    assert all(bar["bytes"] == extents[bar["list"]] for bar in bars_of(drawn, "link"))
+    passage, answer = bars_of(drawn, "llm")
+    assert (passage["stage"], answer["stage"]) == ("passage", "answer")
+    assert passage["completion_tokens"] == PASSAGE_TOKENS < len(PASSAGE.split())
+    kinds = [mark["kind"] for mark in drawn["marks"]]
+    assert kinds[0] == "lookahead"
+    assert kinds[-1] == "query"
+    assert kinds.count("refinement") == answered.joins[0].orders - 1 > 0
+    assert all(mark["label"].endswith(" % of the text") for mark in drawn["marks"] if mark["kind"] == "refinement")  # fmt: skip
+    query_s = drawn["marks"][-1]["at_s"]
+    assert passage["end_s"] <= query_s <= answer["start_s"]
+    # Moved while the passage was written, scored once the query was there.
+    assert min(bar["end_s"] for bar in bars_of(drawn, "link")) < passage["end_s"]
+    assert all(query_s <= bar["start_s"] <= bar["end_s"] <= answer["start_s"] for bar in bars_of(drawn, "scoring"))  # fmt: skip
+    assert sum(bar.get("lists", 0) for bar in bars_of(drawn, "scoring")) == answered.joins[0].lists_wanted
+    assert [bar["end_s"] for bar in bars_of(drawn, "embedding")] == [query_s]
+    assert [lane["name"] for lane in drawn["lanes"] if lane["kind"] == "llm"] == ["LLM"]
+
+
+def test_without_lookahead_every_list_is_missed_once_and_then_it_is_there(engine_of):
+    engine = engine_of(script, Lookahead.OFF, arena=1.0, tracer=Tracer(enabled=False))
+    answered, drawn = asked(engine)
+    check(drawn, answered.joins)
+    assert lists_of(drawn, "missed") == answered.joins[0].course.wanted.tolist()
+    assert not lists_of(drawn, "hit")
+    assert not lists_of(drawn, "wasted")
+    assert [mark["kind"] for mark in drawn["marks"]] == ["query"]
+    arrived_s = drawn["marks"][0]["at_s"]
+    assert all(bar["start_s"] >= arrived_s for bar in bars_of(drawn, "link"))
+    answered, drawn = asked(engine)
+    check(drawn, answered.joins)
+    assert not bars_of(drawn, "link")
+    assert drawn["counts"]["lists_hit"] == drawn["counts"]["lists_wanted"] > 0
+
+
+def test_a_slow_link_shows_hits_wasted_and_missed_lists_each_once(engine_of):
+    def link(path, memory):
+        return ChosenLink(path, memory, longest_s=0.02, seed=3)
+
+    engine = engine_of(
+        script, Lookahead.QUESTION, token_s=0.002, arena=1.0, link=link, tracer=Tracer(enabled=False)
+    )
+    answered, drawn = asked(engine, question="bees number 4")
+    check(drawn, answered.joins)
+    course = answered.joins[0].course
+    assert lists_of(drawn, "missed") == course.fetched.tolist() != []
+    assert lists_of(drawn, "hit") + lists_of(drawn, "wasted") != []
+    moved = [bar["list"] for bar in bars_of(drawn, "link")]
+    assert len(moved) == len(set(moved))
+    assert drawn["counts"]["lists_undrawn"] == 0
+
+
+def test_requests_beside_each_other_see_their_own_moves_only(engine_of):
+    engine = engine_of(script, Lookahead.QUESTION, token_s=0.002, arena=1.0, tracer=Tracer(enabled=False))
+
+    async def together():
+        questions = ("Where do owls live?", "What do bees eat?", "Where do rats live?", "What do eels eat?")
+        return await asyncio.gather(*(ask(engine, question=question) for question in questions))
+
+    results = asyncio.run(together())
+    seen = []
+    for answered, drawn in results:
+        check(drawn, answered.joins)
+        assert [bar["stage"] for bar in bars_of(drawn, "llm")] == ["passage", "answer"]
+        assert len([mark for mark in drawn["marks"] if mark["kind"] == "query"]) == 1
+        scored = sum(bar.get("lists", 0) for bar in bars_of(drawn, "scoring"))
+        assert scored == answered.joins[0].lists_wanted
+        seen += lists_of(drawn, "hit") + lists_of(drawn, "wasted")
+    # The arena holds everything, so each list was moved once, for one of them.
+    assert len(seen) == len(set(seen))
+    assert sum(drawn["counts"]["lists_moved"] for _answered, drawn in results) == len(seen)
+
+
+def test_texts_written_side_by_side_have_lanes_of_their_own(engine_of):
+    def judging(request):
+        stops = {2: "5", 3: "yes"}  # a rating and a judgement are as short as this
+        return stops.get(request.max_tokens, ANSWER)
+
+    engine = engine_of(judging, token_s=0.002, tracer=Tracer(enabled=False))
+    answered, drawn = asked(engine, PipelineName.SELF_RAG)
+    check(drawn, answered.joins)
+    lanes = [lane for lane in drawn["lanes"] if lane["kind"] == "llm"]
+    assert len(bars_of(drawn, "llm")) == len(answered.stages)
+    assert [lane["name"] for lane in lanes] == ["LLM", "LLM 2", "LLM 3"]
+    for lane in lanes:
+        for before, after in zip(lane["bars"], lane["bars"][1:], strict=False):
+            assert before["end_s"] <= after["start_s"]
+
+
+def test_moves_that_nobody_listened_to_are_counted_as_undrawn(engine_of):
+    engine = engine_of(script, token_s=0.001, arena=1.0, tracer=Tracer(enabled=False))
+    began_s = time.perf_counter()
+    answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), QUESTION))
+    drawn = timeline(answered, [], began_s, time.perf_counter())
+    check(drawn, answered.joins)
+    assert not bars_of(drawn, "link")
+    assert drawn["counts"]["lists_undrawn"] == drawn["counts"]["lists_moved"] + len(answered.joins[0].course.fetched) > 0  # fmt: skip
+    assert len(bars_of(drawn, "llm")) == 2
+
+
+def test_a_report_is_the_same_whatever_its_course_and_travels_with_it(engine_of):
+    answered, _drawn = asked(engine_of(script, token_s=0.001))
+    report = answered.joins[0]
+    assert report == replace(report, course=None)
+    assert "course" not in repr(report)
+    assert "course" not in report.counts()
+    there = pickle.loads(pickle.dumps(report))
+    assert there == report
+    assert there.course.moved.tolist() == report.course.moved.tolist()
+    assert there.course.orders == report.course.orders
+
+
+def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_path):
+    vectors = make_vectors(600, 16, 1)
+    index, _ivf = make_index(tmp_path, vectors, 30, Metric.IP, Storage.FLOAT32)
+    coarse = Coarse(index.centroids, Metric.IP)
+    tier = open_cuda_tier(index, coarse, SimulatedGpu(), int(index.extents.sum()), tracer=(tracer := Tracer(enabled=False)))  # fmt: skip
+    retriever = Retriever(index, coarse, tier, link_share=0.5)
+    try:
+        with tracer.listening() as spans:
+            began_s = time.perf_counter()
+            searches = [Search(vectors[:1]), Search(vectors[300:303])]
+            found = retriever.search_together(searches, 3, 6)
+            ended_s = time.perf_counter()
+    finally:
+        retriever.close()
+    for search, each in zip(searches, found, strict=True):
+        report, course = each.report, each.report.course
+        alone = np.unique(coarse.probe(search.queries, 6)[1])
+        assert course.wanted.tolist() == alone[index.extents[alone] > 0].tolist()
+        assert course.scored.sum() == report.lists_wanted == report.lists_missed
+        assert course.scored[course.scored_in_place].sum() == report.lists_in_place
+        assert set(course.fetched) <= set(course.wanted)
+        assert len(course.fetched) == report.lists_missed - report.lists_in_place
+        assert (course.scored > 0).all()
+        drawn = timeline(answered_of([], [Retrieval(("q",), [], report, 0.0)]), spans, began_s, ended_s)
+        check(drawn, [report])
+        assert drawn["counts"]["lists_undrawn"] == 0
+    both = sum(each.report.lists_in_place for each in found)
+    assert 0 < both < sum(each.report.lists_missed for each in found)
+
+
+# A request made up of numbers.
+
+NLIST = 12
+moments = st.floats(-0.5, 2.0, allow_nan=False)
+
+
+@st.composite
+def requests(draw):
+    """(answered, spans, began_s, ended_s): retrievals whose moves have spans, and spans of others around them."""
+    began_s = draw(st.floats(0.0, 1e6, allow_nan=False))
+    retrievals, spans = [], []
+    for _ in range(draw(st.integers(0, 3))):
+        arrived_s = began_s + draw(moments)
+        ended_s = arrived_s + draw(st.floats(0.0, 0.5))
+        wanted = sorted(draw(st.sets(st.integers(0, NLIST - 1), min_size=1)))
+        fetched = sorted(draw(st.sets(st.sampled_from(wanted))))
+        moved, moved_s = [], []
+        for number in draw(st.lists(st.integers(0, NLIST - 1), max_size=20)):
+            arrival_s = min(arrived_s - 1e-3, began_s + draw(moments))
+            spans.append(link_span(draw, number, arrival_s))
+            moved.append(number)
+            moved_s.append(arrival_s + draw(st.floats(0.0, 1e-4)))
+        spans += [link_span(draw, number, draw(st.floats(arrived_s, ended_s))) for number in fetched]
+        course = course_of(arrived_s, ended_s, wanted, moved, moved_s, fetched)
+        retrievals.append(retrieval_of(course))
+    for _ in range(draw(st.integers(0, 5))):
+        spans.append(link_span(draw, NLIST + 1, began_s + draw(moments)))
+        spans.append(Span("LLM", "another's", began_s, began_s + 1.0, {"prompt_tokens": 1}))
+    stages = [
+        stage_of(began_s + draw(moments), draw(st.floats(0.0, 1.0))) for _ in range(draw(st.integers(0, 12)))
+    ]
+    spans = draw(st.permutations(spans))
+    return answered_of(stages, retrievals), spans, began_s, began_s + draw(st.floats(0.0, 2.0))
+
+
+def link_span(draw, number, end_s):
+    lane = draw(st.sampled_from(["link 0", "link 1"]))
+    return Span(lane, f"list {number}", end_s - draw(st.floats(0.0, 0.3)), end_s, {"list": number, "bytes": PAGE_BYTES})  # fmt: skip
+
+
+def course_of(arrived_s, ended_s, wanted, moved, moved_s, fetched=()):
+    scored_s = np.array([[arrived_s, ended_s]])
+    orders = (Order(arrived_s - 1.0, 0.0), Order(arrived_s - 0.5, 0.3))
+    return Course(arrived_s, ended_s, orders, np.array(wanted, np.int64), np.array(moved, np.int64), np.array(moved_s, np.float64),
+                  np.array(fetched, np.int64), scored_s, np.array([len(wanted)]), np.array([False]), 0.0)  # fmt: skip
+
+
+def retrieval_of(course):
+    counts = dict.fromkeys(JoinReport.count_names(), 0) | {
+        "lists_wanted": len(course.wanted), "lists_hit": len(course.wanted) - len(course.fetched), "lists_missed": len(course.fetched),
+        "lists_moved": len(course.moved), "lists_wasted": int((~np.isin(course.moved, course.wanted)).sum()),
+        "bytes_moved": PAGE_BYTES * len(course.moved), "bytes_missed": PAGE_BYTES * len(course.fetched),
+    }  # fmt: skip
+    return Retrieval(("q",), [], JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=0.0, course=course), 0.01)  # fmt: skip
+
+
+def stage_of(began_s, took_s):
+    generation = Generation("text", "stop", 3, 4, 0.1, 0.2)
+    return Stage("answer", Request([Message("user", "x")], 4), generation, began_s, took_s, None)
+
+
+def answered_of(stages, retrievals):
+    return Answered("text", [], [], stages, retrievals, [], 0, {})
+
+
+@settings(deadline=None, max_examples=60)
+@given(requests())
+def test_any_timeline_keeps_its_bounds_and_its_counts(made):
+    answered, spans, began_s, ended_s = made
+    drawn = timeline(answered, spans, began_s, ended_s)
+    check(drawn, answered.joins)
+    assert drawn["counts"]["lists_undrawn"] == 0
+    assert len(bars_of(drawn, "llm")) == len(answered.stages)
+    counts = drawn["counts"]
+    assert sum(bar["bytes"] for bar in bars_of(drawn, "link")) == counts["bytes_moved"] + counts["bytes_missed"]  # fmt: skip
+    assert NLIST + 1 not in {bar["list"] for bar in bars_of(drawn, "link")}
+
+
+def test_a_lane_moves_in_turn_and_what_arrived_together_is_one_bar():
+    spans = [
+        Span("link", "list 0", 1.0, 1.2, {"list": 0, "bytes": 5}),
+        Span("link", "list 9", 1.0, 1.5, {"list": 9, "bytes": 5}),  # another's, which these had to wait for
+        *(Span("link", f"list {number}", 1.1, 1.7, {"list": number, "bytes": 5}) for number in (1, 2, 3)),
+        Span("link 2", "list 4", 1.1, 1.6, {"list": 4, "bytes": 5}),
+    ]
+    course = course_of(2.0, 2.1, [0, 1, 2, 4], [0, 1, 2, 3, 4], [1.2, 1.7, 1.7, 1.7, 1.6])
+    drawn = timeline(answered_of([], [retrieval_of(course)]), spans, 1.0, 3.0)
+    check(drawn, [retrieval_of(course).join])
+    shown = {(bar["label"], bar["outcome"], bar["start_s"], bar["end_s"], bar["bytes"]) for bar in bars_of(drawn, "link")}  # fmt: skip
+    assert shown == {
+        ("list 0", "hit", 0.0, 0.2, 5),
+        ("2 lists", "hit", 0.5, 0.7, 10),
+        ("list 3", "wasted", 0.5, 0.7, 5),
+        ("list 4", "hit", 0.1, 0.6, 5),
+    }
+
+
+def test_scoring_says_what_is_done_and_where():
+    course = course_of(2.0, 2.5, [0, 1, 2], [], [])
+    course = replace(course, scored_s=np.array([[2.1, 2.2], [2.15, 2.3]]), scored=np.array([1, 2]),
+                     scored_in_place=np.array([False, True]), again_s=0.1)  # fmt: skip
+    retrieval = retrieval_of(course)
+    retrieval = replace(retrieval, queries=("a", "b"), join=replace(retrieval.join, coarse_s=0.05))
+    drawn = timeline(answered_of([], [retrieval] * 2), [], 1.0, 3.0)
+    shown = [(lane["name"], [(bar["label"], bar["start_s"], bar["end_s"]) for bar in lane["bars"]])
+             for lane in timeline(answered_of([], [retrieval]), [], 1.0, 3.0)["lanes"]]  # fmt: skip
+    assert shown == [
+        ("scoring", [("find lists", 1.0, 1.05), ("score 1 list", 1.1, 1.2), ("score again", 1.4, 1.5)]),
+        ("scoring 2", [("score 2 lists in place", 1.15, 1.3)]),
+        ("embedding", [("embed 2 queries", 0.99, 1.0)]),
+    ]
+    assert [mark["label"] for mark in drawn["marks"] if mark["kind"] == "query"] == [
+        "retrieval 1: 2 queries arrive", "retrieval 2: 2 queries arrive",
+    ]  # fmt: skip
+
+
+def test_a_list_moved_twice_and_by_another_meanwhile_has_its_own_two_bars():
+    spans = [Span("link", "list 0", end_s - 0.1, end_s, {"list": 0, "bytes": 5}) for end_s in (1.2, 1.4, 1.6, 1.8)]  # fmt: skip
+    course = course_of(2.0, 2.1, [0], [0, 0], [1.4, 1.8])
+    drawn = timeline(answered_of([], [retrieval_of(course)]), spans, 1.0, 3.0)
+    assert [bar["end_s"] for bar in bars_of(drawn, "link")] == [0.4, 0.8]
+
+
+def test_many_moves_become_fewer_bars_that_lose_no_list():
+    count = 9000
+    ends_s = np.linspace(0.1, 1.0, count)
+    spans = [
+        Span(f"link {n % 3}", f"list {n}", float(end_s) - 1e-4, float(end_s), {"list": n, "bytes": 7})
+        for n, end_s in enumerate(ends_s)
+    ]
+    wanted = list(range(0, count, 3))
+    retrieval = retrieval_of(course_of(1.0, 1.2, wanted, list(range(count)), ends_s))
+    drawn = timeline(answered_of([], [retrieval]), spans, 0.0, 1.3)
+    check(drawn, [retrieval.join])
+    bars = bars_of(drawn, "link")
+    assert len(bars) <= MOST_BARS
+    assert sum(bar["bytes"] for bar in bars) == 7 * count
+    assert max(bar["end_s"] - bar["start_s"] for bar in bars) < 2 * 1.3 / 500
+
+
+def test_what_overlaps_too_much_shares_a_lane():
+    answered = answered_of([stage_of(0.1 * n, 5.0) for n in range(11)], [])
+    drawn = timeline(answered, [], 0.0, 7.0)
+    assert [len(lane["bars"]) for lane in drawn["lanes"]] == [2, 2, 2, 1, 1, 1, 1, 1]
+
+
+def test_listening_hears_what_a_disabled_tracer_forgets_and_only_meanwhile():
+    tracer = Tracer(enabled=False)
+    tracer.add("a", "before", 0.0, 1.0)
+    assert not tracer.wanted
+    with tracer.listening() as first:
+        assert tracer.wanted
+        with tracer.listening(most=1) as second:
+            tracer.add("a", "one", 0.0, 1.0, list=3)
+            tracer.add("a", "also", 0.0, 1.0)
+            with tracer.span("a", "two"):
+                pass
+        tracer.clear()
+        tracer.add("a", "three", 0.0, 1.0)
+    tracer.add("a", "after", 0.0, 1.0)
+    assert [span.name for span in first] == ["one", "also", "two", "three"]
+    assert [span.name for span in second] == ["two"]
+    assert first[0].details == {"list": 3}
+    assert tracer.spans() == []
+    assert not tracer.wanted
+    with pytest.raises(KeyError), Tracer().listening():
+        raise KeyError
+
+
+def test_listeners_hear_each_span_once_from_any_thread():
+    tracer = Tracer()
+    heard = []
+
+    def listen():
+        for _ in range(20):
+            with tracer.listening() as spans:
+                tracer.add("a", threading.current_thread().name, 0.0, 1.0)
+            heard.append([span.name for span in spans].count(threading.current_thread().name))
+
+    threads = [threading.Thread(target=listen) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert heard == [1] * 80
+    assert len(tracer.spans()) == 80
+    assert tracer._listeners == []
+
+
+def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
+    gate = threading.Event()
+
+    class Held(ChosenLink):
+        def _work(self, move, arrived, delay_s):
+            gate.wait(10)
+            super()._work(move, arrived, delay_s)
+
+    engine = engine_of(script, arena=1.0, link=lambda path, memory: Held(path, memory, depth=3))
+    retriever, extents = engine.retriever, engine.retriever.tier.extents
+    empty = snapshot(engine)
+    assert (empty.lists_resident, empty.resident_bytes, empty.lists_moving, empty.references) == (0, 0, 0, 0)
+    assert (empty.slots, empty.running, empty.waiting, empty.written_tokens) == (1000, 0, 0, 0)
+    query = engine.embedder.encode_queries([QUESTION])
+    ahead = retriever.begin(query, 4)
+    moving = retriever.tier.moves_under_way()
+    state = snapshot(engine)
+    assert (state.lists_moving, state.moving_bytes) == (3, extents[moving].sum())
+    assert (state.rounds, state.lists_resident, state.resident_bytes) == (1, 0, 0)
+    searching = threading.Thread(target=retriever.search, args=(query, 3, 4, ahead))
+    searching.start()
+    while not (used := snapshot(engine)).references:
+        time.sleep(0.001)
+    assert used.references == 4
+    gate.set()
+    searching.join()
+    while (after := snapshot(engine)).lists_moving:
+        time.sleep(0.001)
+    resident = np.flatnonzero(~retriever.tier.absent() & (extents > 0))
+    assert (after.lists_resident, after.resident_bytes) == (len(resident), extents[resident].sum())
+    assert (after.moving_bytes, after.references, after.rounds) == (0, 0, 0)
+    assert after.arena_bytes == retriever.tier.arena_bytes >= after.resident_bytes
+
+
+def test_a_snapshot_has_the_tokens_of_a_generator_that_counts_them(engine_of):
+    engine = engine_of(script)
+    stats = SimpleNamespace(running=1, waiting=2, evaluated_tokens=3, taken_over_tokens=4, written_tokens=5)
+    engine.generator.stats = lambda: stats
+    state = snapshot(engine)
+    assert (state.running, state.waiting) == (1, 2)
+    assert (state.evaluated_tokens, state.taken_over_tokens, state.written_tokens) == (3, 4, 5)
