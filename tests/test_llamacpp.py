@@ -23,12 +23,14 @@ def ask(text, max_tokens=8, **options):
     return Request([Message("user", text)], max_tokens, **options)
 
 
-def load(parallel, context_tokens=CONTEXT_TOKENS):
+def load(parallel, context_tokens=CONTEXT_TOKENS, **more):
     from telerag_cli.generation.llama_model import LlamaModel
     from telerag_cli.generation.llamacpp import LlamaCpp
     from telerag_cli.generation.models import resolve_model
 
-    return LlamaCpp(LlamaModel(resolve_model(None, None)), context_tokens=context_tokens, parallel=parallel)
+    return LlamaCpp(
+        LlamaModel(resolve_model(None, None)), context_tokens=context_tokens, parallel=parallel, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,24 @@ def test_the_text_is_the_same_at_any_width(llama):
             assert beside.text == alone.text
             assert beside.tokens == alone.tokens  # every bit of every logarithm
             assert beside.finish_reason == alone.finish_reason
+
+
+@pytest.mark.parametrize(("wanted", "chunk"), [(True, 64), (False, 256)])
+def test_prompts_are_read_in_larger_pieces_where_texts_need_not_be_reproducible(wanted, chunk, monkeypatch):
+    llama = load(2, reproducible=wanted)
+    try:
+        decoded, decode = [], llama._decoder.decode
+
+        def noting(parts):
+            decoded.append(sum(len(part.tokens) for part in parts))
+            return decode(parts)
+
+        monkeypatch.setattr(llama._decoder, "decode", noting)
+        (generation,) = write(llama, ask(" ".join(f"word{n}" for n in range(120)), 2), width=2)
+        assert max(decoded) == min(chunk, generation.prompt_tokens)
+        assert sum(decoded) >= generation.prompt_tokens > chunk
+    finally:
+        llama.close()
 
 
 def test_a_prompt_that_is_kept_gives_the_same_text(llama):

@@ -431,11 +431,13 @@ def test_nothing_that_is_told_becomes_markup(opened):
 
 @browsed
 def test_the_timeline_shows_each_move_and_its_figures(opened):
+    from playwright.sync_api import expect
+
     page = opened()
     ask(page)
     turn = answered(page)
     for outcome, lists in {"hit": 3, "wasted": 2, "missed": 1}.items():
-        assert turn.locator(f".bar.link.{outcome}").count() == lists
+        expect(turn.locator(f".bar.link.{outcome}")).to_have_count(lists)
         assert turn.locator(f".legend [data-outcome={outcome}] b").text_content() == str(lists)
     assert turn.locator(".mark.refinement").count() == 1
     assert turn.locator(".summary").text_content() == (
@@ -482,6 +484,7 @@ def test_with_and_without_lookahead_on_one_scale(opened, double):
     turn.get_by_role("button", name="Compare with lookahead off").click()
     page.wait_for_selector(".verdict")
     assert [body["telerag"]["lookahead"] for body in double.asked] == ["refined", "refined", "off"]
+    assert [body["telerag"].get("fresh", False) for body in double.asked] == [False, False, True]
     assert double.asked[2]["messages"] == double.asked[1]["messages"]
     said = (
         "Retrieval took 60 ms less with lookahead: 30 ms instead of 90 ms (67 % less). "

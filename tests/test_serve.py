@@ -176,6 +176,18 @@ def test_lookahead_is_chosen_for_each_request(engine_of, client_of):
         assert moved["off"]["passages"] == moved["refined"]["passages"]
 
 
+def test_a_fresh_answer_finds_nothing_of_earlier_ones(engine_of, client_of):
+    with serving(engine_of(ANSWERS)) as running, client_of(running) as client:
+        found = []
+        for fresh in (False, False, True):
+            body = ask(telerag={"lookahead": "off", "fresh": fresh})
+            found.append(client.post("/v1/chat/completions", json=body).json()["telerag"])
+        cold, warm, fresh = (each["lookahead"] for each in found)
+        assert (cold["lists_hit"], fresh["lists_hit"]) == (0, 0)
+        assert warm["lists_hit"] == cold["lists_wanted"]
+        assert found[2]["passages"] == found[0]["passages"]
+
+
 def test_completions_answer_each_prompt(engine_of, client_of):
     with (
         serving(
@@ -194,30 +206,30 @@ def test_completions_answer_each_prompt(engine_of, client_of):
             assert "".join(pieces) == choice["text"]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "param", "code"),
-    [
-        (ask(model="gpt-4o"), 404, "model", "model_not_found"),
-        (ask(question=""), 400, "messages.0.content", "invalid_value"),
-        (ask(n=2), 400, "n", "unsupported_parameter"),
-        (ask(frobnicate=1), 400, "frobnicate", "unknown_parameter"),
-        (ask(temperature=3), 400, "temperature", "invalid_value"),
-        (ask(question="where " * 5000), 400, "messages", "context_length_exceeded"),
-        ({"model": "telerag-naive"}, 400, "messages", "missing_required_parameter"),
-        (ask(model="telerag-flare", response_format={"type": "json_object"}), 400, "response_format", "unsupported_parameter"),
-        (
-            ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "https://example.org/x"}}}),
-            400, "response_format.json_schema.schema", "invalid_json_schema",
-        ),
-    ],
-)  # fmt: skip
+WRONG = [
+    (ask(model="gpt-4o"), 404, "model", "model_not_found"),
+    (ask(question=""), 400, "messages.0.content", "invalid_value"),
+    (ask(n=2), 400, "n", "unsupported_parameter"),
+    (ask(frobnicate=1), 400, "frobnicate", "unknown_parameter"),
+    (ask(temperature=3), 400, "temperature", "invalid_value"),
+    (ask(question="where " * 5000), 400, "messages", "context_length_exceeded"),
+    ({"model": "telerag-naive"}, 400, "messages", "missing_required_parameter"),
+    (ask(model="telerag-flare", response_format={"type": "json_object"}), 400, "response_format", "unsupported_parameter"),
+    (
+        ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "$ref": "https://x.org"}}}),
+        400, "response_format.json_schema.schema", "invalid_json_schema",
+    ),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_errors_are_openais(engine_of, client_of, body, status, param, code, stream):
+def test_errors_are_openais(engine_of, client_of, stream):
     with serving(engine_of(ANSWERS)) as running, client_of(running) as client:
-        response = client.post("/v1/chat/completions", json=body | {"stream": stream})
-        error = response.json()["error"]
-        assert (response.status_code, error["param"], error["code"]) == (status, param, code), error
-        assert set(error) == {"message", "type", "param", "code"}
+        for body, status, param, code in WRONG:
+            response = client.post("/v1/chat/completions", json=body | {"stream": stream})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"], error["code"]) == (status, param, code), error
+            assert set(error) == {"message", "type", "param", "code"}
         running.idle()
 
 

@@ -59,3 +59,13 @@ def spin_at_barriers() -> None:
     if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "active"
         os.environ["GOMP_SPINCOUNT"] = "300000"
+
+
+def bound_kernel_caches() -> None:
+    """Have oneDNN and torch keep few compiled kernels, unless the environment says otherwise: for a process that is to run for long.
+
+    They keep one for every shape that they meet, of each batch of texts, and for a server there is no end of shapes. To be
+    called before torch is loaded.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")

@@ -26,6 +26,7 @@ from telerag_cli.commands.options import (
     NprobeOption,
     PrefetchBudgetOption,
     ProfileOption,
+    ReproducibleOption,
     RequirePinnedOption,
     RescoreOption,
     RoundsOption,
@@ -111,6 +112,7 @@ class LlmOptionsGiven:
     ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE
     n_gpu_layers: NGpuLayersOption = 0
     threads: ThreadsOption = None
+    reproducible: ReproducibleOption = True
     max_tokens: MaxTokensOption = 128
     temperature: TemperatureOption = 0.0
     top_p: TopPOption = 1.0
@@ -123,7 +125,7 @@ class LlmOptionsGiven:
         from telerag_cli.engine.llm import LlmOptions
 
         llm = LlmOptions(self.generator, self.model, self.hf_repo, self.base_url, self.ctx_size, self.n_gpu_layers, self.threads,
-                         self.timeout, replay)  # fmt: skip
+                         self.timeout, self.reproducible, replay)  # fmt: skip
         return Answering(
             llm, concurrency, lookahead, self.max_tokens, self.temperature, self.top_p, self.seed
         )

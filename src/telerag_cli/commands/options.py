@@ -206,6 +206,15 @@ ThreadsOption = Annotated[
         rich_help_panel=_LLM,
     ),
 ]
+ReproducibleOption = Annotated[
+    bool,
+    typer.Option(
+        "--reproducible/--no-reproducible",
+        help="Whether a text is kept from depending on what is written beside it, as far as the weights allow: on a CPU, with "
+        "Q4_0, Q4_1 and Q8_0. Without, prompts are read quicker.",
+        rich_help_panel=_LLM,
+    ),
+]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel=_LLM)]
 TemperatureOption = Annotated[
     float,

@@ -16,6 +16,7 @@ from telerag_cli.commands.answering_options import LlmOptionsGiven, PipelineOpti
 from telerag_cli.commands.options import BatchSizeOption, MaxWaitOption, MicroBatchOption, ScheduleOption
 from telerag_cli.config import DEFAULT_BATCH_SIZE, ScheduleName, parse_bytes
 from telerag_cli.errors import EXIT_INTERRUPTED, UsageError
+from telerag_cli.processor import bound_kernel_caches
 from telerag_cli.serving.access_log import LogFormat
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def serve_local(
     Every pipeline is a model: telerag-hyde, telerag-naive, and so on. The page is at /, the API's description at /docs.
     """
     key = server.key
+    bound_kernel_caches()
     with console.stdout_reserved(), console.talking(as_json=server.log_format is LogFormat.JSON):
         from telerag_cli.commands.opening import open_answering
         from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted

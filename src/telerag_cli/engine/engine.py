@@ -136,6 +136,11 @@ class Engine:
         return Answered(text, list(answer.found), cite(text, answer.found), session.stages, session.retrievals,
                         session.plans, session.dropped, dict(session.timings))  # fmt: skip
 
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts and lists, save what is in use: for a question whose times are to be compared."""
+        self.shared.generator.forget()
+        self.shared.retriever.tier.forget()
+
     def release(self) -> None:
         """End what belongs to this engine alone; models, index and arena stay open for others."""
         self.shared.sketcher.close()

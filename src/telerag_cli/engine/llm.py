@@ -37,6 +37,8 @@ class LlmOptions:
     n_gpu_layers: int = 0
     threads: int | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    reproducible: bool = True
+    """Whether a text is to be kept from depending on what is written beside it, at some cost in reading prompts."""
     replay: Path | None = None
     """A recorded trace: its texts are given, in the time that the model takes for as many tokens."""
 
@@ -169,7 +171,8 @@ def _plan_llama(
         (f"LLM context, {slots} x {context_tokens:,} tokens", where, format_bytes(slots * slot_bytes)),
     ]
     return PlannedLlm(at_once, rows,
-                      lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads),
+                      lambda: LlamaCpp(model, context_tokens=context_tokens, parallel=slots, threads=options.threads,
+                                       reproducible=options.reproducible),
                       f"{model.name} ({model.weights_bytes:,} bytes), {_where(options)}")  # fmt: skip
 
 
@@ -177,7 +180,9 @@ def _where(options: LlmOptions) -> str:
     on_gpu = {0: "on the CPU", ALL_LAYERS: "all layers on the GPU"}.get(
         options.n_gpu_layers, f"{options.n_gpu_layers} layers on the GPU"
     )
-    return f"{on_gpu}, {options.threads or 'all'} threads"
+    return (
+        f"{on_gpu}, {options.threads or 'all'} threads{'' if options.reproducible else ', not reproducible'}"
+    )
 
 
 def _free_bytes(options: LlmOptions, tier: PlannedTier | None, gpu: str) -> int:

@@ -23,8 +23,12 @@ Logits = npt.NDArray[np.float32]
 
 PADDING = 256
 """llama.cpp rounds a context up to a multiple of so many tokens."""
-CHUNK, GPU_CHUNK = 64, 512
-"""Prompt tokens in a step. A CPU is no quicker with more of them at a time, and a GPU wants many."""
+CHUNK, WIDE_CHUNK, GPU_CHUNK = 64, 256, 512
+"""Prompt tokens in a step: where texts are reproducible, where they are not, and on a GPU, which wants many. Where they are, a
+CPU is no quicker with more at a time."""
+REPRODUCIBLE_TYPES = {"2", "3", "7"}
+"""llama.cpp's numbers of the file types Q4_0, Q4_1 and Q8_0: the product of such weights with a row is the same bits, whatever
+other rows are multiplied beside it. Source: scripts/bench_weights.py."""
 _F16, _BF16 = 1, 30
 """ggml's numbers for the types."""
 _META_BYTES = 256
@@ -94,6 +98,11 @@ class LlamaModel:
         is_control = llama_cpp.llama_vocab_is_control
         return np.array([token for token in range(self.vocab_size) if is_control(self.vocab, token)
                          and not self.is_eog(token)], np.int64)  # fmt: skip
+
+    @cached_property
+    def reproducible(self) -> bool:
+        """Whether a text can be kept from depending on what is decoded beside it; see `LlamaDecoder`."""
+        return not self.gpu_layers and self._meta("general.file_type") in REPRODUCIBLE_TYPES
 
     def is_eog(self, token: int) -> bool:
         """Whether a token ends a generation."""
@@ -178,11 +187,13 @@ class LlamaDecoder:
     same bits for any number of rows beside it. With equal types it has further ways, for a sequence that is alone and for
     long chunks, and their roundings differ; so do those of a cache that all sequences share. The products with the
     weights keep to it as well if these are Q4_0, Q4_1 or Q8_0, and not if they are float16 or of the K types, which have a
-    way of their own for several rows: see ``scripts/bench_weights.py``. On a GPU both are float16, which its kernels want,
-    and equality is up to rounding.
+    way of their own for several rows: see ``scripts/bench_weights.py``. With those, on a GPU, and where it is not wanted, both are
+    float16 and prompts are read in larger chunks, which is quicker by half; equality is then up to rounding.
     """
 
-    def __init__(self, model: LlamaModel, slots: int, tokens: int, threads: int | None) -> None:
+    def __init__(
+        self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool = True
+    ) -> None:
         """Take the memory.
 
         Args:
@@ -190,6 +201,7 @@ class LlamaDecoder:
             slots: sequences.
             tokens: of each.
             threads: CPU threads; by default one a core.
+            reproducible: keep a text from depending on what is decoded beside it, if the model's weights let us.
 
         Raises:
             ResourceError: there is not enough memory.
@@ -199,7 +211,8 @@ class LlamaDecoder:
         if slots > most:
             raise UsageError(f"{slots} requests were to be answered at a time and llama.cpp takes {most}.",
                              remedy="Lower --concurrency.")  # fmt: skip
-        self.chunk = GPU_CHUNK if model.gpu_layers else CHUNK
+        self.reproducible = reproducible and model.reproducible
+        self.chunk = GPU_CHUNK if model.gpu_layers else CHUNK if self.reproducible else WIDE_CHUNK
         self.can_cut = model.can_cut
         self._model = model
         settings = self._settings(slots, tokens)
@@ -259,7 +272,7 @@ class LlamaDecoder:
         settings.kv_unified = False
         settings.swa_full = True  # a beginning may be taken over only if none of it was dropped
         settings.flash_attn_type = 1
-        settings.type_k = _F16 if self._model.gpu_layers else _BF16
+        settings.type_k = _BF16 if self.reproducible else _F16
         settings.type_v = _F16
         return settings
 

@@ -60,6 +60,7 @@ class LlamaCpp:
         context_tokens: int = DEFAULT_CTX_SIZE,
         parallel: int = 1,
         threads: int | None = None,
+        reproducible: bool = True,
     ) -> None:
         """Take the memory for the contexts, and the model, which is freed by `close`.
 
@@ -68,6 +69,7 @@ class LlamaCpp:
             context_tokens: tokens that a prompt and its answer may have together; at most what the model was trained for.
             parallel: requests at a time.
             threads: CPU threads; by default one a core.
+            reproducible: see `LlamaDecoder`.
 
         Raises:
             ResourceError: there is not enough memory.
@@ -79,7 +81,7 @@ class LlamaCpp:
         self.context_bytes = parallel * model.context_bytes(self.context_tokens)
         """What the contexts take."""
         self._model = model
-        self._decoder = LlamaDecoder(model, parallel, self.context_tokens, threads)
+        self._decoder = LlamaDecoder(model, parallel, self.context_tokens, threads, reproducible=reproducible)
         self._batcher = Batcher(self._decoder, parallel, self._decoder.chunk)
         # What the worker is to do between two steps; None to end.
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()

@@ -15,7 +15,13 @@ from telerag_cli.generation.shapes import Json, Shape
 from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.serving.errors import ApiError
-from telerag_cli.serving.protocol import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
+from telerag_cli.serving.protocol import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    ResponseFormat,
+    TeleragOptions,
+)
 from telerag_cli.serving.service import Asked, Service
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
@@ -36,8 +42,8 @@ def chat_asked(body: ChatRequest, service: Service) -> Asked:
     if isinstance(shape, Json) and len(schema := json.dumps(shape.schema)) <= MOST_SCHEMA_CHARACTERS:
         instructions = f"{instructions}\n\nWrite the answer as JSON of this schema: {schema}".strip()
     settings = replace(settings, shape=shape, instructions=instructions)
-    wanted = body.telerag
-    return Asked(pipeline, question, settings, turns, wants_timeline=bool(wanted and wanted.timeline))
+    wanted = body.telerag or TeleragOptions()
+    return Asked(pipeline, question, settings, turns, bool(wanted.timeline), bool(wanted.fresh))
 
 
 def completion_asked(body: CompletionRequest, service: Service) -> list[Asked]:
@@ -49,8 +55,11 @@ def completion_asked(body: CompletionRequest, service: Service) -> list[Asked]:
     pipeline = service.pipeline_of(body.model)
     settings = _settings(service.engine, body)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    wants_timeline = bool(body.telerag and body.telerag.timeline)
-    return [Asked(pipeline, prompt.strip(), settings, wants_timeline=wants_timeline) for prompt in prompts]
+    wanted = body.telerag or TeleragOptions()
+    return [
+        Asked(pipeline, prompt.strip(), settings, (), bool(wanted.timeline), bool(wanted.fresh))
+        for prompt in prompts
+    ]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Turn], str, str]:

@@ -225,6 +225,13 @@ class TeleragOptions(_Body):
         Field(description="What predicts the lists to move while the LLM writes."),
     ] = None
     timeline: Annotated[bool | None, Field(description="Whether the answer says when what happened.")] = None
+    fresh: Annotated[
+        bool | None,
+        Field(
+            description="Whether prompts and lists that are kept of earlier questions are dropped before, so that times can be compared; "
+            "others' next questions miss them too."
+        ),
+    ] = None
     events: Annotated[
         bool | None, Field(description="Whether a stream tells of stages, queue and passages too.")
     ] = None
@@ -548,7 +555,7 @@ class Passage(_Answer):
 
     rank: int
     id: str
-    title: str | None = None
+    title: str
     score: float
     text: str
     metadata: dict[str, Any]

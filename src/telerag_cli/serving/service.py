@@ -29,6 +29,7 @@ from telerag_cli.pipelines.told import Listener, telling
 from telerag_cli.serving.desk import Desk, QueueFullError
 from telerag_cli.serving.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError
 from telerag_cli.serving.metrics import Metrics, State
+from telerag_cli.serving.streams import title
 from telerag_cli.serving.timeline import timeline
 from telerag_cli.tracing import Span
 
@@ -73,6 +74,8 @@ class Asked:
     turns: Sequence[Turn] = ()
     """Said before it."""
     wants_timeline: bool = False
+    fresh: bool = False
+    """Whether it is to find nothing that is kept of earlier questions."""
 
     @property
     def model(self) -> str:
@@ -302,12 +305,16 @@ class Service:
         room = engine.generator.context_tokens - REWRITE_TOKENS
         turns = recalled(asked.turns, asked.question, room, engine.generator.count_tokens)
         pipeline = telling(in_conversation(understood, turns), watcher)
+        if asked.fresh:
+            await asyncio.to_thread(engine.forget)
         began_s = time.perf_counter()
         answered = await engine.ask(pipeline, asked.question, watch, name=asked.pipeline.value, company=company,
                                     settings=asked.settings)  # fmt: skip
         ended_s = time.perf_counter()
-        about = {"question": asked.question, **({"standalone": standalone} if standalone != asked.question else {}),
+        about: dict[str, Any] = {"question": asked.question, **({"standalone": standalone} if standalone != asked.question else {}),
                  **answer_body(answered, asked.pipeline, asked.settings.lookahead)}  # fmt: skip
+        for passage, hit in zip(about["passages"], answered.found, strict=True):
+            passage["title"] = title(hit)
         if asked.wants_timeline:
             about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
         return Outcome(

@@ -49,8 +49,8 @@ async function streamed(body, signal, told) {
   return { text, finish, result };
 }
 
-const requestOf = (turn, messages, lookahead) => ({
-  model: turn.model, messages, telerag: { lookahead, timeline: true, events: true },
+const requestOf = (turn, messages, lookahead, fresh) => ({
+  model: turn.model, messages, telerag: { lookahead, timeline: true, events: true, ...(fresh && { fresh }) },
 });
 
 export class ConversationView {
@@ -79,14 +79,15 @@ export class ConversationView {
   }
 
   // Everything that has the server answer goes through here: one at a time, stoppable, and again after a key was given.
-  async run(turn, lookahead, told) {
+  // A `fresh` one finds neither prompts nor lists of earlier answers, so that its times can be compared.
+  async run(turn, lookahead, told, { fresh = false } = {}) {
     const controller = new AbortController();
     this.setBusy(true);
     this.onBusy(() => controller.abort());
     try {
       for (;;) {
         try {
-          return await streamed(requestOf(turn, this.kept.messagesFor(turn), lookahead), controller.signal, told);
+          return await streamed(requestOf(turn, this.kept.messagesFor(turn), lookahead, fresh), controller.signal, told);
         } catch (failure) {
           if (controller.signal.aborted) return { stopped: true, text: failure.written ?? "" };
           if (failure.needsKey && (await this.askKey(failure.message))) continue;
@@ -218,7 +219,7 @@ export class ConversationView {
     }
     seen.append(writing(turn));
     if (!result.timeline) return;
-    // After a comparison the older of the two can be asked again, for the first of all had a harder start.
+    // After a comparison the older of the two can be asked again, for the first of all may have had an easier start.
     const next = runs ? runs[0].lookahead : otherThan(turn.lookahead);
     const words = runs ? `Ask again with lookahead ${next}` : `Compare with lookahead ${next === "off" ? "off" : "on"}`;
     const actions = el("div", { class: "actions" });
@@ -235,7 +236,7 @@ export class ConversationView {
     const ended = await this.run(turn, lookahead, (news) => {
       if (news.progress) words.textContent = `With lookahead ${lookahead}: ${small(news.progress)}`;
       else if (news.written !== undefined) words.textContent = `With lookahead ${lookahead}: writing the answer…`;
-    });
+    }, { fresh: true });
     if (ended.result) {
       const before = turn.comparison?.[1] ?? kept(turn.lookahead, turn.text, turn.result);
       turn.comparison = [before, kept(lookahead, ended.text, ended.result)];

