@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import httpx2
 import pytest
@@ -34,16 +35,26 @@ class Life:
         self.serving = Serving(app, self.service, load, drain_s=drain_s, tell=self.said.append)
         self.wrong = []
 
+    def when_it_listens(self):
+        for _ in range(500):
+            with contextlib.suppress(httpx2.ConnectError):
+                assert self.client.get("/health").status_code == 200
+                return
+            time.sleep(0.01)
+        raise AssertionError("it does not listen")
+
     def run(self, act):
         with bind("127.0.0.1", 0) as listening:
             self.client = httpx2.Client(base_url=address_of(listening), timeout=10, trust_env=False)
 
             def acting():
                 try:
-                    act()
+                    if act:
+                        self.when_it_listens()
+                        act()
                 except BaseException as error:
                     self.wrong.append(error)
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    self.serving.end(Ended.TERMINATED)
 
             actor = threading.Thread(target=acting)
             actor.start()
@@ -72,14 +83,13 @@ def loading(engine, *, at_once=2, before=lambda: None, closed=None):
 def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, number, ended):
     engine = engine_of({"Hello": "yes", "Question:": "word " * 30}, token_s=0.01, max_tokens=40)
     closed, may_load, lines = [], threading.Event(), []
-    life = Life(loading(engine, before=may_load.wait, closed=closed))
+    life = Life(loading(engine, before=lambda: may_load.wait(10), closed=closed))
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(str(tmp_path / "notify"))
     manager.settimeout(5)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
 
     def act():
-        assert life.client.get("/health").status_code == 200
         assert life.client.get("/ready").status_code == 503
         may_load.set()
         assert manager.recv(64) == b"READY=1"
@@ -132,7 +142,7 @@ def test_what_cannot_be_loaded_ends_it(engine_of):
         yield
 
     with pytest.raises(ArtifactError, match="torn"):
-        Life(load).run(lambda: None)
+        Life(load).run(None)
 
 
 def test_a_port_that_is_taken_is_said_with_its_number():

@@ -153,13 +153,7 @@ class Service:
     @property
     def embedder_name(self) -> str:
         """The embedder as a model's name."""
-        return self.engine_embedder_name(self.engine)
-
-    @staticmethod
-    def engine_embedder_name(engine: Engine) -> str:
-        """The embedder as a model's name: the last part of a path or repository."""
-        name = engine.retriever.index.manifest.embedder.model or "embedder"
-        return name.rstrip("/").rpartition("/")[2]
+        return _embedder_name(self.engine)
 
     @property
     def models(self) -> list[str]:
@@ -213,7 +207,7 @@ class Service:
         now, index = snapshot(engine), engine.retriever.index
         return made | {
             "model": engine.generator.name,
-            "embedder": self.engine_embedder_name(engine),
+            "embedder": _embedder_name(engine),
             "queue": {"running": desk.running, "waiting": desk.waiting, "limit": desk.limit, "at_once": desk.at_once},
             "llm": {"slots": now.slots, "running": now.running, "waiting": now.waiting},
             "index": {"passages": index.manifest.ntotal, "lists": index.manifest.nlist, "bytes": int(index.extents.sum())},
@@ -348,6 +342,12 @@ class Service:
         if self._open is None:
             return None
         return State(self._open.desk.running, self._open.desk.waiting, snapshot(self._open.engine))
+
+
+def _embedder_name(engine: Engine) -> str:
+    """The last part of the embedder's path or repository: a path would tell of the file system."""
+    name = engine.retriever.index.manifest.embedder.model or "embedder"
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def no_model(model: str) -> ApiError:
