@@ -274,9 +274,9 @@ def test_who_leaves_frees_everything(engine_of, client_of):
 
 
 def test_a_full_queue_refuses_and_says_when_to_come_again(engine_of, client_of):
-    script = {"Question:": "word " * 50}
+    script = {"Question:": "word " * 30}
     with (
-        serving(engine_of(script, token_s=0.02, max_tokens=50), at_once=1, queue=1) as running,
+        serving(engine_of(script, token_s=0.015, max_tokens=50), at_once=1, queue=1) as running,
         client_of(running) as client,
     ):
         others = [

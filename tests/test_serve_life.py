@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -191,3 +193,28 @@ def test_talk_is_json_if_programs_listen(capsys):
     assert told[1]["message"] == '"quoted"\nand more'
     assert told[3]["rows"] == [{"what": "arena", "size": "3"}]
     assert last == "text again"
+
+
+def test_work_goes_on_when_nobody_reads_the_talk():
+    code = (
+        "import sys, time\n"
+        "from telerag_cli import console\n"
+        "console.say('first'); sys.stdin.readline()\n"
+        "for _ in range(3): console.say('nobody reads this'); console.table('nor', ('this',), [('x',)])\n"
+        "with console.talking(as_json=True): console.say('nor that')\n"
+        "console.emit('data')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as one:
+        assert one.stderr.readline() == "first\n"
+        one.stderr.close()
+        one.stdin.write("\n")
+        one.stdin.flush()
+        assert one.stdout.read() == "data\n"
+        one.stdin.close()
+        assert one.wait(20) == 0

@@ -22,7 +22,7 @@ def test_schemathesis_finds_nothing(engine_of, tmp_path):
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG)),
-                *("run", f"{running.url}/openapi.json", "--max-examples", "12", "--seed", "1", "--no-color"),
+                *("run", f"{running.url}/openapi.json", "--max-examples", "6", "--seed", "1", "--no-color"),
                 *("--phases", "coverage,fuzzing", "--request-timeout", "30"),
             ],
             cwd=tmp_path,
@@ -32,5 +32,5 @@ def test_schemathesis_finds_nothing(engine_of, tmp_path):
         )
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         made, passed = map(int, re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups())
-        assert made == passed > 500, done.stdout[-3000:]
+        assert made == passed > 300, done.stdout[-3000:]
         running.idle()

@@ -25,7 +25,12 @@ WIDE = 200
 def _stderr() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class Stderr(Console):
+        def on_broken_pipe(self) -> None:
+            # Nobody reads the talk any more, and the work goes on; rich would end the program.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    return Stderr(stderr=True, highlight=False)
 
 
 _reserved: IO[str] | None = None
@@ -56,8 +61,11 @@ def _log(level: str, event: str, **said: Any) -> None:
     from datetime import UTC, datetime
 
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    sys.stderr.write(json.dumps({"time": now, "level": level, "event": event, **said}, default=str) + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(
+            json.dumps({"time": now, "level": level, "event": event, **said}, default=str) + "\n"
+        )
+        sys.stderr.flush()
 
 
 def say(message: str) -> None:

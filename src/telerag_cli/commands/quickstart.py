@@ -184,6 +184,7 @@ def _say_what_next(directory: Path) -> None:
     console.say(
         f"  telerag run {directory}/index --questions {directory}/questions.txt --pipeline hyde | jq .answer"
     )
+    console.say(f"  telerag serve-local {directory}/index")
     console.say(f"  telerag inspect {directory}/index --verify")
 
 
