@@ -640,6 +640,7 @@ def test_what_machines_ask_for_is_logged_if_it_fails():
 @settings(deadline=None)
 @given(st.text(), st.text(), st.dictionaries(st.text(max_size=5), st.text() | st.floats() | st.none() | st.booleans()))  # fmt: skip
 @example("\x7f\x9b\u202e\u2028\ud800", "\r\n", {})
+@example("", "", {"time": None, "event": "forged"})
 def test_nothing_ends_a_line_or_moves_a_terminal(path, request_id, details):
     for form in LogFormat:
         lines = []

@@ -137,7 +137,10 @@ class AccessLog:
 
     def _json(self, level: str, event: str, entry: Mapping[str, Any]) -> None:
         # In ASCII, so that all that could move a terminal is escaped.
-        self._out(json.dumps({"time": self._now(), "level": level, "event": event, **entry}, default=str))
+        head = {"time": self._now(), "level": level, "event": event}
+        self._out(
+            json.dumps({**head, **entry, **head}, default=str)
+        )  # what a route notes takes the place of none of these
 
     def _text(self, level: str, line: str) -> None:
         self._out(f"{self._now()} {level.upper():7} {line}")
