@@ -37,14 +37,6 @@ class Running:
             time.sleep(0.005)
         return json.loads(self.lines[number])
 
-    def call(self, function, *arguments):
-        """Call something in the server's loop."""
-
-        async def called():
-            return function(*arguments)
-
-        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(10)
-
     def idle(self):
         """Wait until nothing is under way, and assert that nothing is left."""
 

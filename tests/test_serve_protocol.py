@@ -14,7 +14,8 @@ from openai.types import (
 from openai.types.chat import completion_create_params as chat_create_params
 
 from telerag_cli.config import Lookahead
-from telerag_cli.serving import protocol, service
+from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.serving import protocol
 from telerag_cli.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -280,4 +281,4 @@ def test_options_with_two_forms_are_read_as_one():
 def test_what_is_documented_is_what_there_is():
     schema = TeleragOptions.model_json_schema()["properties"]["lookahead"]["anyOf"][0]
     assert schema["enum"] == [mode.value for mode in Lookahead]
-    assert [service.MODEL_PREFIX + name for name in service.PipelineName] == protocol.PIPELINES
+    assert [f"telerag-{name}" for name in PipelineName] == protocol.PIPELINES

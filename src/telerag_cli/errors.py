@@ -3,6 +3,7 @@
     TeleragError                 exit 1: the work could not be done
     ├── UsageError               exit 2: the command line asked for something impossible
     ├── InputError               exit 1: a source, a question or a line is not what it should be
+    │   └── ContextError         the same: a prompt and its answer do not fit the LLM's context together
     ├── ArtifactError            exit 1: embeddings, index or run on disk is missing, torn or of another make
     ├── ModelError               exit 1: a model cannot be found, loaded or used for this
     └── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
@@ -42,6 +43,10 @@ class UsageError(TeleragError):
 
 class InputError(TeleragError):
     """A source file, a line of it, or a question cannot be used."""
+
+
+class ContextError(InputError):
+    """A prompt and its answer are longer than the LLM's context."""
 
 
 class ArtifactError(TeleragError):

@@ -206,21 +206,16 @@ class Screen:
         self._begun = True
 
 
-def title(hit: Retrieved) -> str:
-    """The passage's title, or its id, in one line."""
-    return " ".join(str(hit.passage.metadata.get("title") or hit.passage.id).split())
-
-
 def source_lines(answered: Answered) -> Iterator[tuple[str, bool]]:
     """A line for each passage that an answer was written from, and whether it is cited."""
     cited = {citation["rank"] for citation in answered.citations}
     for rank, hit in enumerate(answered.found, 1):
-        yield f"  [{rank}] {title(hit)}{'  (cited)' if rank in cited else ''}", rank in cited
+        yield f"  [{rank}] {hit.passage.name}{'  (cited)' if rank in cited else ''}", rank in cited
 
 
 def whole_source(rank: int, hit: Retrieved, width: int) -> list[str]:
     """A passage with its score, id and text."""
-    name = title(hit)
+    name = hit.passage.name
     lines = [f"[{rank}] {hit.score:.4f}  {name}{'' if name == hit.passage.id else f'  ({hit.passage.id})'}"]
     for text in hit.passage.text.splitlines():
         indent = " " * (4 + len(text) - len(text.lstrip()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from telerag_cli import console
@@ -37,13 +37,31 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scheduling:
-    """Options about many questions and many replicas."""
+class Together:
+    """Options about many questions."""
 
     schedule: ScheduleOption = ScheduleName.SIMILAR
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE
     micro_batch: MicroBatchOption = None
     max_wait: MaxWaitOption = DEFAULT_MAX_WAIT_S
+
+    def wish(self) -> Schedule:
+        """What is asked for, with micro-batches not fitted yet."""
+        from telerag_cli.engine.scheduler import Schedule
+
+        return Schedule(self.schedule, batch_size=self.batch_size, max_wait_s=self.max_wait)
+
+    def made(self, at_once: int, arena_bytes: int, index: Index, nprobe: int) -> Schedule:
+        """As the scheduler takes it."""
+        from telerag_cli.engine.scheduler import fitted
+
+        return fitted(self.wish(), self.micro_batch, at_once, arena_bytes, index.extents, nprobe)
+
+
+@dataclass(frozen=True)
+class Scheduling(Together):
+    """Options about many questions and many replicas."""
+
     placement: PlacementOption = PlacementName.CACHE_AWARE
     replicas: ReplicasOption = "1"
     ray_address: RayAddressOption = None
@@ -71,12 +89,9 @@ class Scheduling:
             self.count == 1 or (self.count is None and _gpus_of_this_machine() <= 1)
         )
 
-    def made(self, at_once: int, arena_bytes: int, index: Index, nprobe: int) -> Schedule:
-        """As the scheduler takes it."""
-        from telerag_cli.engine.scheduler import Schedule, fitted
-
-        wish = Schedule(self.schedule, self.placement, self.batch_size, max_wait_s=self.max_wait)
-        return fitted(wish, self.micro_batch, at_once, arena_bytes, index.extents, nprobe)
+    def wish(self) -> Schedule:
+        """See `Together`."""
+        return replace(super().wish(), placement=self.placement)
 
 
 @contextlib.contextmanager

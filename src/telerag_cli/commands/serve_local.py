@@ -13,8 +13,9 @@ import typer
 
 from telerag_cli import __version__, console
 from telerag_cli.commands.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
-from telerag_cli.commands.options import BatchSizeOption, MaxWaitOption, MicroBatchOption, ScheduleOption
-from telerag_cli.config import DEFAULT_BATCH_SIZE, ScheduleName, parse_bytes
+from telerag_cli.commands.options import MaxWaitOption
+from telerag_cli.commands.scheduling import Together
+from telerag_cli.config import parse_bytes
 from telerag_cli.errors import EXIT_INTERRUPTED, UsageError
 from telerag_cli.processor import bound_kernel_caches
 from telerag_cli.serving.access_log import LogFormat
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "TELERAG_API_KEY"
 LOCAL_HOST, LOCAL_NAME = "127.0.0.1", "localhost"
-_SERVER, _LIMITS, _TOGETHER = "The server", "Limits", "Many questions"
+_SERVER, _LIMITS = "The server", "Limits"
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,9 @@ class LimitOptions:
 
 
 @dataclass(frozen=True)
-class TogetherOptions:
-    """Which questions are answered together."""
+class TogetherOptions(Together):
+    """Which questions are answered together; a person waits for each."""
 
-    schedule: ScheduleOption = ScheduleName.SIMILAR
-    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE
-    micro_batch: MicroBatchOption = None
     max_wait: MaxWaitOption = 0.02
 
 
@@ -125,7 +123,7 @@ def serve_local(
     bound_kernel_caches()
     with console.stdout_reserved(), console.talking(as_json=server.log_format is LogFormat.JSON):
         from telerag_cli.commands.opening import open_answering
-        from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted
+        from telerag_cli.engine.scheduler import Scheduler
         from telerag_cli.serving.access_log import AccessLog
         from telerag_cli.serving.app import make_app
         from telerag_cli.serving.gates import guarded
@@ -153,12 +151,9 @@ def serve_local(
                 engine,
                 at_once,
             ):
-                wish = Schedule(
-                    together.schedule, batch_size=together.batch_size, max_wait_s=together.max_wait
-                )
-                arena_bytes, index = engine.retriever.tier.arena_bytes, engine.retriever.index
-                schedule = fitted(
-                    wish, together.micro_batch, at_once, arena_bytes, index.extents, engine.settings.nprobe
+                retriever = engine.retriever
+                schedule = together.made(
+                    at_once, retriever.tier.arena_bytes, retriever.index, engine.settings.nprobe
                 )
                 yield Loaded(engine, Scheduler.over(engine, schedule), at_once)
 

@@ -23,6 +23,11 @@ class Passage:
         return f"{title} {self.text}" if isinstance(title, str) and title.strip() else self.text
 
     @property
+    def name(self) -> str:
+        """The title, or the id, in one line."""
+        return " ".join(str(self.metadata.get("title") or self.id).split())
+
+    @property
     def metadata_json(self) -> str:
         """The metadata as one JSON object; what JSON has no type for (a date, a decimal) becomes its text."""
         return json.dumps(self.metadata, ensure_ascii=False, sort_keys=True, default=str)

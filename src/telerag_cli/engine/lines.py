@@ -115,7 +115,7 @@ def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) ->
         "id": f"chatcmpl-{question.id}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": (question.batch or {}).get("model") or f"telerag-{body['pipeline']}",
+        "model": (question.batch or {}).get("model") or PipelineName(body["pipeline"]).model,
         "choices": [
             {
                 "index": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from telerag_cli.errors import InputError
+from telerag_cli.errors import ContextError
 from telerag_cli.generation.base import Message
 from telerag_cli.pipelines.base import Prompt
 from telerag_cli.pipelines.found import Retrieved
@@ -30,7 +30,7 @@ def fit(
         The prompt, and how many passages it holds.
 
     Raises:
-        InputError: not even the question fits.
+        ContextError: not even the question fits.
     """
     kept = len(found)
     while True:
@@ -39,6 +39,6 @@ def fit(
         if tokens <= room:
             return messages, kept
         if not kept:
-            raise InputError(f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
+            raise ContextError(f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
                              remedy="Shorten it, lower --max-tokens or raise --ctx-size.")  # fmt: skip
         kept -= 1

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from telerag_cli.engine.engine import Engine
-from telerag_cli.tiers.residency import Occupancy
 
 if TYPE_CHECKING:
     from telerag_cli.generation.llamacpp import Stats  # imports llama.cpp, which an engine need not have
@@ -47,20 +46,11 @@ class _Counting(Protocol):
         """What goes on now."""
 
 
-@runtime_checkable
-class _Accounting(Protocol):
-    """A fast tier with an arena."""
-
-    def occupancy(self) -> Occupancy:
-        """What it holds now."""
-
-
 def snapshot(engine: Engine) -> Snapshot:
     """The state now, from any thread. It takes some microseconds, and moments of two parts may differ by as much."""
     generator, retriever = engine.generator, engine.retriever
     stats = generator.stats() if isinstance(generator, _Counting) else None
     tier = retriever.tier
-    assert isinstance(tier, _Accounting), "a fast tier without an arena"
     held = tier.occupancy()
     return Snapshot(
         slots=generator.parallel,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from telerag_cli.errors import InputError
+from telerag_cli.errors import ContextError
 from telerag_cli.generation.shapes import Shape
 
 FinishReason = Literal["stop", "length"]
@@ -104,9 +104,9 @@ class Generator(Protocol):
         """Free the model."""
 
 
-def context_exceeded(prompt_tokens: int, max_tokens: int, context_tokens: int) -> InputError:
+def context_exceeded(prompt_tokens: int, max_tokens: int, context_tokens: int) -> ContextError:
     """The error for a prompt and an answer that do not fit the context together."""
-    return InputError(
+    return ContextError(
         f"The prompt has {prompt_tokens:,} tokens and the answer up to {max_tokens:,}; the context holds {context_tokens:,}.",
         remedy="Shorten the question, lower --max-tokens or raise --ctx-size.",
     )

@@ -25,7 +25,7 @@ import openai
 from openai.types.chat import ChatCompletionChunk
 
 from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
-from telerag_cli.errors import InputError, ModelError, TeleragError, UsageError
+from telerag_cli.errors import ContextError, ModelError, TeleragError, UsageError
 from telerag_cli.generation.base import (
     FinishReason,
     Generation,
@@ -274,7 +274,9 @@ class Endpoint:
         status = _status(error)
         refusal = f"{server} answers {status or 'with an error'}{after}: {_said(error)}"
         if _is_context(error):
-            return InputError(f"{refusal}.", remedy="Shorten the question, lower --max-tokens or --ctx-size.")
+            return ContextError(
+                f"{refusal}.", remedy="Shorten the question, lower --max-tokens or --ctx-size."
+            )
         if status in (401, 403):
             return ModelError(f"{refusal}.", remedy=f"Set {KEY_VARIABLE} to a key of this server.")
         if status == 404 and held:

@@ -154,10 +154,8 @@ class Round:
         """When each of them did, in ``time.perf_counter`` seconds."""
         self.failed = 0
         """Moves that ended in an error; the join tries those lists again and tells."""
-        self.orders = 0
-        """How many orders were followed: one, and one more for each refinement."""
         self.followed: list[Order] = []
-        """Those orders."""
+        """Orders, since they were: one, and one more for each refinement."""
         self.window = Window(0.0, 0.0, 0, 0.0, 1)
         """Known when it has stopped."""
         self._began_s: float | None = None
@@ -177,7 +175,7 @@ class Round:
         with self._mover.lock:
             if not self.going:
                 return
-            self._note(Order(time.perf_counter(), fraction))
+            self.followed.append(Order(time.perf_counter(), fraction))
             self.plan.reorder(order, reach)
         self._mover.fill()
 
@@ -191,7 +189,7 @@ class Round:
             self._held_share = held_bytes / max(int(likely_bytes.sum()), 1)
             self._rounds = sum(each.going for each in self._mover.all)
             self._began_s = time.perf_counter()
-            self._note(Order(self._began_s, 0.0))
+            self.followed.append(Order(self._began_s, 0.0))
             self.plan.reorder(order, reach)
 
     def move(self, count: int) -> None:
@@ -221,6 +219,11 @@ class Round:
         self._mover.remove(self)
 
     @property
+    def orders(self) -> int:
+        """How many orders were followed."""
+        return len(self.followed)
+
+    @property
     def idle(self) -> bool:
         """Whether the order has been followed to its end."""
         with self._mover.lock:
@@ -235,7 +238,3 @@ class Round:
         """The lists moved so far, and when each arrived in ``time.perf_counter`` seconds, both of shape (n,)."""
         with self._mover.lock:
             return np.array(self.moved, np.int64), np.array(self.arrived_s, np.float64)
-
-    def _note(self, order: Order) -> None:
-        self.orders += 1
-        self.followed.append(order)

@@ -30,6 +30,11 @@ class PipelineName(StrEnum):
     FLARE = "flare"
     SELF_RAG = "self_rag"
 
+    @property
+    def model(self) -> str:
+        """The name by which clients of OpenAI's API ask for it."""
+        return f"telerag-{self.value}"
+
 
 PIPELINES: dict[PipelineName, Callable[..., Any]] = {
     PipelineName.NAIVE: naive,

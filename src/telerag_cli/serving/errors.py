@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from telerag_cli.errors import InputError, TeleragError, UsageError
+from telerag_cli.errors import ContextError, InputError, TeleragError, UsageError
 
 INVALID, NOT_FOUND = "invalid_request_error", "not_found_error"
 SERVER, OVERLOADED, TIMEOUT = "server_error", "overloaded_error", "timeout_error"
@@ -53,7 +53,7 @@ def told(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError | UsageError):
-        context = "context" in error.message
+        context = isinstance(error, ContextError)
         return ApiError(400, error.message, param="messages" if context else None,
                         code="context_length_exceeded" if context else None)  # fmt: skip
     kind = "failed" if isinstance(error, TeleragError) else "has a bug"

@@ -273,7 +273,7 @@ class SchemaFormat(_Body):
 
 ResponseFormat: TypeAlias = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
 
-PIPELINES: list[JsonValue] = [f"telerag-{name.value}" for name in PipelineName]
+PIPELINES: list[JsonValue] = [name.model for name in PipelineName]
 Stops = Annotated[Annotated[NotEmpty, One] | Annotated[list[NotEmpty], Field(max_length=4), Many], Either]
 
 
@@ -315,7 +315,7 @@ def _asks(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 _FLARE_IN_JSON: dict[str, JsonValue] = {
     "properties": {
-        "model": {"const": f"telerag-{PipelineName.FLARE}"},
+        "model": {"const": PipelineName.FLARE.model},
         "response_format": {"type": "object", "properties": {"type": {"enum": ["json_object", "json_schema"]}}, "required": ["type"]},
     },
     "required": ["model", "response_format"],

@@ -13,7 +13,6 @@ from fastapi.sse import format_sse_event
 from telerag_cli.engine.lines import usage
 from telerag_cli.serving.errors import ApiError, told
 from telerag_cli.serving.service import Outcome
-from telerag_cli.serving.streams import title
 
 Documented = dict[int | str, dict[str, Any]]
 """Responses of a route beside the usual one, as FastAPI takes them."""
@@ -66,7 +65,7 @@ def cited(outcome: Outcome) -> list[dict[str, Any]]:
     found = outcome.answered.found
     return [
         {"type": "file_citation",
-         "file_citation": {"file_id": each["id"], "filename": title(found[each["rank"] - 1]), "index": each["rank"],
+         "file_citation": {"file_id": each["id"], "filename": found[each["rank"] - 1].passage.name, "index": each["rank"],
                            "start_index": each["start"], "end_index": each["end"]}}
         for each in outcome.answered.citations
     ]  # fmt: skip

@@ -29,13 +29,12 @@ from telerag_cli.pipelines.told import Listener, telling
 from telerag_cli.serving.desk import Desk, QueueFullError
 from telerag_cli.serving.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError
 from telerag_cli.serving.metrics import Metrics, State
-from telerag_cli.serving.streams import title
+from telerag_cli.serving.protocol import shortened
 from telerag_cli.serving.timeline import timeline
 from telerag_cli.tracing import Span
 
 T = TypeVar("T")
 
-MODEL_PREFIX = "telerag-"
 WITHOUT_LOOKAHEAD = PipelineName.NAIVE
 """It writes nothing before it retrieves."""
 REMEMBERED = 32
@@ -76,11 +75,6 @@ class Asked:
     wants_timeline: bool = False
     fresh: bool = False
     """Whether it is to find nothing that is kept of earlier questions."""
-
-    @property
-    def model(self) -> str:
-        """The pipeline as a model's name."""
-        return MODEL_PREFIX + self.pipeline.value
 
 
 class Watcher(Listener, Protocol):
@@ -158,12 +152,12 @@ class Service:
     @property
     def models(self) -> list[str]:
         """Names that requests may give: the pipelines, and the embedder."""
-        return [*(MODEL_PREFIX + name.value for name in self.pipelines), self.embedder_name]
+        return [*(name.model for name in self.pipelines), self.embedder_name]
 
     def pipeline_of(self, model: str) -> PipelineName:
         """The pipeline that a model's name stands for; raises ApiError as OpenAI does for a model that is none."""
         for name in self.pipelines:
-            if model == MODEL_PREFIX + name.value:
+            if model == name.model:
                 return name
         if model == self.embedder_name:
             raise ApiError(404, f"The model `{model}` makes embeddings and does not answer.", param="model",
@@ -254,7 +248,7 @@ class Service:
             raise
         took_s = time.perf_counter() - came_s
         self._took_s.append(took_s - outcome.waited_s)
-        self.metrics.answered(asked.model, outcome.answered, waited_s=outcome.waited_s, first_token_s=outcome.first_s,
+        self.metrics.answered(asked.pipeline.model, outcome.answered, waited_s=outcome.waited_s, first_token_s=outcome.first_s,
                               took_s=took_s, finish_reason=outcome.answered.finish_reason)  # fmt: skip
         return outcome
 
@@ -308,7 +302,7 @@ class Service:
         about: dict[str, Any] = {"question": asked.question, **({"standalone": standalone} if standalone != asked.question else {}),
                  **answer_body(answered, asked.pipeline, asked.settings.lookahead)}  # fmt: skip
         for passage, hit in zip(about["passages"], answered.found, strict=True):
-            passage["title"] = title(hit)
+            passage["title"] = hit.passage.name
         if asked.wants_timeline:
             about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
         return Outcome(
@@ -316,15 +310,12 @@ class Service:
         )
 
     def _opened(self) -> _Open:
-        if self.draining or self._open is None:
-            self.metrics.rejected("not_ready")
-        if self.draining:
-            raise ApiError(503, "The server is stopping and takes no more requests.", OVERLOADED, code="stopping",
-                           headers={"Retry-After": str(LOADING_RETRY_S)})  # fmt: skip
-        if self._open is None:
-            raise ApiError(503, "The server is still loading its model and index.", OVERLOADED, code="loading",
-                           headers={"Retry-After": str(LOADING_RETRY_S)})  # fmt: skip
-        return self._open
+        if self._open and not self.draining:
+            return self._open
+        self.metrics.rejected("not_ready")
+        code, message = ("stopping", "The server is stopping and takes no more requests.") if self.draining else \
+                        ("loading", "The server is still loading its model and index.")  # fmt: skip
+        raise ApiError(503, message, OVERLOADED, code=code, headers={"Retry-After": str(LOADING_RETRY_S)})
 
     def _too_late(self) -> ApiError:
         self.metrics.ended("timeout")
@@ -352,8 +343,9 @@ def _embedder_name(engine: Engine) -> str:
 
 def no_model(model: str) -> ApiError:
     """OpenAI's answer to a model that does not exist."""
-    shown = model if len(model) <= 80 else f"{model[:79]}…"
-    return ApiError(404, f"The model `{shown}` does not exist.", param="model", code="model_not_found")
+    return ApiError(
+        404, f"The model `{shortened(model)}` does not exist.", param="model", code="model_not_found"
+    )
 
 
 def all_pipelines(given: dict[str, Any]) -> dict[PipelineName, Pipeline]:

@@ -150,7 +150,7 @@ class Watching:
     def retrieved(self, found: Sequence[Retrieved]) -> None:
         """See `Watcher`."""
         passages = [
-            {"rank": rank, "id": hit.passage.id, "title": title(hit), "score": hit.score}
+            {"rank": rank, "id": hit.passage.id, "title": hit.passage.name, "score": hit.score}
             for rank, hit in enumerate(found, 1)
         ]
         self._tell({"event": "retrieved", "passages": passages})
@@ -178,8 +178,3 @@ class Growing:
             return ""
         new, self.shown = text[len(self.shown) :], text
         return new
-
-
-def title(hit: Retrieved) -> str:
-    """The passage's title, or its id, in one line."""
-    return " ".join(str(hit.passage.metadata.get("title") or hit.passage.id).split())

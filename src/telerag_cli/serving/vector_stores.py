@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,9 +22,9 @@ from telerag_cli.serving.protocol import (
     VectorStoreSearchPage,
     shortened,
 )
-from telerag_cli.serving.replies import note
+from telerag_cli.serving.replies import json_response, note
 from telerag_cli.serving.service import Service
-from telerag_cli.serving.streams import title, until_gone
+from telerag_cli.serving.streams import until_gone
 
 STORE = "vs_telerag"
 DEEPER = 4
@@ -80,7 +79,7 @@ def router(service: Service) -> APIRouter:
         note(request, outcome="done")
         page = {"object": "vector_store.search_results.page", "search_query": body.queries, "data": list(map(_result, found)),
                 "has_more": False, "next_page": None}  # fmt: skip
-        return Response(json.dumps(page, allow_nan=False), media_type="application/json")
+        return json_response(page)
 
     return routes
 
@@ -123,7 +122,7 @@ def shown_scores(scores: FloatArray, metric: Metric) -> npt.NDArray[np.float64]:
 
 def _result(hit: Retrieved) -> dict[str, Any]:
     passage = hit.passage
-    return {"file_id": passage.id, "filename": title(hit), "score": hit.score, "attributes": attributes(passage.metadata),
+    return {"file_id": passage.id, "filename": passage.name, "score": hit.score, "attributes": attributes(passage.metadata),
             "content": [{"type": "text", "text": passage.text}]}  # fmt: skip
 
 

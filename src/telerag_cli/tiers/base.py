@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import FloatArray, IntArray
-from telerag_cli.tiers.residency import BoolArray
+from telerag_cli.tiers.residency import BoolArray, Occupancy
 
 ListsArrived = Callable[[Sequence[int], TeleragError | None], None]
 """Called with the numbers of lists that are in the arena now, or with the error that kept them out; from any thread."""
@@ -125,6 +125,9 @@ class FastTier(Protocol):
 
     def new_round(self, cache_fraction: float) -> BoolArray:
         """Begin a round; the lists to keep through it (see `Residency.new_round`)."""
+
+    def occupancy(self) -> Occupancy:
+        """What the arena holds now."""
 
     def absent(self) -> BoolArray:
         """Which lists are neither in the arena nor on their way, shape (nlist,)."""
