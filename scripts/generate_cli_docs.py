@@ -15,7 +15,7 @@ HEADER = "<!-- Made by scripts/generate_cli_docs.py from the commands; do not ed
 
 def reference() -> str:
     """The reference as Typer writes it; the terminal's width and colours have no say."""
-    command = [sys.executable, "-m", "typer", "telerag_cli.app", "utils", "docs", "--name", "telerag"]
+    command = [sys.executable, "-m", "typer", "telerag_cli.cli.app", "utils", "docs", "--name", "telerag"]
     environment = {**os.environ, "COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return HEADER + "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines()) + "\n"

@@ -2,17 +2,19 @@
 
     python scripts/gpu_check.py [--stages exactness,bandwidth] [--lookahead-data FOLDER] [--model GGUF] [-o RESULT.json]
 
-exactness     searches of the cuda tier against Faiss on the CPU, bit for bit: all storage types and metrics, small and large arenas,
+exactness     searches of the cuda tier against Faiss on the CPU, bit for bit: all storage types and metrics, small and
+large arenas,
               with lookahead and without, and with a link and a device that fail now and then
 bandwidth     lists of 0.2 to 16 MB moved as lookahead moves them, against one copy of as many bytes
 scoring       the scoring kernel against a copy within the device
-end-to-end    HyDE replayed over a datastore in host memory: Faiss on all cores, no lookahead, by the question, refined; and
+end-to-end    HyDE replayed over a datastore in host memory: Faiss on all cores, no lookahead, by the question, refined;
+and
               the join alone against Faiss and against moving everything
 interference  decoding with lists on their way and without
 
 Times of the LLM are those of a real llama.cpp model, whose weights may be random (--random-model); embeddings are
-recorded ones if --lookahead-data names them, else random, and take no time. Results are written after each stage. Where there is
-no GPU, --simulated runs the same code, small, on the processor; its times mean nothing.
+recorded ones if --lookahead-data names them, else random, and take no time. Results are written after each stage. Where
+there is no GPU, --simulated runs the same code, small, on the processor; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -43,13 +45,13 @@ from telerag_cli.bench_record import record
 from telerag_cli.config import CacheKind, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
-from telerag_cli.generation.models import resolve_model
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, ListScorer, best, empty_ivf, flat
-from telerag_cli.lookahead.order import blend
-from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.retriever import Found, Retriever
-from telerag_cli.lookahead.round import Mover
+from telerag_cli.llm.models import resolve_model
+from telerag_cli.prefetch.order import blend
+from telerag_cli.prefetch.prefetcher import Prefetcher
+from telerag_cli.prefetch.queue import PrefetchQueue
+from telerag_cli.retrieval.retriever import Found, Retriever
 from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
@@ -107,10 +109,32 @@ class Sizes:
     questions: int
 
 
-LARGE = Sizes(vectors=20_000, searches=12, widest=1500, moved_bytes=4 << 30, repeats=5, scored_bytes=4 << 30, list_bytes=10 << 20,
-              passage_tokens=96, answer_tokens=48, prompt_words=600, questions=40)  # fmt: skip
-SMALL = Sizes(vectors=1500, searches=3, widest=3, moved_bytes=32 << 20, repeats=2, scored_bytes=4 << 20, list_bytes=64 << 10,
-              passage_tokens=12, answer_tokens=4, prompt_words=20, questions=2)  # fmt: skip
+LARGE = Sizes(
+    vectors=20_000,
+    searches=12,
+    widest=1500,
+    moved_bytes=4 << 30,
+    repeats=5,
+    scored_bytes=4 << 30,
+    list_bytes=10 << 20,
+    passage_tokens=96,
+    answer_tokens=48,
+    prompt_words=600,
+    questions=40,
+)
+SMALL = Sizes(
+    vectors=1500,
+    searches=3,
+    widest=3,
+    moved_bytes=32 << 20,
+    repeats=2,
+    scored_bytes=4 << 20,
+    list_bytes=64 << 10,
+    passage_tokens=12,
+    answer_tokens=4,
+    prompt_words=20,
+    questions=2,
+)
 LIST_SIZES = (200_000, 500_000, 1_000_000, 2_000_000, 4_000_000, 8_000_000, 16_000_000)
 
 
@@ -122,9 +146,7 @@ class Bench:
         self.simulated = bool(options.simulated)
         self.gpu: Gpu = SimulatedGpu() if self.simulated else find_gpu(options.device)
         self.sizes = SMALL if self.simulated else LARGE
-        self.material: Material = (
-            read_material(options.lookahead_data) if options.lookahead_data else make_material()
-        )
+        self.material: Material = read_material(options.lookahead_data) if options.lookahead_data else make_material()
         self.ends_s: float = time.monotonic() + 60 * options.minutes
         self.stage_ends_s: float = self.ends_s
 
@@ -143,8 +165,10 @@ class Bench:
         """The block as a tensor, page-locked as long."""
         refused = self.gpu.lock(block.memory)
         if refused:
-            raise ResourceError(f"{format_bytes(len(block.memory))} cannot be page-locked: {refused}.",
-                                remedy="Raise the limit of locked memory.")  # fmt: skip
+            raise ResourceError(
+                f"{format_bytes(len(block.memory))} cannot be page-locked: {refused}.",
+                remedy="Raise the limit of locked memory.",
+            )
         try:
             yield torch.from_numpy(block.memory)
         finally:
@@ -160,13 +184,11 @@ class Bench:
 class Llm:
     """A llama.cpp model that writes so many tokens, whatever they are."""
 
-    def __init__(
-        self, model: str | None, random_size: str | None, gpu_layers: int | None, gpu: int | None
-    ) -> None:
+    def __init__(self, model: str | None, random_size: str | None, gpu_layers: int | None, gpu: int | None) -> None:
         import llama_cpp
 
-        from telerag_cli.generation.llama_model import LlamaModel
-        from telerag_cli.generation.llamacpp import LlamaCpp
+        from telerag_cli.llm.llama_model import LlamaModel
+        from telerag_cli.llm.llamacpp import LlamaCpp
 
         path = resolve_model(model, None)
         if gpu_layers is None:
@@ -175,10 +197,7 @@ class Llm:
             if random_size:
                 from make_random_model import make
 
-                made = (
-                    Path(undo.enter_context(tempfile.TemporaryDirectory()))
-                    / f"random {random_size} q4_0.gguf"
-                )
+                made = Path(undo.enter_context(tempfile.TemporaryDirectory())) / f"random {random_size} q4_0.gguf"
                 make(path, random_size, "q4_0", 0, made)
                 path = made
             weights = LlamaModel(path, gpu_layers=gpu_layers, gpu=gpu)
@@ -189,7 +208,7 @@ class Llm:
 
     def write(self, prompt: str, tokens: int, on_count: Callable[[int], None] = lambda _count: None) -> float:
         """Seconds of decoding ``tokens`` after the first one; a prompt is computed anew each time."""
-        from telerag_cli.generation.base import Message, Request
+        from telerag_cli.llm.base import Message, Request
 
         self._generator.forget()
         request = Request([Message("user", prompt)], tokens, ignore_eos=True)
@@ -267,7 +286,7 @@ def exactness(bench: Bench) -> Outcome:
     outcome = Outcome()
     random = np.random.default_rng(0)
     vectors = bench.material.base[: bench.sizes.vectors].copy()
-    vectors[-len(vectors) // 50 :] = vectors[: len(vectors) // 50 + 1][: len(vectors[-len(vectors) // 50 :])]  # fmt: skip
+    vectors[-len(vectors) // 50 :] = vectors[: len(vectors) // 50 + 1][: len(vectors[-len(vectors) // 50 :])]
     questions, texts = bench.material.question, bench.material.written
     nlist = max(8, len(vectors) // 160)
     centroids = vectors[random.choice(len(vectors), nlist, replace=False)].copy()
@@ -285,7 +304,7 @@ def exactness(bench: Bench) -> Outcome:
                 coarse = Coarse(centroids, metric)
                 for share, dice in ((0.1, _Dice(0.0)), (0.5, _Dice(0.2)), (1.0, _Dice(0.0))):
                     gpu = _with_failures(bench, dice)
-                    arena_bytes = max(int(index.extents.max()), int(share * index.extents.sum()))
+                    arena_bytes = max(int(index.list_bytes.max()), int(share * index.list_bytes.sum()))
                     tier = open_cuda_tier(index, coarse, gpu, arena_bytes)
                     outcome.wrong |= bool(tier.notes) and not bench.simulated
                     retriever = Retriever(index, coarse, tier)
@@ -293,10 +312,7 @@ def exactness(bench: Bench) -> Outcome:
                     here, same, notes = 0, 0, tier.notes
                     for number in range(bench.sizes.searches):
                         n = int(random.choice([1, 2, 7, min(33, len(questions))]))
-                        k, nprobe = (
-                            int(random.choice([1, 10, 100])),
-                            int(random.choice([1, nlist // 4, nlist])),
-                        )
+                        k, nprobe = (int(random.choice([1, 10, 100])), int(random.choice([1, nlist // 4, nlist])))
                         if number == 0:
                             n, nprobe = bench.sizes.widest, nlist
                         rows = random.integers(len(questions), size=n)
@@ -314,15 +330,36 @@ def exactness(bench: Bench) -> Outcome:
                         in_place += found.report.lists_in_place
                     retriever.close()
                     compared, equal = compared + here, equal + same
-                    each.append({"storage": storage.value, "metric": metric.value, "arena_share": share, "failing": share == 0.5,
-                                 "searches": here, "equal": same, "notes": notes})  # fmt: skip
+                    each.append(
+                        {
+                            "storage": storage.value,
+                            "metric": metric.value,
+                            "arena_share": share,
+                            "failing": share == 0.5,
+                            "searches": here,
+                            "equal": same,
+                            "notes": notes,
+                        }
+                    )
             if bench.late:
                 break
     outcome.wrong |= equal != compared or not failed
-    outcome.raw = {"each": each, "searches": compared, "equal": equal, "lists_failed": failed, "lists_in_place": in_place}  # fmt: skip
-    outcome.rows.append(Row("Searches whose scores and rows are Faiss's, bit for bit", f"{equal} of {compared}",
-                            f"{len(each)} tiers: storage types, metrics, arenas; {failed:,} lists failed on purpose", "all",
-                            equal == compared))  # fmt: skip
+    outcome.raw = {
+        "each": each,
+        "searches": compared,
+        "equal": equal,
+        "lists_failed": failed,
+        "lists_in_place": in_place,
+    }
+    outcome.rows.append(
+        Row(
+            "Searches whose scores and rows are Faiss's, bit for bit",
+            f"{equal} of {compared}",
+            f"{len(each)} tiers: storage types, metrics, arenas; {failed:,} lists failed on purpose",
+            "all",
+            equal == compared,
+        )
+    )
     return outcome
 
 
@@ -374,9 +411,9 @@ def bandwidth(bench: Bench) -> Outcome:
         _copies_gb_per_s(stream, [Copy(source, arena)])
         for list_bytes in LIST_SIZES:
             index = uniform(list_bytes, min(total // list_bytes, 20_000))
-            moved = int(index.extents.sum())
+            moved = int(index.list_bytes.sum())
             order = np.random.default_rng(list_bytes).permutation(index.manifest.nlist)
-            places = zip(index.offsets[order].tolist(), index.extents[order].tolist(), strict=True)
+            places = zip(index.offsets[order].tolist(), index.list_bytes[order].tolist(), strict=True)
             bare = [Copy(source[begin : begin + size], arena[begin : begin + size]) for begin, size in places]
             one: list[float] = []
             one_by_one: list[float] = []
@@ -391,15 +428,23 @@ def bandwidth(bench: Bench) -> Outcome:
             rates = {"lookahead": median(ahead), "bare": median(one_by_one), "one": median(one)}
             outcome.raw[size] = rates | {"ratio": ratio, "lists": len(order)}
             asked = list_bytes >= 1_000_000
-            outcome.rows.append(Row(f"Moving lists of {size} by lookahead", f"{median(ahead):.3g} GB/s ({ratio:.0%})",
-                                    f"one copy of as many bytes: {median(one):.3g} GB/s", "at least 90 %" if asked else "",
-                                    ratio >= 0.9 if asked else None))  # fmt: skip
+            outcome.rows.append(
+                Row(
+                    f"Moving lists of {size} by lookahead",
+                    f"{median(ahead):.3g} GB/s ({ratio:.0%})",
+                    f"one copy of as many bytes: {median(one):.3g} GB/s",
+                    "at least 90 %" if asked else "",
+                    ratio >= 0.9 if asked else None,
+                )
+            )
             if bench.late:
                 break
     stream.close()
     block.close()
     outcome.raw |= {"one_copy_gb_per_s": median(large), "pageable_gb_per_s": pageable}
-    outcome.rows.append(Row("One large copy, page-locked", f"{median(large):.3g} GB/s", f"pageable: {pageable:.3g} GB/s"))  # fmt: skip
+    outcome.rows.append(
+        Row("One large copy, page-locked", f"{median(large):.3g} GB/s", f"pageable: {pageable:.3g} GB/s")
+    )
     return outcome
 
 
@@ -418,10 +463,10 @@ def _moving_s(
     bench: Bench, index: Index, order: IntArray, source: torch.Tensor, arena: torch.Tensor, rate: float
 ) -> float:
     """Seconds that a round of lookahead takes to move all lists in this order."""
-    copier = Copier(bench.gpu.stream(), source, arena, Rate(rate * 1e9, 1.0), float(index.extents.mean()))
+    copier = Copier(bench.gpu.stream(), source, arena, Rate(rate * 1e9, 1.0), float(index.list_bytes.mean()))
     accounts = size_arena(index, len(arena), "--arena")
     tier = ArenaTier(index, accounts, copier, _Unscored(index.manifest.nlist), cache=CacheKind.NONE)
-    round_ = Mover(tier).start(Plan(tier.extents, tier.new_round(0.0)))
+    round_ = Prefetcher(tier).start(PrefetchQueue(tier.list_bytes, tier.new_round(0.0)))
     started_s = time.perf_counter()
     round_.follow(order, len(order))
     while not round_.idle:
@@ -473,16 +518,26 @@ def _score_stored(bench: Bench, storage: Storage, outcome: Outcome) -> None:
         rate, traffic = gb_per_s(nbytes, median(ours)), gb_per_s(2 * len(arena), median(copies))
         asked = n == 1 and storage is not Storage.INT8
         outcome.raw[f"{storage}, {n} queries"] = {
-            "gb_per_s": rate, "copy_read_and_write_gb_per_s": traffic, "bytes": nbytes, "seconds": median(ours)}  # fmt: skip
-        outcome.rows.append(Row(f"Scoring {storage} lists, {n} quer{'y' if n == 1 else 'ies'}", f"{rate:.4g} GB/s ({rate / traffic:.0%})",
-                                f"copy within the device, read and written: {traffic:.4g} GB/s",
-                                "at least 60 %" if asked else "", rate / traffic >= 0.6 if asked else None))  # fmt: skip
+            "gb_per_s": rate,
+            "copy_read_and_write_gb_per_s": traffic,
+            "bytes": nbytes,
+            "seconds": median(ours),
+        }
+        outcome.rows.append(
+            Row(
+                f"Scoring {storage} lists, {n} quer{'y' if n == 1 else 'ies'}",
+                f"{rate:.4g} GB/s ({rate / traffic:.0%})",
+                f"copy within the device, read and written: {traffic:.4g} GB/s",
+                "at least 60 %" if asked else "",
+                rate / traffic >= 0.6 if asked else None,
+            )
+        )
 
 
 def _work(gpu: Gpu, index: Index, arena: torch.Tensor, queries: FloatArray) -> Launch:
     """A launch of all lists for all queries; the arena holds them as ``lists.bin`` would."""
     storage, device = index.manifest.storage, gpu.device
-    kind = {Storage.FLOAT32: torch.float32, Storage.FLOAT16: torch.float16, Storage.INT8: torch.uint8}[storage]  # fmt: skip
+    kind = {Storage.FLOAT32: torch.float32, Storage.FLOAT16: torch.float16, Storage.INT8: torch.uint8}[storage]
     vectors = arena[: len(arena) // 4 * 4].view(kind)
     n, nlist = len(queries), index.manifest.nlist
     # Queries of one list side by side, as the scorer has them.
@@ -493,9 +548,11 @@ def _work(gpu: Gpu, index: Index, arena: torch.Tensor, queries: FloatArray) -> L
     asked = torch.from_numpy(queries).to(device)
     ranges = np.zeros((2, 1), np.float32) if index.trained is None else index.trained.reshape(2, -1)
     low, step = torch.from_numpy(ranges).to(device)
-    absolute = decoding_error(asked, low, step, l2=False) if storage is Storage.INT8 else torch.zeros(n, device=device)  # fmt: skip
+    absolute = decoding_error(asked, low, step, l2=False) if storage is Storage.INT8 else torch.zeros(n, device=device)
     bounds = torch.empty((n, int(index.sizes.sum())), device=device)
-    return Launch(vectors, asked, low, step, torch.from_numpy(pairs).to(device), bounds, absolute, False, sizes[sizes > 0])  # fmt: skip
+    return Launch(
+        vectors, asked, low, step, torch.from_numpy(pairs).to(device), bounds, absolute, False, sizes[sizes > 0]
+    )
 
 
 def _device_s(bench: Bench, function: Callable[[], object]) -> float:
@@ -530,14 +587,16 @@ def end_to_end(bench: Bench) -> Outcome:
     index, coarse, gpu = store.index, store.coarse, bench.gpu
     nprobe = bench.options.nprobe or max(1, index.manifest.nlist // 16)
     texts = bench.material.written[1.0][:32]
-    probed = np.median([index.extents[coarse.probe(text[None], nprobe)[1][0]].sum() for text in texts])
+    probed = np.median([index.list_bytes[coarse.probe(text[None], nprobe)[1][0]].sum() for text in texts])
     arena_bytes = bench.options.arena or min(len(store.memory) // 4, gpu.free_bytes() * 3 // 4)
     tier = open_cuda_tier(index, coarse, gpu, arena_bytes, cache=CacheKind.NONE, lists=store)
     retriever, in_memory = Retriever(index, coarse, tier), FaissInMemory(store)
     try:
-        outcome = Outcome(f"{nprobe} of {index.manifest.nlist:,} lists of {format_bytes(len(store.memory))} {index.manifest.storage}, "
-                          f"{format_bytes(int(probed))} probed, arena {format_bytes(tier.arena_bytes)}, {bench.material.source} "
-                          f"embeddings, {llm.name}")  # fmt: skip
+        outcome = Outcome(
+            f"{nprobe} of {index.manifest.nlist:,} lists of {format_bytes(len(store.memory))} {index.manifest.storage}, "
+            f"{format_bytes(int(probed))} probed, arena {format_bytes(tier.arena_bytes)}, {bench.material.source} "
+            f"embeddings, {llm.name}"
+        )
         outcome.raw = {"setting": outcome.setting, "notes": tier.notes}
         _joins(bench, retriever, in_memory, nprobe, outcome)
         _hyde(bench, retriever, in_memory, nprobe, outcome)
@@ -561,12 +620,10 @@ def _store(bench: Bench) -> Datastore:
             told_s = time.monotonic()
             print(f"  {format_bytes(done)} of {format_bytes(asked)} made", file=sys.stderr, flush=True)
 
-    return Datastore(bench.material, asked, bench.sizes.list_bytes, Storage(bench.options.storage), advance=advance)  # fmt: skip
+    return Datastore(bench.material, asked, bench.sizes.list_bytes, Storage(bench.options.storage), advance=advance)
 
 
-def _joins(
-    bench: Bench, retriever: Retriever, in_memory: FaissInMemory, nprobe: int, outcome: Outcome
-) -> None:
+def _joins(bench: Bench, retriever: Retriever, in_memory: FaissInMemory, nprobe: int, outcome: Outcome) -> None:
     """The join with nothing in the arena, beside its two extremes."""
     in_memory_s, move_all_s, join_s, in_place = [], [], [], []
     place = retriever.tier.in_place
@@ -586,19 +643,25 @@ def _joins(
     took = {"faiss": median(in_memory_s), "move-all": median(move_all_s), "join": median(join_s)}
     ratio = took["join"] / min(took["faiss"], took["move-all"])
     outcome.raw["joins"] = took | {
-        "in_place_share": median(in_place), "searches": len(join_s), "ratio_to_better": ratio}  # fmt: skip
-    outcome.rows.append(Row(f"Join with nothing in the arena, p50 of {len(join_s)}",
-                            f"{took['join'] * 1e3:.3g} ms ({ratio:.2f} x the better)",
-                            f"Faiss on all cores: {took['faiss'] * 1e3:.3g} ms; moving everything: {took['move-all'] * 1e3:.3g} ms",
-                            "at most 1.05 x", ratio <= 1.05))  # fmt: skip
+        "in_place_share": median(in_place),
+        "searches": len(join_s),
+        "ratio_to_better": ratio,
+    }
+    outcome.rows.append(
+        Row(
+            f"Join with nothing in the arena, p50 of {len(join_s)}",
+            f"{took['join'] * 1e3:.3g} ms ({ratio:.2f} x the better)",
+            f"Faiss on all cores: {took['faiss'] * 1e3:.3g} ms; moving everything: {took['move-all'] * 1e3:.3g} ms",
+            "at most 1.05 x",
+            ratio <= 1.05,
+        )
+    )
 
 
 SYSTEMS = ("faiss", "off", "question", "refined")
 
 
-def _hyde(
-    bench: Bench, retriever: Retriever, in_memory: FaissInMemory, nprobe: int, outcome: Outcome
-) -> None:
+def _hyde(bench: Bench, retriever: Retriever, in_memory: FaissInMemory, nprobe: int, outcome: Outcome) -> None:
     """Passage, retrieval, answer: each question by every system, in an order that rotates."""
     sizes, material, llm = bench.sizes, bench.material, bench.llm
     took: dict[str, list[float]] = {name: [] for name in SYSTEMS}
@@ -607,7 +670,7 @@ def _hyde(
     same = True
     passages = "What was found says this and that. " * (sizes.prompt_words // 7)
     llm.write("Warm up.", 4)
-    with ThreadPoolExecutor(1) as sketcher:
+    with ThreadPoolExecutor(1) as refinement_embedder:
         for number in range(min(sizes.questions, len(material.question))):
             final = material.written[1.0][number][None]
             answers = []
@@ -620,12 +683,18 @@ def _hyde(
                 if name in ("question", "refined"):
                     ahead = retriever.begin(question[None], nprobe, refining=name == "refined")
 
-                def on_count(count: int, due: list[float] = due, ahead: Any = ahead, question: FloatArray = question,
-                             row: int = number, sketched: list[Future[None]] = sketched) -> None:  # fmt: skip
+                def on_count(
+                    count: int,
+                    due: list[float] = due,
+                    ahead: Any = ahead,
+                    question: FloatArray = question,
+                    row: int = number,
+                    sketched: list[Future[None]] = sketched,
+                ) -> None:
                     while due and count >= due[0] * sizes.passage_tokens:
                         share = due.pop(0)
                         query = blend(question, material.written[share][row], share)[None]
-                        sketched.append(sketcher.submit(retriever.refine, ahead, query, nprobe, share))
+                        sketched.append(refinement_embedder.submit(retriever.refine, ahead, query, nprobe, share))
 
                 llm.write(f"Write a passage that answers question {number}.", sizes.passage_tokens, on_count)
                 arrived_s = time.perf_counter()
@@ -647,18 +716,28 @@ def _hyde(
                 break
     count = len(took["faiss"])
     outcome.wrong |= not same
-    outcome.raw["hyde"] = {name: {"total_s": median(took[name]), "retrieval_s": median(retrieval[name]), "hit_share": median(hits[name])}
-                           for name in SYSTEMS} | {"questions": count, "same_results": same, "passage_tokens": sizes.passage_tokens,
-                                                   "answer_tokens": sizes.answer_tokens}  # fmt: skip
+    outcome.raw["hyde"] = {
+        name: {"total_s": median(took[name]), "retrieval_s": median(retrieval[name]), "hit_share": median(hits[name])}
+        for name in SYSTEMS
+    } | {
+        "questions": count,
+        "same_results": same,
+        "passage_tokens": sizes.passage_tokens,
+        "answer_tokens": sizes.answer_tokens,
+    }
     for name in SYSTEMS[1:]:
         whole = median([one / other for one, other in zip(took["faiss"], took[name], strict=True)])
         part = median([one / other for one, other in zip(retrieval["faiss"], retrieval[name], strict=True)])
-        label = {"off": "no lookahead", "question": "lookahead by the question", "refined": "refined lookahead"}[name]  # fmt: skip
+        label = {"off": "no lookahead", "question": "lookahead by the question", "refined": "refined lookahead"}[name]
         retrieval_ms = {each: 1e3 * median(retrieval[each]) for each in ("faiss", name)}
-        outcome.rows.append(Row(f"HyDE, {label}, p50 of {count}",
-                                f"retrieval {retrieval_ms[name]:.3g} ms ({part:.2f} x), whole {median(took[name]):.3g} s ({whole:.2f} x), "
-                                f"{median(hits[name]):.0%} of the lists there",
-                                f"Faiss on all cores: {retrieval_ms['faiss']:.3g} ms, {median(took['faiss']):.3g} s"))  # fmt: skip
+        outcome.rows.append(
+            Row(
+                f"HyDE, {label}, p50 of {count}",
+                f"retrieval {retrieval_ms[name]:.3g} ms ({part:.2f} x), whole {median(took[name]):.3g} s ({whole:.2f} x), "
+                f"{median(hits[name]):.0%} of the lists there",
+                f"Faiss on all cores: {retrieval_ms['faiss']:.3g} ms, {median(took['faiss']):.3g} s",
+            )
+        )
 
 
 # Interference
@@ -700,10 +779,22 @@ def interference(bench: Bench) -> Outcome:
                 break
     slower = median([one / other for one, other in zip(took["moving"], took["quiet"], strict=True)]) - 1
     rates = {name: (tokens - 1) / median(values) for name, values in took.items()}
-    outcome.raw = {"slower": slower, "tokens_per_s": rates, "pairs": len(took["quiet"]), "moved_bytes": moved,
-                   "link_gb_per_s": rate}  # fmt: skip
-    outcome.rows.append(Row("Decoding while lists move", f"{rates['moving']:.4g} tokens/s ({slower:+.1%} time)",
-                            f"nothing moving: {rates['quiet']:.4g} tokens/s", "less than 3 % slower", slower < 0.03))  # fmt: skip
+    outcome.raw = {
+        "slower": slower,
+        "tokens_per_s": rates,
+        "pairs": len(took["quiet"]),
+        "moved_bytes": moved,
+        "link_gb_per_s": rate,
+    }
+    outcome.rows.append(
+        Row(
+            "Decoding while lists move",
+            f"{rates['moving']:.4g} tokens/s ({slower:+.1%} time)",
+            f"nothing moving: {rates['quiet']:.4g} tokens/s",
+            "less than 3 % slower",
+            slower < 0.03,
+        )
+    )
     block.close()
     return outcome
 
@@ -728,28 +819,24 @@ def nbytes(text: str) -> int:
 
 def main() -> None:
     """Run the stages, write after each, print the table last."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, with commas between")
-    parser.add_argument(
-        "--simulated", action="store_true", help="the processor in the GPU's place, and small"
-    )
+    parser.add_argument("--simulated", action="store_true", help="the processor in the GPU's place, and small")
     parser.add_argument("--device", default="auto", help="cuda:N [default: the first]")
-    parser.add_argument("--bytes", type=nbytes, help="of the datastore [default: 60 GB, or half of the free memory]")  # fmt: skip
+    parser.add_argument("--bytes", type=nbytes, help="of the datastore [default: 60 GB, or half of the free memory]")
     parser.add_argument("--arena", type=nbytes, help="bytes of it [default: a quarter of the datastore]")
     parser.add_argument("--nprobe", type=int, help="[default: a sixteenth of the lists]")
-    parser.add_argument("--storage", choices=[Storage.FLOAT32.value, Storage.FLOAT16.value], default=Storage.FLOAT32.value)  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=7.0, help="stages are cut short to end in so many [default: 7]")  # fmt: skip
-    parser.add_argument("--lookahead-data", type=Path, help="folder of recorded embeddings [default: random ones]")  # fmt: skip
+    parser.add_argument(
+        "--storage", choices=[Storage.FLOAT32.value, Storage.FLOAT16.value], default=Storage.FLOAT32.value
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=7.0, help="stages are cut short to end in so many [default: 7]"
+    )
+    parser.add_argument("--lookahead-data", type=Path, help="folder of recorded embeddings [default: random ones]")
     parser.add_argument("--model", help="GGUF file [default: the bundled model]")
-    parser.add_argument(
-        "--random-model", metavar="SIZE", help="random weights in the GGUF file's place, such as 8B"
-    )
-    parser.add_argument(
-        "--n-gpu-layers", type=int, help="of the model on the GPU [default: all, if llama.cpp can]"
-    )
-    parser.add_argument("-o", "--output", type=Path, help="[default: in benchmarks/results, named by the GPU]")  # fmt: skip
+    parser.add_argument("--random-model", metavar="SIZE", help="random weights in the GGUF file's place, such as 8B")
+    parser.add_argument("--n-gpu-layers", type=int, help="of the model on the GPU [default: all, if llama.cpp can]")
+    parser.add_argument("-o", "--output", type=Path, help="[default: in benchmarks/results, named by the GPU]")
     options = parser.parse_args()
     chosen = options.stages.split(",")
     if unknown := [name for name in chosen if name not in STAGES]:
@@ -758,7 +845,7 @@ def main() -> None:
         from make_random_model import SHAPES
 
         if options.random_model not in SHAPES:
-            parser.error(f"there is no model of the size '{options.random_model}'; the sizes are {', '.join(SHAPES)}")  # fmt: skip
+            parser.error(f"there is no model of the size '{options.random_model}'; the sizes are {', '.join(SHAPES)}")
     try:
         if {"end-to-end", "interference"} & set(chosen):  # rather now than after minutes
             resolve_model(options.model, None)
@@ -779,7 +866,7 @@ def main() -> None:
     for place, name in enumerate(chosen):
         run, share = STAGES[name]
         left_s = max(0.0, bench.ends_s - time.monotonic())
-        bench.stage_ends_s = time.monotonic() + left_s * share / sum(STAGES[each][1] for each in chosen[place:])  # fmt: skip
+        bench.stage_ends_s = time.monotonic() + left_s * share / sum(STAGES[each][1] for each in chosen[place:])
         print(f"{name} ...", file=sys.stderr, flush=True)
         began_s = time.monotonic()
         try:
@@ -807,17 +894,27 @@ def main() -> None:
 
 
 def _hung() -> None:
-    print("error: a stage did not come back; what the others found was written.", file=sys.stderr, flush=True)  # fmt: skip
+    print("error: a stage did not come back; what the others found was written.", file=sys.stderr, flush=True)
     os._exit(HUNG)
 
 
 def _write(output: Path, bench: Bench, stages: dict[str, Any], found: Sequence[Outcome]) -> None:
-    figures = [{"what": f"{row.what}, {outcome.setting}" if outcome.setting else row.what, "value": row.value,
-                "against": row.against, "goal": row.goal} for outcome in found for row in outcome.rows]  # fmt: skip
+    figures = [
+        {
+            "what": f"{row.what}, {outcome.setting}" if outcome.setting else row.what,
+            "value": row.value,
+            "against": row.against,
+            "goal": row.goal,
+        }
+        for outcome in found
+        for row in outcome.rows
+    ]
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = {} if bench.simulated else {"figures": figures}  # a simulation is no figure
-    write_json(output, record(shlex.join(["python", *sys.argv]), gpu=bench.gpu.name, simulated=bench.simulated,
-                              stages=stages, **kept))  # fmt: skip
+    write_json(
+        output,
+        record(shlex.join(["python", *sys.argv]), gpu=bench.gpu.name, simulated=bench.simulated, stages=stages, **kept),
+    )
 
 
 def print_table(found: Sequence[Outcome]) -> None:

@@ -1,7 +1,8 @@
 """Make a GGUF model of the size of a known one, with random weights, to measure the time of an LLM without having it.
 
-It is of the architecture "llama". Tokenizer and chat template, and so the size of the vocabulary, are those of a real model.
-It decodes as fast as a real model of its sizes, and what it writes has no meaning. Equal arguments give equal bytes.
+It is of the architecture "llama". Tokenizer and chat template, and so the size of the vocabulary, are those of a real
+model. It decodes as fast as a real model of its sizes, and what it writes has no meaning. Equal arguments give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ModelError, ResourceError, TeleragError
 from telerag_cli.files import writing
-from telerag_cli.generation.models import resolve_model
+from telerag_cli.llm.models import resolve_model
 
 DEVIATION = 0.02
 """Of the weights, around 0: as models begin their training."""
@@ -65,9 +66,15 @@ def matrices(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, in
     if not shape.tied:
         yield "output", (vocabulary, width)
     for layer in range(shape.layers):
-        for name, rows, columns in (("attn_q", width, width), ("attn_k", kv, width), ("attn_v", kv, width),
-                                    ("attn_output", width, width), ("ffn_gate", shape.ffn, width),
-                                    ("ffn_up", shape.ffn, width), ("ffn_down", width, shape.ffn)):  # fmt: skip
+        for name, rows, columns in (
+            ("attn_q", width, width),
+            ("attn_k", kv, width),
+            ("attn_v", kv, width),
+            ("attn_output", width, width),
+            ("ffn_gate", shape.ffn, width),
+            ("ffn_up", shape.ffn, width),
+            ("ffn_down", width, shape.ffn),
+        ):
             yield f"blk.{layer}.{name}", (rows, columns)
 
 
@@ -88,7 +95,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, like: Path) -> int:
     try:
         fields = gguf.GGUFReader(like).fields
     except (ValueError, IndexError, KeyError) as error:
-        raise ModelError(f"{like} is no GGUF file that can be read.", remedy="Check that it is whole.") from error  # fmt: skip
+        raise ModelError(f"{like} is no GGUF file that can be read.", remedy="Check that it is whole.") from error
     for name, field in fields.items():
         if name.startswith("tokenizer."):
             inner = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
@@ -121,9 +128,7 @@ def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    held = [
-        (name, gguf.quant_shape_to_byte_shape(matrix, kind)) for name, matrix in matrices(shape, vocabulary)
-    ]
+    held = [(name, gguf.quant_shape_to_byte_shape(matrix, kind)) for name, matrix in matrices(shape, vocabulary)]
     for name, matrix in held:
         writer.add_tensor_info(f"{name}.weight", matrix, np.dtype(np.uint8), math.prod(matrix), kind)
     one = np.ones(shape.width, np.float32)
@@ -133,8 +138,10 @@ def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     total, free = sum(math.prod(matrix) for _, matrix in held), shutil.disk_usage(target.parent).free
     if total > free:
-        raise ResourceError(f"{target} takes {format_bytes(total)} and {format_bytes(free)} are free.",
-                            remedy="Free space or choose another output.")  # fmt: skip
+        raise ResourceError(
+            f"{target} takes {format_bytes(total)} and {format_bytes(free)} are free.",
+            remedy="Free space or choose another output.",
+        )
     drawn = np.random.default_rng(seed).standard_normal((POOL_ROWS, 1024), np.float32) * np.float32(DEVIATION)
     pool = gguf.quantize(drawn, kind).view(np.uint8).ravel()
     with writing(target) as partial:
@@ -159,9 +166,7 @@ def repeated(block: npt.NDArray[np.uint8], begin: int, size: int) -> npt.NDArray
 
 def main() -> None:
     """Read arguments, write, say how long it took."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--like", help="the GGUF file whose tokenizer is taken; by default the bundled model")
     parser.add_argument("--size", choices=SHAPES, required=True)
     parser.add_argument("--type", choices=TYPES, default="q4_0", help="of the weights [default: q4_0]")

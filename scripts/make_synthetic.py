@@ -1,8 +1,8 @@
 """Make a large embeddings folder from a small one: noisy copies of real vectors, in shuffled order.
 
-Each vector is a base vector plus ``--noise`` times a random unit vector, normalised again; its passage is that of the base
-row, with the id ``<row>-<copy>``. Every shard has its own random stream, so a killed run resumes at the first shard that is
-missing, and equal arguments give equal bytes.
+Each vector is a base vector plus ``--noise`` times a random unit vector, normalised again; its passage is that of the
+base row, with the id ``<row>-<copy>``. Every shard has its own random stream, so a killed run resumes at the first
+shard that is missing, and equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -40,24 +40,18 @@ def load(path: Path) -> tuple[npt.NDArray[np.float32], pa.Array, pa.Array, dict[
     source = Embeddings.open(path)
     vectors = np.concatenate([block.copy() for _, block in source.batches(SHARD_ROWS)])
     passages = pa.Table.from_batches(list(source.passages())).combine_chunks()
-    made_by = {
-        key: source.description.get(key) for key in ("model", "pooling", "normalized", "prompt", "max_tokens")
-    }
+    made_by = {key: source.description.get(key) for key in ("model", "pooling", "normalized", "prompt", "max_tokens")}
     return vectors, passages["text"].combine_chunks(), passages["metadata"].combine_chunks(), made_by
 
 
 def main() -> None:
     """Make the folder."""
     parser = argparse.ArgumentParser(description="Noisy copies of real embeddings, as many as asked for.")
-    parser.add_argument(
-        "--base", type=Path, required=True, help="embeddings (folder or Parquet) or a .npy of vectors"
-    )
+    parser.add_argument("--base", type=Path, required=True, help="embeddings (folder or Parquet) or a .npy of vectors")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--vectors", type=int, help="how many to make")
     size.add_argument("--bytes", help="as many float32 vectors as take this, e.g. 8GB")
-    parser.add_argument(
-        "--noise", type=float, default=0.5, help="length of what is added to each unit vector"
-    )
+    parser.add_argument("--noise", type=float, default=0.5, help="length of what is added to each unit vector")
     parser.add_argument("--longest", type=int, help="leave out base passages of more characters than this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -78,56 +72,67 @@ def make(options: argparse.Namespace) -> None:
     total = options.vectors or -(-parse_bytes(options.bytes) // (4 * dimension))
     digest = xxhash.xxh3_64(base.tobytes()).hexdigest()
     about = {
-        "format": FORMAT, "version": 1, "dimension": dimension, **made_by, "normalized": True,
-        "synthetic": {"base": f"xxh3:{digest}", "base_rows": count, "noise": options.noise, "seed": options.seed,
-                      "vectors": total},
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": 1,
+        "dimension": dimension,
+        **made_by,
+        "normalized": True,
+        "synthetic": {
+            "base": f"xxh3:{digest}",
+            "base_rows": count,
+            "noise": options.noise,
+            "seed": options.seed,
+            "vectors": total,
+        },
+    }
     options.output.mkdir(parents=True, exist_ok=True)
     description = options.output / DESCRIPTION
     if description.exists():
         found = {
-            key: value
-            for key, value in read_json(description).items()
-            if key not in ("complete", "rows", "shards")
+            key: value for key, value in read_json(description).items() if key not in ("complete", "rows", "shards")
         }
         if found != about:
-            raise UsageError(f"{options.output} holds {found.get('synthetic')}, and this asks for {about['synthetic']}.",
-                             remedy="Choose another output.")  # fmt: skip
+            raise UsageError(
+                f"{options.output} holds {found.get('synthetic')}, and this asks for {about['synthetic']}.",
+                remedy="Choose another output.",
+            )
     else:
         write_json(description, about | {"complete": False})
     order = np.random.default_rng(options.seed).permutation(total)
     schema = pa.schema(
-        [("id", pa.string()), ("text", pa.string()), ("metadata", pa.string()),
-         ("embedding", pa.list_(pa.float32(), dimension))],
+        [
+            ("id", pa.string()),
+            ("text", pa.string()),
+            ("metadata", pa.string()),
+            ("embedding", pa.list_(pa.float32(), dimension)),
+        ],
         {"telerag": json.dumps(about, sort_keys=True)},
-    )  # fmt: skip
+    )
 
     def shard(number: int) -> dict[str, Any]:
         path = options.output / f"shard-{number:05}.parquet"
         chosen = order[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
         if not path.exists():
             rows, copies = chosen % count, chosen // count
-            vectors = np.random.default_rng([options.seed, number]).standard_normal(
-                (len(rows), dimension), np.float32
-            )
+            vectors = np.random.default_rng([options.seed, number]).standard_normal((len(rows), dimension), np.float32)
             vectors *= options.noise / np.linalg.norm(vectors, axis=1, keepdims=True)
             vectors += base[rows]
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
             names = [f"{row}-{copy}" for row, copy in zip(rows.tolist(), copies.tolist(), strict=True)]
             embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), dimension)
             table = pa.table(
-                [pa.array(names), texts.take(pa.array(rows)), metadata.take(pa.array(rows)), embedding],
-                schema,
+                [pa.array(names), texts.take(pa.array(rows)), metadata.take(pa.array(rows)), embedding], schema
             )
             with writing(path) as temporary:
-                pq.write_table(table, temporary, compression="none", use_dictionary=["text", "metadata"],
-                               write_statistics=False, dictionary_pagesize_limit=DICTIONARY_BYTES)  # fmt: skip
-        return {
-            "name": path.name,
-            "rows": len(chosen),
-            "bytes": path.stat().st_size,
-            "checksum": checksum(path),
-        }
+                pq.write_table(
+                    table,
+                    temporary,
+                    compression="none",
+                    use_dictionary=["text", "metadata"],
+                    write_statistics=False,
+                    dictionary_pagesize_limit=DICTIONARY_BYTES,
+                )
+        return {"name": path.name, "rows": len(chosen), "bytes": path.stat().st_size, "checksum": checksum(path)}
 
     shards, began = [], time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -135,9 +140,7 @@ def make(options: argparse.Namespace) -> None:
             shards.append(done)
             rows = sum(part["rows"] for part in shards)
             print(
-                f"\r{rows:,} of {total:,} vectors, {rows / (time.monotonic() - began):,.0f}/s",
-                end="",
-                file=sys.stderr,
+                f"\r{rows:,} of {total:,} vectors, {rows / (time.monotonic() - began):,.0f}/s", end="", file=sys.stderr
             )
     write_json(description, about | {"complete": True, "rows": total, "shards": shards})
     size = format_bytes(sum(part["bytes"] for part in shards))

@@ -1,16 +1,18 @@
 """Make a large index straight away: lists as k-means cuts noisy copies of real vectors, filled with more such copies.
 
-Every vector is a base vector plus noise of length ``--noise``, of length 1 again, and its passage is that of the base row,
-with the id ``<row>-<copy>``; as `make_synthetic.py` makes them, and `telerag build-index` would put them into lists. But
-nothing is assigned: the lists come first, and each is filled on its own.
+Every vector is a base vector plus noise of length ``--noise``, of length 1 again, and its passage is that of the base
+row, with the id ``<row>-<copy>``; as `make_synthetic.py` makes them, and `telerag build-index` would put them into
+lists. But nothing is assigned: the lists come first, and each is filled on its own.
 
-1. A sample of noisy copies is drawn, the centroids are trained on a part of it, and all of it is assigned. How many fall to
+1. A sample of noisy copies is drawn, the centroids are trained on a part of it, and all of it is assigned. How many
+fall to
    a list says how large it will be; which, of what base rows its vectors are copies.
-2. For each vector of a list, a new copy of the base row of one of its samples is drawn. If another centroid is nearer to it, it
+2. For each vector of a list, a new copy of the base row of one of its samples is drawn. If another centroid is nearer
+to it, it
    is pulled towards the sample, to over the border: lists are cut from the sphere by planes, so the way there is known.
 
-A plane for each of the nearest ``WALLS`` centroids is looked at, not one for each centroid; so the share of vectors that
-lie in the list of their nearest centroid is measured at the end. Equal arguments give equal bytes.
+A plane for each of the nearest ``WALLS`` centroids is looked at, not one for each centroid; so the share of vectors
+that lie in the list of their nearest centroid is measured at the end. Equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from make_synthetic import load
 from synthetic_store import Block, unit
 from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import TeleragError, UsageError
-from telerag_cli.files import explain, writing
+from telerag_cli.files import wrap_os_error, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
@@ -83,8 +85,13 @@ LEAST_PULL = 0.5
 LISTS_UNDER_WAY = 6
 CHECKED_VECTORS = 16384
 TEXTS = pa.dictionary(pa.int32(), pa.string())
-SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("text", TEXTS, nullable=False),
-                    pa.field("metadata", TEXTS, nullable=False)])  # fmt: skip
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("text", TEXTS, nullable=False),
+        pa.field("metadata", TEXTS, nullable=False),
+    ]
+)
 
 
 def noisy(vectors: FloatArray, noise: float, random: np.random.Generator) -> FloatArray:
@@ -175,11 +182,11 @@ class Lists:
     def in_memory(self) -> tuple[Block, Index]:
         """All of them in memory, and the index over them, which has no files."""
         block = Block(self.total_bytes)
-        extents = extent_bytes(self.table[:, 1], code_size(self.base.shape[1], self.storage))
+        list_bytes = extent_bytes(self.table[:, 1], code_size(self.base.shape[1], self.storage))
 
         def fill(number: int) -> None:
             offset = int(self.table[number, 2])
-            self.fill(number, block.memory[offset : offset + int(extents[number])])
+            self.fill(number, block.memory[offset : offset + int(list_bytes[number])])
 
         with _workers() as pool:
             list(pool.map(fill, range(len(self.table))))
@@ -190,9 +197,20 @@ class Lists:
         """What the index is, but for its files."""
         nlist, dimension = self.centroids.shape
         by = f"make_synthetic_index.py: noise {self.noise:g} on {len(self.base):,} vectors"
-        return Manifest(dimension, Metric.IP, self.storage, nlist, len(self.rows), code_size(dimension, self.storage),
-                        self.seed, embedder, {}, training_rows=_trained_rows(len(self.samples), nlist), source=source,
-                        created_by=by)  # fmt: skip
+        return Manifest(
+            dimension,
+            Metric.IP,
+            self.storage,
+            nlist,
+            len(self.rows),
+            code_size(dimension, self.storage),
+            self.seed,
+            embedder,
+            {},
+            training_rows=_trained_rows(len(self.samples), nlist),
+            source=source,
+            created_by=by,
+        )
 
     def share_in_place(self) -> float:
         """The share of vectors that are in the list of their nearest centroid, of some spread over all lists."""
@@ -211,8 +229,15 @@ def _trained_rows(samples: int, nlist: int) -> int:
     return min(samples, TRAINED_PER_LIST * nlist)
 
 
-def plan_lists(base: FloatArray, vectors: int, nlist: int, storage: Storage, noise: float, seed: int,
-               say: Callable[[str], None] = lambda _text: None) -> Lists:  # fmt: skip
+def plan_lists(
+    base: FloatArray,
+    vectors: int,
+    nlist: int,
+    storage: Storage,
+    noise: float,
+    seed: int,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Lists:
     """Work out what every list holds.
 
     Args:
@@ -228,8 +253,9 @@ def plan_lists(base: FloatArray, vectors: int, nlist: int, storage: Storage, noi
         UsageError: there are fewer vectors than lists.
     """
     if not 1 <= nlist <= vectors:
-        raise UsageError(f"{nlist:,} lists were asked for, and {vectors:,} vectors.",
-                         remedy="Choose fewer lists or more vectors.")  # fmt: skip
+        raise UsageError(
+            f"{nlist:,} lists were asked for, and {vectors:,} vectors.", remedy="Choose fewer lists or more vectors."
+        )
     base = unit(base)
     random = np.random.default_rng(seed)
     count = min(vectors, SAMPLES_PER_LIST * nlist)
@@ -253,10 +279,21 @@ def plan_lists(base: FloatArray, vectors: int, nlist: int, storage: Storage, noi
     trained = train_ranges(samples) if storage is Storage.INT8 else None
     nearest = flat(centroids, Metric.IP).search(centroids, min(nlist, WALLS + 1))[1]
     return Lists(
-        base, noise, seed, storage, centroids, nearest[:, 1:], samples[order], copied[order],
-        np.concatenate([[0], sample_ends]), table, total_bytes, rows, trained,
+        base,
+        noise,
+        seed,
+        storage,
+        centroids,
+        nearest[:, 1:],
+        samples[order],
+        copied[order],
+        np.concatenate([[0], sample_ends]),
+        table,
+        total_bytes,
+        rows,
+        trained,
         encoder(centroids, Metric.IP, storage, trained),
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -264,9 +301,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
     """As many threads as cores, each of which fills a list of its own: what multiplies and encodes starts no more of them."""
     with (
         threadpool_limits(1, "blas"),
-        ThreadPoolExecutor(
-            len(os.sched_getaffinity(0)), initializer=partial(faiss.omp_set_num_threads, 1)
-        ) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=partial(faiss.omp_set_num_threads, 1)) as pool,
     ):
         yield pool
 
@@ -277,14 +312,14 @@ def write_lists(lists: Lists, path: Path, advance: Callable[[int], None]) -> tup
     Returns:
         What `telerag_cli.index.verify.scan_lists` of it would: the checksum of each list, and of the file.
     """
-    extents = extent_bytes(lists.table[:, 1], code_size(lists.base.shape[1], lists.storage))
-    sums, whole = np.empty(len(extents), np.uint64), xxhash.xxh3_64()
+    list_bytes = extent_bytes(lists.table[:, 1], code_size(lists.base.shape[1], lists.storage))
+    sums, whole = np.empty(len(list_bytes), np.uint64), xxhash.xxh3_64()
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError:  # tmpfs, say
         descriptor = os.open(path, flags, 0o644)
-    buffers = [Block(int(extents.max())) for _ in range(LISTS_UNDER_WAY)]
+    buffers = [Block(int(list_bytes.max())) for _ in range(LISTS_UNDER_WAY)]
     under_way: deque[tuple[int, Block, Future[None]]] = deque()
 
     def make(number: int, out: npt.NDArray[np.uint8]) -> None:
@@ -295,22 +330,20 @@ def write_lists(lists: Lists, path: Path, advance: Callable[[int], None]) -> tup
     def end_oldest() -> None:
         number, buffer, future = under_way.popleft()
         future.result()
-        whole.update(buffer.memory[: extents[number]].data)
+        whole.update(buffer.memory[: list_bytes[number]].data)
         buffers.append(buffer)
-        advance(int(extents[number]))
+        advance(int(list_bytes[number]))
 
     try:
         with _workers() as pool:
-            for number in np.flatnonzero(extents).tolist():
+            for number in np.flatnonzero(list_bytes).tolist():
                 if not buffers:
                     end_oldest()
                 buffer = buffers.pop()
-                under_way.append(
-                    (number, buffer, pool.submit(make, number, buffer.memory[: extents[number]]))
-                )
+                under_way.append((number, buffer, pool.submit(make, number, buffer.memory[: list_bytes[number]])))
             while under_way:
                 end_oldest()
-        sums[extents == 0] = xxhash.xxh3_64_intdigest(b"")
+        sums[list_bytes == 0] = xxhash.xxh3_64_intdigest(b"")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -328,10 +361,7 @@ def passages_of(copied: IntArray, texts: pa.Array, metadata: pa.Array) -> Iterat
         numbers = (pa.array(part).cast(pa.string()) for part in (rows, copies[low : low + BATCH_ROWS]))
         ids = pc.binary_join_element_wise(*numbers, "-")
         indices = pa.array(rows.astype(np.int32))
-        columns = [
-            ids,
-            *(pa.DictionaryArray.from_arrays(indices, values) for values in (texts, metadata)),
-        ]
+        columns = [ids, *(pa.DictionaryArray.from_arrays(indices, values) for values in (texts, metadata))]
         yield pa.record_batch(columns, schema=SCHEMA)
 
 
@@ -357,8 +387,9 @@ def make(options: argparse.Namespace) -> None:
         short = np.array([len(text) <= options.longest for text in texts.to_pylist()])
         base, texts, metadata = base[short], texts.filter(pa.array(short)), metadata.filter(pa.array(short))
     if not len(base):
-        raise UsageError(f"{options.base} has no passage of at most {options.longest} characters.",
-                         remedy="Raise --longest.")  # fmt: skip
+        raise UsageError(
+            f"{options.base} has no passage of at most {options.longest} characters.", remedy="Raise --longest."
+        )
     storage = Storage(options.storage)
     code_bytes = code_size(base.shape[1], storage)
     vectors = options.vectors or -(-parse_bytes(options.bytes) // code_bytes)
@@ -381,9 +412,7 @@ def make(options: argparse.Namespace) -> None:
         print(f"{options.output} is there already, of the same.", file=sys.stderr)
         return
     paths = IndexPaths(making.partial)
-    needed = (
-        vectors * (code_bytes + ID_BYTES + 32) + nlist * 4096 + 2 * texts.nbytes - left_bytes(making.root)
-    )
+    needed = vectors * (code_bytes + ID_BYTES + 32) + nlist * 4096 + 2 * texts.nbytes - left_bytes(making.root)
     check_disk(making.root, needed, "Free space, choose another output, or make less.")
     try:
         with claimed(making, options.overwrite):
@@ -410,7 +439,7 @@ def make(options: argparse.Namespace) -> None:
             seal(paths, lists.manifest(embedder, source), sums, whole)
             publish(making)
     except OSError as error:
-        raise explain(error, making.partial) from error
+        raise wrap_os_error(error, making.partial) from error
     share = lists.share_in_place()
     say(f"Done; {share:.2%} of vectors are in the list of their nearest centroid.")
     print(options.output)
@@ -419,17 +448,13 @@ def make(options: argparse.Namespace) -> None:
 def main() -> None:
     """Make the index that the command line asks for."""
     parser = argparse.ArgumentParser(description="An index of any size, of noisy copies of real embeddings.")
-    parser.add_argument(
-        "--base", type=Path, required=True, help="embeddings (folder or Parquet) or a .npy of vectors"
-    )
+    parser.add_argument("--base", type=Path, required=True, help="embeddings (folder or Parquet) or a .npy of vectors")
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--vectors", type=int, help="how many to make")
     size.add_argument("--bytes", help="as many vectors as take this in the lists, e.g. 8GB")
     parser.add_argument("--nlist", type=int, help="lists; as many as telerag build-index takes")
     parser.add_argument("--storage", choices=[str(kind) for kind in Storage], default=str(Storage.FLOAT32))
-    parser.add_argument(
-        "--noise", type=float, default=0.5, help="length of what is added to each unit vector"
-    )
+    parser.add_argument("--noise", type=float, default=0.5, help="length of what is added to each unit vector")
     parser.add_argument("--longest", type=int, help="leave out base passages of more characters than this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace an index made otherwise")

@@ -6,13 +6,13 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from telerag_cli.commands.chat_screen import seconds, timeline
+from telerag_cli.cli.chat_screen import seconds, timeline
 from telerag_cli.config import Lookahead, TierKind
 from telerag_cli.engine.assemble import default_nprobe, open_engine, open_index
 from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.llm import LlmOptions, plan_llm
-from telerag_cli.engine.placement import TierOptions, plan_tier
+from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import TierOptions, plan_tier
 from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 from telerag_cli.tracing import Tracer
@@ -27,10 +27,7 @@ MAX_TOKENS = 48
 def drawn(answered: Answered, tracer: Tracer) -> str:
     """The question's lanes, its queries, and what it took."""
     queries = [f"searched: {query}" for retrieval in answered.retrievals for query in retrieval.queries]
-    shown = [
-        line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
-        for line in (" ".join(q.split()) for q in queries)
-    ]
+    shown = [line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in (" ".join(q.split()) for q in queries)]
     return "\n".join([*timeline(tracer.spans(), WIDTH), "", *shown, *seconds(answered, WIDTH)])
 
 

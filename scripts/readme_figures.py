@@ -1,9 +1,9 @@
 """Fill the README's figures from benchmarks/results; with --check, fail when they are stale.
 
-Each folder there holds results of ``telerag bench`` on one machine: the README has its latency by pipeline, what else it
-shows in a line each, and its report. A JSON file directly there is what `telerag_cli.bench_record.record` makes, with
-`figures`: rows for the README, each `what` was measured, its `value`, and optionally what it is compared `against` and the
-`goal`. Results without `figures` are left out.
+Each folder there holds results of ``telerag bench`` on one machine: the README has its latency by pipeline, what else
+it shows in a line each, and its report. A JSON file directly there is what `telerag_cli.bench_record.record` makes,
+with `figures`: rows for the README, each `what` was measured, its `value`, and optionally what it is compared `against`
+and the `goal`. Results without `figures` are left out.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ COLUMNS = {"what": "what", "value": "measured", "against": "compared with", "goa
 
 def load(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """(file name, result) of each result that has rows for the README, by name."""
-    results = (
-        (path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))
-    )
+    results = ((path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json")))
     return [(name, result) for name, result in results if result.get("figures")]
 
 
@@ -55,9 +53,7 @@ def describe(hardware: dict[str, Any]) -> str:
     """A machine and what was installed on it, in a line."""
     parts = [hardware["cpu"], f"{hardware['cores']} cores", format_bytes(hardware["memory_bytes"])]
     parts += [*hardware["gpus"], hardware["system"], f"Python {hardware['python']}"]
-    return ", ".join(
-        [*parts, *(f"{package} {version}" for package, version in sorted(hardware["versions"].items()))]
-    )
+    return ", ".join([*parts, *(f"{package} {version}" for package, version in sorted(hardware["versions"].items()))])
 
 
 def render_suites(folders: list[Path]) -> str:
@@ -88,16 +84,15 @@ def _latency(result: SuiteResult) -> list[str]:
     rows = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for key in _keys(result):
         cells = {cell.system: cell for cell in result.cells if cell.key == key}
-        medians = [
-            f"{cells[name].values['median_e2el_ms'] / 1e3:.2f}" if name in cells else "" for name in shown
+        medians = [f"{cells[name].values['median_e2el_ms'] / 1e3:.2f}" if name in cells else "" for name in shown]
+        hit = f"{cells[OURS].values['hit_share']:.0%}" if OURS in cells and "hit_share" in cells[OURS].values else ""
+        row = [
+            f"`{key['pipeline']}`" if cells else key["pipeline"],
+            *medians,
+            _told(_ratio(result, key, BASELINE, OURS)),
+            _told(_ratio(result, key, OURS, LIMIT)),
+            hit,
         ]
-        hit = (
-            f"{cells[OURS].values['hit_share']:.0%}"
-            if OURS in cells and "hit_share" in cells[OURS].values
-            else ""
-        )
-        row = [f"`{key['pipeline']}`" if cells else key["pipeline"], *medians, _told(_ratio(result, key, BASELINE, OURS)),
-               _told(_ratio(result, key, OURS, LIMIT)), hit]  # fmt: skip
         rows.append("| " + " | ".join(row) + " |")
     settings = result.settings
     index = settings["index"]
@@ -114,11 +109,17 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
     """What the other suites found, a sentence each; those that were not run are left out."""
     lines = []
     for name, what, pairs in (
-        ("latency-limits", "the limits, cold",
-         (("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT), ("useless", "fetch"))),
-        ("latency-warm", "warm, the whole index in the page cache and arenas as they were left",
-         ((BASELINE, OURS), ("fetch", OURS), (OURS, LIMIT))),
-    ):  # fmt: skip
+        (
+            "latency-limits",
+            "the limits, cold",
+            (("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT), ("useless", "fetch")),
+        ),
+        (
+            "latency-warm",
+            "warm, the whole index in the page cache and arenas as they were left",
+            ((BASELINE, OURS), ("fetch", OURS), (OURS, LIMIT)),
+        ),
+    ):
         if result := results.get(name):
             key = _keys(result)[0]
             found = [(over, under, _ratio(result, key, over, under)) for over, under in pairs]
@@ -126,13 +127,14 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
             lines.append(f"`{key['pipeline']}`, {what}: {'; '.join(told)}.")
     if hits := results.get("hit-rate"):
         share = {cell.system: cell.values["hit_share"] for cell in hits.cells if cell.key["budget"] == 1.0}
-        lines.append("Lists in fast memory at the join when as many bytes may be moved as are probed: "
-                     + ", ".join(f"{value:.0%} {name}" for name, value in share.items()) + ".")  # fmt: skip
+        lines.append(
+            "Lists in fast memory at the join when as many bytes may be moved as are probed: "
+            + ", ".join(f"{value:.0%} {name}" for name, value in share.items())
+            + "."
+        )
     for name, axis, word in (("nprobe", "nprobe", "lists probed"), ("throughput", "batch_size", "at once")):
         if result := results.get(name):
-            told = [
-                f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)
-            ]
+            told = [f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)]
             lines.append(f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}.")
     if many := results.get("throughput-schedule"):
         size = max(cell.key["batch_size"] for cell in many.cells)
@@ -159,13 +161,17 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
         lines += list(_scaling(scaling))
     if embed := results.get("embed"):
         rates = {cell.system: cell.values["request_throughput"] for cell in embed.cells}
-        lines.append(f"Embedding: {rates['telerag']:.0f} passages/s, {_told(embed.ratios[0])} times SentenceTransformer.encode. "
-                     + embed.checks[0].says)  # fmt: skip
+        lines.append(
+            f"Embedding: {rates['telerag']:.0f} passages/s, {_told(embed.ratios[0])} times SentenceTransformer.encode. "
+            + embed.checks[0].says
+        )
     if build := results.get("build"):
         cell, ratio = build.cells[0], build.ratios[0]
-        lines.append(f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
-                     f"{cell.values['us_per_vector']:.1f} µs a vector, {ratio.ratio:.2f} times Faiss's train and add in memory, "
-                     f"at most {format_bytes(cell.values['peak_rss_bytes'])} of memory.")  # fmt: skip
+        lines.append(
+            f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
+            f"{cell.values['us_per_vector']:.1f} µs a vector, {ratio.ratio:.2f} times Faiss's train and add in memory, "
+            f"at most {format_bytes(cell.values['peak_rss_bytes'])} of memory."
+        )
     return lines
 
 
@@ -176,16 +182,16 @@ def _scaling(result: SuiteResult) -> Iterator[str]:
         rates.setdefault(cell.system, {})[int(cell.key["replicas"])] = cell.values["request_throughput"]
     measured, simulated = rates.get("replicas", {}), rates["simulated"]
     if measured:
-        told = [
-            f"{rate:.2f} by {count} (simulated {simulated[count]:.2f})" for count, rate in measured.items()
-        ]
+        told = [f"{rate:.2f} by {count} (simulated {simulated[count]:.2f})" for count, rate in measured.items()]
         yield f"Replicas that share these cores, questions a second: {', '.join(told)}."
     base = simulated[min(simulated)]
     told = [f"{rate / base:.1f} at {count}" for count, rate in simulated.items() if count not in measured]
     slow = {cell.values["bottleneck"] for cell in result.cells if cell.system == "simulated"}
     if told:
-        yield (f"More of them, **simulated**, as a multiple of one: {', '.join(told)}; most of the time goes to: "
-               f"{', '.join(sorted(slow))}.")  # fmt: skip
+        yield (
+            f"More of them, **simulated**, as a multiple of one: {', '.join(told)}; most of the time goes to: "
+            f"{', '.join(sorted(slow))}."
+        )
 
 
 def _keys(result: SuiteResult) -> list[Key]:
@@ -200,18 +206,22 @@ def _keys(result: SuiteResult) -> list[Key]:
 
 def _ratio(result: SuiteResult, key: Key, over: str, under: str) -> Ratio | None:
     """End to end, or of whole batches, or of joins."""
-    return next((each for each in result.ratios if each.key == key and (each.over, each.under) == (over, under)
-                 and each.metric in ("e2el_ms", "wall_ms", "join_ms")), None)  # fmt: skip
+    return next(
+        (
+            each
+            for each in result.ratios
+            if each.key == key
+            and (each.over, each.under) == (over, under)
+            and each.metric in ("e2el_ms", "wall_ms", "join_ms")
+        ),
+        None,
+    )
 
 
 def _told(ratio: Ratio | None) -> str:
     if ratio is None:
         return ""
-    return (
-        f"**{ratio.ratio:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})"
-        if ratio.ratio is not None
-        else ratio.note
-    )
+    return f"**{ratio.ratio:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.ratio is not None else ratio.note
 
 
 def fill(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:

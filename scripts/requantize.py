@@ -14,7 +14,7 @@ from pathlib import Path
 import llama_cpp
 
 from telerag_cli.files import writing
-from telerag_cli.generation.models import resolve_model
+from telerag_cli.llm.models import resolve_model
 
 TYPES: dict[str, int] = {
     name.removeprefix("LLAMA_FTYPE_MOSTLY_"): number
@@ -31,18 +31,14 @@ def requantize(source: Path, weights: str, target: Path) -> None:
     settings.allow_requantize = True
     target.parent.mkdir(parents=True, exist_ok=True)
     with writing(target) as partial:
-        status = llama_cpp.llama_model_quantize(
-            os.fsencode(source), os.fsencode(partial), ctypes.byref(settings)
-        )
+        status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(settings))
         if status:
             sys.exit(f"error: llama.cpp cannot make {weights} of {source} (status {status}).")
 
 
 def main() -> None:
     """Read arguments, convert."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a GGUF file; by default the bundled model")
     parser.add_argument("weights", choices=sorted(TYPES), metavar="TYPE", help="such as Q8_0")
     parser.add_argument("-o", "--output", type=Path, required=True)

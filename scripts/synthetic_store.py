@@ -59,26 +59,25 @@ def read_material(folder: Path) -> Material:
         ArtifactError: a file or an array is missing.
     """
     try:
-        arrays = {
-            name: array.astype(np.float32) for name, array in np.load(folder / "embeddings.npz").items()
-        }
+        arrays = {name: array.astype(np.float32) for name, array in np.load(folder / "embeddings.npz").items()}
         base = np.load(folder / "background.npy").astype(np.float32)
         written = {share: arrays[f"generated_{round(100 * share)}"] for share in SHARES}
         return Material(unit(base), arrays["question"], written, f"recorded, {folder.name}")
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder} holds no recorded embeddings: {error}.",
-                            remedy="Name a folder with background.npy and embeddings.npz.") from error  # fmt: skip
+        raise ArtifactError(
+            f"{folder} holds no recorded embeddings: {error}.",
+            remedy="Name a folder with background.npy and embeddings.npz.",
+        ) from error
 
 
 def make_material(dimension: int = 64, questions: int = 64, seed: int = 0) -> Material:
     """Random clusters, and texts that lead from a question near a passage to that passage."""
     random = np.random.default_rng(seed)
     middles = random.standard_normal((200, dimension), np.float32)
-    base = unit(middles[random.integers(200, size=8000)] + random.standard_normal((8000, dimension), np.float32))  # fmt: skip
+    base = unit(middles[random.integers(200, size=8000)] + random.standard_normal((8000, dimension), np.float32))
     final = unit(base[:questions] + random.standard_normal((questions, dimension), np.float32) / dimension)
     question = unit(
-        final
-        + random.standard_normal((questions, dimension), np.float32) / np.sqrt(dimension, dtype=np.float32)
+        final + random.standard_normal((questions, dimension), np.float32) / np.sqrt(dimension, dtype=np.float32)
     )
     written = {share: unit((1 - share) * question + share * final) for share in SHARES}
     return Material(base, question, written, "random")
@@ -109,8 +108,16 @@ class Block:
 class Datastore(Block):
     """Lists in host memory, and the index over them, which has no files."""
 
-    def __init__(self, material: Material, nbytes: int, list_bytes: int, storage: Storage, *, seed: int = 0,
-                 advance: Callable[[int], None] = lambda _count: None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        material: Material,
+        nbytes: int,
+        list_bytes: int,
+        storage: Storage,
+        *,
+        seed: int = 0,
+        advance: Callable[[int], None] = lambda _count: None,
+    ) -> None:
         """Make it.
 
         Args:
@@ -124,9 +131,7 @@ class Datastore(Block):
         dimension = material.base.shape[1]
         code_bytes = code_size(dimension, storage)
         nlist = max(1, min(nbytes // list_bytes, len(material.base) // 8))
-        kmeans = faiss.Kmeans(
-            dimension, nlist, niter=10, seed=seed, spherical=True, min_points_per_centroid=1
-        )
+        kmeans = faiss.Kmeans(dimension, nlist, niter=10, seed=seed, spherical=True, min_points_per_centroid=1)
         kmeans.train(material.base)
         self.coarse = Coarse(kmeans.centroids, Metric.IP)
         assigned = self.coarse.index.search(material.base, 1)[1][:, 0]
@@ -138,10 +143,12 @@ class Datastore(Block):
         trained = None
         if storage is Storage.INT8:
             trained = np.repeat(np.array(INT8_RANGE, np.float32), dimension)
-        manifest = Manifest(dimension, Metric.IP, storage, nlist, int(sizes.sum()), code_bytes, seed, EmbedderInfo(None), {})  # fmt: skip
+        manifest = Manifest(
+            dimension, Metric.IP, storage, nlist, int(sizes.sum()), code_bytes, seed, EmbedderInfo(None), {}
+        )
         self.index = Index(IndexPaths(Path("(memory)")), manifest, kmeans.centroids, table, trained)
         first_rows = np.cumsum(sizes) - sizes
-        extents = self.index.extents
+        extents = self.index.list_bytes
 
         def fill(number: int) -> int:
             self._fill(number, material.base[members[number]], int(first_rows[number]), seed)
@@ -154,7 +161,7 @@ class Datastore(Block):
     def _fill(self, number: int, members: FloatArray, first_row: int, seed: int) -> None:
         manifest = self.index.manifest
         size, capacity, offset = (int(value) for value in self.index.table[number])
-        kind = {Storage.FLOAT32: np.float32, Storage.FLOAT16: np.float16, Storage.INT8: np.uint8}[manifest.storage]  # fmt: skip
+        kind = {Storage.FLOAT32: np.float32, Storage.FLOAT16: np.float16, Storage.INT8: np.uint8}[manifest.storage]
         codes = self.memory[offset : offset + size * manifest.code_size].view(kind).reshape(size, -1)
         random = np.random.default_rng([seed, number])
         for start in range(0, size, BLOCK_ROWS):
@@ -168,20 +175,20 @@ class Datastore(Block):
                 block = np.clip((block - least) * (255 / reach), 0, 255)
             codes[rows] = block
         begin = offset + capacity * manifest.code_size
-        self.memory[begin : begin + ID_BYTES * size].view(np.int64)[:] = np.arange(
-            first_row, first_row + size
-        )
+        self.memory[begin : begin + ID_BYTES * size].view(np.int64)[:] = np.arange(first_row, first_row + size)
 
 
 def uniform(list_bytes: int, count: int) -> Index:
     """An index of lists that all take as many bytes, for moving only."""
     code_bytes = PAGE_BYTES - ID_BYTES
     table, _total = lay_out(np.full(count, max(1, list_bytes // PAGE_BYTES)), code_bytes)
-    manifest = Manifest(code_bytes // 4, Metric.IP, Storage.FLOAT32, count, count, code_bytes, 0, EmbedderInfo(None), {})  # fmt: skip
+    manifest = Manifest(
+        code_bytes // 4, Metric.IP, Storage.FLOAT32, count, count, code_bytes, 0, EmbedderInfo(None), {}
+    )
     return Index(IndexPaths(Path("(memory)")), manifest, np.zeros((count, 1), np.float32), table, None)
 
 
-def packed(ivf: faiss.IndexIVF, folder: Path, centroids: FloatArray, metric: Metric, storage: Storage) -> Index:  # fmt: skip
+def packed(ivf: faiss.IndexIVF, folder: Path, centroids: FloatArray, metric: Metric, storage: Storage) -> Index:
     """The lists of a Faiss index as an index folder's ``lists.bin``, and the index over them."""
     nlist = len(centroids)
     sizes: IntArray = np.array([ivf.invlists.list_size(number) for number in range(nlist)])
@@ -197,6 +204,7 @@ def packed(ivf: faiss.IndexIVF, folder: Path, centroids: FloatArray, metric: Met
     paths = IndexPaths(folder)
     image.tofile(paths.lists)
     trained = faiss.vector_to_array(ivf.sq.trained).copy() if storage is Storage.INT8 else None
-    manifest = Manifest(centroids.shape[1], metric, storage, nlist, int(ivf.ntotal), int(ivf.code_size), 0,
-                        EmbedderInfo(None), {})  # fmt: skip
+    manifest = Manifest(
+        centroids.shape[1], metric, storage, nlist, int(ivf.ntotal), int(ivf.code_size), 0, EmbedderInfo(None), {}
+    )
     return Index(paths, manifest, centroids, table, trained)

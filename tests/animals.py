@@ -10,10 +10,10 @@ from telerag_cli.config import Lookahead, Metric, Storage
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.session import Settings
-from telerag_cli.generation.scripted import ScriptedGenerator
 from telerag_cli.index.passages import Passages, write_passages
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.llm.scripted import ScriptedGenerator
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.host import open_host_tier
 
 DIMENSION = 24
@@ -30,15 +30,13 @@ class WordHashes:
                 out[row] += np.random.default_rng(int.from_bytes(digest)).standard_normal(DIMENSION)
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
-    def sketch(self, texts):
+    def embed_approx(self, texts):
         return self.encode_queries(texts)
 
 
 ANIMALS = ("cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows", "hens", "rats")
 TEXTS = [
-    f"{animal} number {n} live in place {n * 7 % 13} and eat food {n % 5}."
-    for animal in ANIMALS
-    for n in range(30)
+    f"{animal} number {n} live in place {n * 7 % 13} and eat food {n % 5}." for animal in ANIMALS for n in range(30)
 ]
 
 
@@ -74,13 +72,13 @@ class World:
     ):
         coarse = Coarse(self.index.centroids, Metric.IP)
         chosen = {"transport": link} if link else {}
-        tier = open_host_tier(
-            self.index, coarse, int(self.index.extents.sum() * arena), tracer=tracer, **chosen
-        )
+        tier = open_host_tier(self.index, coarse, int(self.index.list_bytes.sum() * arena), tracer=tracer, **chosen)
         generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)
-        engine = Engine(generator, WordHashes(), retriever, passages, Settings(3, 4, lookahead, max_tokens), tracer=tracer)  # fmt: skip
+        engine = Engine(
+            generator, WordHashes(), retriever, passages, Settings(3, 4, lookahead, max_tokens), tracer=tracer
+        )
         self.opened.append(engine)
         return engine
 

@@ -19,24 +19,42 @@ NQ = (
     '{"question": "where do the boats sleep", "answer": ["in the shed"]}\n'
 )
 HOTPOT = [
-    {"_id": "h1", "question": "Which hill is taller, Low or Mole?", "answer": "Mole", "type": "comparison",
-     "supporting_facts": [["Low", 0], ["Mole", 1]], "context": [["Low", ["It is 10 m."]], ["Mole", ["A hill.", "12 m, é."]]]},
-    {"_id": "h2", "question": "Is the mill older than the inn?", "answer": "yes", "supporting_facts": [], "context": []},
-]  # fmt: skip
+    {
+        "_id": "h1",
+        "question": "Which hill is taller, Low or Mole?",
+        "answer": "Mole",
+        "type": "comparison",
+        "supporting_facts": [["Low", 0], ["Mole", 1]],
+        "context": [["Low", ["It is 10 m."]], ["Mole", ["A hill.", "12 m, é."]]],
+    },
+    {
+        "_id": "h2",
+        "question": "Is the mill older than the inn?",
+        "answer": "yes",
+        "supporting_facts": [],
+        "context": [],
+    },
+]
 TRIVIA = {
     "Data": [
-        {"Question": "What do bees make?", "QuestionId": "tc_1", "SearchResults": [],
-         "Answer": {"Value": "Honey", "Aliases": ["Honey", "Bee honey"], "NormalizedAliases": ["honey"]}},
+        {
+            "Question": "What do bees make?",
+            "QuestionId": "tc_1",
+            "SearchResults": [],
+            "Answer": {"Value": "Honey", "Aliases": ["Honey", "Bee honey"], "NormalizedAliases": ["honey"]},
+        },
         {"Question": "What floats?", "QuestionId": "tc_2", "Answer": {"Value": "Cork", "Aliases": []}},
     ],
     "Domain": "unfiltered-web",
     "VerifiedEval": False,
-}  # fmt: skip
+}
 FLASHRAG = (
     '{"id": "test_0", "question": "Who baked it?", "golden_answers": ["Ben", "Benjamin"], "metadata": {"n": 1}}\n'
     '{"id": "test_1", "question": "When was it baked?", "golden_answers": ["at noon"]}\n'
 )
-WIKIPEDIA = 'id\ttext\ttitle\n1\t"Oats (""Avena"") grow"\tOat\n2\tRye is sown in autumn\tRye\n3\tBarley\t"Bread, beer"\n'
+WIKIPEDIA = (
+    'id\ttext\ttitle\n1\t"Oats (""Avena"") grow"\tOat\n2\tRye is sown in autumn\tRye\n3\tBarley\t"Bread, beer"\n'
+)
 FLASHRAG_WIKIPEDIA = (
     '{"id": "0", "contents": "\\"Oat\\"\\nOats grow"}\n{"id": "1", "contents": "\\"Rye\\"\\nRye is sown"}\n'
 )
@@ -77,10 +95,12 @@ def packed_tar(members):
 
 def beir(corpus=None, queries=None, qrels=None, folder="small/"):
     return packed_zip(
-        {f"{folder}corpus.jsonl": lines(CORPUS) if corpus is None else corpus,
-         f"{folder}queries.jsonl": lines(QUERIES) if queries is None else queries,
-         **{f"{folder}qrels/{split}.tsv": text for split, text in (qrels or QRELS).items()}}
-    )  # fmt: skip
+        {
+            f"{folder}corpus.jsonl": lines(CORPUS) if corpus is None else corpus,
+            f"{folder}queries.jsonl": lines(QUERIES) if queries is None else queries,
+            **{f"{folder}qrels/{split}.tsv": text for split, text in (qrels or QRELS).items()},
+        }
+    )
 
 
 def description(folder, name, parser, files, kind="questions", split="test", **more):
@@ -92,11 +112,7 @@ def description(folder, name, parser, files, kind="questions", split="test", **m
         members = given.pop("members", {})
         text += "\n[[files]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in given.items())
         if members:
-            text += (
-                "members = {"
-                + ", ".join(f"{key} = {json.dumps(value)}" for key, value in members.items())
-                + "}\n"
-            )
+            text += "members = {" + ", ".join(f"{key} = {json.dumps(value)}" for key, value in members.items()) + "}\n"
     path = folder / f"{name}.toml"
     path.write_text(text + "".join(f"{key} = {json.dumps(value)}\n" for key, value in more.items()))
     return str(path)
@@ -111,9 +127,7 @@ def fetched(folder, path, contents):
             content = contents[file.name]
             content = content.encode() if isinstance(content, str) else content
             cached.path(file).write_bytes(content)
-            cached.record(
-                file, Fetched("here", len(content), hashlib.sha256(content).hexdigest(), "2026-01-01")
-            )
+            cached.record(file, Fetched("here", len(content), hashlib.sha256(content).hexdigest(), "2026-01-01"))
     return cached
 
 

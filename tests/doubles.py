@@ -19,21 +19,13 @@ def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, an
     workers = [Local(engine, make_pipeline(name), name.value, concurrency)]
     form = LineForm(name, engine.settings.lookahead)
     return answer_all(
-        workers,
-        Scheduler.over(engine, schedule),
-        questions,
-        outputs,
-        form,
-        answered=set(answered),
-        ordered=ordered,
+        workers, Scheduler.over(engine, schedule), questions, outputs, form, answered=set(answered), ordered=ordered
     )
 
 
 def answer_in_order(engine, name, questions, outputs, **how):
     """A run that takes questions as they come."""
-    return answer_with(
-        engine, name, questions, outputs, Schedule(ScheduleName.ARRIVAL, max_wait_s=0.01), **how
-    )
+    return answer_with(engine, name, questions, outputs, Schedule(ScheduleName.ARRIVAL, max_wait_s=0.01), **how)
 
 
 class ChosenLink:
@@ -66,9 +58,7 @@ class ChosenLink:
             self._memory[move.target : move.target + half] = self._image[move.source : move.source + half]
             arrived([move], ArtifactError(f"list {move.list_no} cannot be read"))
             return
-        self._memory[move.target : move.target + move.nbytes] = self._image[
-            move.source : move.source + move.nbytes
-        ]
+        self._memory[move.target : move.target + move.nbytes] = self._image[move.source : move.source + move.nbytes]
         arrived([move], None)
 
     def close(self):

@@ -10,12 +10,12 @@ from typing import Any
 
 from telerag_cli.config import ScheduleName
 from telerag_cli.engine.scheduler import Schedule, Scheduler
-from telerag_cli.serving.access_log import AccessLog, LogFormat
-from telerag_cli.serving.app import make_app
-from telerag_cli.serving.gates import LOOPBACK_HOSTS, GateOptions, guarded
-from telerag_cli.serving.metrics import Metrics
-from telerag_cli.serving.server import address_of, bind, uvicorn_server
-from telerag_cli.serving.service import Limits, Service, all_pipelines
+from telerag_cli.server.access_log import AccessLog, LogFormat
+from telerag_cli.server.app import make_app
+from telerag_cli.server.gates import LOOPBACK_HOSTS, GateOptions, with_gates
+from telerag_cli.server.metrics import Metrics
+from telerag_cli.server.server import address_of, bind, uvicorn_server
+from telerag_cli.server.service import Limits, Service, all_pipelines
 
 
 @dataclass
@@ -44,8 +44,13 @@ class Running:
             async with asyncio.timeout(10):
                 while True:
                     state = self.service.state()
-                    busy = (state["queue"]["running"], state["queue"]["waiting"], state["llm"]["running"], state["arena"]["references"],
-                            state["lookahead"]["rounds"])  # fmt: skip
+                    busy = (
+                        state["queue"]["running"],
+                        state["queue"]["waiting"],
+                        state["llm"]["running"],
+                        state["arena"]["references"],
+                        state["lookahead"]["rounds"],
+                    )
                     if busy == (0, 0, 0, 0, 0):
                         return
                     await asyncio.sleep(0.01)
@@ -61,16 +66,14 @@ def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=Non
     lines: list[str] = []
     log = AccessLog(lines.append, LogFormat.JSON)
     gates = options or GateOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
-    server = uvicorn_server(guarded(make_app(service), gates, log, metrics), 5.0)
+    server = uvicorn_server(with_gates(make_app(service), gates, log, metrics), 5.0)
     started = threading.Event()
     running: list[Running] = []
 
     async def live(listening):
         if is_open:
             service.open(
-                engine,
-                Scheduler.over(engine, Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)),
-                at_once,
+                engine, Scheduler.over(engine, Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)), at_once
             )
         running.append(Running(address_of(listening), service, lines, asyncio.get_running_loop(), server))
         listening.listen(100)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import Metric
-from telerag_cli.index.assign import FEWEST_LISTS, MOST_CANDIDATES, Assigner
+from telerag_cli.index.assign import MAX_CANDIDATES, MIN_LISTS, Assigner
 
 DIMENSION = 16
 
@@ -14,7 +14,7 @@ DIMENSION = 16
 def assigner(centroids, metric):
     """With the short type even where the processor does not have it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("telerag_cli.processor.computes_bfloat16", lambda: True)
+        patch.setattr("telerag_cli.system.computes_bfloat16", lambda: True)
         return Assigner(centroids, metric)
 
 
@@ -27,7 +27,7 @@ def nearness(vectors, centroids, metric):
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    nlist=st.integers(FEWEST_LISTS, FEWEST_LISTS + 200),
+    nlist=st.integers(MIN_LISTS, MIN_LISTS + 200),
     n=st.integers(1, 300),
     scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e6, 1e15]),
     offset=st.sampled_from([0.0, 0.3, 50.0]),
@@ -49,23 +49,23 @@ def test_no_list_is_nearer(seed, nlist, n, scale, offset, metric):
 
 def test_equally_near_lists_give_the_lowest():
     random = np.random.default_rng(0)
-    once = random.standard_normal((FEWEST_LISTS, DIMENSION), np.float32)
+    once = random.standard_normal((MIN_LISTS, DIMENSION), np.float32)
     lists = assigner(np.concatenate([once, once]), Metric.IP)(once)
-    assert (lists < FEWEST_LISTS).all()
+    assert (lists < MIN_LISTS).all()
 
 
 @pytest.mark.parametrize("metric", list(Metric))
 def test_the_short_type_is_what_found_them(metric):
     random = np.random.default_rng(1)
-    centroids = random.standard_normal((FEWEST_LISTS + 1, DIMENSION), np.float32)
+    centroids = random.standard_normal((MIN_LISTS + 1, DIMENSION), np.float32)
     vectors = random.standard_normal((100, DIMENSION), np.float32)
     assert assigner(centroids, metric)._nearest(vectors) is not None
 
 
 def test_scores_that_the_short_type_cannot_tell_apart_go_to_faiss():
     random = np.random.default_rng(2)
-    centroids = 1000 + random.standard_normal((FEWEST_LISTS, DIMENSION), np.float32)
-    vectors = 1000 + random.standard_normal((2 * MOST_CANDIDATES, DIMENSION), np.float32)
+    centroids = 1000 + random.standard_normal((MIN_LISTS, DIMENSION), np.float32)
+    vectors = 1000 + random.standard_normal((2 * MAX_CANDIDATES, DIMENSION), np.float32)
     made = assigner(centroids, Metric.IP)
     assert made._nearest(vectors) is None
     assert (made(vectors) == made._faiss.search(vectors, 1)[1][:, 0]).all()
@@ -75,7 +75,7 @@ def test_scores_that_the_short_type_cannot_tell_apart_go_to_faiss():
 @pytest.mark.parametrize("scale", [1.0, 1e30])
 def test_scores_beyond_the_range_are_what_faiss_says(metric, scale):
     random = np.random.default_rng(3)
-    centroids = random.standard_normal((FEWEST_LISTS, DIMENSION), np.float32) * np.float32(scale)
+    centroids = random.standard_normal((MIN_LISTS, DIMENSION), np.float32) * np.float32(scale)
     vectors = random.standard_normal((4, DIMENSION), np.float32) * np.float32(1e38)
     made = assigner(centroids, metric)
     assert made._nearest(vectors) is None

@@ -12,15 +12,15 @@ from animals import ANIMALS, WordHashes
 from doubles import ChosenLink, answer_in_order, answer_with
 from telerag_cli.config import Lookahead, ScheduleName
 from telerag_cli.engine.batch import Outputs
-from telerag_cli.engine.gathering import Gathering
 from telerag_cli.engine.lines import trace_line
+from telerag_cli.engine.question_reader import QuestionReader
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, micro_batch_size
 from telerag_cli.engine.workers import Local, Together
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
-from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Mover
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.prefetch.prefetcher import Prefetcher
+from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tracing import Tracer
 from test_lookahead import StubTier
 
@@ -66,9 +66,7 @@ def test_as_many_as_asked_for_are_under_way_and_no_more(engine_of):
 
     engine = engine_of(script, token_s=0.002)
     taken = Taken()
-    summary = answer(
-        engine, questions_of(*(f"Where do {animal} live?" for animal in ANIMALS)), taken, concurrency=3
-    )
+    summary = answer(engine, questions_of(*(f"Where do {animal} live?" for animal in ANIMALS)), taken, concurrency=3)
     assert sorted(line["id"] for line in taken.lines) == sorted(str(n) for n in range(1, 11))
     assert (summary.asked, summary.failed, taken.advanced) == (10, 0, 10)
     assert busiest == 3
@@ -105,8 +103,9 @@ def test_an_output_that_cannot_be_written_ends_the_run(engine_of):
         raise ResourceError("The disk is full.")
 
     with pytest.raises(ResourceError, match="disk is full"):
-        answer_in_order(engine, PipelineName.HYDE, questions_of(*["why"] * 8),
-                        Outputs(full, None, taken.told.append, taken.advance))  # fmt: skip
+        answer_in_order(
+            engine, PipelineName.HYDE, questions_of(*["why"] * 8), Outputs(full, None, taken.told.append, taken.advance)
+        )
     assert engine.generator.running == 0
 
 
@@ -139,8 +138,9 @@ def test_a_source_that_waits_holds_nothing_up(engine_of):
         gate.set()
 
     engine = engine_of(echo)
-    answer_in_order(engine, PipelineName.NAIVE, source(),
-                    Outputs(write, None, taken.told.append, taken.advance), concurrency=2)  # fmt: skip
+    answer_in_order(
+        engine, PipelineName.NAIVE, source(), Outputs(write, None, taken.told.append, taken.advance), concurrency=2
+    )
     assert [line["id"] for line in taken.lines] == ["1", "2"]
 
 
@@ -154,7 +154,7 @@ class Watched(WordHashes):
         self.exact.extend(texts)
         return super().encode_queries(texts)
 
-    def sketch(self, texts):
+    def embed_approx(self, texts):
         self.rough.extend(texts)
         return super().encode_queries(texts)
 
@@ -164,9 +164,7 @@ def watched(engine):
     return engine.embedder
 
 
-MIXED = [
-    f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")
-]
+MIXED = [f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")]
 
 
 def test_similar_questions_run_together_and_every_question_once(engine_of):
@@ -182,9 +180,7 @@ def test_similar_questions_run_together_and_every_question_once(engine_of):
     engine.ask = ask
     taken = Taken()
     schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2)
-    summary = answer_with(
-        engine, PipelineName.HYDE, questions_of(*MIXED), taken.outputs, schedule, concurrency=2
-    )
+    summary = answer_with(engine, PipelineName.HYDE, questions_of(*MIXED), taken.outputs, schedule, concurrency=2)
     assert sorted(line["question"] for line in taken.lines) == sorted(MIXED)
     assert (summary.asked, summary.failed) == (6, 0)
     groups = {tuple(sorted(company._questions)) for company in companies}
@@ -204,13 +200,19 @@ def test_a_micro_batch_is_one_round_and_its_first_moves_are_planned_together(eng
         rounds.append(fraction)
         return usual_round(fraction)
 
-    def begin(orders, reach, nprobe):
+    def begin(orders, prefetch_depth, nprobe):
         begun.append(len(orders))
-        usual_begin(orders, reach, nprobe)
+        usual_begin(orders, prefetch_depth, nprobe)
 
     tier.new_round, mover.begin = new_round, begin
-    answer_with(engine, PipelineName.HYDE, questions_of(*MIXED[:4]), Taken().outputs,
-                Schedule(ScheduleName.ARRIVAL, micro_batch=4), concurrency=4)  # fmt: skip
+    answer_with(
+        engine,
+        PipelineName.HYDE,
+        questions_of(*MIXED[:4]),
+        Taken().outputs,
+        Schedule(ScheduleName.ARRIVAL, micro_batch=4),
+        concurrency=4,
+    )
     assert begun == [4]
     assert len(rounds) == 1
 
@@ -233,9 +235,7 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
     together = Together(0, ("Where do cats live?", "Where do owls live?", "Where do cats live?"), None)
 
     async def all_members():
-        return await asyncio.gather(
-            *(worker.answer(together, place) for place in range(3)), return_exceptions=True
-        )
+        return await asyncio.gather(*(worker.answer(together, place) for place in range(3)), return_exceptions=True)
 
     results = asyncio.run(all_members())
     assert [isinstance(result, ModelError) for result in results] == [False, True, False]
@@ -258,7 +258,7 @@ def test_questions_that_come_soon_after_each_other_are_gathered_and_others_not_w
         raise ArtifactError("The questions end in the middle.")
 
     async def gather():
-        gathering = Gathering(source(), 3, 0.05)
+        gathering = QuestionReader(source(), 3, 0.05)
         sizes = [len(await gathering.some())]
         gates[0].set()
         sizes += [len(await gathering.some()) for _ in range(2)]
@@ -285,18 +285,14 @@ def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():
 def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):
     engine = engine_of(echo)
     answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), "Where do owls live?"))
-    line = json.loads(
-        json.dumps(trace_line(Question("7", "Where do owls live?"), answered, PipelineName.HYDE))
-    )
+    line = json.loads(json.dumps(trace_line(Question("7", "Where do owls live?"), answered, PipelineName.HYDE)))
     assert (line["id"], line["pipeline"], line["answer"]) == ("7", "hyde", answered.answer)
     passage, final = line["generations"]
     assert (passage["stage"], final["stage"]) == ("passage", "answer")
     assert "Where do owls live?" in passage["messages"][-1]["content"]
     assert (passage["text"], passage["completion_tokens"]) == ("owls number 3 live in place 8", 7)
     assert line["retrievals"][0]["queries"] == [passage["text"]]
-    assert [hit["id"] for hit in line["retrievals"][0]["passages"]] == [
-        hit.passage.id for hit in answered.found
-    ]
+    assert [hit["id"] for hit in line["retrievals"][0]["passages"]] == [hit.passage.id for hit in answered.found]
 
 
 class CountingEmbedder(WordHashes):
@@ -331,9 +327,7 @@ def test_what_is_retrieved_while_a_batch_runs_is_the_next_batch(engine_of):
     assert len(embedder.batches) <= 2
     for text, result in zip(texts, found, strict=True):
         expected = asyncio.run(alone.shared.retrievals.find([text], []))
-        assert [(hit.row, hit.score) for hit in result.found] == [
-            (hit.row, hit.score) for hit in expected.found
-        ]
+        assert [(hit.row, hit.score) for hit in result.found] == [(hit.row, hit.score) for hit in expected.found]
         assert result.join.lists_wanted == expected.join.lists_wanted
 
 
@@ -368,8 +362,8 @@ def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
 
 def test_rounds_share_the_link_and_take_turns():
     tier = StubTier(8, depth=2)
-    mover = Mover(tier)
-    first, second = (mover.start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_))) for _ in range(2))
+    mover = Prefetcher(tier)
+    first, second = (mover.start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_))) for _ in range(2))
     first.follow(np.arange(8), 8)
     second.follow(np.arange(8)[::-1], 8)
     assert [number for number, _ in tier.started] == [0, 1]
@@ -392,13 +386,13 @@ def test_what_one_round_moves_another_does_not_evict():
     stays = []
     usual = tier.prefetch
 
-    def prefetch(lists, stay, worth, arrived):
-        stays.extend((list_no, set(np.flatnonzero(stay(list_no)).tolist())) for list_no in lists)
-        return usual(lists, stay, worth, arrived)
+    def prefetch(lists, protected, priority, arrived):
+        stays.extend((list_no, set(np.flatnonzero(protected(list_no)).tolist())) for list_no in lists)
+        return usual(lists, protected, priority, arrived)
 
     tier.prefetch = prefetch
-    mover = Mover(tier)
-    first, second = (mover.start(Plan(np.ones(6, np.int64), np.zeros(6, np.bool_))) for _ in range(2))
+    mover = Prefetcher(tier)
+    first, second = (mover.start(PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))) for _ in range(2))
     first.follow(np.array([0, 1, 2, 3, 4, 5]), 2)
     second.follow(np.array([5, 4, 3, 2, 1, 0]), 2)
     tier.finish(0)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.errors import ModelError
-from telerag_cli.generation.batcher import MIN_SHARED, Batcher
+from telerag_cli.llm.batcher import MIN_SHARED, Batcher
 
 CHUNK = 64
 
@@ -73,15 +73,15 @@ class FakeTask:
         self.prompt = prompt
         self.count = count
         self.cancelled = False
-        self.taken_over = None
+        self.cached_tokens = None
         self.written = []
         self.outcomes = []
 
-    def begin(self, taken_over):
-        assert self.taken_over is None
-        self.taken_over = taken_over
+    def begin(self, cached_tokens):
+        assert self.cached_tokens is None
+        self.cached_tokens = cached_tokens
 
-    def pick(self, output):
+    def sample(self, output):
         assert not self.outcomes
         assert output == self.prompt + self.written
         self.written.append(next_token(output))
@@ -135,11 +135,11 @@ def test_first_come_first_served():
     tasks = [bench.submit(words(number, 5), count=2 + number) for number in range(4)]
     bench.step()
     assert (bench.batcher.running, bench.batcher.waiting) == (2, 2)
-    assert [task.taken_over for task in tasks] == [0, 0, None, None]
+    assert [task.cached_tokens for task in tasks] == [0, 0, None, None]
     bench.step()
     assert [task.outcomes for task in tasks] == [["done"], [], [], []]
     bench.step()
-    assert [task.taken_over for task in tasks] == [0, 0, 0, None]
+    assert [task.cached_tokens for task in tasks] == [0, 0, 0, None]
     bench.finish()
     assert [task.outcomes for task in tasks] == [["done"]] * 4
 
@@ -150,14 +150,7 @@ def test_prompts_are_read_in_chunks_beside_answers():
     bench.step()
     bench.submit(words(2, 150), count=2)
     bench.finish()
-    assert bench.decoder.sizes() == [
-        {0: 10},
-        {0: 1, 1: 64},
-        {0: 1, 1: 64},
-        {0: 1, 1: 22},
-        {0: 1, 1: 1},
-        {0: 1},
-    ]
+    assert bench.decoder.sizes() == [{0: 10}, {0: 1, 1: 64}, {0: 1, 1: 64}, {0: 1, 1: 22}, {0: 1, 1: 1}, {0: 1}]
     wanted = [[part.wants_output for part in parts] for parts in bench.decoder.calls]
     assert wanted == [[True], [True, False], [True, False], [True, True], [True, True], [True]]
 
@@ -183,10 +176,10 @@ def test_a_conversation_goes_on_in_its_slot():
     second = bench.submit(first.prompt + first.written + words(2, 10))
     bench.finish()
     # The last token written was never computed.
-    assert second.taken_over == 50 + 4 - 1
+    assert second.cached_tokens == 50 + 4 - 1
     assert bench.decoder.copies == []
-    assert bench.batcher.counts.taken_over == 53
-    assert bench.batcher.counts.evaluated == 50 + 11
+    assert bench.batcher.counts.cached_tokens == 53
+    assert bench.batcher.counts.computed_tokens == 50 + 11
     assert bench.batcher.counts.written == 3 + 2
 
 
@@ -195,7 +188,7 @@ def test_a_whole_prompt_that_is_known_leaves_one_token_to_compute():
     for _ in range(2):
         bench.submit(words(1, 40))
         bench.finish()
-    assert bench.tasks[1].taken_over == 39
+    assert bench.tasks[1].cached_tokens == 39
     assert bench.tasks[1].written == bench.tasks[0].written
 
 
@@ -207,7 +200,7 @@ def test_a_beginning_is_copied_from_a_busy_slot_and_short_ones_are_not():
     little = bench.submit(words(1, MIN_SHARED - 1) + words(3, 10))
     bench.finish()
     assert bench.decoder.copies == [(0, 1, 30)]
-    assert (alike.taken_over, little.taken_over) == (30, 0)
+    assert (alike.cached_tokens, little.cached_tokens) == (30, 0)
 
 
 def test_what_a_slot_holds_beyond_a_short_beginning_is_kept():
@@ -223,7 +216,7 @@ def test_what_a_slot_holds_beyond_a_short_beginning_is_kept():
     bench.finish()
     again = bench.submit(words(1, 300), count=1)
     bench.finish()
-    assert again.taken_over == 299
+    assert again.cached_tokens == 299
 
 
 @pytest.mark.parametrize("shared", [MIN_SHARED, 300, 5 * CHUNK + 1])
@@ -231,8 +224,8 @@ def test_a_beginning_that_many_share_is_computed_once(shared):
     bench = Bench(4)
     tasks = [bench.submit(words(0, shared) + words(number, 5)) for number in range(1, 17)]
     bench.finish()
-    assert bench.batcher.counts.evaluated == shared + 16 * 5
-    assert [task.taken_over for task in tasks] == [0] + [shared] * 15
+    assert bench.batcher.counts.computed_tokens == shared + 16 * 5
+    assert [task.cached_tokens for task in tasks] == [0] + [shared] * 15
     assert {task.outcomes[0] for task in tasks} == {"done"}
 
 
@@ -242,9 +235,9 @@ def test_who_waits_for_a_beginning_may_be_overtaken():
     waits = bench.submit(words(0, 300) + words(2, 5))
     other = bench.submit(words(3, 10), count=2)
     bench.step(2)
-    assert (waits.taken_over, other.outcomes) == (None, ["done"])
+    assert (waits.cached_tokens, other.outcomes) == (None, ["done"])
     bench.step(4)
-    assert waits.taken_over == 300
+    assert waits.cached_tokens == 300
 
 
 @pytest.mark.parametrize("end", ["cancelled", "broken"])
@@ -260,7 +253,7 @@ def test_who_waits_for_a_beginning_goes_on_when_its_reader_ends(end):
     bench.finish()
     assert reader.outcomes == (["dropped"] if end == "cancelled" else ["The decoder broke."])
     # What the cancelled one had read is good; what a broken call left is not.
-    assert [task.taken_over for task in others] == ([2 * CHUNK, 300] if end == "cancelled" else [0, 300])
+    assert [task.cached_tokens for task in others] == ([2 * CHUNK, 300] if end == "cancelled" else [0, 300])
     assert [task.outcomes for task in others] == [["done"], ["done"]]
 
 
@@ -275,10 +268,10 @@ def test_the_slot_that_was_used_longest_ago_is_given_away():
     bench.finish()
     held = {number: bench.submit(words(number, 50), count=1) for number in (1, 3)}
     bench.finish()
-    assert {number: task.taken_over for number, task in held.items()} == {1: 49, 3: 49}
+    assert {number: task.cached_tokens for number, task in held.items()} == {1: 49, 3: 49}
     gone = bench.submit(words(2, 50), count=1)
     bench.finish()
-    assert gone.taken_over == 0
+    assert gone.cached_tokens == 0
 
 
 def test_busy_slots_stay_neighbours():
@@ -298,9 +291,9 @@ def test_a_memory_that_cannot_be_cut_shares_nothing():
     bench = Bench(2, can_cut=False)
     tasks = [bench.submit(words(1, 100)) for _ in range(3)]
     bench.step()
-    assert [task.taken_over for task in tasks] == [0, 0, None]
+    assert [task.cached_tokens for task in tasks] == [0, 0, None]
     bench.finish()
-    assert bench.batcher.counts.evaluated == 300
+    assert bench.batcher.counts.computed_tokens == 300
 
 
 def test_a_call_that_fails_takes_its_requests_and_no_others():
@@ -336,7 +329,7 @@ def test_free_slots_can_be_emptied():
     bench.batcher.check_integrity()
     again = bench.submit(words(1, 50), count=1)
     bench.finish()
-    assert again.taken_over == 0
+    assert again.cached_tokens == 0
 
 
 PROMPTS = st.builds(

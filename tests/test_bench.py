@@ -14,18 +14,18 @@ from telerag_cli.bench.answering import MEAN, Ask, breakdown, hit_rate, latency,
 from telerag_cli.bench.baselines import FaissMemory, FaissOnDisk, Recalled
 from telerag_cli.bench.caching import cache
 from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take_turns, ttft_ms
-from telerag_cli.bench.statistics import FEWEST_PAIRS, mean_ratio, ratio, summary
+from telerag_cli.bench.statistics import MIN_PAIRS, mean_ratio, ratio, summary
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
-from telerag_cli.bench.systems import Rig, Setup
+from telerag_cli.bench.systems import Harness, Setup
 from telerag_cli.config import CacheKind, Lookahead, TierKind
 from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.placement import TierOptions
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import TierOptions
 from telerag_cli.errors import ModelError, ResourceError, UsageError
-from telerag_cli.generation.scripted import ScriptedGenerator
-from telerag_cli.generation.shapes import Choice
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.llm.scripted import ScriptedGenerator
+from telerag_cli.llm.shapes import Choice
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 QUESTIONS = (
@@ -35,8 +35,16 @@ QUESTIONS = (
     "What do cows eat?",
     "Where do eels live?",
 )
-SYSTEMS = (SystemName.FAISS_MEMORY, SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.QUESTION, SystemName.REFINED,
-           SystemName.USELESS, SystemName.RESIDENT, SystemName.LLM_ONLY)  # fmt: skip
+SYSTEMS = (
+    SystemName.FAISS_MEMORY,
+    SystemName.FAISS_ONDISK,
+    SystemName.FETCH,
+    SystemName.QUESTION,
+    SystemName.REFINED,
+    SystemName.USELESS,
+    SystemName.RESIDENT,
+    SystemName.LLM_ONLY,
+)
 
 
 def script(request):
@@ -52,7 +60,7 @@ def script(request):
 def setup(tmp_path):
     world = World(tmp_path / "index")
     opened = Opened(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.extents.sum() // 2))
+    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.list_bytes.sum() // 2))
     settings = Settings(3, 6, Lookahead.OFF, 20)
     return Setup(opened, ScriptedGenerator(script, token_s=0.0005), settings, options, Pages.COLD)
 
@@ -76,8 +84,14 @@ class Counting:
 
 def ask_of(setup, systems=SYSTEMS, pipelines=(PipelineName.HYDE,), **more):
     given = {"num_warmups": 1, "repeats": 1, "seed": 0, "detailed": True} | more
-    return Ask(setup, systems, {"animals": QUESTIONS}, {name: make_pipeline(name) for name in pipelines},
-               counting=lambda _what, total: Counting(total), **given)  # fmt: skip
+    return Ask(
+        setup,
+        systems,
+        {"animals": QUESTIONS},
+        {name: make_pipeline(name) for name in pipelines},
+        counting=lambda _what, total: Counting(total),
+        **given,
+    )
 
 
 def test_every_system_finds_and_writes_the_same(setup):
@@ -101,9 +115,7 @@ def test_means_are_over_the_pipelines_that_generate_first(setup):
     outcome = latency(ask_of(setup, systems, pipelines), [Pages.COLD])
     mean = next(each for each in outcome.ratios if each.key["pipeline"] == MEAN)
     parts = [
-        each
-        for each in outcome.ratios
-        if each.metric == "e2el_ms" and each.key["pipeline"] in ("hyde", "subquestion")
+        each for each in outcome.ratios if each.metric == "e2el_ms" and each.key["pipeline"] in ("hyde", "subquestion")
     ]
     assert mean.pairs == sum(each.pairs for each in parts) == 8
     if mean.ratio and all(each.ratio for each in parts):
@@ -111,9 +123,7 @@ def test_means_are_over_the_pipelines_that_generate_first(setup):
 
 
 def test_warm_keeps_what_earlier_questions_left(setup):
-    outcome = latency(
-        ask_of(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH), repeats=2), [Pages.COLD, Pages.WARM]
-    )
+    outcome = latency(ask_of(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH), repeats=2), [Pages.COLD, Pages.WARM])
     hits = {
         (cell.system, cell.key["pages"]): cell.values["hit_share"]
         for cell in outcome.cells
@@ -131,9 +141,14 @@ def test_cold_drops_the_pages_of_the_index(setup, tmp_path):
     after = page_cache.share(path)
     assert before == 1.0
     assert after == 0.0
-    with Rig.open(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH)) as rig:
-        turns = take_turns(rig, [Work({}, make_pipeline(PipelineName.HYDE), "hyde", (q,)) for q in QUESTIONS],
-                           (SystemName.FAISS_ONDISK, SystemName.FETCH), (), lambda _count: None)  # fmt: skip
+    with Harness.open(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH)) as rig:
+        turns = take_turns(
+            rig,
+            [Work({}, make_pipeline(PipelineName.HYDE), "hyde", (q,)) for q in QUESTIONS],
+            (SystemName.FAISS_ONDISK, SystemName.FETCH),
+            (),
+            lambda _count: None,
+        )
     assert max(turn.pages_left for turn in turns) == 0.0
 
 
@@ -147,7 +162,7 @@ def test_a_cold_run_over_kept_pages_is_told(setup, monkeypatch):
 
 
 def test_an_answer_that_differs_is_told(setup):
-    with Rig.open(setup, (SystemName.FETCH, SystemName.REFINED)) as rig:
+    with Harness.open(setup, (SystemName.FETCH, SystemName.REFINED)) as rig:
         works = [Work({}, make_pipeline(PipelineName.HYDE), "hyde", QUESTIONS[:1])]
         turns = take_turns(rig, works, (SystemName.FETCH, SystemName.REFINED), (), lambda _count: None)
     assert all(check.held for check in checks(turns, Pages.COLD) if check.name != "cold")
@@ -159,7 +174,7 @@ def test_an_answer_that_differs_is_told(setup):
 
 def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup):
     systems = (SystemName.LLM_ONLY, SystemName.FETCH, SystemName.REFINED)
-    with Rig.open(setup, systems) as rig:
+    with Harness.open(setup, systems) as rig:
         works = [Work({}, make_pipeline(PipelineName.HYDE), "hyde", (question,)) for question in QUESTIONS]
         turns = take_turns(rig, works, systems, (), lambda _count: None)
     orders = [tuple(turn.system for turn in turns[start : start + 3]) for start in range(0, len(turns), 3)]
@@ -169,7 +184,7 @@ def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup)
 
 def test_llm_only_alone_has_nothing_to_give(setup):
     with pytest.raises(UsageError, match="llm-only"):
-        Rig.open(setup, (SystemName.LLM_ONLY,))
+        Harness.open(setup, (SystemName.LLM_ONLY,))
     with pytest.raises(ModelError, match="no other system had that query"):
         asyncio.run(Recalled().find(["Where do owls live?"], []))
 
@@ -220,18 +235,10 @@ def test_hit_rate_is_for_pipelines_that_retrieve_once(setup):
 def test_caches_are_compared_over_the_same_queries(setup):
     outcome = cache(ask_of(setup, (SystemName.FETCH,)), list(CacheKind), [0.5, 0.25], 0.5, 0.0)
     keys = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
-    assert sorted(keys) == [
-        ("frequency", 0.5),
-        ("hotness", 0.25),
-        ("hotness", 0.5),
-        ("lru", 0.5),
-        ("none", 0.5),
-    ]
+    assert sorted(keys) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
     wanted = {cell.values["bytes_wanted"] for cell in outcome.cells}
     assert len(wanted) == 1
-    hits = {
-        cell.system: cell.values["hit_share"] for cell in outcome.cells if cell.key["cache_fraction"] == 0.5
-    }
+    hits = {cell.system: cell.values["hit_share"] for cell in outcome.cells if cell.key["cache_fraction"] == 0.5}
     assert hits["lru"] > hits["none"]
     assert {each.over for each in outcome.ratios} == {"none"}
 
@@ -239,7 +246,7 @@ def test_caches_are_compared_over_the_same_queries(setup):
 def test_what_does_not_fit_memory_is_refused(setup, monkeypatch):
     monkeypatch.setattr("telerag_cli.bench.systems.available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"faiss-memory and resident take .* and 1000 B are free"):
-        Rig.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT))
+        Harness.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT))
 
 
 def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
@@ -248,7 +255,7 @@ def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this Faiss has GPUs")
     with pytest.raises(ResourceError, match="built without GPUs"):
-        Rig.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH))
+        Harness.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH))
 
 
 def test_the_baselines_are_faiss_bit_for_bit(setup):
@@ -264,7 +271,7 @@ def test_the_baselines_are_faiss_bit_for_bit(setup):
 
 
 def test_times_add_up(setup):
-    with Rig.open(setup, (SystemName.FETCH,)) as rig:
+    with Harness.open(setup, (SystemName.FETCH,)) as rig:
         work = Work({}, make_pipeline(PipelineName.HYDE), "hyde", QUESTIONS[:1])
         answered = take_turns(rig, [work], (SystemName.FETCH,), (), lambda _count: None)[0].answers[0]
     stages = stages_ms(answered)
@@ -276,18 +283,18 @@ def test_times_add_up(setup):
 
 def test_summaries_have_vllms_names():
     assert summary("ttft_ms", [1.0, 2.0, 3.0, 10.0]) == {
-        "mean_ttft_ms": 4.0, "median_ttft_ms": 2.5, "std_ttft_ms": pytest.approx(3.5355, rel=1e-3), "p99_ttft_ms": pytest.approx(9.79)
-    }  # fmt: skip
+        "mean_ttft_ms": 4.0,
+        "median_ttft_ms": 2.5,
+        "std_ttft_ms": pytest.approx(3.5355, rel=1e-3),
+        "p99_ttft_ms": pytest.approx(9.79),
+    }
     assert summary("ttft_ms", []) == {}
 
 
 def test_ratios_are_of_pairs_and_hold_the_truth():
     random = np.random.default_rng(1)
     speeds = random.lognormal(0, 1, 40)  # the work differs from pair to pair; the ratio does not
-    pairs = [
-        (1.5 * speed * noise, speed)
-        for speed, noise in zip(speeds, random.lognormal(0, 0.05, 40), strict=True)
-    ]
+    pairs = [(1.5 * speed * noise, speed) for speed, noise in zip(speeds, random.lognormal(0, 0.05, 40), strict=True)]
     found = ratio({}, "a", "b", "e2el_ms", pairs)
     assert found.low < 1.5 < found.high
     assert found.ratio == pytest.approx(1.5, rel=0.05)
@@ -299,7 +306,7 @@ def test_a_spread_too_wide_gives_no_number():
     found = ratio({}, "a", "b", "e2el_ms", [(1.0, 1.0), (4.0, 1.0), (0.5, 1.0), (3.0, 1.0)])
     assert found.ratio is None
     assert found.note.startswith("spread too wide")
-    few = ratio({}, "a", "b", "e2el_ms", [(2.0, 1.0)] * (FEWEST_PAIRS - 1))
+    few = ratio({}, "a", "b", "e2el_ms", [(2.0, 1.0)] * (MIN_PAIRS - 1))
     assert few.ratio is None
     assert "too few" in few.note
     assert ratio({}, "a", "b", "e2el_ms", []).ratio is None

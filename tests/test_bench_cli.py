@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
 from telerag_cli.bench.results import SuiteResult
+from telerag_cli.cli.app import app
 from telerag_cli.corpus.pydocs import python_documentation
 from telerag_cli.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
@@ -26,21 +26,47 @@ def root(tmp_path_factory):
             if number % 90 == 0:
                 lines.write(json.dumps({"id": passage.id, "text": passage.text}) + "\n")
     assert telerag("embed", root / "corpus.jsonl", "-o", root / "embeddings").exit_code == EXIT_OK
-    assert (
-        telerag("build-index", root / "embeddings", "-o", root / "index", "--nlist", 4).exit_code == EXIT_OK
-    )
+    assert telerag("build-index", root / "embeddings", "-o", root / "index", "--nlist", 4).exit_code == EXIT_OK
     (root / "questions.txt").write_text("What is a list?\nHow do I open a file?\nWhat does lambda do?\n")
     return root
 
 
 def bench(root, suite, *arguments):
-    return telerag("bench", suite, root / "index", "--dataset", root / "questions.txt", "--max-tokens", 4, "--nprobe", 2, "-k", 2,
-                   *arguments)  # fmt: skip
+    return telerag(
+        "bench",
+        suite,
+        root / "index",
+        "--dataset",
+        root / "questions.txt",
+        "--max-tokens",
+        4,
+        "--nprobe",
+        2,
+        "-k",
+        2,
+        *arguments,
+    )
 
 
 def test_latency_leaves_a_result_and_a_report(root, tmp_path):
-    done = bench(root, "latency", "--pipeline", "naive", "--num-prompts", 2, "--system", "faiss-memory", "--system", "refined",
-                 "--result-dir", tmp_path, "--metadata", "disk=fast", "--save-detailed", "--json")  # fmt: skip
+    done = bench(
+        root,
+        "latency",
+        "--pipeline",
+        "naive",
+        "--num-prompts",
+        2,
+        "--system",
+        "faiss-memory",
+        "--system",
+        "refined",
+        "--result-dir",
+        tmp_path,
+        "--metadata",
+        "disk=fast",
+        "--save-detailed",
+        "--json",
+    )
     assert done.exit_code == EXIT_OK, done.stderr
     printed = json.loads(done.stdout)
     kept = SuiteResult.load(tmp_path / "latency.json")
@@ -90,7 +116,7 @@ def test_tables_are_the_answer_on_stdout(root):
         ("cache", ["--system", "fetch"], EXIT_USAGE, "--system has no part in bench cache"),
         ("latency", ["--system", "faster"], EXIT_USAGE, "faster"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_measured_is_one_sentence(root, suite, arguments, code, message):
     done = bench(root, suite, *arguments)
     assert done.exit_code == code
@@ -106,16 +132,7 @@ def test_questions_must_be_named(root):
 
 def test_embedding_and_building_are_measured_beside_the_usual_way(root, tmp_path):
     done = telerag(
-        "bench",
-        "embed",
-        root / "corpus.jsonl",
-        "--num-prompts",
-        12,
-        "--shortest",
-        0,
-        "--repeats",
-        1,
-        "--json",
+        "bench", "embed", root / "corpus.jsonl", "--num-prompts", 12, "--shortest", 0, "--repeats", 1, "--json"
     )
     assert done.exit_code == EXIT_OK, done.stderr
     result = json.loads(done.stdout)

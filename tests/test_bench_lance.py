@@ -51,10 +51,7 @@ def an_index(root, metric=Metric.IP, storage=Storage.FLOAT32, count=400):
         for path in (index.paths.centroids, index.paths.offsets, index.paths.lists)
     }
     return replace(
-        index,
-        centroids=centroids,
-        table=table,
-        manifest=replace(index.manifest, nlist=NLIST + 1, files=files),
+        index, centroids=centroids, table=table, manifest=replace(index.manifest, nlist=NLIST + 1, files=files)
     )
 
 
@@ -175,9 +172,9 @@ def test_is_made_once_for_the_same_lists(tmp_path, lancedb):
     index = an_index(tmp_path / "index")
     recorder = Recorder()
     opened(index, recorder)
-    extents = int(index.extents.sum())
+    list_bytes = int(index.list_bytes.sum())
     assert recorder.stages == {
-        "Copying lists to LanceDB": (extents, extents),
+        "Copying lists to LanceDB": (list_bytes, list_bytes),
         "Building LanceDB's index": (800, 800),
     }
     assert {path.name for path in tmp_path.iterdir()} == {"index", "index.lancedb"}
@@ -222,9 +219,7 @@ def test_other_lists_than_those_of_the_index_are_refused(tmp_path, lancedb, monk
 
     monkeypatch.setattr(lance, "_partitions", shifted)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with pytest.raises(
-        ResourceError, match=r"made 13 partitions with 400 vectors, and they are not the 13 lists"
-    ):
+    with pytest.raises(ResourceError, match=r"made 13 partitions with 400 vectors, and they are not the 13 lists"):
         opened(index)
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
     assert os.environ["TMPDIR"] == str(tmp_path)
@@ -270,9 +265,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, module, package):
     if module == "lance":
         pytest.importorskip("lancedb")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ResourceError, match=f"needs the package {package}, and it is not installed"
-    ) as caught:
+    with pytest.raises(ResourceError, match=f"needs the package {package}, and it is not installed") as caught:
         opened(an_index(tmp_path / "index"))
     assert "pip install 'lancedb[pylance]'" in caught.value.remedy
     assert {path.name for path in tmp_path.iterdir()} == {"index"}

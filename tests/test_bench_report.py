@@ -16,8 +16,8 @@ from telerag_cli.bench.drawings import drawings_of, slots
 from telerag_cli.bench.markdown import escaped, fenced
 from telerag_cli.bench.results import Cell, Check, Ratio, SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
-from telerag_cli.commands import bench_report
-from telerag_cli.commands.guard import guarded
+from telerag_cli.cli import bench_report
+from telerag_cli.cli.guard import guarded
 from telerag_cli.errors import ArtifactError, UsageError
 
 HARDWARE = {
@@ -34,16 +34,35 @@ NASTY = 'x <script src="http://example.invalid/a.js">alert(1)</script> & "y" | `
 def result(name, cells, ratios=(), **changed):
     suite = SUITES[SuiteName(name)]
     made = SuiteResult(
-        name, suite.title, suite.stands_for, "2001-02-03T04:05:06+00:00", 61.5, f"telerag bench {name} no-index --seed 7", HARDWARE,
-        {"why": "a test"}, {"index": {"nlist": 8, "bytes": 4096}, "seed": 7}, {cell.system: {"what": WHAT} for cell in cells},
-        list(suite.axes), list(cells), list(ratios), [Check("made up", True, "3 of 3 were invented.")], ["Nothing was measured."],
-    )  # fmt: skip
+        name,
+        suite.title,
+        suite.stands_for,
+        "2001-02-03T04:05:06+00:00",
+        61.5,
+        f"telerag bench {name} no-index --seed 7",
+        HARDWARE,
+        {"why": "a test"},
+        {"index": {"nlist": 8, "bytes": 4096}, "seed": 7},
+        {cell.system: {"what": WHAT} for cell in cells},
+        list(suite.axes),
+        list(cells),
+        list(ratios),
+        [Check("made up", True, "3 of 3 were invented.")],
+        ["Nothing was measured."],
+    )
     return replace(made, **changed)
 
 
 def latencies(value, **more):
-    return {"completed": 9, "failed": 0, "mean_e2el_ms": value + 1.25, "median_e2el_ms": value, "std_e2el_ms": value / 8,
-            "p99_e2el_ms": 3 * value, **more}  # fmt: skip
+    return {
+        "completed": 9,
+        "failed": 0,
+        "mean_e2el_ms": value + 1.25,
+        "median_e2el_ms": value,
+        "std_e2el_ms": value / 8,
+        "p99_e2el_ms": 3 * value,
+        **more,
+    }
 
 
 def latency(value=800.5, std=100.0, systems=("faiss-ondisk", "fetch", "refined")):
@@ -66,17 +85,7 @@ def latency(value=800.5, std=100.0, systems=("faiss-ondisk", "fetch", "refined")
             2.83,
             "spread too wide: from 0.61 to 2.83 over 9 pairs",
         ),
-        Ratio(
-            keys[1],
-            "faiss-ondisk",
-            "refined",
-            "e2el_ms",
-            2,
-            None,
-            0.0,
-            0.0,
-            "2 pairs are too few, 3 are needed",
-        ),
+        Ratio(keys[1], "faiss-ondisk", "refined", "e2el_ms", 2, None, 0.0, 0.0, "2 pairs are too few, 3 are needed"),
         Ratio(keys[1], "fetch", "refined", "e2el_ms", 9, 1.07, 1.02, 1.13),
     ]
     return result("latency", cells, ratios)
@@ -92,19 +101,47 @@ def fabricated():
     stages = {"passage": 310.5, "retrieval": 42.25, "answer_1": 501.5, "answer_2": 9.75}
     made = [
         latency(),
-        result("nprobe", [Cell(name, {"nprobe": n}, latencies(100.5 + n)) for name in ("fetch", "refined") for n in (8, 64)]),
+        result(
+            "nprobe",
+            [Cell(name, {"nprobe": n}, latencies(100.5 + n)) for name in ("fetch", "refined") for n in (8, 64)],
+        ),
         result("hit-rate", [Cell("refined", {"budget": x}, {"hit_share": x / 4}) for x in (0.5, 1.0, 3.0)]),
-        result("throughput", [Cell("refined", {"batch_size": 1}, {"completed": 4, "request_throughput": 2.125}),
-                              Cell("refined", {"batch_size": 8}, {"completed": 0, "failed": 8, "first_error": NASTY})],
-               checks=[Check("all completed", False, "8 of 12 failed <badly>.")]),
-        result("breakdown", [Cell(name, {"pipeline": "hyde"}, {"completed": 3, "mean_stage_ms": stages}) for name in ("fetch", "refined")]),
-        result("cache", [Cell("none", {"cache_fraction": 0.2}, {"hit_share": 0.375, "median_join_ms": 81.5}),
-                         Cell("hotness", {"cache_fraction": 0.6}, {"hit_share": 0.875, "median_join_ms": 19.5})]),
+        result(
+            "throughput",
+            [
+                Cell("refined", {"batch_size": 1}, {"completed": 4, "request_throughput": 2.125}),
+                Cell("refined", {"batch_size": 8}, {"completed": 0, "failed": 8, "first_error": NASTY}),
+            ],
+            checks=[Check("all completed", False, "8 of 12 failed <badly>.")],
+        ),
+        result(
+            "breakdown",
+            [
+                Cell(name, {"pipeline": "hyde"}, {"completed": 3, "mean_stage_ms": stages})
+                for name in ("fetch", "refined")
+            ],
+        ),
+        result(
+            "cache",
+            [
+                Cell("none", {"cache_fraction": 0.2}, {"hit_share": 0.375, "median_join_ms": 81.5}),
+                Cell("hotness", {"cache_fraction": 0.6}, {"hit_share": 0.875, "median_join_ms": 19.5}),
+            ],
+        ),
         result("scaling", [Cell("refined", {"replicas": 2}, {"request_throughput": 3.625})]),
-        result("embed", [Cell("refined", {"batch_size": 32}, {"passages_per_s": 191.5, "peak_memory_bytes": 123456789})]),
-        result("build", [Cell("a builder with a name that goes on and on until no plot has room for it", {}, {"duration": 93.5})]),
-        result("serve", [Cell("model $x$", {"request_rate": rate}, served) for rate in (2.0, "inf")], metadata={"<b>": NASTY}),
-    ]  # fmt: skip
+        result(
+            "embed", [Cell("refined", {"batch_size": 32}, {"passages_per_s": 191.5, "peak_memory_bytes": 123456789})]
+        ),
+        result(
+            "build",
+            [Cell("a builder with a name that goes on and on until no plot has room for it", {}, {"duration": 93.5})],
+        ),
+        result(
+            "serve",
+            [Cell("model $x$", {"request_rate": rate}, served) for rate in (2.0, "inf")],
+            metadata={"<b>": NASTY},
+        ),
+    ]
     return {each.suite: each for each in made}
 
 
@@ -161,9 +198,7 @@ def page(whole):
 
 def figures():
     """All numbers of all cells, as they are written."""
-    values = [
-        value for each in fabricated().values() for cell in each.cells for value in cell.values.values()
-    ]
+    values = [value for each in fabricated().values() for cell in each.cells for value in cell.values.values()]
     values += [part for value in values if isinstance(value, dict) for part in value.values()]
     return [f"{value:,}".removesuffix(".0") for value in values if isinstance(value, int | float)]
 
@@ -192,9 +227,7 @@ def test_the_page_is_well_formed_and_its_links_arrive(page):
     targets = [attributes["href"][1:] for _tag, attributes in page.tags if "href" in attributes]
     assert len(targets) > len(SUITES)
     assert set(targets) <= set(page.ids)
-    named = {
-        attributes["aria-labelledby"] for _tag, attributes in page.tags if "aria-labelledby" in attributes
-    }
+    named = {attributes["aria-labelledby"] for _tag, attributes in page.tags if "aria-labelledby" in attributes}
     assert named <= set(page.ids)
 
 
@@ -273,8 +306,13 @@ def test_a_check_that_failed_is_said_first(whole, page):
 
 
 def test_a_cell_that_failed_has_no_number():
-    failed = result("latency", [Cell("fetch", {"pipeline": "hyde", "dataset": "d", "pages": "cold"}, {"completed": 0, "failed": 3}),
-                                Cell("refined", {"pipeline": "hyde", "dataset": "d", "pages": "cold"}, latencies(5.5))])  # fmt: skip
+    failed = result(
+        "latency",
+        [
+            Cell("fetch", {"pipeline": "hyde", "dataset": "d", "pages": "cold"}, {"completed": 0, "failed": 3}),
+            Cell("refined", {"pipeline": "hyde", "dataset": "d", "pages": "cold"}, latencies(5.5)),
+        ],
+    )
     (drawing,) = drawings_of(failed, slots([failed]))
     assert "fetch no request completed" in drawing.alt
     rows = tables.headline_table(failed).rows
@@ -282,9 +320,7 @@ def test_a_cell_that_failed_has_no_number():
 
 
 def test_nothing_measured_draws_nothing(tmp_path):
-    empty = result(
-        "nprobe", [Cell("refined", {"nprobe": 4}, {"completed": 0, "failed": 2, "median_e2el_ms": None})]
-    )
+    empty = result("nprobe", [Cell("refined", {"nprobe": 4}, {"completed": 0, "failed": 2, "median_e2el_ms": None})])
     saved(tmp_path, {"empty": empty, "none": replace(empty, cells=[], systems={}, checks=[], notes=[])})
     written = report.write(tmp_path, tmp_path)
     assert [path.name for path in written] == ["report.html", "report.md"]
@@ -314,9 +350,7 @@ def test_stages_of_a_kind_look_the_same_and_keep_their_order():
 
 def test_a_panel_for_each_combination_of_axes(tmp_path):
     keys = [
-        {"pipeline": "hyde", "dataset": name, "pages": pages}
-        for name in ("one", "two")
-        for pages in ("cold", "warm")
+        {"pipeline": "hyde", "dataset": name, "pages": pages} for name in ("one", "two") for pages in ("cold", "warm")
     ]
     many = result("latency", [Cell("refined", key, latencies(9.5)) for key in keys])
     (drawing,) = drawings_of(many, slots([many]))
@@ -324,8 +358,12 @@ def test_a_panel_for_each_combination_of_axes(tmp_path):
 
 
 def test_a_suite_that_nobody_knows_is_drawn_over_its_axis():
-    odd = replace(result("build", []), suite="new", axes=["depth", "kind"],
-                  cells=[Cell("s", {"depth": depth, "kind": "k"}, {"bytes_per_s": depth * 7.5}) for depth in (1, 2)])  # fmt: skip
+    odd = replace(
+        result("build", []),
+        suite="new",
+        axes=["depth", "kind"],
+        cells=[Cell("s", {"depth": depth, "kind": "k"}, {"bytes_per_s": depth * 7.5}) for depth in (1, 2)],
+    )
     (drawing,) = drawings_of(odd, slots([odd]))
     assert drawing.title == "Figures over depth"
     assert "s 7.5 at 1, s 15 at 2" in drawing.alt
@@ -338,27 +376,48 @@ def test_rates_that_are_no_numbers_stand_beside_those_that_are():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1234.5678, "1,234.57"), (12345678.9, "12,345,679"), (0.00012345, "0.00012345"), (1e-9, "1.00000e-09"),
-     (True, "yes"), (None, tables.NONE), (float("nan"), tables.NONE), (10_000, "10,000"), ([], "none"), ([1, "a"], "1, a")],
-)  # fmt: skip
+    [
+        (0.0, "0"),
+        (1234.5678, "1,234.57"),
+        (12345678.9, "12,345,679"),
+        (0.00012345, "0.00012345"),
+        (1e-9, "1.00000e-09"),
+        (True, "yes"),
+        (None, tables.NONE),
+        (float("nan"), tables.NONE),
+        (10_000, "10,000"),
+        ([], "none"),
+        ([1, "a"], "1, a"),
+    ],
+)
 def test_numbers_are_written_for_people(value, text):
     assert tables.plain(value) == text
 
 
 @pytest.mark.parametrize(
     ("values", "texts"),
-    [((0.6, 13.344, None), ["0.60", "13.34", tables.NONE]), ((5063.25, 855.5), ["5,063", "856"]), ((0.0, 0.0123), ["0.00000", "0.01230"]),
-     ((3, 12_000), ["3", "12,000"])],
-)  # fmt: skip
+    [
+        ((0.6, 13.344, None), ["0.60", "13.34", tables.NONE]),
+        ((5063.25, 855.5), ["5,063", "856"]),
+        ((0.0, 0.0123), ["0.00000", "0.01230"]),
+        ((3, 12_000), ["3", "12,000"]),
+    ],
+)
 def test_figures_of_a_column_line_up(values, texts):
     assert tables.column("median_e2el_ms", values) == texts
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("median_e2el_ms", "end to end, median (ms)"), ("p99.9_ttft_ms", "first token, p99.9 (ms)"), ("hit_share", "hit share"),
-     ("passages_per_s", "passages (1/s)"), ("peak_memory_bytes", "peak memory"), ("open_s", "open (s)")],
-)  # fmt: skip
+    [
+        ("median_e2el_ms", "end to end, median (ms)"),
+        ("p99.9_ttft_ms", "first token, p99.9 (ms)"),
+        ("hit_share", "hit share"),
+        ("passages_per_s", "passages (1/s)"),
+        ("peak_memory_bytes", "peak memory"),
+        ("open_s", "open (s)"),
+    ],
+)
 def test_fields_have_names_in_words(name, words):
     assert tables.label(name) == words
 
@@ -392,9 +451,7 @@ def test_noise_is_told_from_a_difference():
 def test_ratios_are_compared_by_their_intervals():
     def with_ratio(middle, low, high):
         key = {"pipeline": "hyde", "dataset": "none", "pages": "cold"}
-        return replace(
-            latency(), ratios=[Ratio(key, "faiss-ondisk", "fetch", "e2el_ms", 9, middle, low, high)]
-        )
+        return replace(latency(), ratios=[Ratio(key, "faiss-ondisk", "fetch", "e2el_ms", 9, middle, low, high)])
 
     first = with_ratio(1.43, 1.37, 1.51)
     assert [row.verdict for row in compare(first, with_ratio(1.45, 1.38, 1.52)).ratios] == [Verdict.NOISE]
@@ -412,8 +469,12 @@ def test_settings_that_differ_are_named():
         settings={"index": {"nlist": 9}, "seed": 7},
     )
     found = {each.name: (each.first, each.second) for each in compare(latency(), other).differences}
-    assert found == {"hardware.cores": (2, 64), "hardware.versions.numpy": ("0.0.1", "0.0.2"), "settings.index.nlist": (8, 9),
-                     "settings.index.bytes": (4096, None)}  # fmt: skip
+    assert found == {
+        "hardware.cores": (2, 64),
+        "hardware.versions.numpy": ("0.0.1", "0.0.2"),
+        "settings.index.nlist": (8, 9),
+        "settings.index.bytes": (4096, None),
+    }
 
 
 def test_cells_on_one_side_only():
@@ -518,6 +579,4 @@ def test_every_detail_is_counted_and_left_in_the_file(tmp_path):
     saved(tmp_path, {"scaling": replace(fabricated()["scaling"], cells=cells)})
     report.write(tmp_path, tmp_path)
     assert "The file keeps 3 single requests besides." in (tmp_path / "report.md").read_text()
-    assert (
-        asdict(SuiteResult.load(tmp_path / "scaling.json"))["cells"][0]["detailed"] == [{"e2el_ms": 1.0}] * 3
-    )
+    assert asdict(SuiteResult.load(tmp_path / "scaling.json"))["cells"][0]["detailed"] == [{"e2el_ms": 1.0}] * 3

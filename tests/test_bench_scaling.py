@@ -31,11 +31,11 @@ from telerag_cli.bench.scaling import (
 )
 from telerag_cli.bench.simulating.work import Ahead, Lookup, Text
 from telerag_cli.bench.suites import SUITES, SuiteName
-from telerag_cli.cluster.replicas import Opened, Share
-from telerag_cli.commands.bench_scaling import scaling
-from telerag_cli.commands.grouped import expanded
-from telerag_cli.commands.guard import guarded
+from telerag_cli.cli.bench_scaling import scaling
+from telerag_cli.cli.grouped import expanded
+from telerag_cli.cli.guard import guarded
 from telerag_cli.config import CacheKind, Lookahead, ScheduleName
+from telerag_cli.distributed.replicas import Opened, Share
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import EXIT_USAGE, ModelError, TeleragError
@@ -77,9 +77,7 @@ def fleets(engine_of, opened=None, token_s=TOKEN_S):
 
 def recorded(engine_of, lookahead=Lookahead.REFINED, pipeline=PipelineName.HYDE, questions=QUESTIONS):
     engine = engine_of(script, lookahead, token_s=TOKEN_S)
-    return engine, record(
-        engine, make_pipeline(pipeline), 4, SCHEDULE, batch_of(questions, pipeline, lookahead)
-    )
+    return engine, record(engine, make_pipeline(pipeline), 4, SCHEDULE, batch_of(questions, pipeline, lookahead))
 
 
 def extent(measured=(1, 2), simulated=(1, 2, 8), **changes):
@@ -88,7 +86,7 @@ def extent(measured=(1, 2), simulated=(1, 2, 8), **changes):
 
 def calibration(replicas, index, *, link=1.0):
     rates = replace(RATES, link_bytes_per_s=link * RATES.link_bytes_per_s)
-    arena = int(index.extents.sum()) // 2
+    arena = int(index.list_bytes.sum()) // 2
     return Calibration(replicas, 1, 4, arena, 2, "host", rates, replicas * rates.link_bytes_per_s)
 
 
@@ -109,8 +107,23 @@ def found_of(engine_of, some=None):
 
 def result_of(found):
     suite = SUITES[SuiteName.SCALING]
-    return SuiteResult(SuiteName.SCALING.value, suite.title, suite.stands_for, "2001-02-03T04:05:06+00:00", 1.0, "telerag", {}, {}, {},
-                       found.systems, list(suite.axes), found.cells, found.ratios, found.checks, found.notes)  # fmt: skip
+    return SuiteResult(
+        SuiteName.SCALING.value,
+        suite.title,
+        suite.stands_for,
+        "2001-02-03T04:05:06+00:00",
+        1.0,
+        "telerag",
+        {},
+        {},
+        {},
+        found.systems,
+        list(suite.axes),
+        found.cells,
+        found.ratios,
+        found.checks,
+        found.notes,
+    )
 
 
 # What is recorded.
@@ -177,7 +190,9 @@ def test_what_cannot_be_recorded_is_told(engine_of):
 
 def test_replicas_take_turns_and_each_turn_begins_anew(engine_of):
     opened = []
-    turns = measure_turns(extent(), fleets(engine_of, opened), batch_of(warmups=["Where do owls live?"]), lambda _count: None)  # fmt: skip
+    turns = measure_turns(
+        extent(), fleets(engine_of, opened), batch_of(warmups=["Where do owls live?"]), lambda _count: None
+    )
     assert opened == [1, 2, 2, 1]
     assert [turn.replicas for turn in turns] == opened
     assert all(len(turn.completed) == len(QUESTIONS) and not turn.errors for turn in turns)
@@ -222,15 +237,11 @@ def test_simulated_throughput_is_held_against_the_measured_one(engine_of):
     found, simulated = found_of(engine_of)
     check = next(check for check in found.checks if check.name == "simulation within 10 %")
     measured = {
-        cell.key["replicas"]: cell.values["request_throughput"]
-        for cell in found.cells
-        if cell.system == REPLICAS
+        cell.key["replicas"]: cell.values["request_throughput"] for cell in found.cells if cell.system == REPLICAS
     }
     off = [abs(simulated[count].questions_per_s / measured[count] - 1) for count in (1, 2)]
     assert check.held is (max(off) <= 0.1)
-    assert (
-        f"{simulated[2].questions_per_s:.3g} questions/s simulated, {measured[2]:.3g} measured" in check.says
-    )
+    assert f"{simulated[2].questions_per_s:.3g} questions/s simulated, {measured[2]:.3g} measured" in check.says
     assert [(ratio.key["replicas"], ratio.over, ratio.under) for ratio in found.ratios] == [
         (count, SIMULATED, REPLICAS) for count in (1, 2)
     ]
@@ -255,12 +266,10 @@ def test_micro_batches_are_those_of_the_scheduler(engine_of):
     engine, made = recorded(engine_of)
     scheduler = Scheduler.over(engine, SCHEDULE)
     real = [batch.members for batch, _together in scheduler.cut(QUESTIONS, range(len(QUESTIONS)))]
-    extents = engine.retriever.index.extents
-    assert [
-        tuple(group) for groups in groups_of(made.questions, SCHEDULE, extents) for group in groups
-    ] == real
+    list_bytes = engine.retriever.index.list_bytes
+    assert [tuple(group) for groups in groups_of(made.questions, SCHEDULE, list_bytes) for group in groups] == real
     small = replace(SCHEDULE, name=ScheduleName.ARRIVAL, batch_size=3)
-    assert groups_of(made.questions, small, extents) == [[[0, 1], [2]], [[3, 4], [5]], [[6, 7]]]
+    assert groups_of(made.questions, small, list_bytes) == [[[0, 1], [2]], [[3, 4], [5]], [[6, 7]]]
 
 
 def test_giving_out_micro_batches_is_timed(engine_of):
@@ -276,9 +285,10 @@ def test_a_link_alone_may_be_faster_than_beside_others(engine_of):
     assert (host.replicas, host.slow_bytes_per_s) == (2, pytest.approx(3 * RATES.link_bytes_per_s))
 
 
-@pytest.mark.parametrize(("measured", "simulated", "per_host", "expected"), [
-    ((1, 2), (1, 2, 64), 2, (1, 2)), ((), (1, 64), 1, (1,)), ((4,), (16,), 8, (1, 4, 8)), ((), (8,), 3, (1, 3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("measured", "simulated", "per_host", "expected"),
+    [((1, 2), (1, 2, 64), 2, (1, 2)), ((), (1, 64), 1, (1,)), ((4,), (16,), 8, (1, 4, 8)), ((), (8,), 3, (1, 3))],
+)
 def test_rates_are_measured_for_every_number_side_by_side(measured, simulated, per_host, expected):
     assert extent(measured, simulated, per_host=per_host).calibrated == expected
 
@@ -332,9 +342,7 @@ class WorldOpens:
 def test_replicas_are_calibrated_in_processes_of_their_own(engine_of, monkeypatch):
     index = engine_of(script).retriever.index
     told = []
-    found = calibrate(
-        WorldOpens(index), Share(1.0, 0, 2), 2, Kind(64, llm_apart=False), QUESTIONS, told.append
-    )
+    found = calibrate(WorldOpens(index), Share(1.0, 0, 2), 2, Kind(64, llm_apart=False), QUESTIONS, told.append)
     assert (found.replicas, found.threads, found.at_once) == (2, 1, 4)
     assert sum(told) == 2 * 6
     rates = found.rates
@@ -342,10 +350,7 @@ def test_replicas_are_calibrated_in_processes_of_their_own(engine_of, monkeypatc
     assert set(steps) == {1, 2, 4, 8, 16, 32, 64}
     assert steps[1] > 0.002
     assert found.links_bytes_per_s > rates.link_bytes_per_s > 0
-    assert all(
-        math.isfinite(value) and value >= 0
-        for value in (rates.scored_bytes_per_s, rates.join_s, rates.query_s)
-    )
+    assert all(math.isfinite(value) and value >= 0 for value in (rates.scored_bytes_per_s, rates.join_s, rates.query_s))
     assert 0 < rates.beside_llm <= 1
     described = found.described()
     assert set(described["step_s"]) == {str(width) for width in steps}
@@ -353,9 +358,7 @@ def test_replicas_are_calibrated_in_processes_of_their_own(engine_of, monkeypatc
 
 def test_what_goes_wrong_with_one_that_is_calibrated_comes_back():
     with pytest.raises(ModelError, match="There is no world"):
-        calibrate(
-            WorldOpens(None), Share(1.0, 0, 1), 1, Kind(64, llm_apart=False), QUESTIONS, lambda _count: None
-        )
+        calibrate(WorldOpens(None), Share(1.0, 0, 1), 1, Kind(64, llm_apart=False), QUESTIONS, lambda _count: None)
 
 
 # The command.

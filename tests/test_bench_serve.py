@@ -34,17 +34,9 @@ from telerag_cli.bench.load_names import Backend
 from telerag_cli.bench.load_prompts import Prompt, random_prompts, read_custom, read_sharegpt, shuffled
 from telerag_cli.bench.results import SuiteResult
 from telerag_cli.bench.serve import About, Load, Run, suite_result
-from telerag_cli.commands.bench_serve import serve
-from telerag_cli.commands.guard import guarded
-from telerag_cli.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_USAGE,
-    InputError,
-    ModelError,
-    UsageError,
-)
+from telerag_cli.cli.bench_serve import serve
+from telerag_cli.cli.guard import guarded
+from telerag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, InputError, ModelError, UsageError
 
 ADDRESS = "127.0.0.1"
 
@@ -117,8 +109,9 @@ def test_figures_by_hand():
         "p99_e2el_ms": 499.0,
     }
     assert {name: values[name] for name in expected} == pytest.approx(expected)
-    assert set(values) == set(expected) | {f"{name}_{metric}_ms" for metric in METRICS
-                                           for name in ("mean", "median", "std", "p50", "p90", "p99")}  # fmt: skip
+    assert set(values) == set(expected) | {
+        f"{name}_{metric}_ms" for metric in METRICS for name in ("mean", "median", "std", "p50", "p90", "p99")
+    }
 
 
 def test_what_was_not_measured_has_no_figure():
@@ -135,8 +128,17 @@ def test_what_was_not_measured_has_no_figure():
 
 def test_percentiles_lie_between_neighbours():
     found = spread("ttft", [40.0, 10.0, 20.0, 30.0], [0.0, 50.0, 90.0, 100.0])
-    assert found == pytest.approx({"mean_ttft_ms": 25.0, "median_ttft_ms": 25.0, "std_ttft_ms": math.sqrt(125),
-                                   "p0_ttft_ms": 10.0, "p50_ttft_ms": 25.0, "p90_ttft_ms": 37.0, "p100_ttft_ms": 40.0})  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "mean_ttft_ms": 25.0,
+            "median_ttft_ms": 25.0,
+            "std_ttft_ms": math.sqrt(125),
+            "p0_ttft_ms": 10.0,
+            "p50_ttft_ms": 25.0,
+            "p90_ttft_ms": 37.0,
+            "p100_ttft_ms": 40.0,
+        }
+    )
 
 
 def test_times_of_an_answer():
@@ -151,9 +153,15 @@ def test_times_of_an_answer():
 
 @pytest.mark.parametrize(
     ("limits", "good"),
-    [({}, True), ({"ttft": 100.0}, True), ({"ttft": 99.0}, False), ({"tpot": 199.0}, False),
-     ({"ttft": 100.0, "tpot": 201.0, "e2el": 500.0}, True), ({"ttft": 100.0, "e2el": 499.0}, False)],
-)  # fmt: skip
+    [
+        ({}, True),
+        ({"ttft": 100.0}, True),
+        ({"ttft": 99.0}, False),
+        ({"tpot": 199.0}, False),
+        ({"ttft": 100.0, "tpot": 201.0, "e2el": 500.0}, True),
+        ({"ttft": 100.0, "e2el": 499.0}, False),
+    ],
+)
 def test_a_good_answer_keeps_every_limit(limits, good):
     assert is_good(answered(), limits) is good
 
@@ -183,20 +191,20 @@ def test_wanted_is_read_as_vllm_writes_it():
 
 
 def test_custom_prompts_are_lines_or_json(tmp_path):
-    lines = [
-        b"\xef\xbb\xbfWhy?\n",
-        b"\n",
-        b'{"prompt": " How? ", "output_tokens": 5}\n',
-        b'{"question": "Who?"}',
-    ]
+    lines = [b"\xef\xbb\xbfWhy?\n", b"\n", b'{"prompt": " How? ", "output_tokens": 5}\n', b'{"question": "Who?"}']
     assert read_custom(lines, "f") == [Prompt("Why?"), Prompt("How?", 5), Prompt("Who?")]
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [(b'{"prompt": ', "f:2 is not JSON"), (b'{"answer": "x"}', r"f:2 has \['answer'\] and no text"), (b"\xff", "f:2 is not UTF-8"),
-     (b'{"prompt": "x", "output_tokens": 0}', "f:2 has output_tokens 0"), (b'{"prompt": 5}', "f:2 has")],
-)  # fmt: skip
+    [
+        (b'{"prompt": ', "f:2 is not JSON"),
+        (b'{"answer": "x"}', r"f:2 has \['answer'\] and no text"),
+        (b"\xff", "f:2 is not UTF-8"),
+        (b'{"prompt": "x", "output_tokens": 0}', "f:2 has output_tokens 0"),
+        (b'{"prompt": 5}', "f:2 has"),
+    ],
+)
 def test_a_bad_line_is_named(line, says):
     with pytest.raises(InputError, match=says):
         read_custom([b"fine\n", line], "f")
@@ -218,10 +226,7 @@ def test_sharegpt_gives_first_questions(tmp_path):
     others = [{"conversations": []}, {"conversations": [{"from": "gpt", "value": "x"}]}, {"x": 1}, 5]
     with sharegpt(tmp_path, [good, *others]).open("rb") as lines:
         assert read_sharegpt(lines, "f") == ([Prompt("Hi")], 4)
-    with (
-        sharegpt(tmp_path, {}).open("rb") as lines,
-        pytest.raises(InputError, match="f is a JSON dict and not"),
-    ):
+    with sharegpt(tmp_path, {}).open("rb") as lines, pytest.raises(InputError, match="f is a JSON dict and not"):
         read_sharegpt(lines, "f")
 
 
@@ -249,23 +254,28 @@ def test_random_prompts_have_their_lengths():
 
 @pytest.mark.parametrize(
     ("base", "endpoint", "backend", "url"),
-    [("http://a:1", None, None, "http://a:1/v1/chat/completions"),
-     ("http://a:1/v1/", None, Backend.COMPLETIONS, "http://a:1/v1/completions"),
-     ("http://a:1/v1", "/v1/completions", None, "http://a:1/v1/completions"),
-     ("https://a/api", "v1/chat/completions", Backend.CHAT, "https://a/api/v1/chat/completions"),
-     ("http://a:1", "/openai/chat/completions", None, "http://a:1/openai/chat/completions")],
-)  # fmt: skip
+    [
+        ("http://a:1", None, None, "http://a:1/v1/chat/completions"),
+        ("http://a:1/v1/", None, Backend.COMPLETIONS, "http://a:1/v1/completions"),
+        ("http://a:1/v1", "/v1/completions", None, "http://a:1/v1/completions"),
+        ("https://a/api", "v1/chat/completions", Backend.CHAT, "https://a/api/v1/chat/completions"),
+        ("http://a:1", "/openai/chat/completions", None, "http://a:1/openai/chat/completions"),
+    ],
+)
 def test_addresses_are_found_with_and_without_v1(base, endpoint, backend, url):
     assert Server.find(base, endpoint, backend).url == url
 
 
 @pytest.mark.parametrize(
     ("base", "endpoint", "backend", "says"),
-    [("a:1", None, None, "does not begin with http"), ("http://a:x", None, None, "is no address"),
-     ("http://a", "/v1/chat/completions", Backend.COMPLETIONS, "does not end in /completions"),
-     ("http://a", "/v1/completions", Backend.CHAT, "does not end in /chat/completions"),
-     ("http://a", "/v1/models", None, "does not end in")],
-)  # fmt: skip
+    [
+        ("a:1", None, None, "does not begin with http"),
+        ("http://a:x", None, None, "is no address"),
+        ("http://a", "/v1/chat/completions", Backend.COMPLETIONS, "does not end in /completions"),
+        ("http://a", "/v1/completions", Backend.CHAT, "does not end in /chat/completions"),
+        ("http://a", "/v1/models", None, "does not end in"),
+    ],
+)
 def test_addresses_that_cannot_be(base, endpoint, backend, says):
     with pytest.raises(UsageError, match=says):
         Server.find(base, endpoint, backend)
@@ -412,9 +422,7 @@ def bench(*arguments, url=None):
     program.command("serve")(guarded(serve))
     program.command("idle")(lambda: None)
     where = ["--base-url", url] if url else []
-    return CliRunner(env={"NO_COLOR": "1", "TERM": "dumb"}).invoke(
-        program, ["serve", *where, *map(str, arguments)]
-    )
+    return CliRunner(env={"NO_COLOR": "1", "TERM": "dumb"}).invoke(program, ["serve", *where, *map(str, arguments)])
 
 
 def measured(fake, *arguments, code=EXIT_OK):
@@ -426,13 +434,16 @@ def measured(fake, *arguments, code=EXIT_OK):
 
 def test_a_chat_request_is_what_openai_knows(fake, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "secret")
-    measured(
-        fake, "--num-prompts", 1, "--random-input-len", 3, "--random-output-len", 4, "--temperature", 0.5
-    )
+    measured(fake, "--num-prompts", 1, "--random-input-len", 3, "--random-output-len", 4, "--temperature", 0.5)
     (body,) = fake.bodies
     assert len(body.pop("messages")[0]["content"].split()) == 3
-    assert body == {"model": "first", "max_tokens": 4, "temperature": 0.5, "stream": True,
-                    "stream_options": {"include_usage": True}}  # fmt: skip
+    assert body == {
+        "model": "first",
+        "max_tokens": 4,
+        "temperature": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     assert fake.keys == ["bearer secret"]
     assert fake.paths == ["/v1/models", "/v1/chat/completions"]
 
@@ -440,10 +451,31 @@ def test_a_chat_request_is_what_openai_knows(fake, monkeypatch):
 def test_a_completion_request_and_further_fields(fake, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "Why \\ud83d\\ude00?", "output_tokens": 9}\n')
-    result, _ = measured(fake, "--backend", "openai", "--model", "mine", "--dataset-path", path, "--num-prompts", 1, "--ignore-eos",
-                         "--extra-body", '{"top_k": 3, "temperature": null}')  # fmt: skip
-    assert fake.bodies == [{"model": "mine", "prompt": "Why 😀?", "max_tokens": 9, "ignore_eos": True, "top_k": 3, "stream": True,
-                            "stream_options": {"include_usage": True}}]  # fmt: skip
+    result, _ = measured(
+        fake,
+        "--backend",
+        "openai",
+        "--model",
+        "mine",
+        "--dataset-path",
+        path,
+        "--num-prompts",
+        1,
+        "--ignore-eos",
+        "--extra-body",
+        '{"top_k": 3, "temperature": null}',
+    )
+    assert fake.bodies == [
+        {
+            "model": "mine",
+            "prompt": "Why 😀?",
+            "max_tokens": 9,
+            "ignore_eos": True,
+            "top_k": 3,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ]
     assert fake.paths == ["/v1/completions"]
     assert fake.keys == [None]
     assert result["cells"][0]["detailed"][0]["generated_text"] == "Blue sky"
@@ -465,12 +497,17 @@ def test_times_begin_with_text_and_cannot_be_shorter_than_the_servers(fake):
     assert (values["total_input_tokens"], values["total_output_tokens"]) == (33, 9)
     assert values["duration"] >= max(each["start_time"] + each["e2el"] for each in cell["detailed"]) - 1e-6
     assert values["mean_ttft_ms"] == pytest.approx(1e3 * np.mean([each["ttft"] for each in cell["detailed"]]))
-    assert values["median_itl_ms"] == pytest.approx(1e3 * np.median([gap for each in cell["detailed"] for gap in each["itl"]]))  # fmt: skip
+    assert values["median_itl_ms"] == pytest.approx(
+        1e3 * np.median([gap for each in cell["detailed"] for gap in each["itl"]])
+    )
 
 
 def test_reasoning_is_text_too(fake):
-    fake.reply = raw(b'data: {"choices": [{"delta": {"reasoning_content": "Hm", "reasoning": "Hm"}}]}\r\n\r\n',
-                     b": a comment\n\nda", b'ta:{"choices": [{"delta": {"content": "Blue"}, "finish_reason": "stop"}]}')  # fmt: skip
+    fake.reply = raw(
+        b'data: {"choices": [{"delta": {"reasoning_content": "Hm", "reasoning": "Hm"}}]}\r\n\r\n',
+        b": a comment\n\nda",
+        b'ta:{"choices": [{"delta": {"content": "Blue"}, "finish_reason": "stop"}]}',
+    )
     result, _ = measured(fake, "--num-prompts", 1)
     assert result["cells"][0]["detailed"][0]["generated_text"] == "HmBlue"
 
@@ -517,7 +554,10 @@ def test_a_stream_that_is_not_closed_ends_with_its_answer(fake, monkeypatch):
 
 
 TROUBLES = {
-    "limited": (raw(b'{"error": {"message": "Slow down."}}', status="429 Too Many Requests"), "answers 429: Slow down."),
+    "limited": (
+        raw(b'{"error": {"message": "Slow down."}}', status="429 Too Many Requests"),
+        "answers 429: Slow down.",
+    ),
     "broken": (raw(b"Out of\nmemory", status="500 Oops"), "answers 500: Out of memory."),
     "later": (raw(b'data: {"error": {"message": "Burnt down.", "code": 503}}\n\n'), "answers 503: Burnt down."),
     "garbled": (raw(b"data: {oops\n\n"), "sent a stream that cannot be read: Expecting property"),
@@ -529,7 +569,7 @@ TROUBLES = {
     "unfinished": (raw(event("Blu")), "ended its stream without saying that the answer is complete."),
     "aborted": (raw(event("Blu"), event("", "abort")), "ended the answer with 'abort'."),
     "cut": (raw(event("Blu"), end=False), "broke the connection: "),
-}  # fmt: skip
+}
 
 
 def test_each_failure_is_told_and_the_rest_go_on(fake, tmp_path):
@@ -542,8 +582,9 @@ def test_each_failure_is_told_and_the_rest_go_on(fake, tmp_path):
     texts = [*TROUBLES, "fine", "fine too"]
     path.write_text("\n".join(texts))
     count = len(texts)
-    result, told = measured(fake, "--num-prompts", count, "--dataset-path", path,
-                            "--max-concurrency", 4, "--goodput", "e2el:60000")  # fmt: skip
+    result, told = measured(
+        fake, "--num-prompts", count, "--dataset-path", path, "--max-concurrency", 4, "--goodput", "e2el:60000"
+    )
     (cell,) = result["cells"]
     order = list(islice(shuffled([Prompt(text) for text in texts], 0), count))
     for prompt, each in zip(order, cell["detailed"], strict=True):
@@ -572,10 +613,7 @@ def test_when_all_fail_there_is_no_result(fake, tmp_path):
     fake.reply = TROUBLES["limited"][0]
     done = bench("--num-prompts", 2, "--num-warmups", 0, "--result-dir", tmp_path, url=fake.url)
     assert done.exit_code == EXIT_FAILED
-    assert (
-        f"All requests failed (2). The first: The server at {fake.url}/v1 answers 429: Slow down."
-        in done.stderr
-    )
+    assert f"All requests failed (2). The first: The server at {fake.url}/v1 answers 429: Slow down." in done.stderr
     assert list(tmp_path.iterdir()) == []
     fake.bodies.clear()
     done = bench("--num-prompts", 9, "--num-warmups", 2, url=fake.url)
@@ -616,8 +654,28 @@ def test_every_rate_is_a_cell_and_asks_what_was_not_asked_before(fake, tmp_path)
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(f"prompt {number}" for number in range(9)))
     folder = tmp_path / "results" / "deep"
-    done = bench("--num-prompts", 4, "--num-warmups", 1, "--request-rate", 400, "--request-rate", "inf", "--dataset-path", path,
-                 "--result-dir", folder, "--label", "ours", "--metadata", "gpu=none", "--json", "--seed", 5, url=fake.url)  # fmt: skip
+    done = bench(
+        "--num-prompts",
+        4,
+        "--num-warmups",
+        1,
+        "--request-rate",
+        400,
+        "--request-rate",
+        "inf",
+        "--dataset-path",
+        path,
+        "--result-dir",
+        folder,
+        "--label",
+        "ours",
+        "--metadata",
+        "gpu=none",
+        "--json",
+        "--seed",
+        5,
+        url=fake.url,
+    )
     assert done.exit_code == EXIT_OK, done.output
     assert len(fake.prompts) == len(set(fake.prompts)) == 9
     result = SuiteResult.load(folder / "serve.json")
@@ -630,11 +688,7 @@ def test_every_rate_is_a_cell_and_asks_what_was_not_asked_before(fake, tmp_path)
     assert all(cell.values["completed"] == 4 and cell.detailed == [] for cell in result.cells)
     assert "p99_start_lag_ms" in result.cells[0].values
     assert "p99_start_lag_ms" not in result.cells[1].values
-    assert (result.settings["seed"], result.settings["model"], result.settings["max_tokens"]) == (
-        5,
-        "first",
-        128,
-    )
+    assert (result.settings["seed"], result.settings["model"], result.settings["max_tokens"]) == (5, "first", 128)
     assert result.notes == []
     for name in ("Successful requests", "Request throughput (req/s)", "P99 E2EL (ms)", *METRICS.values()):
         assert name in done.stderr
@@ -658,8 +712,23 @@ def test_an_interruption_keeps_what_ended(fake, tmp_path):
     fake.reply = reply
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
     try:
-        done = bench("--num-prompts", 5, "--num-warmups", 0, "--max-concurrency", 1, "--request-rate", "inf", "--request-rate", 1000,
-                     "--result-dir", tmp_path, "--result-filename", "part.json", url=fake.url)  # fmt: skip
+        done = bench(
+            "--num-prompts",
+            5,
+            "--num-warmups",
+            0,
+            "--max-concurrency",
+            1,
+            "--request-rate",
+            "inf",
+            "--request-rate",
+            1000,
+            "--result-dir",
+            tmp_path,
+            "--result-filename",
+            "part.json",
+            url=fake.url,
+        )
         assert done.exit_code == EXIT_INTERRUPTED
         assert "Interrupted" in done.stderr
         result = SuiteResult.load(tmp_path / "part.json")
@@ -685,16 +754,28 @@ def test_only_an_interruption_makes_a_result_of_nothing_but_failures():
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--base-url", "http://a", "--port", 5], "both say where the server is"), (["--dataset-name", "custom"], "custom needs a"),
-     (["--dataset-name", "random", "--dataset-path", "x"], "random takes no"), (["--request-rate", 0], "--request-rate is 0"),
-     (["--request-rate", 2, "--request-rate", 2], "given twice"), (["--burstiness", 0], "--burstiness is 0"),
-     (["--request-rate", "nan"], "--request-rate is nan"), (["--goodput", "itl:5"], "has 'itl', which is none of"),
-     (["--goodput", "ttft"], "no METRIC:MILLISECONDS"), (["--goodput", "ttft:-1"], "has '-1'"), (["--goodput", "ttft:x"], "has 'x'"),
-     (["--metric-percentiles", "50,101"], "has '101', which is not a number from 0 to 100"), (["--percentile-metrics", "x"], "has 'x'"),
-     (["--extra-body", "{"], "is no JSON"), (["--extra-body", "[]"], "no object"), (["--metadata", "x"], "no KEY=VALUE"),
-     (["--result-filename", "a/b.json"], "no name of a JSON file"), (["--backend", "tgi"], "tgi"),
-     (["--backend", "openai", "--endpoint", "/v1/chat/completions"], "does not end in /completions")],
-)  # fmt: skip
+    [
+        (["--base-url", "http://a", "--port", 5], "both say where the server is"),
+        (["--dataset-name", "custom"], "custom needs a"),
+        (["--dataset-name", "random", "--dataset-path", "x"], "random takes no"),
+        (["--request-rate", 0], "--request-rate is 0"),
+        (["--request-rate", 2, "--request-rate", 2], "given twice"),
+        (["--burstiness", 0], "--burstiness is 0"),
+        (["--request-rate", "nan"], "--request-rate is nan"),
+        (["--goodput", "itl:5"], "has 'itl', which is none of"),
+        (["--goodput", "ttft"], "no METRIC:MILLISECONDS"),
+        (["--goodput", "ttft:-1"], "has '-1'"),
+        (["--goodput", "ttft:x"], "has 'x'"),
+        (["--metric-percentiles", "50,101"], "has '101', which is not a number from 0 to 100"),
+        (["--percentile-metrics", "x"], "has 'x'"),
+        (["--extra-body", "{"], "is no JSON"),
+        (["--extra-body", "[]"], "no object"),
+        (["--metadata", "x"], "no KEY=VALUE"),
+        (["--result-filename", "a/b.json"], "no name of a JSON file"),
+        (["--backend", "tgi"], "tgi"),
+        (["--backend", "openai", "--endpoint", "/v1/chat/completions"], "does not end in /completions"),
+    ],
+)
 def test_what_cannot_be_asked_for_is_refused(options, says):
     done = bench(*options)
     assert done.exit_code == EXIT_USAGE

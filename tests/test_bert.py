@@ -39,17 +39,24 @@ def features():
     return {"input_ids": ids, "attention_mask": mask, "other": "kept"}
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), pytest.param(torch.bfloat16, 0.1, marks=pytest.mark.skipif(
-    not HAS_BFLOAT16, reason="oneDNN has no bfloat16 on this processor"))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [
+        (torch.float32, 1e-5),
+        pytest.param(
+            torch.bfloat16,
+            0.1,
+            marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="oneDNN has no bfloat16 on this processor"),
+        ),
+    ],
+)
 @pytest.mark.parametrize(("kind", "config"), [(BertModel, BertConfig), (RobertaModel, RobertaConfig)])
 @torch.inference_mode()
 def test_equals_transformers_to_rounding_and_leaves_the_padding_zero(kind, config, dtype, error):
     given = module(kind, config)
     assert UnpaddedBert.fits(given)
     batch = features()
-    exact = given.auto_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).last_hidden_state
+    exact = given.auto_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     found = UnpaddedBert(given, dtype)(batch)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(found["token_embeddings"][real], exact[real], atol=error, rtol=0)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
@@ -38,7 +38,7 @@ def vectors_of(index, number):
     """Codes (size, code_size) and row numbers of one list, read from the file by the documented layout."""
     size, capacity, offset = (int(value) for value in index.table[number])
     code = index.manifest.code_size
-    raw = np.fromfile(index.paths.lists, np.uint8, int(index.extents[number]), offset=offset)
+    raw = np.fromfile(index.paths.lists, np.uint8, int(index.list_bytes[number]), offset=offset)
     rows = raw[capacity * code : capacity * (code + ID_BYTES)].view(np.int64)
     assert not rows[size:].any()
     assert not raw[size * code : capacity * code].any()
@@ -47,9 +47,7 @@ def vectors_of(index, number):
 
 
 def contents(root):
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("storage", Storage)
@@ -76,8 +74,9 @@ def test_int8_ranges_are_those_faiss_trains(tmp_path):
     index = build(source, tmp_path / "index", options)
     training, held_out = draw_rows(3000, plan_training(3000, 16, 8, 1 << 20), options.seed)
     assert not set(training) & set(held_out)
-    reference = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatL2(16), 16, 8, faiss.ScalarQuantizer.QT_8bit,
-                                              faiss.METRIC_L2, False)  # fmt: skip
+    reference = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatL2(16), 16, 8, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2, False
+    )
     reference.train(vectors[training])
     assert faiss.vector_to_array(reference.sq.trained).tolist() == index.trained.tolist()
 
@@ -95,8 +94,10 @@ def test_recall_in_the_manifest_is_what_faiss_finds(tmp_path, metric):
     searched.add(vectors)
 
     def found(engine):
-        return [[row for row in line if row != own][:NEIGHBOURS] for own, line in
-                zip(held_out, engine.search(vectors[held_out], NEIGHBOURS + 1)[1], strict=True)]  # fmt: skip
+        return [
+            [row for row in line if row != own][:NEIGHBOURS]
+            for own, line in zip(held_out, engine.search(vectors[held_out], NEIGHBOURS + 1)[1], strict=True)
+        ]
 
     truth = found(exact)
     assert set(manifest.recall_at_10) == {"1", "4", "16", "32", "64", "100"}
@@ -128,16 +129,18 @@ def test_manifest_numbers(tmp_path):
     sizes = index.sizes
     assert sizes.sum() == index.manifest.ntotal == 2000
     balance = index.manifest.balance
-    assert (balance["min"], balance["max"], balance["empty"]) == (
-        sizes.min(),
-        sizes.max(),
-        (sizes == 0).sum(),
-    )
+    assert (balance["min"], balance["max"], balance["empty"]) == (sizes.min(), sizes.max(), (sizes == 0).sum())
     reference = empty_ivf(flat(index.centroids, Metric.IP), 8, 16, Metric.IP, Storage.FLOAT32)
     reference.add(vectors)
     assert balance["imbalance"] == pytest.approx(reference.invlists.imbalance_factor(), abs=1e-3)
     assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
-        "centroids.npy", "checksums.npy", "lists.bin", "manifest.json", "offsets.npy", "passages.arrow"]  # fmt: skip
+        "centroids.npy",
+        "checksums.npy",
+        "lists.bin",
+        "manifest.json",
+        "offsets.npy",
+        "passages.arrow",
+    ]
     assert not partial_of(tmp_path / "index").exists()
     assert str(tmp_path) not in (tmp_path / "index" / "manifest.json").read_text()
 
@@ -183,12 +186,28 @@ def test_memory_is_bounded(tmp_path):
     peaks = []
     for source in (small, large):
         code = (
-            "import resource, sys\nfrom telerag_cli.app import app\n"
+            "import resource, sys\nfrom telerag_cli.cli.app import app\n"
             "try:\n    app(sys.argv[1:])\n"
             "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
         )
-        done = subprocess.run([sys.executable, "-c", code, "build-index", source, "-o", tmp_path / f"{source.stem}.index",
-                               "--nlist", "64", "--memory", "128MiB"], capture_output=True, text=True, check=True)  # fmt: skip
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                code,
+                "build-index",
+                source,
+                "-o",
+                tmp_path / f"{source.stem}.index",
+                "--nlist",
+                "64",
+                "--memory",
+                "128MiB",
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(int(done.stdout.split()[-1]))
     assert large.stat().st_size > 128 << 20
     assert peaks[1] - peaks[0] < 128 << 20
@@ -209,18 +228,32 @@ def library(gpus=None):
     return SimpleNamespace(__version__="1.2.3", **support)
 
 
-@pytest.mark.parametrize(("device", "gpus", "found"), [
-    ("auto", None, None), ("auto", 0, None), ("auto", 2, 0), ("cpu", None, None), ("cpu", 2, None),
-    ("cuda", 2, 0), ("cuda:0", 1, 0), ("cuda:1", 2, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "gpus", "found"),
+    [
+        ("auto", None, None),
+        ("auto", 0, None),
+        ("auto", 2, 0),
+        ("cpu", None, None),
+        ("cpu", 2, None),
+        ("cuda", 2, 0),
+        ("cuda:0", 1, 0),
+        ("cuda:1", 2, 1),
+    ],
+)
 def test_the_gpu_that_is_found(device, gpus, found):
     assert find_gpu(device, library(gpus)) == found
 
 
-@pytest.mark.parametrize(("device", "gpus", "message"), [
-    ("cuda", None, r"cuda was asked for, and faiss-cpu 1\.2\.3 .* has no GPU support.*telerag-cli\[gpu\]"),
-    ("cuda:1", 0, r"cuda:1 was asked for, and faiss-gpu 1\.2\.3 .* finds no GPU"),
-    ("cuda:1", 1, r"cuda:1 was asked for, and Faiss finds 1 GPU, the last of which is cuda:0"),
-    ("cuda:3", 2, r"cuda:3 was asked for, and Faiss finds 2 GPUs, the last of which is cuda:1")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda", None, r"cuda was asked for, and faiss-cpu 1\.2\.3 .* has no GPU support.*telerag-cli\[gpu\]"),
+        ("cuda:1", 0, r"cuda:1 was asked for, and faiss-gpu 1\.2\.3 .* finds no GPU"),
+        ("cuda:1", 1, r"cuda:1 was asked for, and Faiss finds 1 GPU, the last of which is cuda:0"),
+        ("cuda:3", 2, r"cuda:3 was asked for, and Faiss finds 2 GPUs, the last of which is cuda:1"),
+    ],
+)
 def test_a_gpu_that_is_not_there_says_what_is(device, gpus, message):
     with pytest.raises(ResourceError, match=message):
         find_gpu(device, library(gpus))
@@ -279,9 +312,7 @@ def test_kept_vectors_are_those_of_the_embeddings(tmp_path, storage, kept):
     assert index.vectors.dtype == kept
     np.testing.assert_array_equal(index.vectors, vectors.astype(kept))
     np.testing.assert_array_equal(np.load(index.paths.vectors, mmap_mode="r"), index.vectors)
-    assert (
-        plan.vectors_bytes == index.paths.vectors.stat().st_size == index.manifest.files["vectors.npy"].bytes
-    )
+    assert plan.vectors_bytes == index.paths.vectors.stat().st_size == index.manifest.files["vectors.npy"].bytes
     without = plan_build(source, tmp_path / "other", replace(options, keep_vectors=""))
     plan = plan_build(source, tmp_path / "other", options)
     assert plan.needed_disk_bytes - without.needed_disk_bytes == plan.vectors_bytes
@@ -296,18 +327,14 @@ def test_vectors_are_kept_if_asked_for(tmp_path):
     assert (index.vectors, index.manifest.kept_vectors, index.paths.vectors.exists()) == (None, "", False)
     kept = runner.invoke(app, [*arguments, "-o", str(tmp_path / "kept"), "--keep-vectors", "float16"])
     assert kept.exit_code == 0
-    in_plan = [
-        line.split() for line in kept.stderr.splitlines() if line.split()[:3] == ["kept", "vectors", "disk"]
-    ]
+    in_plan = [line.split() for line in kept.stderr.splitlines() if line.split()[:3] == ["kept", "vectors", "disk"]]
     assert [line[3:] for line in in_plan] == [["7.94", "KiB"]]  # 500 * 8 * 2 and the header
     assert not [line for line in plain.stderr.splitlines() if line.split()[:3] == ["kept", "vectors", "disk"]]
 
 
 def test_lists_of_float32_hold_the_vectors_already(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
-    result = runner.invoke(
-        app, ["build-index", str(file), "-o", str(tmp_path / "i"), "--keep-vectors", "float16"]
-    )
+    result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), "--keep-vectors", "float16"])
     assert result.exit_code == 2
     assert "--keep-vectors float16 was asked for with --storage float32" in " ".join(result.stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]
@@ -343,8 +370,13 @@ def test_a_manifest_of_before_there_were_devices_and_kept_vectors(tmp_path):
 
 def test_passages_by_row(tmp_path):
     rows = 2 * BATCH_ROWS + 300
-    file = write_parquet(tmp_path / "e.parquet", clustered(rows, 8), group=777, title=[f"T{i}" for i in range(rows)],
-                         year=[2000 + i if i % 2 else None for i in range(rows)])  # fmt: skip
+    file = write_parquet(
+        tmp_path / "e.parquet",
+        clustered(rows, 8),
+        group=777,
+        title=[f"T{i}" for i in range(rows)],
+        year=[2000 + i if i % 2 else None for i in range(rows)],
+    )
     build(Embeddings.open(file), tmp_path / "index", BuildOptions(4))
     passages = Passages.open(tmp_path / "index" / "passages.arrow")
     assert len(passages) == rows
@@ -360,9 +392,7 @@ def test_passages_by_row(tmp_path):
 
 def test_damaged_passages_are_named(tmp_path):
     build(
-        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))),
-        tmp_path / "index",
-        BuildOptions(1),
+        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildOptions(1)
     )
     path = tmp_path / "index" / "passages.arrow"
     path.write_bytes(path.read_bytes()[:-20])
@@ -392,7 +422,8 @@ def test_foreign_parquet(tmp_path, kind):
     read = np.concatenate([block.copy() for _, block in source.batches(700, start=950)])
     np.testing.assert_allclose(read, vectors[950:], atol=1e-3)
     assert source.sample(np.array([0, 999, 1000, 2999]), lambda _count: None).tolist() == [
-        next(block for _, block in source.batches(1, row))[0].tolist() for row in (0, 999, 1000, 2999)]  # fmt: skip
+        next(block for _, block in source.batches(1, row))[0].tolist() for row in (0, 999, 1000, 2999)
+    ]
     index = build(source, tmp_path / "index", BuildOptions(8))
     assert index.manifest.embedder.model is None
     assert Passages.open(index.paths.passages)[[2999]] == [Passage("2999", "", {})]
@@ -403,9 +434,7 @@ def test_several_vector_columns_need_a_choice(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", vectors, other=vector_column(vectors[:, :4]))
     with pytest.raises(UsageError, match=r"2 vector columns: embedding, other\..*--column"):
         Embeddings.open(file)
-    with pytest.raises(
-        UsageError, match=r"no vector column 'third'; its vector columns are: embedding, other"
-    ):
+    with pytest.raises(UsageError, match=r"no vector column 'third'; its vector columns are: embedding, other"):
         Embeddings.open(file, "third")
     assert Embeddings.open(file, "other").dimension == 4
 
@@ -441,15 +470,14 @@ def test_vectors_that_are_no_numbers_name_the_row(tmp_path, bad):
 
 
 def test_missing_vectors_name_the_row(tmp_path):
-    pq.write_table(
-        pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet"
-    )
+    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet")
     with pytest.raises(InputError, match=r"Row 1 of .* has no vector"):
         build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
 
 
-@pytest.mark.parametrize("options", [BuildOptions(storage=Storage.FLOAT16),
-                                     BuildOptions(storage=Storage.INT8, keep_vectors="float16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [BuildOptions(storage=Storage.FLOAT16), BuildOptions(storage=Storage.INT8, keep_vectors="float16")]
+)
 def test_too_large_for_float16(tmp_path, options):
     vectors = clustered(300, 8)
     vectors[123] *= 1e6
@@ -477,8 +505,13 @@ def test_not_parquet(tmp_path):
 
 
 def telerag(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-m", "telerag_cli", *map(str, arguments)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "telerag_cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
@@ -501,9 +534,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
             process.send_signal(signal.SIGKILL)
             killed += 1
         process.communicate()
-        seen |= (
-            {path.name for path in partial_of(output).rglob("*")} if partial_of(output).exists() else set()
-        )
+        seen |= {path.name for path in partial_of(output).rglob("*")} if partial_of(output).exists() else set()
         if output.exists():
             assert contents(output) == contents(tmp_path / "whole")
             shutil.rmtree(output)
@@ -553,9 +584,7 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
             build(other, tmp_path / "index", options)
         with pytest.raises(ArtifactError, match=r"was begun with nlist 32, .* and this asks for nlist 16, "):
             build(source, tmp_path / "index", replace(options, nlist=16))
-        with pytest.raises(
-            ArtifactError, match="begun with kept vectors float32, and this asks for kept vectors none"
-        ):
+        with pytest.raises(ArtifactError, match="begun with kept vectors float32, and this asks for kept vectors none"):
             build(source, tmp_path / "index", replace(options, keep_vectors=""))
     advanced.clear()
     build(source, tmp_path / "index", options)
@@ -615,13 +644,11 @@ def test_two_builds_of_one_index_at_once(tmp_path):
 def test_a_full_disk_is_a_sentence_and_the_build_resumes(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(40_000, 32))
     code = (
-        "import resource, sys\nfrom telerag_cli.app import app\n"
+        "import resource, sys\nfrom telerag_cli.cli.app import app\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20, resource.RLIM_INFINITY))\napp(sys.argv[1:])\n"
     )
     arguments = ["build-index", file, "-o", tmp_path / "index", "--nlist", "16"]
-    full = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    full = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert full.returncode == 1
     assert "Traceback" not in full.stderr
     assert "File too large" in full.stderr
@@ -674,22 +701,20 @@ def test_our_folder(tmp_path):
     source = Embeddings.open(embeddings_folder(tmp_path / "e", vectors, 100))
     index = build(source, tmp_path / "index", BuildOptions(2))
     embedder = index.manifest.embedder
-    assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == (
-        "m",
-        "mean",
-        True,
-        "query: ",
-    )
+    assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == ("m", "mean", True, "query: ")
     assert Passages.open(index.paths.passages)[[249]] == [Passage("p249", "Text 249", {"title": "T249"})]
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"complete": False}, "is not finished.*resumes"),
-    ({"version": 2}, "version 2, and this telerag reads version 1"),
-    ({"format": "other"}, "does not describe"),
-    ({"rows": 251}, "holds 250 vectors of dimension 8, and its embeddings.json says 251 of 8"),
-    ({"dimension": 9}, "250 vectors of dimension 8, and its embeddings.json says 250 of 9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"complete": False}, "is not finished.*resumes"),
+        ({"version": 2}, "version 2, and this telerag reads version 1"),
+        ({"format": "other"}, "does not describe"),
+        ({"rows": 251}, "holds 250 vectors of dimension 8, and its embeddings.json says 251 of 8"),
+        ({"dimension": 9}, "250 vectors of dimension 8, and its embeddings.json says 250 of 9"),
+    ],
+)
 def test_our_folder_must_be_what_it_says(tmp_path, changes, message):
     folder = embeddings_folder(tmp_path / "e", clustered(250, 8), 100, **changes)
     with pytest.raises(ArtifactError, match=message):
@@ -705,8 +730,14 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_usage_errors(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
-    for flags in (["--nlist", "many"], ["--nlist", "0"], ["--memory", "lots"], ["--metric", "cos"],
-                  ["--device", "gpu"], ["--keep-vectors", "int8"]):  # fmt: skip
+    for flags in (
+        ["--nlist", "many"],
+        ["--nlist", "0"],
+        ["--memory", "lots"],
+        ["--metric", "cos"],
+        ["--device", "gpu"],
+        ["--keep-vectors", "int8"],
+    ):
         result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), *flags])
         assert result.exit_code == 2, flags
     assert [Path(path).name for path in tmp_path.iterdir()] == ["e.parquet"]

@@ -11,21 +11,21 @@ from typer.testing import CliRunner
 
 from animals import TEXTS, WordHashes, World
 from cache_study import STAY, TRACES, Counted, bound, candidates, replay, trace
-from telerag_cli.app import app
 from telerag_cli.bench.answering import Ask
 from telerag_cli.bench.caching import cache, sequence
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Setup
+from telerag_cli.cli.app import app
 from telerag_cli.config import PAGE_BYTES, CacheKind, Lookahead, TierKind
 from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.placement import TierOptions
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import TierOptions
 from telerag_cli.errors import EXIT_USAGE, UsageError
-from telerag_cli.generation.scripted import ScriptedGenerator
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import Frequency, make_policy
 from telerag_cli.tiers.host import open_host_tier
@@ -36,8 +36,8 @@ KEEPING = [kind for kind in CacheKind if kind is not CacheKind.NONE]
 
 def residency_of(kind, lists, pages):
     """Lists of a page each."""
-    extents = np.full(lists, PAGE_BYTES)
-    return Residency(extents, Arena(pages * PAGE_BYTES), make_policy(kind, lists), lambda _list_no: None)
+    list_bytes = np.full(lists, PAGE_BYTES)
+    return Residency(list_bytes, Arena(pages * PAGE_BYTES), make_policy(kind, lists), lambda _list_no: None)
 
 
 def probe(residency, *lists):
@@ -53,7 +53,7 @@ def there(residency):
     return np.flatnonzero(residency.state == State.RESIDENT).tolist()
 
 
-@pytest.mark.parametrize(("kind", "leaves"), [(CacheKind.FREQUENCY, 1), (CacheKind.HOTNESS, 0), (CacheKind.LRU, 0)])  # fmt: skip
+@pytest.mark.parametrize(("kind", "leaves"), [(CacheKind.FREQUENCY, 1), (CacheKind.HOTNESS, 0), (CacheKind.LRU, 0)])
 def test_frequency_remembers_what_the_others_have_forgotten(kind, leaves):
     residency = residency_of(kind, 9, 2)
     for _ in range(3):
@@ -114,27 +114,22 @@ def test_the_uses_of_all_rounds_stay_finite():
 def rounds(draw):
     """Lists, an arena that holds the longest of them, and rounds: an order, and what is probed."""
     sizes = draw(st.lists(st.integers(0, 5), min_size=4, max_size=14).filter(any))
-    extents = np.array(sizes, np.int64) * PAGE_BYTES
+    list_bytes = np.array(sizes, np.int64) * PAGE_BYTES
     pages = draw(st.integers(max(sizes), 30))
     probed = st.lists(st.integers(0, len(sizes) - 1), unique=True, min_size=1, max_size=len(sizes))
     asked = draw(st.lists(st.tuples(st.permutations(range(len(sizes))), probed), min_size=1, max_size=12))
-    wanted = [
-        np.array(sorted(number for number in lists if sizes[number]), np.int64) for _order, lists in asked
-    ]
+    wanted = [np.array(sorted(number for number in lists if sizes[number]), np.int64) for _order, lists in asked]
     orders = [np.array(order) for order, _lists in asked]
     some = [place for place, lists in enumerate(wanted) if len(lists)]
-    return extents, pages * PAGE_BYTES, [orders[place] for place in some], [wanted[place] for place in some]
+    return list_bytes, pages * PAGE_BYTES, [orders[place] for place in some], [wanted[place] for place in some]
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    made=rounds(),
-    kind=st.sampled_from(CacheKind),
-    fraction=st.floats(0, 1),
-    budget=st.sampled_from([0.0, 0.5, 2.0]),
+    made=rounds(), kind=st.sampled_from(CacheKind), fraction=st.floats(0, 1), budget=st.sampled_from([0.0, 0.5, 2.0])
 )
 def test_rounds_keep_the_accounts_whatever_the_policy(made, kind, fraction, budget):
-    extents, arena_bytes, orders, probes = made
+    list_bytes, arena_bytes, orders, probes = made
     if not probes:
         return
 
@@ -157,7 +152,7 @@ def test_rounds_keep_the_accounts_whatever_the_policy(made, kind, fraction, budg
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cache_study.Residency", Watched)
-        counts = replay(extents, Checked(len(extents)), fraction, orders, probes, arena_bytes, budget)
+        counts = replay(list_bytes, Checked(len(list_bytes)), fraction, orders, probes, arena_bytes, budget)
     held[-1].check_integrity()
     assert (counts.hits <= counts.wanted).all()
     assert (counts.hit_bytes <= counts.wanted_bytes).all()
@@ -170,31 +165,30 @@ def test_rounds_keep_the_accounts_whatever_the_policy(made, kind, fraction, budg
 @given(seed=st.integers(0, 999), pages=st.integers(3, 14), name=st.sampled_from(sorted(candidates())))
 def test_no_policy_beats_knowing_the_future(seed, pages, name):
     random = np.random.default_rng(seed)
-    extents = np.full(15, PAGE_BYTES)
+    list_bytes = np.full(15, PAGE_BYTES)
     probes = [np.sort(random.choice(15, 3, replace=False)) for _ in range(30)]
     orders = [random.permutation(15) for _ in range(30)]
     make, fraction = candidates()[name]
-    found = replay(extents, make(extents), fraction, orders, probes, pages * PAGE_BYTES, 0.0)
-    assert found.hits.sum() <= bound(extents, orders, probes, pages * PAGE_BYTES, 0.0).hits.sum()
+    found = replay(list_bytes, make(list_bytes), fraction, orders, probes, pages * PAGE_BYTES, 0.0)
+    assert found.hits.sum() <= bound(list_bytes, orders, probes, pages * PAGE_BYTES, 0.0).hits.sum()
 
 
 def test_the_bound_is_right_where_it_can_be_counted():
-    extents = np.full(4, PAGE_BYTES)
+    list_bytes = np.full(4, PAGE_BYTES)
     probes = [np.array([number]) for number in (0, 1, 2, 0, 1, 3, 0)]
     orders = [np.arange(4)] * len(probes)
     # With room for two, 0 and 1 stay and 2 and 3 pass through.
-    assert bound(extents, orders, probes, 2 * PAGE_BYTES, 0.0).hits.tolist() == [0, 0, 0, 1, 1, 0, 1]
+    assert bound(list_bytes, orders, probes, 2 * PAGE_BYTES, 0.0).hits.tolist() == [0, 0, 0, 1, 1, 0, 1]
 
 
 def test_the_candidate_without_changes_is_the_products_policy():
     random = np.random.default_rng(3)
-    extents = random.integers(1, 9, 60) * PAGE_BYTES
+    list_bytes = random.integers(1, 9, 60) * PAGE_BYTES
     probes = [np.sort(random.choice(60, 8, replace=False)) for _ in range(40)]
     orders = [random.permutation(60) for _ in range(40)]
-    arguments = (0.5, orders, probes, int(extents.sum() // 3), 0.7)
+    arguments = (0.5, orders, probes, int(list_bytes.sum() // 3), 0.7)
     ours, theirs = (
-        replay(extents, policy, *arguments)
-        for policy in (Counted(extents), make_policy(CacheKind.FREQUENCY, 60))
+        replay(list_bytes, policy, *arguments) for policy in (Counted(list_bytes), make_policy(CacheKind.FREQUENCY, 60))
     )
     np.testing.assert_array_equal(ours.hits, theirs.hits)
     np.testing.assert_array_equal(ours.ahead_bytes, theirs.ahead_bytes)
@@ -204,14 +198,16 @@ def test_the_candidate_without_changes_is_the_products_policy():
 def test_the_studys_rounds_are_the_retrievers(tmp_path, kind):
     world = World(tmp_path / "index")
     coarse = Coarse(world.index.centroids, world.index.manifest.metric)
-    arena_bytes = int(world.index.extents.sum() // 2)
+    arena_bytes = int(world.index.list_bytes.sum() // 2)
     queries = WordHashes().encode_queries(TEXTS[::11])
     tier = open_host_tier(world.index, coarse, arena_bytes, cache=kind)
     with closing(Retriever(world.index, coarse, tier)) as retriever:
         reports = [retriever.search(query[None], 3, 4).report for query in queries]
     probes = [np.sort(row) for row in coarse.probe(queries, 4)[1]]
     orders = [coarse.rank(query) for query in queries]
-    counts = replay(world.index.extents, make_policy(kind, world.index.manifest.nlist), 0.5, orders, probes, arena_bytes, 0.0)  # fmt: skip
+    counts = replay(
+        world.index.list_bytes, make_policy(kind, world.index.manifest.nlist), 0.5, orders, probes, arena_bytes, 0.0
+    )
     assert [report.lists_hit for report in reports] == counts.hits.tolist()
     assert (counts.hits.sum() > 0) == (kind in KEEPING)
 
@@ -241,8 +237,14 @@ def test_a_skew_draws_the_first_questions_more_often():
     assert len(set(sequence(500, 2.0, 3))) < len(set(drawn)) < 500
 
 
-QUESTIONS = ("Where do owls live?", "Where do bees live?", "What do ants eat?", "What do cows eat?",
-             "Where do eels live?", "What do hens eat?")  # fmt: skip
+QUESTIONS = (
+    "Where do owls live?",
+    "Where do bees live?",
+    "What do ants eat?",
+    "What do cows eat?",
+    "Where do eels live?",
+    "What do hens eat?",
+)
 
 
 def written(request):
@@ -256,12 +258,21 @@ def ask(tmp_path):
     """Six questions over an arena of half the lists, without warming up."""
     world = World(tmp_path / "index")
     opened = Opened(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.extents.sum() // 2))
+    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.list_bytes.sum() // 2))
     texts = ScriptedGenerator(written)
     setup = Setup(opened, texts, Settings(3, 6, Lookahead.OFF, 20), options, Pages.COLD)
     advances = []
-    made = Ask(setup, (SystemName.FETCH,), {"animals": QUESTIONS}, {PipelineName.HYDE: make_pipeline(PipelineName.HYDE)}, num_warmups=0,
-               repeats=1, seed=0, detailed=False, counting=lambda _what, total: nullcontext(advances.append))  # fmt: skip
+    made = Ask(
+        setup,
+        (SystemName.FETCH,),
+        {"animals": QUESTIONS},
+        {PipelineName.HYDE: make_pipeline(PipelineName.HYDE)},
+        num_warmups=0,
+        repeats=1,
+        seed=0,
+        detailed=False,
+        counting=lambda _what, total: nullcontext(advances.append),
+    )
     return made
 
 
@@ -288,13 +299,7 @@ def test_every_skew_begins_with_empty_arenas_and_has_cells_of_its_own(ask):
 def test_only_hotness_is_measured_for_every_share(ask):
     outcome = cache(ask, list(CacheKind), [0.5, 0.25], 0.5, 0.0)
     places = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
-    assert sorted(places) == [
-        ("frequency", 0.5),
-        ("hotness", 0.25),
-        ("hotness", 0.5),
-        ("lru", 0.5),
-        ("none", 0.5),
-    ]
+    assert sorted(places) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
 
 
 @pytest.mark.parametrize(

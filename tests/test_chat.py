@@ -22,17 +22,17 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
-from telerag_cli.commands.chat_input import Piped, Typed, history_path
-from telerag_cli.commands.chat_screen import Screen, Wrapping, timeline
-from telerag_cli.commands.chat_session import COMMANDS, Chat, converse
+from telerag_cli.cli.app import app
+from telerag_cli.cli.chat_input import Piped, Typed, history_path
+from telerag_cli.cli.chat_screen import Screen, Wrapping, timeline
+from telerag_cli.cli.chat_session import COMMANDS, Chat, converse
 from telerag_cli.config import Lookahead
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.generation.base import Generation
-from telerag_cli.generation.scripted import Reply
+from telerag_cli.llm.base import Generation
+from telerag_cli.llm.scripted import Reply
 from telerag_cli.pipelines.conversation import (
-    MOST_CHARACTERS,
-    MOST_TURNS,
+    MAX_CHARACTERS,
+    MAX_TURNS,
     Turn,
     in_conversation,
     recalled,
@@ -131,11 +131,11 @@ def test_history_is_bounded_in_turns_characters_and_tokens():
         return sum(len(message.content.split()) for message in messages)
 
     kept = recalled(turns, "next?", 10_000, words)
-    assert kept == turns[-MOST_TURNS:]
+    assert kept == turns[-MAX_TURNS:]
     prompt = standalone_prompt(kept, "next?")[-1].content
     assert "question-7?" in prompt
     assert "question-6?" not in prompt
-    assert len(prompt) < MOST_TURNS * (MOST_CHARACTERS + 40) + 60
+    assert len(prompt) < MAX_TURNS * (MAX_CHARACTERS + 40) + 60
     one = words(standalone_prompt(turns[-1:], "next?"))
     assert recalled(turns, "next?", one, words) == turns[-1:]
     assert recalled(turns, "next?", one - 1, words) == []
@@ -423,9 +423,7 @@ def interrupting(request):
 def test_an_interrupted_answer_ends_alone(table):
     chat = table(interrupting, token_s=0.01, max_tokens=1500)
     started_s = time.perf_counter()
-    failed, _out, talk = chat.say(
-        "Where do owls live?", "/clear", "Where do bees live?", "Where do owls live?"
-    )
+    failed, _out, talk = chat.say("Where do owls live?", "/clear", "Where do bees live?", "Where do owls live?")
     assert time.perf_counter() - started_s < 5  # the whole answer would have taken ten
     assert failed == 0
     assert "Interrupted" in talk
@@ -470,12 +468,7 @@ def read_all(stream):
 
 
 def test_piped_lines_are_joined_by_backslashes_and_bad_ones_are_told():
-    assert read_all(b"\xef\xbb\xbfone\r\n\ntwo\\\nlines\\\nmore\nlast") == [
-        "one",
-        "",
-        "two\nlines\nmore",
-        "last",
-    ]
+    assert read_all(b"\xef\xbb\xbfone\r\n\ntwo\\\nlines\\\nmore\nlast") == ["one", "", "two\nlines\nmore", "last"]
     assert read_all(b"open\\\n") == ["open"]
     bad, good = read_all(b"\xff\xfe\ngood\n")
     assert "<stdin>:1 is not UTF-8" in bad
@@ -539,8 +532,10 @@ def index(tmp_path_factory):
             for name in module.__all__:
                 text = f"{module.__name__}.{name}\n{inspect.getdoc(getattr(module, name))}"
                 lines.write(json.dumps({"id": f"{module.__name__}.{name}", "text": text[:400]}) + "\n")
-    for command in (["embed", corpus, "-o", root / "embeddings"],
-                    ["build-index", root / "embeddings", "-o", root / "index", "--nlist", 6]):  # fmt: skip
+    for command in (
+        ["embed", corpus, "-o", root / "embeddings"],
+        ["build-index", root / "embeddings", "-o", root / "index", "--nlist", 6],
+    ):
         done = CliRunner().invoke(app, list(map(str, command)))
         assert done.exit_code == 0, done.stderr
     return root / "index"
@@ -564,7 +559,9 @@ class Terminal:
         # The shell opens the terminal as the leader of a session, so it becomes the one that Ctrl-C comes from.
         self._process = subprocess.Popen(
             ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(self._slave), *command],
-            env=os.environ | environment, start_new_session=True)  # fmt: skip
+            env=os.environ | environment,
+            start_new_session=True,
+        )
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._raw = ""
         self._seen = 0
@@ -613,11 +610,7 @@ def terminal(tmp_path):
     opened = []
 
     def start(command):
-        environment = {
-            "XDG_STATE_HOME": str(tmp_path / "state"),
-            "TERM": "xterm",
-            "PROMPT_TOOLKIT_NO_CPR": "1",
-        }
+        environment = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
         opened.append(Terminal(command, environment))
         return opened[-1]
 
@@ -664,22 +657,29 @@ def test_at_a_terminal(index, terminal, tmp_path):
 @pytest.mark.model
 def test_from_a_pipe(index):
     lines = "How do I find the median\\\n of numbers?\n/nope\nAnd the lower one?\n/sources 1\n"
-    done = subprocess.run(program(index, "--max-tokens", 12, "--pipeline", "naive"), input=lines, text=True,
-                          capture_output=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        program(index, "--max-tokens", 12, "--pipeline", "naive"),
+        input=lines,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 3, done.stderr
     assert "There is no command /nope" in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     assert done.stdout.count("\n  [1] statistics.median") == 2
-    assert re.search(
-        r"\n  \[5\] \S+.*\n\n\[1\] -?\d\.\d+  statistics\.median\w*\n    statistics", done.stdout
-    )
+    assert re.search(r"\n  \[5\] \S+.*\n\n\[1\] -?\d\.\d+  statistics\.median\w*\n    statistics", done.stdout)
     assert "rewriting" not in done.stderr  # the status line is for terminals
 
 
 @pytest.mark.model
 def test_ctrl_c_while_a_pipe_is_silent_ends_the_program(index):
-    process = subprocess.Popen(program(index, "--max-tokens", 4, "--pipeline", "naive"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        program(index, "--max-tokens", 4, "--pipeline", "naive"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdin.write(b"What is a median?\n")
     process.stdin.flush()
     assert process.stdout.readline()

@@ -13,8 +13,8 @@ import typer
 from typer.testing import CliRunner
 
 from telerag_cli import __version__, console, errors
-from telerag_cli.app import app
-from telerag_cli.commands.guard import DEBUG_VARIABLE, guarded
+from telerag_cli.cli.app import app
+from telerag_cli.cli.guard import DEBUG_VARIABLE, guarded
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [
@@ -83,10 +83,7 @@ def test_no_arguments_show_the_help(runner):
 
 def test_the_module_runs_as_the_program_does():
     command = [sys.executable, "-m", "telerag_cli", "--version"]
-    assert (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        == f"telerag {__version__}\n"
-    )
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"telerag {__version__}\n"
 
 
 def test_a_typo_suggests_the_command(runner):
@@ -134,8 +131,8 @@ def test_interruption_exits_130_and_says_so(runner):
 
 ENDLESS = """
 import itertools, sys, time, typer
-from telerag_cli import console
-from telerag_cli.commands.guard import guarded
+from telerag_cli.cli import console
+from telerag_cli.cli.guard import guarded
 def work() -> None:
     for number in itertools.count():
         console.emit(str(number))
@@ -174,7 +171,7 @@ def test_ctrl_c_ends_a_running_command_with_130():
 def test_reserved_stdout_keeps_native_chatter_out_of_the_data():
     code = (
         "import os\n"
-        "from telerag_cli import console\n"
+        "from telerag_cli.cli import console\n"
         "with console.stdout_reserved():\n"
         "    os.write(1, b'chatter of a C library\\n')\n"
         "    print('and of one in Python')\n"

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
-from telerag_cli.cluster import data as cluster_data
-from telerag_cli.cluster.data import Pool, stream
-from telerag_cli.cluster.session import Cluster, cause, joined
+from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
+from telerag_cli.distributed import data as cluster_data
+from telerag_cli.distributed.data import Pool, stream
+from telerag_cli.distributed.session import Cluster, cause, joined
 from telerag_cli.embedding.encoder import EncoderInfo
 from telerag_cli.embedding.job import embed_passages, make_shard
 from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
@@ -293,7 +293,7 @@ def test_ray_chooses_the_gpu(tmp_path):
 def test_a_running_cluster_is_joined_and_goes_on(cluster):
     code = (
         "import sys\n"
-        "from telerag_cli.cluster.session import joined\n"
+        "from telerag_cli.distributed.session import joined\n"
         "with joined(sys.argv[1]) as found: print(found)\n"
     )
     address = ray.get_runtime_context().gcs_address
@@ -311,7 +311,7 @@ def commands(cluster, tmp_path, monkeypatch):
     def here(address=None, *, cpus=None):
         yield cluster
 
-    monkeypatch.setattr("telerag_cli.cluster.session.joined", here)
+    monkeypatch.setattr("telerag_cli.distributed.session.joined", here)
     monkeypatch.chdir(tmp_path)
 
     def both(*arguments):

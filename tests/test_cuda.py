@@ -17,7 +17,7 @@ from indexes import expected, make_index, make_vectors
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.scoring import Coarse, ListScorer
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier, coalesce
@@ -55,10 +55,12 @@ def check(retriever, ivf, queries, k, nprobe, ahead=None):
 # The link
 
 
-def moves(*extents):
+def moves(*list_bytes):
     """Moves of one page each from and to these pages."""
-    return [Move(number, PAGE_BYTES * source, PAGE_BYTES * target, PAGE_BYTES)
-            for number, (source, target) in enumerate(extents)]  # fmt: skip
+    return [
+        Move(number, PAGE_BYTES * source, PAGE_BYTES * target, PAGE_BYTES)
+        for number, (source, target) in enumerate(list_bytes)
+    ]
 
 
 def test_neighbours_on_both_sides_are_one_copy():
@@ -67,7 +69,7 @@ def test_neighbours_on_both_sides_are_one_copy():
     assert coalesce([]) == []
 
 
-class Told:
+class ObservedRag:
     """Notes what arrives."""
 
     def __init__(self):
@@ -91,7 +93,7 @@ def open_copier(gpu, pages=16, **rate):
 
 def test_every_list_comes_whole_and_once():
     _source, arena, copier = open_copier(SimulatedGpu(longest_s=0.002))
-    told = Told()
+    told = ObservedRag()
     copier.submit(moves((0, 4), (1, 5), (9, 0)), told)
     copier.submit(moves((12, 1)), told)
     told.wait(4)
@@ -105,7 +107,7 @@ def test_every_list_comes_whole_and_once():
 def test_a_copy_that_fails_is_told_and_the_others_come():
     fails = iter([False, True, False])
     _source, arena, copier = open_copier(SimulatedGpu(copy_fails=lambda: next(fails)))
-    told = Told()
+    told = ObservedRag()
     copier.submit(moves((0, 8), (5, 1), (7, 2)), told)
     told.wait(3)
     copier.close()
@@ -123,7 +125,7 @@ def test_a_device_that_refuses_copies_is_told_from_the_links_thread():
 
     source = torch.zeros(PAGE_BYTES, dtype=torch.uint8)
     copier = Copier(Refusing(), source, source.clone(), Rate(1e9, 1.0), PAGE_BYTES)
-    told = Told()
+    told = ObservedRag()
     copier.submit(moves((0, 0)), told)
     told.wait(1)
     assert told.badly == [0]
@@ -133,7 +135,7 @@ def test_a_device_that_refuses_copies_is_told_from_the_links_thread():
 def test_the_link_learns_its_rate_and_keeps_busy_for_a_while_ahead():
     _source, _arena, copier = open_copier(SimulatedGpu(bytes_per_s=4e6))
     assert copier.depth == 256
-    told = Told()
+    told = ObservedRag()
     for number in range(10):
         copier.submit(moves((number, number)), told)
     told.wait(10)
@@ -160,11 +162,14 @@ def child(index, code):
         "from telerag_cli.tiers.slow import SlowTier\n"
         "root = pathlib.Path(sys.argv[1])\n"
         f"paths = types.SimpleNamespace(lists=root / 'lists.bin')\n"
-        f"index = types.SimpleNamespace(paths=paths, extents=np.array({index.extents.tolist()}))\n"
+        f"index = types.SimpleNamespace(paths=paths, list_bytes=np.array({index.list_bytes.tolist()}))\n"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", prelude + code, str(index.paths.root)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
-    )  # fmt: skip
+        [sys.executable, "-c", prelude + code, str(index.paths.root)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_lists_are_read_whole_and_another_process_shares_them(small):
@@ -175,8 +180,7 @@ def test_lists_are_read_whole_and_another_process_shares_them(small):
     assert sum(told) == index.paths.lists.stat().st_size
     assert slow.memory.tobytes() == index.paths.lists.read_bytes()
     other = child(
-        index,
-        "slow = SlowTier(index); print(slow.shared, int(slow.memory.sum(dtype='int64')), flush=True); input()",
+        index, "slow = SlowTier(index); print(slow.shared, int(slow.memory.sum(dtype='int64')), flush=True); input()"
     )
     assert other.stdout.readline().split() == ["True", str(int(slow.memory.sum(dtype=np.int64)))]
     slow.memory[7] ^= 0xFF  # the very same pages, so the next one sees it
@@ -195,9 +199,7 @@ def test_lists_are_read_whole_and_another_process_shares_them(small):
 
 def test_a_reader_that_is_killed_leaves_nothing_half_read(small):
     index, _ivf, _vectors = small
-    reader = child(
-        index, "def stall(count):\n    print('reading', flush=True); time.sleep(60)\nSlowTier(index, stall)"
-    )
+    reader = child(index, "def stall(count):\n    print('reading', flush=True); time.sleep(60)\nSlowTier(index, stall)")
     assert reader.stdout.readline() == "reading\n"
     reader.send_signal(signal.SIGKILL)
     reader.communicate()
@@ -334,8 +336,7 @@ def test_a_failing_device_costs_time_and_no_result(small, copies, works):
     dice = random.Random(1)
     broken = {"copies": 0.0, "works": 0.0}
     gpu = SimulatedGpu(
-        copy_fails=lambda: dice.random() < broken["copies"],
-        work_fails=lambda: dice.random() < broken["works"],
+        copy_fails=lambda: dice.random() < broken["copies"], work_fails=lambda: dice.random() < broken["works"]
     )
     tier, retriever = open_over(index, gpu)
     broken.update(copies=copies, works=works)
@@ -403,7 +404,7 @@ def test_a_stream_of_a_lost_device_closes_quietly(monkeypatch):
 
 def test_an_arena_too_small_for_all_misses_is_no_obstacle(small):
     index, ivf, vectors = small
-    tier, retriever = open_over(index, SimulatedGpu(longest_s=0.001), int(index.extents.max()))
+    tier, retriever = open_over(index, SimulatedGpu(longest_s=0.001), int(index.list_bytes.max()))
     tier.in_place.scoring.observe(1 << 40, 1e6)
     report = check(retriever, ivf, vectors[:3], 5, 20)
     assert report.lists_in_place > 0, "what had no room was scored in place"
@@ -469,7 +470,10 @@ def test_a_gpu_that_is_not_there():
 def test_what_torch_says_of_the_device_is_ours_to_tell():
     with pytest.raises(ResourceError, match=r"ran out of memory while scoring"), translated("scoring"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-    with pytest.raises(ResourceError, match=r"failed while moving lists: CUDA error: misaligned"), translated("moving lists"):  # fmt: skip
+    with (
+        pytest.raises(ResourceError, match=r"failed while moving lists: CUDA error: misaligned"),
+        translated("moving lists"),
+    ):
         raise RuntimeError("CUDA error: misaligned\nmore")
 
 
@@ -483,7 +487,7 @@ def test_what_torch_says_of_the_device_is_ours_to_tell():
 def test_on_a_gpu_the_results_are_faiss_s(tmp_path, metric, storage):
     vectors = make_vectors(30_000, 130, 1, 50)
     index, ivf = make_index(tmp_path, vectors, 64, metric, storage)
-    tier, retriever = open_over(index, CudaGpu(0), int(index.extents.sum()) // 2)
+    tier, retriever = open_over(index, CudaGpu(0), int(index.list_bytes.sum()) // 2)
     for row in range(20):
         queries = vectors[row : row + 1 + row % 4] + np.float32(0.1)
         ahead = retriever.begin(queries, 16)

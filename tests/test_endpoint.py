@@ -21,10 +21,10 @@ from doubles import answer_in_order
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import InputError, ModelError, UsageError
-from telerag_cli.generation import endpoint as module
-from telerag_cli.generation.base import Message, Request
-from telerag_cli.generation.endpoint import Endpoint
-from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.llm import endpoint as module
+from telerag_cli.llm.base import Message, Request
+from telerag_cli.llm.endpoint import Endpoint
+from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
 from telerag_cli.pipelines.registry import PipelineName
 
 ADDRESS = "127.0.0.1"
@@ -53,10 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         assert self.path == "/v1/models"
-        data = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "me"}
-            for name in self.server.script.models
-        ]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server.script.models]
         answer(200, {"object": "list", "data": data})(self)
 
     def log_message(self, *_arguments):
@@ -156,18 +153,8 @@ def test_everything_asked_is_passed_on(server):
     request = Request(messages, 5, temperature=0.5, top_p=0.9, seed=7, stop=("a", "b"))
     run(server.endpoint(stream("Green")), request)
     body = server.bodies[0]
-    assert body["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Which?"},
-    ]
-    wanted = {
-        "model": "small",
-        "max_tokens": 5,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "seed": 7,
-        "stop": ["a", "b"],
-    }
+    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Which?"}]
+    wanted = {"model": "small", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 7, "stop": ["a", "b"]}
     assert {name: body[name] for name in wanted} == wanted
     assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
     assert "response_format" not in body
@@ -314,11 +301,7 @@ def test_a_server_that_knows_the_older_form_of_schemas_gets_that(server):
     endpoint = server.endpoint(no, stream('{"choice": "no"}'), notice=notices.append, retries=0)
     assert run(endpoint, ask(shape=Choice(("yes", "no")))).text == "no"
     assert run(endpoint, ask(shape=Choice(("yes", "no")))).text == "no"
-    assert [body["response_format"]["type"] for body in server.bodies] == [
-        "json_schema",
-        "json_object",
-        "json_object",
-    ]
+    assert [body["response_format"]["type"] for body in server.bodies] == ["json_schema", "json_object", "json_object"]
     assert server.bodies[1]["response_format"]["schema"] == Choice(("yes", "no")).schema
     assert endpoint.schema_format == "json_object"
     assert len(notices) == 1
@@ -377,15 +360,24 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_counts_as_waiting(server):
         (refuse(400, "Bad seed"), 1, ModelError, "answers 400: Bad seed.", "log"),
         (
             refuse(400, "This model's maximum context length is 64 tokens.", "context_length_exceeded"),
-            1, InputError, "maximum context length is 64 tokens.", "Shorten",
+            1,
+            InputError,
+            "maximum context length is 64 tokens.",
+            "Shorten",
         ),
         (
             raw(f"data: {json.dumps({'error': {'message': 'exceeds the context size', 'code': 400}})}\n\n"),
-            1, InputError, "answers 400: exceeds the context size.", "Shorten",
+            1,
+            InputError,
+            "answers 400: exceeds the context size.",
+            "Shorten",
         ),
         (
             raw(f"data: {json.dumps({'error': {'message': 'Overloaded', 'code': 503}})}\n\n"),
-            3, ModelError, "answers 503 after 3 tries: Overloaded.", "log",
+            3,
+            ModelError,
+            "answers 503 after 3 tries: Overloaded.",
+            "log",
         ),
         (raw("data: {oops\n\n"), 1, ModelError, "stream that cannot be read: Expecting property", "/v1"),
         (raw('data: {"hello": 1}\n\n'), 1, ModelError, "is no chunk of a completion.", "/v1"),
@@ -394,10 +386,13 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_counts_as_waiting(server):
         (stream("a", finish="tool_calls"), 1, ModelError, "ended the answer with 'tool_calls'", "another"),
         (
             raw(event({"refusal": "I will not."}), event({}, "stop")),
-            1, ModelError, "refuses to answer: I will not.", "another",
+            1,
+            ModelError,
+            "refuses to answer: I will not.",
+            "another",
         ),
     ],
-)  # fmt: skip
+)
 def test_errors_say_what_the_server_said(server, reply, tries, error, says, remedy):
     server.models = ["tiny", "small"]
     with pytest.raises(error) as caught:
@@ -554,7 +549,7 @@ def test_a_server_that_is_gone_is_every_lines_error(server, engine_of):
 
 @pytest.fixture(scope="module")
 def llama_url(tmp_path_factory):
-    from telerag_cli.generation.models import resolve_model
+    from telerag_cli.llm.models import resolve_model
 
     with socket.create_server((ADDRESS, 0)) as free:
         port = free.getsockname()[1]
@@ -604,9 +599,7 @@ def test_llama_answers_streams_and_stops(llama_url):
 @pytest.mark.model
 def test_llama_samples_by_seed(llama_url):
     endpoint = Endpoint(llama_url, "small")
-    texts = [
-        run(endpoint, ask("Tell a story.", 16, temperature=1.5, seed=seed)).text for seed in (1, 1, 1, 2)
-    ]
+    texts = [run(endpoint, ask("Tell a story.", 16, temperature=1.5, seed=seed)).text for seed in (1, 1, 1, 2)]
     assert texts[1] == texts[2]  # the first met a prompt that the server had not seen
     assert texts[2] != texts[3]
 
@@ -632,9 +625,7 @@ def test_llama_answers_the_next_when_one_is_cancelled(llama_url):
         begun = asyncio.Event()
         loop = asyncio.get_running_loop()
         long = ask("Tell a very long story.", 900, temperature=1.0)
-        task = asyncio.create_task(
-            endpoint.generate(long, lambda _text, _tokens: loop.call_soon_threadsafe(begun.set))
-        )
+        task = asyncio.create_task(endpoint.generate(long, lambda _text, _tokens: loop.call_soon_threadsafe(begun.set)))
         await begun.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -17,14 +17,14 @@ from telerag_cli.engine.citations import cite
 from telerag_cli.engine.lines import RunFile, answer_line, error_line
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.questions import read_questions
-from telerag_cli.engine.refiner import Begun, Refiner
-from telerag_cli.engine.sketcher import Sketcher
+from telerag_cli.engine.refinement_embedder import RefinementEmbedder
+from telerag_cli.engine.refiner import PrefetchHandle, Refiner
 from telerag_cli.errors import ArtifactError, InputError, ModelError
-from telerag_cli.generation.shapes import Lines
-from telerag_cli.lookahead.order import CHECKPOINTS, PATIENT_CHECKPOINTS
+from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS
 from telerag_cli.tracing import Tracer
 
 
@@ -46,15 +46,7 @@ def test_hyde_writes_retrieves_and_answers(engine_of):
     assert answered.citations[0]["id"] == answered.found[0].passage.id
     assert answered.citations[0]["by"] == "marker"
     assert len(answered.joins) == 1
-    assert {
-        "passage_s",
-        "embed_s",
-        "join_s",
-        "retrieval_s",
-        "answer_s",
-        "llm_s",
-        "total_s",
-    } <= set(answered.timings)
+    assert {"passage_s", "embed_s", "join_s", "retrieval_s", "answer_s", "llm_s", "total_s"} <= set(answered.timings)
     assert answered.timings["total_s"] >= answered.timings["llm_s"]
 
 
@@ -105,10 +97,7 @@ def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
 
 def test_fit_keeps_everything_when_there_is_room():
     hits = [Retrieved(Passage(str(n), "text", {}), n, 1.0) for n in range(3)]
-    assert (
-        fit("q", hits, answer_prompt, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1]
-        == 3
-    )
+    assert fit("q", hits, answer_prompt, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1] == 3
 
 
 class StubRound:
@@ -141,17 +130,17 @@ class Sketches:
 @pytest.fixture
 def sketches():
     made = Sketches()
-    made.sketcher = Sketcher(made, share=1.0, allowance_s=10.0)
+    made.refinement_embedder = RefinementEmbedder(made, share=1.0, allowance_s=10.0)
     yield made
     made.gate.set()
-    made.sketcher.close()
+    made.refinement_embedder.close()
 
 
 def refiner_of(sketches, expected_tokens, expect=None):
     begun = Future()
-    begun.set_result(Begun(np.ones(2, np.float32), StubRound()))
+    begun.set_result(PrefetchHandle(np.ones(2, np.float32), StubRound()))
     retriever = StubRetriever()
-    return Refiner(begun, retriever, 4, expected_tokens, sketches.sketcher, expect), retriever
+    return Refiner(begun, retriever, 4, expected_tokens, sketches.refinement_embedder, expect), retriever
 
 
 def settled(sketches):
@@ -169,7 +158,7 @@ def settled(sketches):
 
     # The first may be taken together with what is waited for, the second comes after it.
     for last in (Last(), Last()):
-        sketches.sketcher.submit(last)
+        sketches.refinement_embedder.submit(last)
         assert last.taken.wait(5)
 
 
@@ -258,19 +247,19 @@ def test_sketching_takes_no_more_than_its_share():
         def give(self, vectors):
             self.done.set()
 
-    sketcher = Sketcher(slow, share=0.1, allowance_s=0.01)
+    refinement_embedder = RefinementEmbedder(slow, share=0.1, allowance_s=0.01)
     wishes = [Wish(False) for _ in range(3)]
-    sketcher.submit(wishes[0])
+    refinement_embedder.submit(wishes[0])
     assert wishes[0].done.wait(5)
-    sketcher.submit(wishes[1])
-    sketcher.submit(wishes[2])
+    refinement_embedder.submit(wishes[1])
+    refinement_embedder.submit(wishes[2])
     urgent = Wish(True)
-    sketcher.submit(urgent)
+    refinement_embedder.submit(urgent)
     assert urgent.done.wait(5)
     assert not wishes[1].done.is_set()  # 10 ms too many were used
     assert wishes[1].done.wait(5)
     assert wishes[2].done.wait(5)
-    sketcher.close()
+    refinement_embedder.close()
     assert [count for _at, count in calls] == [1, 1, 2]
     assert calls[2][0] - calls[0][0] > 0.1
 
@@ -280,10 +269,10 @@ def hits(*texts):
 
 
 def test_citations_by_marker_and_by_words():
-    found = hits(
-        "Generators yield values lazily from functions.", "Lists store several objects together in order."
+    found = hits("Generators yield values lazily from functions.", "Lists store several objects together in order.")
+    text = (
+        "Lists store objects together in order. [2] Generators yield values lazily! Something unrelated entirely here."
     )
-    text = "Lists store objects together in order. [2] Generators yield values lazily! Something unrelated entirely here."
     citations = cite(text, found)
     assert [(item["id"], item["by"]) for item in citations] == [("p1", "marker"), ("p0", "overlap")]
     assert text[citations[0]["start"] : citations[0]["end"]] == "Lists store objects together in order. [2]"
@@ -344,11 +333,7 @@ def test_lines_answer_in_kind(engine_of):
 
 def test_a_run_file_resumes_after_a_torn_line_and_tries_failures_again(tmp_path):
     path = tmp_path / "out.jsonl"
-    whole = [
-        '{"id": "1", "answer": "a"}',
-        '{"id": "2", "error": {"message": "x"}}',
-        '{"id": "3", "answer": "c"}',
-    ]
+    whole = ['{"id": "1", "answer": "a"}', '{"id": "2", "error": {"message": "x"}}', '{"id": "3", "answer": "c"}']
     path.write_text("\n".join([*whole, '{"id": "4", "ans']))
     with pytest.raises(ArtifactError, match="already holds"):
         RunFile(path, resume=False)

@@ -11,8 +11,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from telerag_cli.commands.eval import evaluate as command
-from telerag_cli.commands.guard import guarded
+from telerag_cli.cli.eval import evaluate as command
+from telerag_cli.cli.guard import guarded
 from telerag_cli.corpus import pydocs
 from telerag_cli.evaluation.answers import contains, normalized, score_answer
 from telerag_cli.evaluation.bootstrap import FEWEST, Sampling, difference, estimate
@@ -22,8 +22,16 @@ from telerag_cli.evaluation.records import Found, Record, names_of, read_asked
 
 ROOT = Path(__file__).parent.parent
 PYTHON_QA = ROOT / "datasets" / "python_qa.jsonl"
-CAPITALS = [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid"), ("Peru", "Lima"), ("Cuba", "Havana"),
-            ("Kenya", "Nairobi"), ("Japan", "Tokyo"), ("Chad", "N'Djamena")]  # fmt: skip
+CAPITALS = [
+    ("France", "Paris"),
+    ("Italy", "Rome"),
+    ("Spain", "Madrid"),
+    ("Peru", "Lima"),
+    ("Cuba", "Havana"),
+    ("Kenya", "Nairobi"),
+    ("Japan", "Tokyo"),
+    ("Chad", "N'Djamena"),
+]
 
 program = typer.Typer()
 program.command("eval")(guarded(command))
@@ -47,17 +55,17 @@ def values(result, run=0):
 
 def line(key, answer, passages=(), **more):
     """A line as ``telerag run`` writes it; passages are (id, score, text)."""
-    found = [
-        {"rank": rank, "id": each[0], "score": each[1], "text": each[2]}
-        for rank, each in enumerate(passages, 1)
-    ]
+    found = [{"rank": rank, "id": each[0], "score": each[1], "text": each[2]} for rank, each in enumerate(passages, 1)]
     return {"id": key, "question": f"{key}?", "answer": answer, "passages": found, **more}
 
 
 def passages_of(country, capital):
     """Three passages, the second of which holds the answer."""
-    return [(f"{country} a", 0.9, "The weather."), (f"{country} b", 0.8, f"It is the city of {capital}."),
-            (f"{country} c", 0.7, "The food.")]  # fmt: skip
+    return [
+        (f"{country} a", 0.9, "The weather."),
+        (f"{country} b", 0.8, f"It is the city of {capital}."),
+        (f"{country} c", 0.7, "The food."),
+    ]
 
 
 def write(path, lines):
@@ -76,8 +84,7 @@ def good(tmp_path):
 @pytest.fixture
 def bad(tmp_path):
     return write(
-        tmp_path / "bad.jsonl",
-        [line(country, "No idea", [("z", 0.5, "Nothing.")]) for country, _ in CAPITALS],
+        tmp_path / "bad.jsonl", [line(country, "No idea", [("z", 0.5, "Nothing.")]) for country, _ in CAPITALS]
     )
 
 
@@ -89,7 +96,8 @@ def questions(tmp_path):
     )
 
 
-# --- answers -----------------------------------------------------------------------------------------------------------
+# --- answers
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,8 @@ def test_containment(text, answers, is_contained):
     assert contains(normalized(text), [normalized(answer) for answer in answers]) is is_contained
 
 
-# --- passages ----------------------------------------------------------------------------------------------------------
+# --- passages
+# ----------------------------------------------------------------------------------------------------------
 
 
 def record(key, ids, score=None):
@@ -137,9 +146,7 @@ def record(key, ids, score=None):
 
 def test_measures_of_passages_computed_by_hand():
     judged = {"q": {"a": 2, "b": 1, "c": 1, "x": 0}, "none": {"a": 1}}
-    scores = score_passages(
-        [record("q", "xab"), record("none", "")], judged, measures([1, 2, 3], complete=True)
-    )
+    scores = score_passages([record("q", "xab"), record("none", "")], judged, measures([1, 2, 3], complete=True))
     gained = 2 / math.log2(3) + 1 / math.log2(4)
     best = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)
     assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
@@ -149,9 +156,7 @@ def test_measures_of_passages_computed_by_hand():
 
 
 def test_success_where_not_all_relevant_passages_are_known():
-    scores = score_passages(
-        [record("q", "xab")], {"q": {"x": 0, "a": 1, "b": 1}}, measures([1, 3], complete=False)
-    )
+    scores = score_passages([record("q", "xab")], {"q": {"x": 0, "a": 1, "b": 1}}, measures([1, 3], complete=False))
     best = 1 + 1 / math.log2(3)
     assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
         {"success@1": 0, "success@3": 1, "ndcg@10": (1 / math.log2(3) + 1 / 2) / best, "mrr": 1 / 2}
@@ -172,7 +177,8 @@ def test_ndcg_counts_ten_passages():
     assert scores["mrr"]["q"] == pytest.approx(1 / 11)
 
 
-# --- intervals ---------------------------------------------------------------------------------------------------------
+# --- intervals
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_interval_is_that_of_the_binomial():
@@ -221,15 +227,23 @@ def test_few_questions_allow_no_verdict():
     assert difference([0.0] * FEWEST, [1.0] * FEWEST, Sampling()).differs is True
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_one_run_with_answers_from_the_questions(good, questions):
     result, said = figures(good, "--questions", questions)
     assert values(result) == pytest.approx(
-        {"exact_match": 1, "f1": 1, "contains_answer": 1, "success@1": 0, "success@3": 1, "mrr": 0.5,
-         "ndcg@10": 1 / math.log2(3)}
-    )  # fmt: skip
+        {
+            "exact_match": 1,
+            "f1": 1,
+            "contains_answer": 1,
+            "success@1": 0,
+            "success@3": 1,
+            "mrr": 0.5,
+            "ndcg@10": 1 / math.log2(3),
+        }
+    )
     assert result["judged_by"] == "answers"
     assert result["cutoffs"] == [1, 3]  # the usual ones up to what was retrieved
     assert "success@k is the share of questions" in said
@@ -249,9 +263,13 @@ def test_tables_are_data_and_notes_are_talk(good, bad, questions):
 def test_answers_on_the_runs_own_lines(tmp_path):
     run = write(
         tmp_path / "r.jsonl",
-        [line("1", "Paris", answers=["Paris"]), line("2", "Rome", golden_answers=["Rome", "Roma"]),
-         line("3", "Oslo", answers={"text": ["Oslo"], "answer_start": [0]}), line("4", "Bern")],
-    )  # fmt: skip
+        [
+            line("1", "Paris", answers=["Paris"]),
+            line("2", "Rome", golden_answers=["Rome", "Roma"]),
+            line("3", "Oslo", answers={"text": ["Oslo"], "answer_start": [0]}),
+            line("4", "Bern"),
+        ],
+    )
     result, said = figures(run)
     assert values(result) == {"exact_match": 1, "f1": 1, "contains_answer": 1}
     assert result["runs"][0]["without_gold"] == 1
@@ -278,9 +296,9 @@ def test_identical_runs_do_not_differ(tmp_path, good, questions):
     result, _ = figures(good, other, "--questions", questions)
     pair = result["comparisons"][0]
     assert (pair["questions"], pair["identical_answers"], pair["identical_passages"]) == (8, 8, 8)
-    assert {
-        (found["value"], found["low"], found["high"], found["differs"]) for found in pair["measures"].values()
-    } == {(0, 0, 0, False)}
+    assert {(found["value"], found["low"], found["high"], found["differs"]) for found in pair["measures"].values()} == {
+        (0, 0, 0, False)
+    }
 
 
 def test_different_runs_differ_over_what_both_answered(tmp_path, good, bad, questions):
@@ -289,15 +307,10 @@ def test_different_runs_differ_over_what_both_answered(tmp_path, good, bad, ques
     lines[1]["answer"] = "Rome."
     third = write(tmp_path / "third.jsonl", lines)
     result, _ = figures(good, bad, third, "--questions", questions)
-    assert [(each["first"], each["second"], each["questions"], each["identical_answers"])
-            for each in result["comparisons"]] == [
-        ("good.jsonl", "bad.jsonl", 8, 0), ("good.jsonl", "third.jsonl", 7, 1), ("bad.jsonl", "third.jsonl", 7, 6),
-    ]  # fmt: skip
-    assert [each["measures"]["exact_match"]["differs"] for each in result["comparisons"]] == [
-        True,
-        True,
-        False,
-    ]
+    assert [
+        (each["first"], each["second"], each["questions"], each["identical_answers"]) for each in result["comparisons"]
+    ] == [("good.jsonl", "bad.jsonl", 8, 0), ("good.jsonl", "third.jsonl", 7, 1), ("bad.jsonl", "third.jsonl", 7, 6)]
+    assert [each["measures"]["exact_match"]["differs"] for each in result["comparisons"]] == [True, True, False]
     assert result["comparisons"][1]["measures"]["exact_match"]["value"] == pytest.approx(-6 / 7)
 
 
@@ -311,12 +324,7 @@ def test_runs_without_gold_answers_are_compared_as_texts(good, bad):
 
 def batch(key, answer, **more):
     body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}}], **more}
-    return {
-        "id": f"batch_req_{key}",
-        "custom_id": key,
-        "response": {"status_code": 200, "body": body},
-        "error": None,
-    }
+    return {"id": f"batch_req_{key}", "custom_id": key, "response": {"status_code": 200, "body": body}, "error": None}
 
 
 def test_batch_lines(tmp_path, questions):
@@ -329,9 +337,16 @@ def test_batch_lines(tmp_path, questions):
     ]
     result, said = figures(write(tmp_path / "b.jsonl", lines), "--questions", questions)
     assert values(result) == pytest.approx(
-        {"exact_match": 0.5, "f1": 0.5, "contains_answer": 0.5, "success@1": 0, "success@3": 0.25,
-         "ndcg@10": 0.25 / math.log2(3), "mrr": 0.125}
-    )  # fmt: skip
+        {
+            "exact_match": 0.5,
+            "f1": 0.5,
+            "contains_answer": 0.5,
+            "success@1": 0,
+            "success@3": 0.25,
+            "ndcg@10": 0.25 / math.log2(3),
+            "mrr": 0.125,
+        }
+    )
     assert "2 of 4 lines failed" in said
 
 
@@ -342,9 +357,7 @@ def test_stdin_and_what_search_prints(questions):
     ]
     result, _ = figures("-", "-q", questions, stdin="\n".join(map(json.dumps, lines)))
     assert result["runs"][0]["run"] == "<stdin>"
-    assert values(result) == pytest.approx(
-        {"success@1": 0, "success@3": 1, "ndcg@10": 1 / math.log2(3), "mrr": 0.5}
-    )
+    assert values(result) == pytest.approx({"success@1": 0, "success@3": 1, "ndcg@10": 1 / math.log2(3), "mrr": 0.5})
 
 
 BEIR = "query-id\tcorpus-id\tscore\nFrance\tFrance b\t1\nFrance\tFrance c\t1\nItaly\tItaly a\t2\nChad\tChad a\t0\n"
@@ -368,9 +381,11 @@ def test_qrels(tmp_path, good, text):
 def test_passages_of_the_questions_are_judgements(tmp_path, good):
     path = write(
         tmp_path / "q.jsonl",
-        [{"id": "France", "question": "?", "answers": ["Paris"], "passages": ["France a", "absent"]},
-         {"id": "Italy", "question": "?", "answers": ["Rome"]}],
-    )  # fmt: skip
+        [
+            {"id": "France", "question": "?", "answers": ["Paris"], "passages": ["France a", "absent"]},
+            {"id": "Italy", "question": "?", "answers": ["Rome"]},
+        ],
+    )
     result, said = figures(good, "--questions", path)
     assert result["judged_by"] == "passages"
     assert values(result)["recall@3"] == 0.5
@@ -400,22 +415,24 @@ def test_passages_without_texts_are_not_judged_by_answers(tmp_path, questions):
     assert "passages without their text cannot be judged" in said
 
 
-# --- TREC files --------------------------------------------------------------------------------------------------------
+# --- TREC files
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_a_trec_file_reads_back_as_what_was_retrieved(tmp_path, good, questions):
     path = tmp_path / "good.trec"
     assert telerag_eval(good, "-q", questions, "--trec", path).exit_code == 0
     read = list(ir_measures.read_trec_run(str(path)))
-    expected = [(country, f"{country}%20{letter}", score)
-                for country, _ in CAPITALS for letter, score in (("a", 0.9), ("b", 0.8), ("c", 0.7))]  # fmt: skip
+    expected = [
+        (country, f"{country}%20{letter}", score)
+        for country, _ in CAPITALS
+        for letter, score in (("a", 0.9), ("b", 0.8), ("c", 0.7))
+    ]
     assert [tuple(each) for each in read] == expected
     assert path.read_text().splitlines()[0] == "France Q0 France%20a 1 0.9 good.jsonl"
 
 
-@pytest.mark.parametrize(
-    "scores", [(0.5, 0.5, 0.2), (0.5, 0.6, 0.7), (0.5, 0.4, None), (0.5, 0.4, 0.4 - 1e-12)]
-)
+@pytest.mark.parametrize("scores", [(0.5, 0.5, 0.2), (0.5, 0.6, 0.7), (0.5, 0.4, None), (0.5, 0.4, 0.4 - 1e-12)])
 def test_a_trec_file_keeps_the_order_where_scores_do_not(tmp_path, scores):
     passages = list(zip("bac", scores, ("x", "y", "z"), strict=True))
     run = write(tmp_path / "r.jsonl", [line("q", "A", passages, answers=["A"])])
@@ -439,9 +456,7 @@ def test_several_runs_make_a_folder_of_trec_files(tmp_path, questions):
     runs = []
     for name in ("off", "on"):
         (tmp_path / name).mkdir()
-        runs.append(
-            write(tmp_path / name / "answers.jsonl", [line("France", "Paris", [("a", 1.0, "Paris")])])
-        )
+        runs.append(write(tmp_path / name / "answers.jsonl", [line("France", "Paris", [("a", 1.0, "Paris")])]))
     assert telerag_eval(*runs, "-q", questions, "--trec", tmp_path / "new" / "trec").exit_code == 0
     assert sorted(path.name for path in (tmp_path / "new" / "trec").iterdir()) == [
         "off-answers.trec",
@@ -456,19 +471,15 @@ def test_ids_and_names():
     assert names_of(["x/a.jsonl", "y/b.jsonl"]) == ["a.jsonl", "b.jsonl"]
 
 
-# --- output and input --------------------------------------------------------------------------------------------------
+# --- output and input
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_result_is_kept_as_json(tmp_path, good, questions):
     kept = tmp_path / "result.json"
     printed, _ = figures(good, "-q", questions, "-o", kept, "--resamples", 200, "--seed", 3)
     assert json.loads(kept.read_text()) == printed
-    assert printed["bootstrap"] == {
-        "resamples": 200,
-        "seed": 3,
-        "confidence": 0.95,
-        "fewest_questions": FEWEST,
-    }
+    assert printed["bootstrap"] == {"resamples": 200, "seed": 3, "confidence": 0.95, "fewest_questions": FEWEST}
     assert (printed["format"], printed["version"]) == ("telerag-eval", 1)
 
 
@@ -481,8 +492,10 @@ def test_the_result_is_kept_as_json(tmp_path, good, questions):
         ('\n{"id": "a"}\n', "r.jsonl:2 has ['id'], and a run's line has an id and an answer"),
         ('{"answer": "a"}\n', "r.jsonl:1 has ['answer']"),
         ('{"id": "a", "answer": 3}\n', "r.jsonl:1 has an answer of type int"),
-        ('{"id": "a", "answer": "b", "passages": {}, "answers": "c"}\n{"id": "a", "answer": "b"}',
-         "r.jsonl:2 has the id 'a', which line 1 has already"),
+        (
+            '{"id": "a", "answer": "b", "passages": {}, "answers": "c"}\n{"id": "a", "answer": "b"}',
+            "r.jsonl:2 has the id 'a', which line 1 has already",
+        ),
         ('{"id": "a", "answer": "b", "passages": {"x": 1}}\n', "r.jsonl:1 has passages of type dict"),
         ('{"id": "a", "answer": "b", "passages": [{"id": "p", "score": NaN}]}\n', "r.jsonl:1 has as its passage 1"),
         ('{"id": "a", "answer": "b", "passages": [{"id": "p"}, "q"]}\n', "r.jsonl:1 has as its passage 2"),
@@ -493,7 +506,7 @@ def test_the_result_is_kept_as_json(tmp_path, good, questions):
         ("", "r.jsonl holds no line of a run"),
         ('{"id": "q", "answer": "b"}\n', "r.jsonl has 1 lines and nothing that they could be measured against"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_run_is_one_sentence(tmp_path, text, message):
     path = tmp_path / "r.jsonl"
     path.write_text(text, encoding="latin-1")
@@ -509,30 +522,18 @@ def test_a_bad_run_is_one_sentence(tmp_path, text, message):
     ("option", "text", "message"),
     [
         ("--questions", "What is it?\n", "f:1 is not JSON"),
-        (
-            "--questions",
-            '{"id": "France", "question": "?"}\n',
-            "f has 1 questions and neither answers nor passages",
-        ),
+        ("--questions", '{"id": "France", "question": "?"}\n', "f has 1 questions and neither answers nor passages"),
         (
             "--questions",
             '{"id": 1, "answers": ["x"]}\n{"_id": "1", "answers": ["x"]}',
             "f:2 has the id '1', which line 1",
         ),
-        (
-            "--questions",
-            '{"id": "France", "passages": [{"id": 1}]}\n',
-            "f:1 has passages that are no list of strings",
-        ),
+        ("--questions", '{"id": "France", "passages": [{"id": 1}]}\n', "f:1 has passages that are no list of strings"),
         ("--questions", '{"id": "Mali", "answers": ["Bamako"]}\n', "None of the 1 questions of"),
         ("--questions", "\n", "f has 0 questions"),
         ("--qrels", "", "f holds no judgement"),
         ("--qrels", "France 0 France a 1\n", "f:1 has 5 fields, and TREC qrels have 4"),
-        (
-            "--qrels",
-            "France 0 a 1\nFrance 0 b 0.5\n",
-            "f:2 has the grade '0.5', and a grade is a whole number",
-        ),
+        ("--qrels", "France 0 a 1\nFrance 0 b 0.5\n", "f:2 has the grade '0.5', and a grade is a whole number"),
         ("--qrels", "France 0 a 5000\n", "f:1 has the grade '5000'"),
         ("--qrels", "France 0 a 1\nFrance 0 a 2\n", "f:2 gives the passage 'a' grade 2"),
         ("--qrels", "query-id\tcorpus-id\tscore\nFrance\ta\n", "f:2 has 2 fields, and BEIR qrels have 3"),
@@ -574,8 +575,8 @@ def test_a_closed_pipe_is_no_error(tmp_path, good):
         "import sys, atexit\n"
         "atexit.register(lambda: print(*{'torch', 'torchmetrics'} & set(sys.modules), file=sys.stderr))\n"
         "import typer\n"
-        "from telerag_cli.commands.eval import evaluate\n"
-        "from telerag_cli.commands.guard import guarded\n"
+        "from telerag_cli.cli.eval import evaluate\n"
+        "from telerag_cli.cli.guard import guarded\n"
         "app = typer.Typer()\n"
         "app.command()(guarded(evaluate))\n"
         "app()\n"
@@ -584,14 +585,19 @@ def test_a_closed_pipe_is_no_error(tmp_path, good):
     os.close(read)
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code, good, "--qrels", qrels], stdout=written, stderr=subprocess.PIPE, text=True, timeout=60
-        )  # fmt: skip
+            [sys.executable, "-c", code, good, "--qrels", qrels],
+            stdout=written,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
     finally:
         os.close(written)
     assert (done.returncode, done.stderr) == (0, "\n")
 
 
-# --- the questions on the Python documentation -------------------------------------------------------------------------
+# --- the questions on the Python documentation
+# -------------------------------------------------------------------------
 
 
 def test_questions_on_python_are_answered_by_their_passages(monkeypatch):
@@ -606,9 +612,7 @@ def test_questions_on_python_are_answered_by_their_passages(monkeypatch):
     modules |= {key.rpartition(".")[0] for key in modules}  # of a method's class
     # Parsing the whole library takes seconds, and only these modules are asked about.
     source = pydocs._source
-    monkeypatch.setattr(
-        pydocs, "_source", lambda path, module: source(path, module) if module in modules else ()
-    )
+    monkeypatch.setattr(pydocs, "_source", lambda path, module: source(path, module) if module in modules else ())
     texts = {passage.id: passage.text for passage in pydocs.python_documentation() if passage.id in wanted}
     assert wanted - texts.keys() == set()
     for each in asked.values():

@@ -18,7 +18,7 @@ from indexes import expected, make_index, make_vectors
 from telerag_cli.config import CacheKind, Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever, check_search
+from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier
@@ -29,12 +29,21 @@ class Machine(RuleBasedStateMachine):
     """Lookahead, refinement, eviction and search in any order, over any index, arena, cache and link."""
 
     @initialize(
-        dimension=st.integers(1, 40), count=st.integers(30, 600), nlist=st.integers(1, 24), seed=st.integers(0, 2**16),
-        duplicates=st.integers(0, 25), metric=st.sampled_from(Metric), storage=st.sampled_from(Storage),
-        room=st.floats(0, 1.1), cache=st.sampled_from(CacheKind), longest_s=st.sampled_from([0.0, 0.0005, 0.003]),
-        link=st.sampled_from(["disk", "chosen", "cuda"]), fraction=st.floats(0, 1),
-        copies_fail=st.sampled_from([0.0, 0.0, 0.2]), works_fail=st.sampled_from([0.0, 0.0, 0.2]),
-    )  # fmt: skip
+        dimension=st.integers(1, 40),
+        count=st.integers(30, 600),
+        nlist=st.integers(1, 24),
+        seed=st.integers(0, 2**16),
+        duplicates=st.integers(0, 25),
+        metric=st.sampled_from(Metric),
+        storage=st.sampled_from(Storage),
+        room=st.floats(0, 1.1),
+        cache=st.sampled_from(CacheKind),
+        longest_s=st.sampled_from([0.0, 0.0005, 0.003]),
+        link=st.sampled_from(["disk", "chosen", "cuda"]),
+        fraction=st.floats(0, 1),
+        copies_fail=st.sampled_from([0.0, 0.0, 0.2]),
+        works_fail=st.sampled_from([0.0, 0.0, 0.2]),
+    )
     def start(
         self,
         dimension,
@@ -58,13 +67,17 @@ class Machine(RuleBasedStateMachine):
         self.metric = metric
         index, self.ivf = make_index(Path(self.folder.name), self.vectors, nlist, metric, storage, seed)
         coarse = Coarse(index.centroids, metric)
-        largest, total = int(index.extents.max()), int(index.extents.sum())
+        largest, total = int(index.list_bytes.max()), int(index.list_bytes.sum())
         arena_bytes = max(largest, int(room * total))
         if link == "cuda":
             dice = random.Random(seed)
             troubled = [0.0, 0.0]
-            gpu = SimulatedGpu(longest_s=longest_s, seed=seed, copy_fails=lambda: dice.random() < troubled[0],
-                               work_fails=lambda: dice.random() < troubled[1])  # fmt: skip
+            gpu = SimulatedGpu(
+                longest_s=longest_s,
+                seed=seed,
+                copy_fails=lambda: dice.random() < troubled[0],
+                work_fails=lambda: dice.random() < troubled[1],
+            )
             self.tier = open_cuda_tier(index, coarse, gpu, arena_bytes, cache=cache)
             troubled[:] = copies_fail, works_fail
         else:
@@ -92,8 +105,13 @@ class Machine(RuleBasedStateMachine):
     def wait(self, pause_s):
         time.sleep(pause_s)
 
-    @rule(near=st.lists(st.integers(0, 600), min_size=1, max_size=4), k=st.integers(1, 40), nprobe=st.integers(1, 24),
-          prepared=st.booleans(), exact_hit=st.booleans())  # fmt: skip
+    @rule(
+        near=st.lists(st.integers(0, 600), min_size=1, max_size=4),
+        k=st.integers(1, 40),
+        nprobe=st.integers(1, 24),
+        prepared=st.booleans(),
+        exact_hit=st.booleans(),
+    )
     def search(self, near, k, nprobe, prepared, exact_hit):
         rows = [self.vectors[row % len(self.vectors)][None] if exact_hit else self.query(row) for row in near]
         queries = np.concatenate(rows)
@@ -157,7 +175,7 @@ def test_lists_that_cannot_be_read_are_an_error_and_leave_nothing_held(small):
         links.append(ChosenLink(path, memory, broken=[broken]))
         return links[0]
 
-    tier, retriever = open_over(index, int(index.extents.sum()) // 2, link)
+    tier, retriever = open_over(index, int(index.list_bytes.sum()) // 2, link)
     ahead = retriever.begin(query, 8)
     time.sleep(0.02)
     assert ahead.failed >= 1
@@ -182,12 +200,10 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
         links.append(ChosenLink(path, memory, depth=2, longest_s=0.01))
         return links[0]
 
-    tier, retriever = open_over(index, int(index.extents.sum()), link)
+    tier, retriever = open_over(index, int(index.list_bytes.sum()), link)
     ahead = retriever.begin(-vectors[:1], 4)
     found = retriever.search(vectors[:1], 3, 4, ahead)
-    wanted = set(
-        np.flatnonzero(np.isin(np.arange(20), Coarse(index.centroids, Metric.IP).probe(vectors[:1], 4)[1]))
-    )
+    wanted = set(np.flatnonzero(np.isin(np.arange(20), Coarse(index.centroids, Metric.IP).probe(vectors[:1], 4)[1])))
     unneeded = [move for move in links[0].moves if move.list_no not in wanted]
     assert len(unneeded) <= tier.depth
     assert found.report.lists_missed + found.report.lists_coming + found.report.lists_hit == len(wanted)
@@ -196,7 +212,7 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
 
 def test_the_second_search_finds_its_lists_in_fast_memory(small):
     index, _ivf, vectors = small
-    _tier, retriever = open_over(index, int(index.extents.sum()))
+    _tier, retriever = open_over(index, int(index.list_bytes.sum()))
     first = retriever.search(vectors[:1], 3, 6).report
     second = retriever.search(vectors[:1], 3, 6).report
     assert first.lists_hit == 0
@@ -212,7 +228,7 @@ def test_the_second_search_finds_its_lists_in_fast_memory(small):
 )
 def test_more_than_there_is(small, k, nprobe, message):
     index, _ivf, _vectors = small
-    _tier, retriever = open_over(index, int(index.extents.sum()))
+    _tier, retriever = open_over(index, int(index.list_bytes.sum()))
     with pytest.raises(UsageError, match=message):
         check_search(index, k, nprobe)
     retriever.close()
@@ -220,7 +236,7 @@ def test_more_than_there_is(small, k, nprobe, message):
 
 def test_an_arena_below_the_largest_list_is_refused(small):
     index, _ivf, _vectors = small
-    largest = int(index.extents.max())
+    largest = int(index.list_bytes.max())
     with pytest.raises(UsageError, match="smaller than the largest list"):
         open_over(index, largest - 4096)
     _tier, retriever = open_over(index, largest)
@@ -230,7 +246,7 @@ def test_an_arena_below_the_largest_list_is_refused(small):
 
 def test_a_file_cut_short_while_in_use_is_named(small):
     index, _ivf, vectors = small
-    tier, retriever = open_over(index, int(index.extents.sum()))
+    tier, retriever = open_over(index, int(index.list_bytes.sum()))
     with index.paths.lists.open("r+b") as file:
         file.truncate(4096)
     with pytest.raises(ArtifactError, match=r"lists\.bin ends at byte 4,096"):
@@ -253,9 +269,9 @@ def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_misse
     query = vectors[:1]
     order = Coarse(index.centroids, Metric.IP).rank(query[0])
     wanted = int(order[0])
-    other = next(int(number) for number in order[::-1] if index.extents[number] == index.extents.max())
+    other = next(int(number) for number in order[::-1] if index.list_bytes[number] == index.list_bytes.max())
     # Room for one list: while the other is on its way, the wanted one is refused.
-    tier, retriever = open_over(index, int(index.extents.max()), GatedLink)
+    tier, retriever = open_over(index, int(index.list_bytes.max()), GatedLink)
     nothing = np.zeros(20, np.bool_)
     prefetched = tier.prefetch([other], lambda _number: nothing, np.zeros(20), lambda _lists, _error: None)
     assert prefetched.started == [other]

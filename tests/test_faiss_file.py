@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from indexes import expected, make_vectors
-from telerag_cli.commands.export_index import export_index as export_command
-from telerag_cli.commands.guard import guarded
-from telerag_cli.commands.import_index import import_index as import_command
+from telerag_cli.cli.export_index import export_index as export_command
+from telerag_cli.cli.guard import guarded
+from telerag_cli.cli.import_index import import_index as import_command
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.readers import find_sources
@@ -30,7 +30,7 @@ from telerag_cli.index.faiss_import import import_index, plan_import
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse, empty_ivf, flat
 from telerag_cli.index.verify import verify
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.host import open_host_tier
 from vector_files import clustered, write_parquet
 
@@ -39,14 +39,7 @@ runner = CliRunner(env={"COLUMNS": "200"})
 
 
 def faiss_index(
-    metric=Metric.IP,
-    storage=Storage.FLOAT32,
-    *,
-    count=COUNT,
-    dimension=DIMENSION,
-    nlist=NLIST,
-    seed=0,
-    ids=None,
+    metric=Metric.IP, storage=Storage.FLOAT32, *, count=COUNT, dimension=DIMENSION, nlist=NLIST, seed=0, ids=None
 ):
     vectors = make_vectors(count, dimension, seed, duplicates=count // 20)
     ivf = empty_ivf(flat(vectors[:nlist], metric), dimension, nlist, metric, storage)
@@ -85,14 +78,12 @@ def write_passages(path, count=COUNT):
 
 
 def imported(file, passages, root, embedder=None, **options):
-    return import_index(
-        plan_import(read_faiss(file), find_sources([str(passages)]), root, embedder), **options
-    )
+    return import_index(plan_import(read_faiss(file), find_sources([str(passages)]), root, embedder), **options)
 
 
 def search(index, queries, k, nprobe):
     coarse = Coarse(index.centroids, index.manifest.metric)
-    tier = open_host_tier(index, coarse, int(index.extents.sum()))
+    tier = open_host_tier(index, coarse, int(index.list_bytes.sum()))
     with contextlib.closing(Retriever(index, coarse, tier)) as retriever:
         found = retriever.search(queries, k, nprobe)
     return found.scores, found.rows
@@ -141,8 +132,15 @@ def test_an_imported_index_finds_what_faiss_finds_and_so_does_it_exported(tmp_pa
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(dimension=st.integers(1, 33), count=st.integers(20, 90), nlist=st.integers(1, 20), seed=st.integers(0, 999),
-       metric=st.sampled_from(Metric), storage=st.sampled_from(Storage), on_disk=st.booleans())  # fmt: skip
+@given(
+    dimension=st.integers(1, 33),
+    count=st.integers(20, 90),
+    nlist=st.integers(1, 20),
+    seed=st.integers(0, 999),
+    metric=st.sampled_from(Metric),
+    storage=st.sampled_from(Storage),
+    on_disk=st.booleans(),
+)
 def test_any_shape_there_and_back(tmp_path, dimension, count, nlist, seed, metric, storage, on_disk):
     for old in tmp_path.iterdir():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
@@ -156,8 +154,11 @@ def test_any_shape_there_and_back(tmp_path, dimension, count, nlist, seed, metri
 
 def test_a_built_index_is_exported(tmp_path):
     vectors = clustered(900, 10)
-    index = build(Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors)), tmp_path / "index",
-                  BuildOptions(8, Metric.L2, Storage.INT8))  # fmt: skip
+    index = build(
+        Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors)),
+        tmp_path / "index",
+        BuildOptions(8, Metric.L2, Storage.INT8),
+    )
     export_index(index, tmp_path / "out.index")
     ivf = faiss.read_index(str(tmp_path / "out.index"))
     same_results(index, ivf, vectors)
@@ -214,12 +215,8 @@ def test_passages_without_rows_are_refused(tmp_path, where):
     ivf, _ = faiss_index()
     (tmp_path / "text.txt").write_text("Some text.")
     file = read_faiss(write(ivf, tmp_path / "f.index"))
-    with pytest.raises(
-        UsageError, match="pipe cannot be compared" if where == "-" else "is text without rows"
-    ):
-        plan_import(
-            file, find_sources([where if where == "-" else str(tmp_path / where)]), tmp_path / "index", None
-        )
+    with pytest.raises(UsageError, match="pipe cannot be compared" if where == "-" else "is text without rows"):
+        plan_import(file, find_sources([where if where == "-" else str(tmp_path / where)]), tmp_path / "index", None)
 
 
 def test_a_bad_passage_is_named(tmp_path):
@@ -233,10 +230,7 @@ def test_a_bad_passage_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (
-            np.arange(1, COUNT + 1),
-            r"holds the id 300 in place \d+, and with 300 vectors they must be .* 0 to 299",
-        ),
+        (np.arange(1, COUNT + 1), r"holds the id 300 in place \d+, and with 300 vectors they must be .* 0 to 299"),
         (np.arange(COUNT) - 1, r"holds the id -1 in place"),
         (np.arange(COUNT) // 2 * 2, r"holds the id \d+ twice"),
     ],
@@ -286,10 +280,7 @@ def other(kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (
-            "Flat",
-            "is IndexFlat, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit",
-        ),
+        ("Flat", "is IndexFlat, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit"),
         ("HNSW8", "is IndexHNSW, and"),
         ("IVF4,PQ2x4", "is IndexIVFPQ, and"),
         ("PCA4,IVF4,Flat", "is IndexPreTransform, and .* Import the index inside"),
@@ -436,9 +427,7 @@ def test_too_little_disk_is_said_before(tmp_path, monkeypatch):
 
 def test_lists_that_end_early_leave_no_file(tmp_path):
     ivf, _ = faiss_index()
-    index = imported(
-        write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index"
-    )
+    index = imported(write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
     with index.paths.lists.open("r+b") as handle:
         handle.truncate(5000)
     with pytest.raises(ArtifactError, match=r"lists.bin ends at byte 5,000"):
@@ -466,9 +455,7 @@ def test_commands(tmp_path):
     assert "is already imported" in runner.invoke(program(), arguments).stderr
     other_model = runner.invoke(program(), [*arguments, "--model", "m"])
     assert other_model.exit_code == 1
-    assert "was built with embedder None, and this asks for embedder m." in other_model.stderr.replace(
-        "\n", " "
-    )
+    assert "was built with embedder None, and this asks for embedder m." in other_model.stderr.replace("\n", " ")
     done = runner.invoke(program(), ["export-index", str(root), "-o", str(out)])
     assert (done.exit_code, done.stdout) == (0, f"{out}\n")
     assert "300 vectors in 9 lists of float32, ip" in done.stderr

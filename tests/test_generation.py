@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from telerag_cli.errors import InputError, ModelError
-from telerag_cli.generation.base import Message, Request, find_stop
-from telerag_cli.generation.scripted import ScriptedGenerator
+from telerag_cli.llm.base import Message, Request, find_stop
+from telerag_cli.llm.scripted import ScriptedGenerator
 
 
 def ask(text, max_tokens=8, **options):
@@ -16,9 +16,7 @@ def ask(text, max_tokens=8, **options):
 def test_the_scripted_generator_streams_and_stops():
     generator = ScriptedGenerator({"colour": "green and blue and red"})
     seen = []
-    result = asyncio.run(
-        generator.generate(ask("which colour?"), lambda text, tokens: seen.append((text, tokens)))
-    )
+    result = asyncio.run(generator.generate(ask("which colour?"), lambda text, tokens: seen.append((text, tokens))))
     assert result.text == "green and blue and red"
     assert result.finish_reason == "stop"
     assert seen == [

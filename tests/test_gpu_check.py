@@ -12,7 +12,7 @@ from synthetic_store import Datastore, make_material, read_material, unit
 from telerag_cli.config import Storage
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.scoring import ListScorer
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.retrieval.retriever import Retriever
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.config import Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError
@@ -59,15 +59,15 @@ def test_flipped_lists_are_named(index, where):
     for number in damaged:
         size, capacity, offset = (int(value) for value in index.table[number])
         used = capacity * (index.manifest.code_size + 8)
-        flip(index.paths.lists, offset + {"code": 5, "row": used - 8 * (capacity - size) - 3,
-                                          "padding": int(index.extents[number]) - 1}[where])  # fmt: skip
+        flip(
+            index.paths.lists,
+            offset
+            + {"code": 5, "row": used - 8 * (capacity - size) - 3, "padding": int(index.list_bytes[number]) - 1}[where],
+        )
     assert inspect(index.paths.root).exit_code == 0  # sizes are right; only --verify reads the bytes
     result = inspect(index.paths.root, "--verify", "--json")
     assert result.exit_code == 1
-    assert json.loads(result.stdout)["damage"] == [
-        "lists.bin does not match its checksum",
-        "2 of 12 lists: 2, 7",
-    ]
+    assert json.loads(result.stdout)["damage"] == ["lists.bin does not match its checksum", "2 of 12 lists: 2, 7"]
     assert "2 of 12 lists: 2, 7" in " ".join(result.stderr.split())
 
 
@@ -91,19 +91,14 @@ def test_kept_vectors(tmp_path, folder):
     result = inspect(index.paths.root, "--verify", "--json")
     assert result.exit_code == 1
     answer = json.loads(result.stdout)
-    assert (answer["kept_vectors"], answer["damage"]) == (
-        "float16",
-        ["vectors.npy does not match its checksum"],
-    )
+    assert (answer["kept_vectors"], answer["damage"]) == ("float16", ["vectors.npy does not match its checksum"])
 
 
 def test_truncated_lists_are_refused_on_opening(index):
     size = index.paths.lists.stat().st_size
     with index.paths.lists.open("r+b") as handle:
         handle.truncate(size - 1)
-    with pytest.raises(
-        ArtifactError, match=rf"lists.bin has {size - 1:,} bytes, and its manifest says {size:,} bytes"
-    ):
+    with pytest.raises(ArtifactError, match=rf"lists.bin has {size - 1:,} bytes, and its manifest says {size:,} bytes"):
         Index.open(index.paths.root)
     assert inspect(index.paths.root, "--verify").exit_code == 1
 
@@ -139,8 +134,11 @@ def test_parquet_of_another_make(tmp_path):
 def test_what_is_nothing_is_an_error(tmp_path, index):
     (tmp_path / "empty").mkdir()
     index.paths.manifest.unlink()
-    for path, message in ((tmp_path / "absent", "does not exist"), (tmp_path / "empty", "holds no Parquet file"),
-                          (index.paths.root, "no manifest.json")):  # fmt: skip
+    for path, message in (
+        (tmp_path / "absent", "does not exist"),
+        (tmp_path / "empty", "holds no Parquet file"),
+        (index.paths.root, "no manifest.json"),
+    ):
         result = inspect(path)
         assert result.exit_code == 1
         assert message in " ".join(result.stderr.split())

@@ -36,9 +36,7 @@ class Lists:
         ivf.add(self.vectors)
         ivf.nprobe = 1
         self.ivf = ivf
-        codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(0), max(total, 1) * ivf.code_size)[
-            : total * ivf.code_size
-        ]
+        codes = faiss.rev_swig_ptr(ivf.invlists.get_codes(0), max(total, 1) * ivf.code_size)[: total * ivf.code_size]
         image, self.firsts = b"", []
         for size, begin in zip(sizes, np.cumsum([0, *sizes[:-1]]), strict=True):
             self.firsts.append(len(image))
@@ -46,9 +44,7 @@ class Lists:
             image += part + bytes(-len(part) % SLOT)
         image += bytes(SLOT)
         self.arena = torch.frombuffer(bytearray(image), dtype=torch.uint8).to(DEVICE).view(NUMBERS[storage])
-        trained = (
-            faiss.vector_to_array(ivf.sq.trained) if storage is Storage.INT8 else np.zeros(2, np.float32)
-        )
+        trained = faiss.vector_to_array(ivf.sq.trained) if storage is Storage.INT8 else np.zeros(2, np.float32)
         self.low, self.step = torch.from_numpy(trained.reshape(2, -1).copy()).to(DEVICE)
 
     def work(self, queries, pairs):
@@ -58,11 +54,17 @@ class Lists:
         asked = torch.from_numpy(queries).to(DEVICE)
         begins = np.cumsum([0, *self.sizes])
         size_of = np.array([self.sizes[number] for _query, number in pairs], np.int64)
-        told = torch.from_numpy(np.array([
-            [query for query, _number in pairs],
-            [self.firsts[number] // self.arena.element_size() for _query, number in pairs],
-            size_of, [begins[number] for _query, number in pairs],
-        ], np.int64)).to(DEVICE)  # fmt: skip
+        told = torch.from_numpy(
+            np.array(
+                [
+                    [query for query, _number in pairs],
+                    [self.firsts[number] // self.arena.element_size() for _query, number in pairs],
+                    size_of,
+                    [begins[number] for _query, number in pairs],
+                ],
+                np.int64,
+            )
+        ).to(DEVICE)
         absolute = torch.zeros(len(queries), device=DEVICE)
         if self.storage is Storage.INT8:
             absolute = decoding_error(asked, self.low, self.step, l2=l2)
@@ -138,7 +140,9 @@ def test_the_kernel_compiles_for_gpus_with_wide_loads_and_without_spills():
     """For Ampere and Hopper, neither of which need be here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = Path(__file__).parent / "compile_kernel.py"
-    ran = subprocess.run([sys.executable, program, "80,90"], env=environment, capture_output=True, text=True, check=False)  # fmt: skip
+    ran = subprocess.run(
+        [sys.executable, program, "80,90"], env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     assert len(found) == 2 * 2 * 3 * 2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from telerag_cli.errors import InputError, ModelError, UsageError
-from telerag_cli.generation.base import Message, Request
-from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.llm.base import Message, Request
+from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
 
 pytestmark = pytest.mark.model
 
@@ -24,13 +24,11 @@ def ask(text, max_tokens=8, **options):
 
 
 def load(parallel, context_tokens=CONTEXT_TOKENS, **more):
-    from telerag_cli.generation.llama_model import LlamaModel
-    from telerag_cli.generation.llamacpp import LlamaCpp
-    from telerag_cli.generation.models import resolve_model
+    from telerag_cli.llm.llama_model import LlamaModel
+    from telerag_cli.llm.llamacpp import LlamaCpp
+    from telerag_cli.llm.models import resolve_model
 
-    return LlamaCpp(
-        LlamaModel(resolve_model(None, None)), context_tokens=context_tokens, parallel=parallel, **more
-    )
+    return LlamaCpp(LlamaModel(resolve_model(None, None)), context_tokens=context_tokens, parallel=parallel, **more)
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +73,7 @@ def write(llama, *requests, width=8):
 
 def test_the_text_is_the_same_at_any_width(llama):
     requests = [
-        ask(
-            LONG + "What is the difference?", 24, logprobs=True
-        ),  # longer than llama.cpp's way for short ones
+        ask(LONG + "What is the difference?", 24, logprobs=True),  # longer than llama.cpp's way for short ones
         ask("Name a colour.", 12, logprobs=True),
         ask("Tell a story about a fox.", 40, logprobs=True),
         ask("How do I sort a list in Python?", 32, temperature=0.8, top_p=0.9, seed=7, logprobs=True),
@@ -132,12 +128,8 @@ def test_a_beginning_that_many_share_is_computed_once(llama):
     cached = sorted(one.cached_tokens for one in done)
     assert cached[0] == 0
     assert cached[1] > 400
-    assert (
-        after.evaluated_tokens - before.evaluated_tokens
-        == sum(prompts) - sum(cached)
-        < max(prompts) + 12 * 12
-    )
-    assert after.taken_over_tokens - before.taken_over_tokens == sum(cached)
+    assert after.computed_tokens - before.computed_tokens == sum(prompts) - sum(cached) < max(prompts) + 12 * 12
+    assert after.cached_tokens - before.cached_tokens == sum(cached)
 
 
 def test_seeds(llama):
@@ -155,9 +147,7 @@ def test_seeds(llama):
 
 def test_it_streams_and_counts(llama):
     seen = []
-    done = asyncio.run(
-        llama.generate(ask("Name a colour.", 12), lambda text, count: seen.append((text, count)))
-    )
+    done = asyncio.run(llama.generate(ask("Name a colour.", 12), lambda text, count: seen.append((text, count))))
     counts = [count for _text, count in seen]
     assert sorted(set(counts)) == list(range(1, done.completion_tokens + 1))
     assert all(later[0].startswith(earlier[0]) for earlier, later in itertools.pairwise(seen))
@@ -188,9 +178,7 @@ def test_shapes_are_obeyed_however_wild_the_model(llama):
         "additionalProperties": False,
     }
     shapes = [Choice(("yes", "no", "perhaps")), Lines(2), Json(schema), Gbnf('root ::= [a-c]{5} "€"')]
-    requests = [
-        ask("Tell me.", 40, temperature=1.5, seed=seed, shape=shape) for shape in shapes for seed in range(4)
-    ]
+    requests = [ask("Tell me.", 40, temperature=1.5, seed=seed, shape=shape) for shape in shapes for seed in range(4)]
     done = write(llama, *requests, width=16)
     choices, lines, objects, letters = (done[start : start + 4] for start in range(0, 16, 4))
     assert {one.text for one in choices} <= {"yes", "no", "perhaps"}
@@ -215,7 +203,7 @@ def test_a_grammar_that_cannot_be_obeyed_or_read(llama):
 
 
 def test_probabilities_are_the_models_own(llama):
-    from telerag_cli.generation.sampling import log_probability
+    from telerag_cli.llm.sampling import log_probability
 
     logits = np.random.default_rng(0).normal(0, 5, 1000).astype(np.float32)
     wanted = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
@@ -262,9 +250,7 @@ def test_cancelled_requests_leave_at_once(llama):
         counted = []
         others = [asyncio.create_task(llama.generate(ask("Count.", 900, ignore_eos=True))) for _ in range(7)]
         task = asyncio.create_task(
-            llama.generate(
-                ask("Tell a story.", 900, ignore_eos=True), lambda _text, count: counted.append(count)
-            )
+            llama.generate(ask("Tell a story.", 900, ignore_eos=True), lambda _text, count: counted.append(count))
         )
         waiting = asyncio.create_task(llama.generate(ask("Later.", 900, ignore_eos=True)))
         while len(counted) < 3:
@@ -294,9 +280,7 @@ def test_an_error_of_the_listener_is_its_own(llama):
 
     async def both():
         return await asyncio.gather(
-            llama.generate(ask("Name a colour."), listen),
-            llama.generate(ask("Name a colour.")),
-            return_exceptions=True,
+            llama.generate(ask("Name a colour."), listen), llama.generate(ask("Name a colour.")), return_exceptions=True
         )
 
     broken, whole = asyncio.run(both())
@@ -307,8 +291,7 @@ def test_an_error_of_the_listener_is_its_own(llama):
 def test_several_threads_may_ask(llama):
     texts = []
     threads = [
-        threading.Thread(target=lambda: texts.append(write(llama, ask("Name a colour."))[0].text))
-        for _ in range(3)
+        threading.Thread(target=lambda: texts.append(write(llama, ask("Name a colour."))[0].text)) for _ in range(3)
     ]
     for thread in threads:
         thread.start()
@@ -339,10 +322,7 @@ def test_nobody_waits_for_ever_when_the_thread_breaks(own_llama, monkeypatch):
 
 def test_closing_ends_what_is_under_way(own_llama):
     async def close():
-        tasks = [
-            asyncio.create_task(own_llama.generate(ask("Tell a story.", 400, ignore_eos=True)))
-            for _ in range(3)
-        ]
+        tasks = [asyncio.create_task(own_llama.generate(ask("Tell a story.", 400, ignore_eos=True))) for _ in range(3)]
         while own_llama.stats().running < 2:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(own_llama.close)
@@ -357,9 +337,9 @@ def test_closing_ends_what_is_under_way(own_llama):
 
 
 def test_the_memory_is_known_before_it_is_taken(own_llama):
-    from telerag_cli.generation.llama_model import LlamaModel
-    from telerag_cli.generation.llamacpp import LlamaCpp
-    from telerag_cli.generation.models import resolve_model
+    from telerag_cli.llm.llama_model import LlamaModel
+    from telerag_cli.llm.llamacpp import LlamaCpp
+    from telerag_cli.llm.models import resolve_model
 
     path = resolve_model(None, None)
     model = LlamaModel(path)
@@ -382,7 +362,7 @@ def test_a_model_touches_the_gpu_that_it_was_given_and_no_other(layers, gpu, dev
     """What llama.cpp is told of devices: an empty list of them, all there are, or one."""
     import ctypes
 
-    from telerag_cli.generation import llama_model
+    from telerag_cli.llm import llama_model
 
     told = []
 
@@ -399,7 +379,7 @@ def test_a_model_touches_the_gpu_that_it_was_given_and_no_other(layers, gpu, dev
 
 
 def test_a_file_that_is_no_model(tmp_path):
-    from telerag_cli.generation.llama_model import LlamaModel
+    from telerag_cli.llm.llama_model import LlamaModel
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 100)

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import PAGE_BYTES, CacheKind
-from telerag_cli.lookahead.order import (
+from telerag_cli.prefetch.order import (
     CHECKPOINTS,
     PATIENT_CHECKPOINTS,
     blend,
     due,
     interleave,
-    reach,
+    prefetch_depth,
     text_weight,
 )
-from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.round import Mover
+from telerag_cli.prefetch.prefetcher import Prefetcher
+from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import Prefetched
 from telerag_cli.tiers.cache import make_policy
@@ -52,14 +52,12 @@ def test_blend_goes_from_question_to_text():
     np.testing.assert_allclose(blend(question, text, 1.0), text)
     weight = text_weight(0.25)
     middle = blend(question, text, 0.25)
-    np.testing.assert_allclose(
-        middle, np.array([1 - weight, weight]) / np.hypot(1 - weight, weight), rtol=1e-6
-    )
+    np.testing.assert_allclose(middle, np.array([1 - weight, weight]) / np.hypot(1 - weight, weight), rtol=1e-6)
     assert np.linalg.norm(blend(question, 3 * text, 0.4)) == pytest.approx(3)
 
 
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
-    plan = Plan(np.ones(6, np.int64), np.zeros(6, np.bool_))
+    plan = PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))
     absent = np.ones(6, np.bool_)
     assert plan.take(absent, 1) == []
     plan.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
@@ -76,12 +74,12 @@ def test_a_plan_hands_out_the_best_absent_lists_within_reach():
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     kept = np.zeros(5, np.bool_)
     kept[3] = True
-    plan = Plan(np.ones(5, np.int64), kept)
+    plan = PrefetchQueue(np.ones(5, np.int64), kept)
     plan.reorder(np.array([4, 0, 2, 1, 3]), 5)
-    assert np.flatnonzero(plan.stay()(2)).tolist() == [0, 3, 4]
-    worth = plan.worth
-    assert worth[4] == worth.max()
-    assert worth[3] == worth.min()
+    assert np.flatnonzero(plan.protected()(2)).tolist() == [0, 3, 4]
+    priority = plan.priority
+    assert priority[4] == priority.max()
+    assert priority[3] == priority.min()
 
 
 class StubTier:
@@ -89,14 +87,14 @@ class StubTier:
 
     def __init__(self, nlist, depth, full=False):
         self.nlist, self.depth, self.full = nlist, depth, full
-        self.extents = np.full(nlist, PAGE_BYTES)
+        self.list_bytes = np.full(nlist, PAGE_BYTES)
         self.gone = np.ones(nlist, np.bool_)
         self.started = []
 
     def absent(self):
         return self.gone
 
-    def prefetch(self, lists, stay, worth, arrived):
+    def prefetch(self, lists, protected, priority, arrived):
         if self.full:
             return Prefetched([], full=True)
         self.gone[lists] = False
@@ -110,7 +108,7 @@ class StubTier:
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
-    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
+    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
@@ -145,7 +143,7 @@ def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle()
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
     tier = StubTier(8, depth=2)
-    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
+    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 2)
     assert not ahead.idle
     tier.finish(0)
@@ -157,17 +155,17 @@ def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
 
 
 def test_reach_grows_with_the_text():
-    reaches = [reach(100, fraction, refining=True) for fraction in (0.0, *CHECKPOINTS)]
+    reaches = [prefetch_depth(100, fraction, refining=True) for fraction in (0.0, *CHECKPOINTS)]
     assert reaches == sorted(reaches)
     assert reaches[0] == 50
     assert reaches[CHECKPOINTS.index(0.6) + 1] > 100  # in time for what the last order can no longer move
-    assert reaches[-1] < reach(100, 0.0, refining=False)
-    assert reach(100, 0.0, refining=False) == 200
+    assert reaches[-1] < prefetch_depth(100, 0.0, refining=False)
+    assert prefetch_depth(100, 0.0, refining=False) == 200
 
 
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, full=True)
-    ahead = Mover(tier).start(Plan(np.ones(8, np.int64), np.zeros(8, np.bool_)))
+    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
     ahead.follow(np.arange(8), 8)
     tier.full = False
     ahead._mover.fill()
@@ -190,9 +188,13 @@ def test_the_arena_gives_up_the_cheapest_run():
 
 @settings(deadline=None, max_examples=200)
 @given(
-    pages=st.lists(st.integers(1, 4), min_size=1, max_size=30), holes=st.sets(st.integers(0, 29)), wanted=st.integers(1, 8),
-    count=st.integers(1, 6), fixed=st.sets(st.integers(0, 29)), data=st.data(),
-)  # fmt: skip
+    pages=st.lists(st.integers(1, 4), min_size=1, max_size=30),
+    holes=st.sets(st.integers(0, 29)),
+    wanted=st.integers(1, 8),
+    count=st.integers(1, 6),
+    fixed=st.sets(st.integers(0, 29)),
+    data=st.data(),
+)
 def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed, data):
     arena = Arena((sum(pages) + 2) * PAGE_BYTES)
     offsets = [arena.allocate(size * PAGE_BYTES, owner) for owner, size in enumerate(pages)]
@@ -209,8 +211,17 @@ def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed
         begin = sum(slots[first - 1][:2]) if first else 0
         return (slots[last + 1][0] if last + 1 < len(slots) else arena.nbytes) - begin
 
-    every = {first: next((sum(cost[owner] for *_, owner in slots[first : last + 1]) for last in range(first, len(slots))
-                          if gap(first, last) >= wanted * PAGE_BYTES), np.inf) for first in range(len(slots))}  # fmt: skip
+    every = {
+        first: next(
+            (
+                sum(cost[owner] for *_, owner in slots[first : last + 1])
+                for last in range(first, len(slots))
+                if gap(first, last) >= wanted * PAGE_BYTES
+            ),
+            np.inf,
+        )
+        for first in range(len(slots))
+    }
     assert len(runs) <= count
     assert bool(runs) == any(price < np.inf for price in every.values())
     if runs:
@@ -232,32 +243,36 @@ def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed
 
 
 def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
-    extents = np.full(12, PAGE_BYTES)
-    residency = Residency(extents, Arena(6 * PAGE_BYTES), make_policy(CacheKind.NONE, 12), lambda _number: None)  # fmt: skip
+    list_bytes = np.full(12, PAGE_BYTES)
+    residency = Residency(list_bytes, Arena(6 * PAGE_BYTES), make_policy(CacheKind.NONE, 12), lambda _number: None)
     assert len(residency.reserve(range(6))) == 6
     for number in range(6):
         residency.commit(np.array([number]))
-    worth = np.arange(12) / 12  # the first are worth least
-    assert len(residency.reserve([6, 7], worth=worth)) == 2
+    priority = np.arange(12) / 12  # the first are worth least
+    assert len(residency.reserve([6, 7], priority=priority)) == 2
     residency.check_integrity()
     assert residency.state[:2].tolist() == [State.ABSENT] * 2
     # For the last nothing may leave; the first still finds room.
-    stay = {8: np.arange(12) != 2, 9: np.ones(12, np.bool_)}
-    assert len(residency.reserve([8, 9], stay=lambda number: stay[number])) == 1
+    protected = {8: np.arange(12) != 2, 9: np.ones(12, np.bool_)}
+    assert len(residency.reserve([8, 9], protected=lambda number: protected[number])) == 1
     assert residency.state[2] == State.ABSENT
     residency.check_integrity()
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    sizes=st.lists(st.integers(0, 6), min_size=2, max_size=20), pages=st.integers(6, 40), kind=st.sampled_from(CacheKind),
-    steps=st.lists(st.tuples(st.sampled_from(["reserve", "commit", "abort", "hold", "drop", "round", "used"]), st.integers(0, 19)),
-                   max_size=80),
-)  # fmt: skip
+    sizes=st.lists(st.integers(0, 6), min_size=2, max_size=20),
+    pages=st.integers(6, 40),
+    kind=st.sampled_from(CacheKind),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["reserve", "commit", "abort", "hold", "drop", "round", "used"]), st.integers(0, 19)),
+        max_size=80,
+    ),
+)
 def test_residency_never_loses_count(sizes, pages, kind, steps):
-    extents = np.array(sizes, np.int64) * PAGE_BYTES
+    list_bytes = np.array(sizes, np.int64) * PAGE_BYTES
     evicted = []
-    residency = Residency(extents, Arena(pages * PAGE_BYTES), make_policy(kind, len(sizes)), evicted.append)
+    residency = Residency(list_bytes, Arena(pages * PAGE_BYTES), make_policy(kind, len(sizes)), evicted.append)
     held = dict.fromkeys(range(len(sizes)), 0)
     for step, which in steps:
         number = which % len(sizes)
@@ -266,7 +281,7 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
             stuck = [n for n in held if held[n] or residency.state[n] == State.MOVING]
             offset = residency.reserve([number])
             if not offset:
-                assert any(extents[n] for n in stuck), "an arena with nothing in use has room for any list"
+                assert any(list_bytes[n] for n in stuck), "an arena with nothing in use has room for any list"
             assert all(residency.state[n] != State.ABSENT for n in stuck), "a list in use was evicted"
         elif step in ("commit", "abort") and state == State.MOVING and not (step == "abort" and held[number]):
             getattr(residency, step)(np.array([number]))
@@ -278,17 +293,15 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
             held[number] -= 1
         elif step == "round":
             kept = residency.new_round(0.5)
-            assert extents[kept].sum() <= 0.5 * pages * PAGE_BYTES
+            assert list_bytes[kept].sum() <= 0.5 * pages * PAGE_BYTES
         elif step == "used":
             residency.policy.used(np.array([number]))
         residency.check_integrity()
 
 
 def test_hot_lists_are_kept_and_cold_ones_leave_first():
-    extents = np.full(6, PAGE_BYTES)
-    residency = Residency(
-        extents, Arena(4 * PAGE_BYTES), make_policy(CacheKind.HOTNESS, 6), lambda _number: None
-    )
+    list_bytes = np.full(6, PAGE_BYTES)
+    residency = Residency(list_bytes, Arena(4 * PAGE_BYTES), make_policy(CacheKind.HOTNESS, 6), lambda _number: None)
     for number in range(4):
         residency.reserve([number])
         residency.commit(np.array([number]))
@@ -296,8 +309,8 @@ def test_hot_lists_are_kept_and_cold_ones_leave_first():
         residency.policy.used(np.array([1, 2]))
         kept = residency.new_round(0.5)
     assert np.flatnonzero(kept).tolist() == [1, 2]
-    residency.reserve([4], stay=lambda _list_no: kept)
-    residency.reserve([5], stay=lambda _list_no: kept)
+    residency.reserve([4], protected=lambda _list_no: kept)
+    residency.reserve([5], protected=lambda _list_no: kept)
     assert residency.state[[1, 2]].tolist() == [State.RESIDENT] * 2
     assert residency.state[[0, 3]].tolist() == [State.ABSENT] * 2
 
@@ -314,9 +327,7 @@ def test_without_a_cache_nothing_stays_between_rounds():
 
 @pytest.mark.parametrize("kind", [CacheKind.LRU, CacheKind.NONE])
 def test_least_recently_used_leaves_first(kind):
-    residency = Residency(
-        np.full(3, PAGE_BYTES), Arena(2 * PAGE_BYTES), make_policy(kind, 3), lambda _number: None
-    )
+    residency = Residency(np.full(3, PAGE_BYTES), Arena(2 * PAGE_BYTES), make_policy(kind, 3), lambda _number: None)
     for number in (0, 1):
         residency.new_round(0.0)
         if residency.state[number] == State.ABSENT:
@@ -334,7 +345,7 @@ def test_least_recently_used_leaves_first(kind):
 
 def test_rounds_may_be_driven_from_many_threads():
     tier = StubTier(64, depth=4)
-    ahead = Mover(tier).start(Plan(np.ones(64, np.int64), np.zeros(64, np.bool_)))
+    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(64, np.int64), np.zeros(64, np.bool_)))
     ahead.follow(np.arange(64), 64)
     position = threading.Lock()
     taken = [0]

@@ -10,10 +10,17 @@ import pytest
 
 from telerag_cli.config import DEFAULT_GENERATOR
 from telerag_cli.errors import ModelError, UsageError
-from telerag_cli.generation.models import resolve_model
+from telerag_cli.llm.models import resolve_model
 
-FILES = ["tiny-Q4_K_M.gguf", "tiny-Q4_K.gguf", "tiny-Q8_0.gguf", "mmproj-Q4_K_M.gguf", "README.md",
-         "big-Q6_K-00001-of-00002.gguf", "big-Q6_K-00002-of-00002.gguf"]  # fmt: skip
+FILES = [
+    "tiny-Q4_K_M.gguf",
+    "tiny-Q4_K.gguf",
+    "tiny-Q8_0.gguf",
+    "mmproj-Q4_K_M.gguf",
+    "README.md",
+    "big-Q6_K-00001-of-00002.gguf",
+    "big-Q6_K-00002-of-00002.gguf",
+]
 COMMIT = "0123456789" * 4
 
 
@@ -60,7 +67,7 @@ def resolve_in_fresh_process(reference, cache, **environment):
     code = (
         "import sys\n"
         "from telerag_cli.errors import ModelError\n"
-        "from telerag_cli.generation.models import resolve_model\n"
+        "from telerag_cli.llm.models import resolve_model\n"
         "try: print(resolve_model(None, sys.argv[1]))\n"
         "except ModelError as error: print('ModelError:', error)\n"
     )
@@ -89,9 +96,7 @@ def test_file_that_is_no_gguf_is_refused_with_both_values(tmp_path):
         resolve_model(str(path), None)
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"), [(Path.mkdir, "is a directory"), (lambda path: None, "no such file")]
-)
+@pytest.mark.parametrize(("make", "reason"), [(Path.mkdir, "is a directory"), (lambda path: None, "no such file")])
 def test_unreadable_path_says_why(tmp_path, make, reason):
     path = tmp_path / "model"
     make(path)

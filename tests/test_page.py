@@ -18,25 +18,38 @@ from starlette.testclient import TestClient
 
 from served import serving
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.serving import site
-from telerag_cli.serving.errors import ApiError
+from telerag_cli.server import site
+from telerag_cli.server.errors import ApiError
 from telerag_cli.tracing import Tracer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browsed = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs a Chromium on the path (Debian's package `chromium`)"
-)
+browsed = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path (Debian's package `chromium`)")
 STARTS_S = 20.0
 SOON_MS = 10_000
 NASTY = '<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 2">'
-ANSWER = (
-    f"🦉 Owls live in old trees. [1] They hear voles under snow very well. {NASTY} Nobody wrote this. [9]"
-)
+ANSWER = f"🦉 Owls live in old trees. [1] They hear voles under snow very well. {NASTY} Nobody wrote this. [9]"
 PASSAGES = [
-    {"rank": 1, "id": "owls#1", "title": f"Owls {NASTY}", "score": 0.8125, "text": f"Owls live in old trees. {NASTY}",
-     "metadata": {"source": "https://example.invalid/owls?a=1&b=2", "evil": "javascript:window.hacked=3", "pages": [3, 4]}},
-    {"rank": 2, "id": "voles#7", "title": None, "score": 0.5, "text": "Owls hear voles under snow very well.", "metadata": {}},
-]  # fmt: skip
+    {
+        "rank": 1,
+        "id": "owls#1",
+        "title": f"Owls {NASTY}",
+        "score": 0.8125,
+        "text": f"Owls live in old trees. {NASTY}",
+        "metadata": {
+            "source": "https://example.invalid/owls?a=1&b=2",
+            "evil": "javascript:window.hacked=3",
+            "pages": [3, 4],
+        },
+    },
+    {
+        "rank": 2,
+        "id": "voles#7",
+        "title": None,
+        "score": 0.5,
+        "text": "Owls hear voles under snow very well.",
+        "metadata": {},
+    },
+]
 
 
 # The double of the API: what the contract says, and nothing behind it.
@@ -67,20 +80,47 @@ def scripted_timeline(lookahead, cached=20):
     outcomes = ["hit", "wasted", "hit", "hit", "wasted"] if ahead else []
     late_s = 0.61
     link = [
-        {"start_s": 0.02 + 0.1 * place, "end_s": 0.09 + 0.1 * place, "label": f"list {place}", "list": place, "lists": 1, "bytes": 1 << 20,
-         "outcome": outcome} for place, outcome in enumerate(outcomes)
-    ]  # fmt: skip
+        {
+            "start_s": 0.02 + 0.1 * place,
+            "end_s": 0.09 + 0.1 * place,
+            "label": f"list {place}",
+            "list": place,
+            "lists": 1,
+            "bytes": 1 << 20,
+            "outcome": outcome,
+        }
+        for place, outcome in enumerate(outcomes)
+    ]
     missed = 1 if ahead else 4
     link += [
-        {"start_s": late_s + 0.02 * place, "end_s": late_s + 0.02 * (place + 1), "label": f"list {10 + place}", "list": 10 + place,
-         "lists": 1, "bytes": 1 << 19, "outcome": "missed"} for place in range(missed)
-    ]  # fmt: skip
+        {
+            "start_s": late_s + 0.02 * place,
+            "end_s": late_s + 0.02 * (place + 1),
+            "label": f"list {10 + place}",
+            "list": 10 + place,
+            "lists": 1,
+            "bytes": 1 << 19,
+            "outcome": "missed",
+        }
+        for place in range(missed)
+    ]
     end_s = late_s + 0.02 * missed
     llm = [("passage", 0.0, 0.6), ("answer", end_s + 0.01, end_s + 0.41)]
     written = [
-        {"start_s": start, "end_s": end, "label": stage, "stage": stage, "prompt_tokens": 120, "cached_tokens": cached,
-         "completion_tokens": 32, "queue_s": 0.01, "prefill_s": 0.1, "decode_s": 0.29} for stage, start, end in llm
-    ]  # fmt: skip
+        {
+            "start_s": start,
+            "end_s": end,
+            "label": stage,
+            "stage": stage,
+            "prompt_tokens": 120,
+            "cached_tokens": cached,
+            "completion_tokens": 32,
+            "queue_s": 0.01,
+            "prefill_s": 0.1,
+            "decode_s": 0.29,
+        }
+        for stage, start, end in llm
+    ]
     marks = [
         {"at_s": 0.01, "kind": "lookahead", "label": "lookahead begins"},
         {"at_s": 0.3, "kind": "refinement", "label": "50 % of the text"},
@@ -90,14 +130,29 @@ def scripted_timeline(lookahead, cached=20):
         "lanes": [
             {"name": "LLM", "kind": "llm", "bars": written},
             {"name": "link", "kind": "link", "bars": link},
-            {"name": "scoring", "kind": "scoring",
-             "bars": [{"start_s": late_s, "end_s": end_s, "label": "score 4 lists", "lists": 4}]},
-            {"name": "embedding", "kind": "embedding", "bars": [{"start_s": 0.6, "end_s": late_s, "label": "embed the query"}]},
+            {
+                "name": "scoring",
+                "kind": "scoring",
+                "bars": [{"start_s": late_s, "end_s": end_s, "label": "score 4 lists", "lists": 4}],
+            },
+            {
+                "name": "embedding",
+                "kind": "embedding",
+                "bars": [{"start_s": 0.6, "end_s": late_s, "label": "embed the query"}],
+            },
         ],
         "marks": [*(marks if ahead else []), {"at_s": late_s, "kind": "query", "label": "query arrives"}],
-        "counts": {"lists_hit": 3 if ahead else 0, "lists_wanted": 4, "lists_moved": len(outcomes), "lists_wasted": 2 if ahead else 0,
-                   "lists_missed": missed, "bytes_moved": len(outcomes) << 20, "bytes_missed": missed << 19, "lists_undrawn": 0},
-    }  # fmt: skip
+        "counts": {
+            "lists_hit": 3 if ahead else 0,
+            "lists_wanted": 4,
+            "lists_moved": len(outcomes),
+            "lists_wasted": 2 if ahead else 0,
+            "lists_missed": missed,
+            "bytes_moved": len(outcomes) << 20,
+            "bytes_missed": missed << 19,
+            "lists_undrawn": 0,
+        },
+    }
 
 
 def about(body, double):
@@ -107,16 +162,35 @@ def about(body, double):
     drawn = scripted_timeline(lookahead, double.cached)
     heard = max(answer.find("They hear"), 0)
     return {
-        "pipeline": body["model"].removeprefix("telerag-"), "question": body["messages"][-1]["content"],
-        "queries": [["an owl sits in a tree"]], "passages": PASSAGES,
-        "citations": [{"id": "owls#1", "rank": 1, "by": "marker", "start": 0, "end": 30},
-                      {"id": "voles#7", "rank": 2, "by": "overlap", "start": heard, "end": answer.find("well.") + 5}] if heard else [],
-        "stages": [{"name": name, "text": text, "finish_reason": "stop", "prompt_tokens": 120, "cached_tokens": 20, "completion_tokens": 32,
-                    "queue_s": 0.0, "prefill_s": 0.1, "decode_s": 0.3}
-                   for name, text in (("passage", f"An owl. {NASTY}"), ("answer", answer))],
+        "pipeline": body["model"].removeprefix("telerag-"),
+        "question": body["messages"][-1]["content"],
+        "queries": [["an owl sits in a tree"]],
+        "passages": PASSAGES,
+        "citations": [
+            {"id": "owls#1", "rank": 1, "by": "marker", "start": 0, "end": 30},
+            {"id": "voles#7", "rank": 2, "by": "overlap", "start": heard, "end": answer.find("well.") + 5},
+        ]
+        if heard
+        else [],
+        "stages": [
+            {
+                "name": name,
+                "text": text,
+                "finish_reason": "stop",
+                "prompt_tokens": 120,
+                "cached_tokens": 20,
+                "completion_tokens": 32,
+                "queue_s": 0.0,
+                "prefill_s": 0.1,
+                "decode_s": 0.3,
+            }
+            for name, text in (("passage", f"An owl. {NASTY}"), ("answer", answer))
+        ],
         "timings": {"total_s": drawn["total_s"], "retrieval_s": 0.03 if lookahead != "off" else 0.09},
-        "lookahead": {"mode": lookahead}, "dropped_passages": 0, "timeline": drawn,
-    }  # fmt: skip
+        "lookahead": {"mode": lookahead},
+        "dropped_passages": 0,
+        "timeline": drawn,
+    }
 
 
 def chunks(body, double):
@@ -126,14 +200,20 @@ def chunks(body, double):
         {"event": "stage", "stage": "passage"},
         {"event": "text", "stage": "passage", "text": f"An owl. {NASTY}"},
         {"event": "retrieving"},
-        {"event": "retrieved", "passages": [{key: passage[key] for key in ("rank", "id", "title", "score")} for passage in PASSAGES]},
+        {
+            "event": "retrieved",
+            "passages": [{key: passage[key] for key in ("rank", "id", "title", "score")} for passage in PASSAGES],
+        },
         {"event": "stage", "stage": "answer"},
-    ]  # fmt: skip
+    ]
     for event in told:
         yield {"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "telerag": event}
     for word in re.findall(r"\S+\s*", double.answer):
         yield {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
-    yield {"choices": [{"index": 0, "delta": {"annotations": []}, "finish_reason": "stop"}], "telerag": about(body, double)}  # fmt: skip
+    yield {
+        "choices": [{"index": 0, "delta": {"annotations": []}, "finish_reason": "stop"}],
+        "telerag": about(body, double),
+    }
 
 
 def double_app(double):
@@ -157,14 +237,34 @@ def double_app(double):
     @app.get("/telerag/state")
     async def state(request: Request):
         check_key(request)
-        return JSONResponse({
-            "status": double.status, "version": "0.1.0", "uptime_s": 3725.2, "model": f"llm {NASTY}", "embedder": "minilm",
-            "queue": {"running": 1, "waiting": 2, "limit": 64, "at_once": 4}, "llm": {"slots": 4, "running": 1, "waiting": 0},
-            "index": {"passages": 12400, "lists": 256, "bytes": 19 << 20}, "lookahead": {"rounds": 1},
-            "arena": {"bytes": 8 << 20, "resident_bytes": 6 << 20, "moving_bytes": 1 << 19, "lists_resident": 82, "lists_moving": 3,
-                      "references": 5},
-            "rates": {"window_s": 10.0, "requests_per_s": 0.4, "tokens_per_s": 61.5, "link_bytes_per_s": 13e6, "hit_ratio": 0.91},
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "status": double.status,
+                "version": "0.1.0",
+                "uptime_s": 3725.2,
+                "model": f"llm {NASTY}",
+                "embedder": "minilm",
+                "queue": {"running": 1, "waiting": 2, "limit": 64, "at_once": 4},
+                "llm": {"slots": 4, "running": 1, "waiting": 0},
+                "index": {"passages": 12400, "lists": 256, "bytes": 19 << 20},
+                "lookahead": {"rounds": 1},
+                "arena": {
+                    "bytes": 8 << 20,
+                    "resident_bytes": 6 << 20,
+                    "moving_bytes": 1 << 19,
+                    "lists_resident": 82,
+                    "lists_moving": 3,
+                    "references": 5,
+                },
+                "rates": {
+                    "window_s": 10.0,
+                    "requests_per_s": 0.4,
+                    "tokens_per_s": 61.5,
+                    "link_bytes_per_s": 13e6,
+                    "hit_ratio": 0.91,
+                },
+            }
+        )
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request):
@@ -305,9 +405,7 @@ def ask(page, question="Where do owls live?"):
 
 
 def answered(page, count=1):
-    page.wait_for_function(
-        "count => document.querySelectorAll('[data-status=done]').length === count", arg=count
-    )
+    page.wait_for_function("count => document.querySelectorAll('[data-status=done]').length === count", arg=count)
     return page.locator(".turn").last
 
 
@@ -356,16 +454,9 @@ def test_a_conversation_is_sent_and_survives_a_reload(opened, double):
     ask(page, "Too much?")
     page.wait_for_selector("text=The queue is full. Try again in 2 s.")
     page.reload()
-    assert page.locator(".asked").all_text_contents() == [
-        "Where do owls live?",
-        "And\nwhat do they eat?",
-        "Too much?",
-    ]
+    assert page.locator(".asked").all_text_contents() == ["Where do owls live?", "And\nwhat do they eat?", "Too much?"]
     assert page.locator(".plot svg").count() == 2
-    assert (
-        page.input_value("#pipeline") == "telerag-naive"
-        or ready(page).input_value("#pipeline") == "telerag-naive"
-    )
+    assert page.input_value("#pipeline") == "telerag-naive" or ready(page).input_value("#pipeline") == "telerag-naive"
     double.fails = None
     page.click("text=Retry")
     answered(page, 3)
@@ -385,7 +476,9 @@ def test_a_citation_opens_its_passage_and_gives_the_focus_back(opened):
     cites = turn.locator(".cite")
     # The third marker of the text names no passage and stays text; the overlap is behind its sentence.
     assert [cite.get_attribute("aria-label") for cite in cites.all()] == [
-        f"Source 1: Owls {NASTY}", "Source 2, found by its words: voles#7"]  # fmt: skip
+        f"Source 1: Owls {NASTY}",
+        "Source 2, found by its words: voles#7",
+    ]
     assert "very well.2 <script>" in turn.locator(".answer").text_content()
     assert "[9]" in turn.locator(".answer").text_content()
     cites.first.focus()
@@ -444,16 +537,11 @@ def test_the_timeline_shows_each_move_and_its_figures(opened):
         "3 of 4 probed lists were in fast memory when the query arrived (75 %); 5.00 MiB moved while the LLM wrote; "
         "1 list (512 KiB) came only then; retrieval took 30 ms."
     )
-    widths = turn.locator(".bar.link.hit .shape").evaluate_all(
-        "bars => bars.map((bar) => bar.getBBox().width)"
-    )
+    widths = turn.locator(".bar.link.hit .shape").evaluate_all("bars => bars.map((bar) => bar.getBBox().width)")
     assert max(widths) - min(widths) < 0.01
     readout = turn.locator(".readout")
     turn.locator(".bar.link.wasted .shape").first.hover()
-    assert (
-        readout.text_content()
-        == "link: list 1 0.12 to 0.19 s (70 ms) 1.00 MiB, wasted: moved ahead, not probed"
-    )
+    assert readout.text_content() == "link: list 1 0.12 to 0.19 s (70 ms) 1.00 MiB, wasted: moved ahead, not probed"
     page.mouse.move(2, 2)
     assert "arrow keys" in readout.text_content()
     turn.locator(".plot [tabindex='0']").focus()
@@ -495,7 +583,7 @@ def test_with_and_without_lookahead_on_one_scale(opened, double):
     assert on.locator("figcaption").text_content() == "Lookahead refined 1.05 s"
     assert off.locator(".bar.link.missed").count() == 4
     # The passage's bar is as long in both; the whole of one is longer.
-    widths = [each.locator(".bar.llm .shape").first.evaluate("bar => bar.getBBox().width") for each in (on, off)]  # fmt: skip
+    widths = [each.locator(".bar.llm .shape").first.evaluate("bar => bar.getBBox().width") for each in (on, off)]
     assert widths[0] == pytest.approx(widths[1], abs=0.01)
     turn.get_by_role("button", name="Around the query").click()
     ends = [each.locator(".bar.scoring .shape").evaluate("bar => bar.getBBox().width") for each in (on, off)]
@@ -514,12 +602,17 @@ def test_with_and_without_lookahead_on_one_scale(opened, double):
 
 @browsed
 def test_code_is_shown_as_code(opened, double):
-    double.answer = "Use `argv[1]`, as owls do. [1]\n\n```python\nprint(lines[2])\n# <b>no</b>\n```\nDone. [2]\n```\nnot ended [1]"
+    double.answer = (
+        "Use `argv[1]`, as owls do. [1]\n\n```python\nprint(lines[2])\n# <b>no</b>\n```\nDone. [2]\n```\nnot ended [1]"
+    )
     page = opened()
     ask(page)
     turn = answered(page)
     assert turn.locator(".answer code").all_text_contents() == [
-        "argv[1]", "print(lines[2])\n# <b>no</b>\n", "not ended [1]"]  # fmt: skip
+        "argv[1]",
+        "print(lines[2])\n# <b>no</b>\n",
+        "not ended [1]",
+    ]
     assert turn.locator(".answer pre").count() == 2
     assert turn.locator(".answer > .cite").all_text_contents() == ["1", "2"]
     assert turn.locator(".answer").text_content() == (
@@ -786,14 +879,15 @@ def test_the_real_server_is_asked_and_compared(opened, engine_of):
         turn.locator(".cite").click()
         assert page.text_content(".passage-text").startswith("owls number 3")
         page.keyboard.press("Escape")
-        counts = json.loads(page.evaluate("localStorage['telerag.conversation.v1']"))["turns"][0]["result"][
-            "timeline"
-        ]["counts"]
+        counts = json.loads(page.evaluate("localStorage['telerag.conversation.v1']"))["turns"][0]["result"]["timeline"][
+            "counts"
+        ]
         assert counts["lists_wanted"] > 0
         assert counts["lists_undrawn"] == 0
         told = {
-            outcome: int(turn.locator(f".legend [data-outcome={outcome}] b").text_content()) for outcome in ("hit", "wasted", "missed")
-        }  # fmt: skip
+            outcome: int(turn.locator(f".legend [data-outcome={outcome}] b").text_content())
+            for outcome in ("hit", "wasted", "missed")
+        }
         assert told["hit"] + told["wasted"] == counts["lists_moved"] > 0
         assert told["wasted"] == counts["lists_wasted"]
         assert turn.locator(".bar.llm").count() == 2
@@ -840,23 +934,21 @@ def test_files_carry_a_policy_and_are_sent_once(client):
     assert client.head("/").status_code == 200
 
 
-@pytest.mark.parametrize(
-    "name", ["index.html", "docs.html", "../site.py", "%2e%2e%2fsite.py", "main.jsx", ""]
-)
+@pytest.mark.parametrize("name", ["index.html", "docs.html", "../site.py", "%2e%2e%2fsite.py", "main.jsx", ""])
 def test_only_the_fixed_files_are_served(client, name):
     assert client.get(f"/page/{name}").status_code == 404
 
 
 def test_every_file_is_served_and_names_no_address():
-    folder = resources.files("telerag_cli.serving") / "page"
+    folder = resources.files("telerag_cli.server") / "page"
     files = {entry.name: entry.read_text(encoding="utf-8") for entry in folder.iterdir()}
     assert set(files) - {"index.html", "docs.html"} == set(site.OWN)
     for name, text in files.items():
         addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"'`]*", text))
         assert addresses <= {"http://www.w3.org/2000/svg"}, name
-        assert not re.search(
-            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text
-        ), name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            name
+        )
         for imported in re.findall(r'from "\./([\w.]+)"', text):
             assert imported in site.OWN
     for name in ("index.html", "docs.html"):

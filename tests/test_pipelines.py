@@ -10,9 +10,9 @@ from animals import TEXTS
 from telerag_cli.config import Lookahead
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ModelError, UsageError
-from telerag_cli.generation.base import Generation, Token
-from telerag_cli.generation.scripted import Reply
-from telerag_cli.generation.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.llm.base import Generation, Token
+from telerag_cli.llm.scripted import Reply
+from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
 from telerag_cli.pipelines.flare import doubts
 from telerag_cli.pipelines.found import Retrieved, merge
 from telerag_cli.pipelines.registry import PIPELINES, PipelineName, make_pipeline, options
@@ -67,22 +67,9 @@ def queries(answered):
 FLOWS = {
     PipelineName.NAIVE: (["answer"], [(QUESTION,)]),
     PipelineName.HYDE: (["passage", "answer"], [(ANSWERS["passage that answers"],)]),
-    PipelineName.SUBQUESTION: (
-        ["sub_questions", "answer"],
-        [("owls number 3 live where", "bees number 4 eat what")],
-    ),
+    PipelineName.SUBQUESTION: (["sub_questions", "answer"], [("owls number 3 live where", "bees number 4 eat what")]),
     PipelineName.ITERATIVE: (
-        [
-            "query_1",
-            "step_1",
-            "judge_1",
-            "query_2",
-            "step_2",
-            "judge_2",
-            "query_3",
-            "step_3",
-            "answer",
-        ],
+        ["query_1", "step_1", "judge_1", "query_2", "step_2", "judge_2", "query_3", "step_3", "answer"],
         [(ANSWERS["look up next"],)] * 3,
     ),
     PipelineName.ITER_RETGEN: (
@@ -146,9 +133,7 @@ def test_flare_asks_about_what_it_doubts_and_writes_the_sentence_again(engine_of
     answered = run(engine, PipelineName.FLARE)
     assert stages(answered) == ["sentence_1", "query", "query", "rewrite_1"]
     asked = [
-        request.messages[-1].content
-        for request in engine.generator.requests
-        if kind(request) == "whose answer is"
+        request.messages[-1].content for request in engine.generator.requests if kind(request) == "whose answer is"
     ]
     assert ['whose answer is "nine"' in asked[0], 'whose answer is "food four"' in asked[1]] == [True, True]
     assert queries(answered) == [(ANSWERS["whose answer is"],) * 2]
@@ -170,12 +155,7 @@ def test_flare_goes_on_until_the_model_has_no_more_to_say(engine_of):
 def test_flare_needs_probabilities():
     with pytest.raises(ModelError, match="does not tell how probable"):
         doubts(Generation("text", "stop", 1, 1, 0.0, 0.0), 0.4)
-    tokens = (
-        Token(0, 4, math.log(0.9)),
-        Token(4, 8, math.log(0.3)),
-        Token(8, 12, math.log(0.1)),
-        Token(12, 16, 0.0),
-    )
+    tokens = (Token(0, 4, math.log(0.9)), Token(4, 8, math.log(0.3)), Token(8, 12, math.log(0.1)), Token(12, 16, 0.0))
     assert doubts(Generation("one  twothreefour", "stop", 1, 4, 0.0, 0.0, tokens=tokens), 0.4) == ["twothre"]
 
 
@@ -196,8 +176,14 @@ def test_no_more_sub_questions_than_asked_for(engine_of):
 def test_a_judge_that_is_satisfied_ends_it_and_one_that_never_is_does_not_go_on_for_ever(engine_of):
     engine = engine_of(script_of(Is_this_enough=lambda _request, before: "yes" if before else "no"))
     assert stages(run(engine, PipelineName.ITERATIVE, rounds=9)) == [
-        "query_1", "step_1", "judge_1", "query_2", "step_2", "judge_2", "answer"
-    ]  # fmt: skip
+        "query_1",
+        "step_1",
+        "judge_1",
+        "query_2",
+        "step_2",
+        "judge_2",
+        "answer",
+    ]
     final = engine.generator.requests[-1].messages[-1].content
     assert final.count("A: owls number 3 live in place 8") == 2
     never = run(engine_of(script_of()), PipelineName.ITERATIVE, rounds=2)

@@ -8,8 +8,8 @@ import pytest
 from indexes import make_index, make_vectors
 from telerag_cli.config import Metric, Storage, TierKind
 from telerag_cli.engine.assemble import byte_plan, open_retriever
-from telerag_cli.engine.llm import LlmOptions, plan_llm
-from telerag_cli.engine.placement import TierOptions, plan_tier
+from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
+from telerag_cli.engine.tier_plan import TierOptions, plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import best, score_again
 from telerag_cli.tiers.cuda import gpu as cuda_gpu
@@ -19,9 +19,7 @@ from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-    return make_index(
-        tmp_path_factory.mktemp("place"), make_vectors(400, 16, 1), 20, Metric.IP, Storage.FLOAT32
-    )[0]
+    return make_index(tmp_path_factory.mktemp("place"), make_vectors(400, 16, 1), 20, Metric.IP, Storage.FLOAT32)[0]
 
 
 @pytest.fixture
@@ -45,7 +43,7 @@ def test_a_machine_without_a_gpu_takes_the_host_tier_and_says_why(index, monkeyp
     monkeypatch.setattr(cuda_gpu, "find_gpu", none)
     planned = plan_tier(index, TierOptions())
     assert (planned.kind, planned.why) == (TierKind.HOST, "no GPU found")
-    for named in (TierOptions(device="cuda:0"), TierOptions(gpu_memory_bytes=1 << 20), TierOptions(TierKind.CUDA)):  # fmt: skip
+    for named in (TierOptions(device="cuda:0"), TierOptions(gpu_memory_bytes=1 << 20), TierOptions(TierKind.CUDA)):
         with pytest.raises(ResourceError, match="none"):
             plan_tier(index, named)
 
@@ -61,7 +59,7 @@ def test_a_machine_with_a_gpu_takes_it_unless_told_otherwise(index, found):
 
 
 def test_an_index_larger_than_the_hosts_memory_takes_the_host_tier(index, found, monkeypatch):
-    monkeypatch.setattr("telerag_cli.engine.placement.available_bytes", lambda: 1000)
+    monkeypatch.setattr("telerag_cli.engine.tier_plan.available_bytes", lambda: 1000)
     planned = plan_tier(index, TierOptions())
     assert planned.kind is TierKind.HOST
     assert "of host memory are free" in planned.why
@@ -87,7 +85,7 @@ def test_what_contradicts_itself(index, options, message):
 
 
 def test_what_a_tier_takes_where(index):
-    total = int(index.extents.sum())
+    total = int(index.list_bytes.sum())
     host = plan_tier(index, TierOptions(TierKind.HOST, fast_memory_bytes=8192))
     assert (host.ram_bytes, host.gpu_bytes) == (8192, 0)
     left = plan_tier(index, TierOptions(TierKind.SIMULATED))
@@ -103,9 +101,7 @@ def test_what_a_tier_takes_where(index):
 @pytest.mark.model
 def test_an_llm_that_goes_to_a_gpu_whole_is_planned_by_its_memory(index, found, monkeypatch):
     tier = plan_tier(index, TierOptions(TierKind.SIMULATED, gpu_memory_bytes=8192))
-    monkeypatch.setattr(
-        "telerag_cli.generation.llama_model.llama_cpp.llama_supports_gpu_offload", lambda: True
-    )
+    monkeypatch.setattr("telerag_cli.llm.llama_model.llama_cpp.llama_supports_gpu_offload", lambda: True)
     found._memory_bytes = 300 << 20
     with pytest.raises(ResourceError, match=r"16 contexts of 4,096 tokens take .*Lower .*--gpu-memory"):
         plan_llm(LlmOptions(n_gpu_layers=-1), 16, tier, print)
@@ -126,7 +122,7 @@ def test_vectors_that_the_index_keeps_are_used(tmp_path):
         tier = plan_tier(index, TierOptions(TierKind.SIMULATED))
         retriever = open_retriever(replace(index, vectors=kept), tier, rescore=rescore)
         found = retriever.search(queries, 10, 4)
-        recall[name] = np.mean([np.isin(rows, truth).mean() for rows, truth in zip(found.rows, true, strict=True)])  # fmt: skip
+        recall[name] = np.mean([np.isin(rows, truth).mean() for rows, truth in zip(found.rows, true, strict=True)])
         if name == "again":
             np.testing.assert_allclose(found.scores, np.take_along_axis(distances, found.rows, 1), rtol=1e-5)
         retriever.close()

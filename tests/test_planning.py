@@ -46,17 +46,32 @@ LLM = LlmRates(
 )
 CURVE = (HitPoint(0.5, 0.4, 0.5), HitPoint(1.0, 0.8, 1.0), HitPoint(2.0, 0.9, 1.2))
 INDEX = IndexFigures(
-    64, 1.0 * MB, 8, 5, "passages", (Probed(1, 2.0 * MB), Probed(8, 12.0 * MB), Probed(64, 64.0 * MB)),
+    64,
+    1.0 * MB,
+    8,
+    5,
+    "passages",
+    (Probed(1, 2.0 * MB), Probed(8, 12.0 * MB), Probed(64, 64.0 * MB)),
     (HitCurve("refined", CURVE), HitCurve("question", tuple(replace(point, hit=point.hit / 2) for point in CURVE))),
-)  # fmt: skip
+)
 PROFILE = Profile(
-    IDENTITY, False, 1.0, "2026-01-01T00:00:00Z", {"torch": "1"},
+    IDENTITY,
+    False,
+    1.0,
+    "2026-01-01T00:00:00Z",
+    {"torch": "1"},
     links=(LinkPoint("disk", "O_DIRECT", 4096, 1, exactly(1e8)),),
     moving=Moving(exactly(2.0 * GB), exactly(1.0 * GB), 1.25),
-    scoring=(ScoringRate("arena", "float32", exactly(10.0 * GB), 0.001), ScoringRate("in place", "float32", exactly(1.0 * GB), 0.0)),
+    scoring=(
+        ScoringRate("arena", "float32", exactly(10.0 * GB), 0.001),
+        ScoringRate("in place", "float32", exactly(1.0 * GB), 0.0),
+    ),
     joins=Joins(0.001, exactly(10.0 * GB), exactly(1.0 * GB), (LossPoint(0.25, 0.4), LossPoint(0.75, 0.6)), 1.0),
-    coarse_s=exactly(0.0005), embedding=EmbeddingTimes(exactly(0.02), exactly(0.015), 0.01), llm=LLM, index=INDEX,
-)  # fmt: skip
+    coarse_s=exactly(0.0005),
+    embedding=EmbeddingTimes(exactly(0.02), exactly(0.015), 0.01),
+    llm=LLM,
+    index=INDEX,
+)
 
 
 def planner(averages=None, **chosen):
@@ -256,10 +271,7 @@ def line(**plan):
     figures = {"window_s": 1.0, "budget_bytes": 100.0, "bytes_moved": 100, "hit_share": 0.5, "join_s": 0.01}
     measured = {name: value * plan.get(name, 1.0) for name, value in figures.items()}
     stages = [{"expected": {"prefill_s": 0.1, "decode_s": 0.2}, "prefill_s": 0.1, "decode_s": 0.4}]
-    return {
-        "stages": stages,
-        "plan": [{"predicted": figures, "measured": measured, "join_of_these_lists_s": 0.01}],
-    }
+    return {"stages": stages, "plan": [{"predicted": figures, "measured": measured, "join_of_these_lists_s": 0.01}]}
 
 
 def test_errors_by_function_with_their_direction(tmp_path):
@@ -278,9 +290,14 @@ def test_errors_by_function_with_their_direction(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "words"),
-    [([b"no json"], "1 is no line of a run"), ([b"[1]"], "1 is no line of a run"), ([b"{}"], "holds no prediction"),
-     ([b'{"plan": [{}]}'], "is no line of a run"), ([], "holds no prediction")],
-)  # fmt: skip
+    [
+        ([b"no json"], "1 is no line of a run"),
+        ([b"[1]"], "1 is no line of a run"),
+        ([b"{}"], "holds no prediction"),
+        ([b'{"plan": [{}]}'], "is no line of a run"),
+        ([], "holds no prediction"),
+    ],
+)
 def test_what_is_no_run_is_said(tmp_path, lines, words):
     with pytest.raises(ArtifactError, match=words):
         errors_of(lines, tmp_path / "run.jsonl")

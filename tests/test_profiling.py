@@ -9,26 +9,21 @@ from typer.testing import CliRunner
 
 from indexes import make_index as real_index
 from indexes import make_vectors
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, Storage
-from telerag_cli.engine.rehearsal import written_ahead
+from telerag_cli.engine.dry_run import written_ahead
 from telerag_cli.errors import ArtifactError
-from telerag_cli.generation.base import Generation
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.llm.base import Generation
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.planning.disk import BUFFERED, disk_points
+from telerag_cli.planning.hits import Replayed, first_sentence, from_recording, index_figures
+from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
+from telerag_cli.planning.llm import llm_rates, write
 from telerag_cli.planning.profile import Profile
-from telerag_cli.profiling.disk import BUFFERED, disk_points
-from telerag_cli.profiling.hits import (
-    Replayed,
-    first_sentence,
-    from_recording,
-    index_figures,
-)
-from telerag_cli.profiling.lists import joins_of, moving_rates, scoring_rates
-from telerag_cli.profiling.llm import llm_rates, write
-from telerag_cli.profiling.storages import make_index
-from telerag_cli.profiling.timing import Effort, times_s
+from telerag_cli.planning.storages import make_index
+from telerag_cli.planning.timing import Effort, times_s
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda.bandwidth import passages
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
@@ -97,7 +92,7 @@ def test_lists_are_measured_through_the_tier_which_is_left_empty(world, kind, tm
     index, coarse = world
     if kind == "host":
         index.paths.root.mkdir(exist_ok=True)
-        tier = open_host_tier(index, coarse, int(index.extents.sum()))
+        tier = open_host_tier(index, coarse, int(index.list_bytes.sum()))
     else:
         tier = open_cuda_tier(index, coarse, SimulatedGpu(bytes_per_s=2e8), None)
     with_retriever = Retriever(index, coarse, tier)
@@ -111,10 +106,8 @@ def test_lists_are_measured_through_the_tier_which_is_left_empty(world, kind, tm
     assert joins.hit_bytes_per_s.value > 0
     assert joins.missed_bytes_per_s.value > 0
     assert all(0 <= point.loss <= 2 for point in joins.losses)
-    assert [point.missed_share for point in joins.losses] == sorted(
-        point.missed_share for point in joins.losses
-    )
-    assert tier.absent()[index.extents > 0].all()
+    assert [point.missed_share for point in joins.losses] == sorted(point.missed_share for point in joins.losses)
+    assert tier.absent()[index.list_bytes > 0].all()
     assert tier.references() == 0
     tier.check_integrity()
     with_retriever.close()
@@ -124,7 +117,7 @@ def test_lists_are_measured_through_the_tier_which_is_left_empty(world, kind, tm
 def test_made_up_lists_can_be_searched_like_real_ones(storage, tmp_path):
     index, lists = make_index(tmp_path, 16, Metric.IP, storage)
     coarse = Coarse(index.centroids, Metric.IP)
-    tier = open_cuda_tier(index, coarse, SimulatedGpu(), int(index.extents.sum()), lists=lists)
+    tier = open_cuda_tier(index, coarse, SimulatedGpu(), int(index.list_bytes.sum()), lists=lists)
     retriever = Retriever(index, coarse, tier)
     found = retriever.search(index.centroids[:2], 5, 64)
     assert (found.rows >= 0).all()
@@ -160,10 +153,7 @@ def test_the_llm_is_measured_at_the_lengths_and_widths_asked_for():
     llm = Steady()
     told = []
     rates = llm_rates(llm, (8, 64, 5000), (1, 2, 4, 8), 6, SHORT, told.append)
-    assert [point.tokens for point in rates.prefill] == [
-        4,
-        60,
-    ]  # less what is known already; 5,000 do not fit
+    assert [point.tokens for point in rates.prefill] == [4, 60]  # less what is known already; 5,000 do not fit
     assert rates.prefill[1].took_s.value == pytest.approx(0.064)
     assert [point.width for point in rates.decode] == [1, 2, 4]  # it writes no eight at once
     assert all(ignoring for _tokens, _most, ignoring in llm.asked)
@@ -187,11 +177,9 @@ class Directions:
         self.vectors = vectors
 
     def encode_queries(self, texts):
-        return np.stack(
-            [np.mean([self.vectors[int(word)] for word in text.split()], axis=0) for text in texts]
-        )
+        return np.stack([np.mean([self.vectors[int(word)] for word in text.split()], axis=0) for text in texts])
 
-    sketch = encode_queries
+    embed_approx = encode_queries
 
 
 def test_hit_curves_rise_to_what_is_worth_moving(world):
@@ -202,22 +190,21 @@ def test_hit_curves_rise_to_what_is_worth_moving(world):
     curves = {curve.lookahead: curve.points for curve in figures.hit_curves}
     for points in curves.values():
         hits, moved = [point.hit for point in points], [point.moved for point in points]
-        # An order that is followed to its end sooner is looked at again later, so more budget may be worth a little less.
+        # An order that is followed to its end sooner is looked at again later, so more budget may be worth a little
+        # less.
         assert min(np.diff(hits)) > -0.02
         assert all(hit <= min(point.budget, 1) + 0.2 for hit, point in zip(hits, points, strict=True))
         assert all(share <= point.budget + 1e-9 for share, point in zip(moved, points, strict=True))
     # The text says where to look and the question does not, so only what follows the text finds it.
     assert curves[Lookahead.REFINED.value][-1].hit > curves[Lookahead.QUESTION.value][-1].hit + 0.2
-    assert figures.probed[-1].nbytes == pytest.approx(float(index.extents.sum()))
+    assert figures.probed[-1].nbytes == pytest.approx(float(index.list_bytes.sum()))
     assert [each.nbytes for each in figures.probed] == sorted(each.nbytes for each in figures.probed)
 
 
 def test_a_perfect_question_hits_what_it_moves(world):
     index, _coarse = world
     vectors = np.random.default_rng(4).standard_normal((10, 32)).astype(np.float32)
-    figures = index_figures(
-        index, Directions(vectors), [Replayed("3", "3")], "made up", 8, lambda _count: None
-    )
+    figures = index_figures(index, Directions(vectors), [Replayed("3", "3")], "made up", 8, lambda _count: None)
     question = next(curve for curve in figures.hit_curves if curve.lookahead == "question")
     for point in question.points:
         assert point.hit == pytest.approx(min(point.moved, 1.0), abs=1e-9)
@@ -241,9 +228,14 @@ def test_first_sentences():
 
 @pytest.mark.parametrize(
     ("name", "stages"),
-    [(PipelineName.NAIVE, []), (PipelineName.HYDE, ["passage"]), (PipelineName.SUBQUESTION, ["sub_questions"]),
-     (PipelineName.ITERATIVE, ["query_1"]), (PipelineName.SELF_RAG, ["need"])],
-)  # fmt: skip
+    [
+        (PipelineName.NAIVE, []),
+        (PipelineName.HYDE, ["passage"]),
+        (PipelineName.SUBQUESTION, ["sub_questions"]),
+        (PipelineName.ITERATIVE, ["query_1"]),
+        (PipelineName.SELF_RAG, ["need"]),
+    ],
+)
 def test_a_rehearsal_finds_what_is_written_before_the_first_retrieval(name, stages):
     assert [text.stage for text in written_ahead(make_pipeline(name), 50)] == stages
 
@@ -312,9 +304,7 @@ def test_profile_to_a_file_and_its_use(index, tmp_path, monkeypatch):
     assert "hyde/passage window" in json.loads(averages.read_text())["averages"]
     checked = telerag("profile", "--check", run)
     assert checked.exit_code == 0
-    assert all(
-        name in checked.stdout for name in ("prefill_s", "decode_s", "window_s", "budget_bytes", "join_s")
-    )
+    assert all(name in checked.stdout for name in ("prefill_s", "decode_s", "window_s", "budget_bytes", "join_s"))
 
     raw = json.loads(path.read_text())
     raw["identity"]["index"] = "another index"
@@ -331,19 +321,7 @@ def test_a_run_measures_once_and_keeps_what_it_found(index, tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     question = tmp_path / "q.txt"
     question.write_text("What is a lock?\n")
-    common = (
-        "run",
-        index,
-        "-q",
-        question,
-        "--max-tokens",
-        4,
-        "-k",
-        1,
-        "--profile",
-        "auto",
-        "--prefetch-budget",
-    )
+    common = ("run", index, "-q", question, "--max-tokens", 4, "-k", 1, "--profile", "auto", "--prefetch-budget")
     first = telerag(*common, "4KiB")
     assert first.exit_code == 0, first.stderr
     assert "Measuring this machine" in first.stderr

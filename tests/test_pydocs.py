@@ -66,9 +66,7 @@ def test_documentation_tells_nothing_twice(documentation):
 def test_documentation_is_the_same_each_time_and_leaves_tests_out(documentation):
     assert list(pydocs.python_documentation()) == documentation
     assert not [
-        p.id
-        for p in documentation
-        if p.metadata["module"].split(".")[0] in ("test", "idlelib", "site-packages")
+        p.id for p in documentation if p.metadata["module"].split(".")[0] in ("test", "idlelib", "site-packages")
     ]
 
 
@@ -111,14 +109,10 @@ def test_a_missing_root_is_named(tmp_path):
 def test_harvest_script_writes_what_embed_reads(tmp_path):
     (tmp_path / "mod.py").write_text(SOURCE)
     script, output = ROOT / "scripts" / "harvest_docstrings.py", tmp_path / "corpus.jsonl"
-    subprocess.run(
-        [sys.executable, script, tmp_path, "-o", output, "--limit", "3"], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, script, tmp_path, "-o", output, "--limit", "3"], check=True, capture_output=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["mod", "mod.plain", "mod.Base"]
     assert {"id", "text", "title", "module", "kind"} == set(lines[0])
-    done = subprocess.run(
-        [sys.executable, script, tmp_path / "no", "-o", output], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, script, tmp_path / "no", "-o", output], capture_output=True, text=True)
     assert done.returncode == 1
     assert "is not a folder" in done.stderr

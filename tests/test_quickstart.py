@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from telerag_cli.commands.quickstart import MODES, QUESTIONS
+from telerag_cli.cli.quickstart import MODES, QUESTIONS
 from telerag_cli.errors import EXIT_FAILED
 from telerag_cli.index.artifact import Index
 
@@ -18,16 +18,7 @@ PASSAGES = 240
 
 
 def quickstart(directory, passages=PASSAGES):
-    command = [
-        sys.executable,
-        "-m",
-        "telerag_cli",
-        "quickstart",
-        "--dir",
-        directory,
-        "--limit",
-        str(passages),
-    ]
+    command = [sys.executable, "-m", "telerag_cli", "quickstart", "--dir", directory, "--limit", str(passages)]
     environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -101,11 +101,7 @@ def test_folder_is_walked_in_order_and_hidden_files_are_not_read(write, tmp_path
     for name in ("b.txt", "a/z.md", "a.jsonl", ".git/x.txt", "a/.b.txt", "c.py"):
         write(f"in/{name}", '{"text": "t"}')
     assert [source.label for source in find_sources([str(tmp_path / "in")])] == ["a/z.md", "a.jsonl", "b.txt"]
-    assert [passage.id for passage in read(tmp_path / "in", chunker=chunker)] == [
-        "a/z.md#0",
-        "a.jsonl:1",
-        "b.txt#0",
-    ]
+    assert [passage.id for passage in read(tmp_path / "in", chunker=chunker)] == ["a/z.md#0", "a.jsonl:1", "b.txt#0"]
 
 
 def test_equal_names_in_two_folders_keep_their_paths(write):
@@ -176,9 +172,7 @@ def test_source_that_fails_to_be_read(tmp_path):
         read(tmp_path / "c.jsonl")
 
 
-WORDS = st.lists(
-    st.sampled_from(["word", "été", "😀", ".", "\n", "\n\n", "# Title\n", "  ", "\r\n"]), max_size=120
-)
+WORDS = st.lists(st.sampled_from(["word", "été", "😀", ".", "\n", "\n\n", "# Title\n", "  ", "\r\n"]), max_size=120)
 
 
 @given(words=WORDS, markdown=st.booleans())
@@ -228,9 +222,7 @@ def test_counting_lines_and_not_knowing(write, tmp_path):
 def test_metadata_is_json_whatever_parquet_held():
     import datetime
 
-    assert json.loads(Passage("i", "t", {"when": datetime.date(2020, 1, 2)}).metadata_json) == {
-        "when": "2020-01-02"
-    }
+    assert json.loads(Passage("i", "t", {"when": datetime.date(2020, 1, 2)}).metadata_json) == {"when": "2020-01-02"}
 
 
 @pytest.mark.parametrize("codec", ["snappy", "zstd", "none"])

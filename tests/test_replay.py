@@ -7,9 +7,9 @@ import time
 import pytest
 
 from telerag_cli.errors import ArtifactError, InputError, ModelError
-from telerag_cli.generation.base import Message, Request, Token
-from telerag_cli.generation.replay import Replay
-from telerag_cli.generation.scripted import ScriptedGenerator
+from telerag_cli.llm.base import Message, Request, Token
+from telerag_cli.llm.replay import Replay
+from telerag_cli.llm.scripted import ScriptedGenerator
 
 CHATTER = " ".join(f"word{n}" for n in range(200))
 
@@ -86,9 +86,7 @@ def test_the_pacer_sees_the_prompt_and_sets_the_time(trace):
     started_s = time.perf_counter()
     seen = []
     request = ask(temperature=0.7, stop=("word1",), logprobs=True)
-    result = run(
-        replay, request, lambda text, tokens: seen.append((time.perf_counter() - started_s, text, tokens))
-    )
+    result = run(replay, request, lambda text, tokens: seen.append((time.perf_counter() - started_s, text, tokens)))
     assert pacer.requests == [Request(request.messages, 5, ignore_eos=True)]
     assert [(text, tokens) for _s, text, tokens in seen] == [
         ("gr", 1),
@@ -144,10 +142,7 @@ def test_a_prompt_that_was_not_recorded(trace):
     pacer = ScriptedGenerator({"": CHATTER})
     with pytest.raises(ModelError) as caught:
         run(Replay(path, pacer), ask("Which\nshape " + "is it " * 20))
-    assert (
-        f"The recording {path} has no answer of 16 tokens to the prompt 'Which shape is it"
-        in caught.value.message
-    )
+    assert f"The recording {path} has no answer of 16 tokens to the prompt 'Which shape is it" in caught.value.message
     assert caught.value.message.endswith("…'.")
     assert "index, pipeline and options" in caught.value.remedy
     assert pacer.requests == []
@@ -229,14 +224,11 @@ def test_a_file_that_is_no_recording(trace, tmp_path):
 
 @pytest.mark.model
 def test_a_real_model_sets_the_time(trace):
-    from telerag_cli.generation.llama_model import LlamaModel
-    from telerag_cli.generation.llamacpp import LlamaCpp
-    from telerag_cli.generation.models import resolve_model
+    from telerag_cli.llm.llama_model import LlamaModel
+    from telerag_cli.llm.llamacpp import LlamaCpp
+    from telerag_cli.llm.models import resolve_model
 
-    short, long = (
-        generation("Short?", "a b c", completion_tokens=2),
-        generation("Long?", completion_tokens=60),
-    )
+    short, long = (generation("Short?", "a b c", completion_tokens=2), generation("Long?", completion_tokens=60))
     pacer = LlamaCpp(LlamaModel(resolve_model(None, None)), context_tokens=256, parallel=2)
     replay = Replay(trace([short, long]), pacer)
     seen = []

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("ray")
 
 from animals import ANIMALS, World
-from telerag_cli.cluster.replicas import Opened, open_replicas, share_of
-from telerag_cli.cluster.session import Cluster, joined
 from telerag_cli.config import Lookahead, PlacementName, ScheduleName
+from telerag_cli.distributed.replicas import Opened, open_replicas, share_of
+from telerag_cli.distributed.session import Cluster, joined
 from telerag_cli.engine.batch import LineForm, Outputs, answer_all
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, Scheduler
@@ -24,9 +24,7 @@ from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 
 HYDE = PipelineName.HYDE
-QUESTIONS = [
-    Question(f"{animal}-{n}", f"Where do {animal} number {n} live?") for n in range(4) for animal in ANIMALS
-]
+QUESTIONS = [Question(f"{animal}-{n}", f"Where do {animal} number {n} live?") for n in range(4) for animal in ANIMALS]
 
 
 def script(request):
@@ -34,9 +32,7 @@ def script(request):
     if "broken" in text:
         raise ModelError("the model broke")
     return (
-        text.split("Question:")[-1].split("\n")[0].strip()
-        if "passage that answers" in text
-        else f"answer {len(text)}"
+        text.split("Question:")[-1].split("\n")[0].strip() if "passage that answers" in text else f"answer {len(text)}"
     )
 
 
@@ -72,8 +68,7 @@ class Lines:
     def by_id(self):
         assert len({line["id"] for line in self.lines}) == len(self.lines), "a question was answered twice"
         return {
-            line["id"]: (line.get("answer"), [hit["id"] for hit in line.get("passages", [])])
-            for line in self.lines
+            line["id"]: (line.get("answer"), [hit["id"] for hit in line.get("passages", [])]) for line in self.lines
         }
 
 
@@ -98,7 +93,7 @@ def scheduler_of(world):
 
     def make(placement=PlacementName.CACHE_AWARE, name=ScheduleName.SIMILAR):
         schedule = Schedule(name, placement, 20, 2)
-        return Scheduler(schedule, engine.embedder, engine.retriever.nearest, world.index.extents, 4, 2)
+        return Scheduler(schedule, engine.embedder, engine.retriever.nearest, world.index.list_bytes, 4, 2)
 
     return make
 
@@ -108,14 +103,7 @@ def alone(world, scheduler_of):
     """What one process answers."""
     lines = Lines()
     worker = Local(world.engine(script), make_pipeline(HYDE), HYDE.value, 4)
-    answer_all(
-        [worker],
-        scheduler_of(),
-        QUESTIONS,
-        lines.outputs(),
-        LineForm(HYDE, Lookahead.REFINED),
-        answered=set(),
-    )
+    answer_all([worker], scheduler_of(), QUESTIONS, lines.outputs(), LineForm(HYDE, Lookahead.REFINED), answered=set())
     return lines.by_id()
 
 
@@ -132,9 +120,7 @@ def replicas(world, cluster):
 
 
 def run(workers, scheduler, questions, lines):
-    return answer_all(
-        workers, scheduler, questions, lines.outputs(), LineForm(HYDE, Lookahead.REFINED), answered=set()
-    )
+    return answer_all(workers, scheduler, questions, lines.outputs(), LineForm(HYDE, Lookahead.REFINED), answered=set())
 
 
 def test_replicas_answer_what_one_process_answers_and_say_what_they_hold(replicas, scheduler_of, alone):
@@ -173,10 +159,7 @@ def test_a_killed_replica_loses_nothing_and_doubles_nothing(replicas, scheduler_
 
 
 def test_what_cannot_be_opened_is_told(cluster):
-    with (
-        pytest.raises(ModelError, match="There is no world"),
-        open_replicas(WorldRecipe(None), 3, cluster, 4),
-    ):
+    with pytest.raises(ModelError, match="There is no world"), open_replicas(WorldRecipe(None), 3, cluster, 4):
         pass
 
 

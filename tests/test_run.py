@@ -13,17 +13,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 from telerag_cli.corpus.pydocs import python_documentation
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
 pytestmark = pytest.mark.model
-QUESTIONS = (
-    "What does the with statement do?",
-    "How do I find the median of numbers?",
-    "What is a generator?",
-)
+QUESTIONS = ("What does the with statement do?", "How do I find the median of numbers?", "What is a generator?")
 
 
 def telerag(*arguments, stdin=None):
@@ -65,14 +61,7 @@ def test_search_prints_passages_and_json(index):
     assert plain.exit_code == 0, plain.stderr
     assert plain.stdout.startswith("median of numbers\n   1. ")
     found = telerag(
-        "search",
-        index,
-        "--queries",
-        "-",
-        "--json",
-        "-k",
-        3,
-        stdin='first question\n{"id": "j", "query": "second"}\n',
+        "search", index, "--queries", "-", "--json", "-k", 3, stdin='first question\n{"id": "j", "query": "second"}\n'
     )
     answers = lines_of(found.stdout)
     assert [(answer["id"], len(answer["passages"])) for answer in answers] == [("1", 3), ("j", 3)]
@@ -90,16 +79,8 @@ def test_search_prints_passages_and_json(index):
         (["--fast-memory", "lots", "q"], 2, "'lots' is not a size"),
         (["--fast-memory", "900TiB", "q"], 0, None),
         (["--tier", "simulated", "--gpu-memory", "4095", "q"], 2, "Give --gpu-memory at least"),
-        (
-            ["--tier", "simulated", "--fast-memory", "1MB", "q"],
-            2,
-            "--fast-memory has no part in --tier simulated",
-        ),
-        (
-            ["--tier", "host", "--gpu-memory", "1MB", "q"],
-            2,
-            "--gpu-memory has no part in the host tier (as asked)",
-        ),
+        (["--tier", "simulated", "--fast-memory", "1MB", "q"], 2, "--fast-memory has no part in --tier simulated"),
+        (["--tier", "host", "--gpu-memory", "1MB", "q"], 2, "--gpu-memory has no part in the host tier (as asked)"),
         (
             ["--require-pinned", "--device", "cpu", "q"],
             2,
@@ -135,8 +116,26 @@ def test_answers_are_the_same_on_every_tier(index, questions, tmp_path):
         ("simulated", "refined", ["--require-pinned"]),
     ):
         output = tmp_path / f"{len(answers)}.jsonl"
-        result = telerag("run", index, "-q", questions, "-o", output, "--tier", tier, "--lookahead", lookahead, "--ordered",
-                         "--max-tokens", 24, "--nprobe", 8, "-k", 2, *memory)  # fmt: skip
+        result = telerag(
+            "run",
+            index,
+            "-q",
+            questions,
+            "-o",
+            output,
+            "--tier",
+            tier,
+            "--lookahead",
+            lookahead,
+            "--ordered",
+            "--max-tokens",
+            24,
+            "--nprobe",
+            8,
+            "-k",
+            2,
+            *memory,
+        )
         assert result.exit_code == 0, result.stderr
         assert f"Memory ({tier} tier: as asked)" in result.stderr
         lines = lines_of(output.read_text())
@@ -186,9 +185,7 @@ def test_a_failing_gpu_costs_no_answer_and_is_told(index, questions, monkeypatch
 
 
 def test_chat_over_the_simulated_gpu(index):
-    result = telerag(
-        "chat", index, "--tier", "simulated", "--max-tokens", 8, stdin=f"{QUESTIONS[0]}\n/timings\n"
-    )
+    result = telerag("chat", index, "--tier", "simulated", "--max-tokens", 8, stdin=f"{QUESTIONS[0]}\n/timings\n")
     assert result.exit_code == 0, result.stderr
     assert "Lists in fast memory at the join" in result.stdout + result.stderr
 
@@ -197,8 +194,26 @@ def test_answers_are_the_same_with_and_without_lookahead(index, questions, tmp_p
     answers = {}
     for mode in ("off", "question", "refined"):
         output = tmp_path / f"{mode}.jsonl"
-        result = telerag("run", index, "-q", questions, "-o", output, "--lookahead", mode, "--max-tokens", 24, "--nprobe", 8, "-k", 2,
-                         "--fast-memory", "256KiB", "--trace", tmp_path / "trace.json")  # fmt: skip
+        result = telerag(
+            "run",
+            index,
+            "-q",
+            questions,
+            "-o",
+            output,
+            "--lookahead",
+            mode,
+            "--max-tokens",
+            24,
+            "--nprobe",
+            8,
+            "-k",
+            2,
+            "--fast-memory",
+            "256KiB",
+            "--trace",
+            tmp_path / "trace.json",
+        )
         assert result.exit_code == 0, result.stderr
         assert result.stdout == ""
         lines = lines_of(output.read_text())
@@ -310,7 +325,7 @@ def test_an_interrupt_ends_with_130_and_keeps_what_is_written(index, tmp_path):
     many.write_text("What is a list?\n" * 200)
     with subprocess.Popen(
         command("run", index, "-q", many, "-o", output, "--max-tokens", 8, "-k", 1), stderr=subprocess.PIPE, text=True
-    ) as process:  # fmt: skip
+    ) as process:
         deadline = time.monotonic() + 90
         while not (output.exists() and output.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -388,9 +403,7 @@ def test_answers_are_the_same_one_at_a_time_and_together_and_when_replayed(index
     assert "3 x 2,048 tokens" in together.stderr or "4 x 2,048 tokens" in together.stderr
     recorded = lines_of(record.read_text())
     assert {line["id"] for line in recorded} == {"1", "2", "3"}
-    assert all(
-        call["messages"] and call["completion_tokens"] for line in recorded for call in line["generations"]
-    )
+    assert all(call["messages"] and call["completion_tokens"] for line in recorded for call in line["generations"])
     other = telerag("run", index, "-q", questions, "--pipeline", "hyde", "--replay", record)
     assert other.exit_code == 3
     assert "has no answer" in lines_of(other.stdout)[0]["error"]["message"]

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import PlacementName
-from telerag_cli.scheduling import micro_batches
-from telerag_cli.scheduling.dispatch import LOOKED_AT, Dispatcher, MicroBatch, ReplicaState
-from telerag_cli.scheduling.micro_batches import arrival, greedy, likely, similar
-from telerag_cli.scheduling.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
+from telerag_cli.engine import micro_batches
+from telerag_cli.engine.dispatch import LOOKED_AT, Dispatcher, MicroBatch, ReplicaState
+from telerag_cli.engine.micro_batches import arrival, greedy, likely, similar
+from telerag_cli.engine.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
 
 NLIST = 12
 
@@ -160,8 +160,8 @@ def test_many_queries_are_put_together_quickly():
 
 
 def test_likely_lists_are_compared_by_their_bytes():
-    extents = np.array([4096, 8192, 4096, 0])
-    vectors = likely(np.array([[0, 1], [1, 2], [3, 2]]), 1, extents)
+    list_bytes = np.array([4096, 8192, 4096, 0])
+    vectors = likely(np.array([[0, 1], [1, 2], [3, 2]]), 1, list_bytes)
     assert vectors.shape == (3, 4)
     products = vectors @ vectors.T
     assert products[0, 1] == pytest.approx(8192 * 0.5)  # one ranks it first, the other second
@@ -211,9 +211,7 @@ names = pytest.mark.parametrize("name", list(PlacementName))
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None, max_examples=60)
-def test_each_micro_batch_runs_once_whatever_happens(
-    name, count, replicas, most_waits, most_free, density, seed
-):
+def test_each_micro_batch_runs_once_whatever_happens(name, count, replicas, most_waits, most_free, density, seed):
     random = np.random.default_rng(seed)
     queue = dispatcher(name, most_waits=most_waits)
     coming = [batch_of(number, np.flatnonzero(random.random(NLIST) < density)) for number in range(count)]
@@ -274,11 +272,7 @@ def test_each_replica_gets_another_one(name):
 def test_micro_batches_go_where_their_lists_are():
     queue = dispatcher()
     queue.add([batch_of(0, [0, 1]), batch_of(1, [4, 5]), batch_of(2, [8, 9])])
-    states = [
-        ReplicaState(5, 1, mask_of(8, 9)),
-        ReplicaState(6, 1, mask_of(0, 1)),
-        ReplicaState(7, 1, mask_of(4)),
-    ]
+    states = [ReplicaState(5, 1, mask_of(8, 9)), ReplicaState(6, 1, mask_of(0, 1)), ReplicaState(7, 1, mask_of(4))]
     assert sorted(numbers(queue.assign(states))) == [(5, 2), (6, 0), (7, 1)]
 
 
@@ -308,11 +302,7 @@ def test_what_suits_a_busy_replica_is_left_for_it():
 def test_a_replica_keeps_to_the_order_of_its_share():
     queue = dispatcher()
     queue.add([batch_of(0, [0, 3]), batch_of(1, [0, 1]), batch_of(2, [0, 1, 2])])
-    assert [number for _replica, number in numbers(queue.assign([ReplicaState(0, 3, mask_of(0, 1, 2))]))] == [
-        0,
-        1,
-        2,
-    ]
+    assert [number for _replica, number in numbers(queue.assign([ReplicaState(0, 3, mask_of(0, 1, 2))]))] == [0, 1, 2]
 
 
 def test_greedy_takes_them_in_order_and_the_best_replica_for_each():
@@ -385,9 +375,7 @@ def test_cache_aware_moves_the_fewest_bytes_when_all_are_free(cost):
     to_move = np.array(cost, np.float64)
     count = len(to_move)
     offer = Offer(to_move, np.zeros(count), np.ones(count, np.bool_), 0)
-    least = min(
-        sum(to_move[row, column] for row, column in enumerate(each)) for each in permutations(range(count))
-    )
+    least = min(sum(to_move[row, column] for row, column in enumerate(each)) for each in permutations(range(count)))
     assert sum(to_move[pair] for pair in CacheAware().choose(offer)) == least
     assert sum(to_move[pair] for pair in Greedy().choose(offer)) >= least
 

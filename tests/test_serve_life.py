@@ -14,16 +14,16 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from telerag_cli import console
-from telerag_cli.app import app as telerag
+from telerag_cli.cli import console
+from telerag_cli.cli.app import app as telerag
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.serving.access_log import AccessLog
-from telerag_cli.serving.app import make_app
-from telerag_cli.serving.gates import GateOptions, guarded
-from telerag_cli.serving.metrics import Metrics
-from telerag_cli.serving.server import Ended, Loaded, Serving, address_of, bind, notify
-from telerag_cli.serving.service import Limits, Service, all_pipelines
+from telerag_cli.server.access_log import AccessLog
+from telerag_cli.server.app import make_app
+from telerag_cli.server.gates import GateOptions, with_gates
+from telerag_cli.server.metrics import Metrics
+from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind, notify
+from telerag_cli.server.service import Limits, Service, all_pipelines
 
 
 class Life:
@@ -32,7 +32,7 @@ class Life:
     def __init__(self, load, *, drain_s=5.0):
         metrics = Metrics("0")
         self.service = Service(all_pipelines({}), Limits(), metrics, "0")
-        app = guarded(make_app(self.service), GateOptions(), AccessLog(lambda _line: None), metrics)
+        app = with_gates(make_app(self.service), GateOptions(), AccessLog(lambda _line: None), metrics)
         self.said = []
         self.serving = Serving(app, self.service, load, drain_s=drain_s, tell=self.said.append)
         self.wrong = []
@@ -79,9 +79,7 @@ def loading(engine, *, at_once=2, before=lambda: None, closed=None):
     return load
 
 
-@pytest.mark.parametrize(
-    ("number", "ended"), [(signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)]
-)
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)])
 def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, number, ended):
     engine = engine_of({"Hello": "yes", "Question:": "word " * 30}, token_s=0.01, max_tokens=40)
     closed, may_load, lines = [], threading.Event(), []
@@ -151,9 +149,7 @@ def test_a_port_that_is_taken_is_said_with_its_number():
     with bind("127.0.0.1", 0) as taken:
         taken.listen(1)
         port = taken.getsockname()[1]
-        with pytest.raises(
-            ResourceError, match=f"127.0.0.1 port {port} cannot be listened at: address already in use"
-        ):
+        with pytest.raises(ResourceError, match=f"127.0.0.1 port {port} cannot be listened at: address already in use"):
             bind("127.0.0.1", port)
     with pytest.raises(UsageError, match=r"--host nowhere\.invalid is no address"):
         bind("nowhere.invalid", 0)
@@ -188,8 +184,11 @@ def test_talk_is_json_if_programs_listen(capsys):
     *lines, last = captured.err.splitlines()
     told = [json.loads(line) for line in lines]
     assert [(each["level"], each["event"]) for each in told] == [
-        ("info", "message"), ("warning", "message"), ("error", "message"), ("info", "table"),
-    ]  # fmt: skip
+        ("info", "message"),
+        ("warning", "message"),
+        ("error", "message"),
+        ("info", "table"),
+    ]
     assert told[1]["message"] == '"quoted"\nand more'
     assert told[3]["rows"] == [{"what": "arena", "size": "3"}]
     assert last == "text again"
@@ -198,18 +197,14 @@ def test_talk_is_json_if_programs_listen(capsys):
 def test_work_goes_on_when_nobody_reads_the_talk():
     code = (
         "import sys, time\n"
-        "from telerag_cli import console\n"
+        "from telerag_cli.cli import console\n"
         "console.say('first'); sys.stdin.readline()\n"
         "for _ in range(3): console.say('nobody reads this'); console.table('nor', ('this',), [('x',)])\n"
         "with console.talking(as_json=True): console.say('nor that')\n"
         "console.emit('data')\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as one:
         assert one.stderr.readline() == "first\n"
         one.stderr.close()

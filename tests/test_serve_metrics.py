@@ -13,10 +13,10 @@ from animals import World
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.session import Stage
 from telerag_cli.engine.snapshot import Snapshot, snapshot
-from telerag_cli.generation.base import Generation, Request
-from telerag_cli.lookahead.retriever import JoinReport
+from telerag_cli.llm.base import Generation, Request
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
-from telerag_cli.serving.metrics import HIT_WINDOW_S, MOST_KEPT, Metrics, State
+from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics, State
 
 MODEL = "telerag-hyde"
 VLLM = (
@@ -30,9 +30,20 @@ VLLM = (
     "request_generation_tokens",
 )
 SNAPSHOT = Snapshot(
-    slots=4, running=3, waiting=2, evaluated_tokens=100, taken_over_tokens=50, written_tokens=25, arena_bytes=1000, resident_bytes=600,
-    moving_bytes=200, lists_resident=6, lists_moving=2, references=5, rounds=1,
-)  # fmt: skip
+    slots=4,
+    running=3,
+    waiting=2,
+    computed_tokens=100,
+    cached_tokens=50,
+    written_tokens=25,
+    arena_bytes=1000,
+    resident_bytes=600,
+    moving_bytes=200,
+    lists_resident=6,
+    lists_moving=2,
+    references=5,
+    rounds=1,
+)
 
 
 class Clock:
@@ -67,9 +78,7 @@ def join(**counts):
 def stage(name, text, **numbers):
     known = {"prompt_tokens": 10, "completion_tokens": 5, "prefill_s": 0.1, "decode_s": 0.4} | numbers
     generation = Generation(text, "stop", **known)
-    return Stage(
-        name=name, request=Request([], 10), generation=generation, began_s=0.0, took_s=0.5, expected=None
-    )
+    return Stage(name=name, request=Request([], 10), generation=generation, began_s=0.0, took_s=0.5, expected=None)
 
 
 class Retrieved:
@@ -89,10 +98,20 @@ def count(metrics, answered, **how):
 def test_an_answer_is_counted_under_vllms_names():
     metrics = Metrics("1.2.3")
     stages = [
-        stage("passage", "A passage.", queue_s=0.5, prompt_tokens=100, cached_tokens=60, completion_tokens=20, decode_s=9.0),
-        stage("answer", "It is so.", queue_s=0.25, prompt_tokens=300, cached_tokens=40, completion_tokens=11, decode_s=1.0),
+        stage(
+            "passage",
+            "A passage.",
+            queue_s=0.5,
+            prompt_tokens=100,
+            cached_tokens=60,
+            completion_tokens=20,
+            decode_s=9.0,
+        ),
+        stage(
+            "answer", "It is so.", queue_s=0.25, prompt_tokens=300, cached_tokens=40, completion_tokens=11, decode_s=1.0
+        ),
         stage("check", "yes", prompt_tokens=50, completion_tokens=1, decode_s=0.0),
-    ]  # fmt: skip
+    ]
     count(metrics, answer(stages))
     sums = {name: value(metrics, f"{name}_sum", model_name=MODEL) for name in VLLM}
     assert sums == pytest.approx(
@@ -145,19 +164,27 @@ def test_an_answer_put_together_is_timed_by_its_last_call():
 
 def test_of_several_answers_the_one_that_was_kept_is_timed():
     metrics = Metrics("0")
-    count(metrics, answer([stage("answer_1", "It is so.", decode_s=0.4), stage("answer_2", "No.", decode_s=8.0)]))  # fmt: skip
+    count(metrics, answer([stage("answer_1", "It is so.", decode_s=0.4), stage("answer_2", "No.", decode_s=8.0)]))
     assert value(metrics, "inter_token_latency_seconds_sum", model_name=MODEL) == pytest.approx(0.1)
 
 
 def test_lookahead_is_counted_by_what_came_of_it():
     metrics = Metrics("0")
-    report = join(lists_wanted=20, lists_hit=12, lists_coming=3, lists_missed=5, lists_moved=10, lists_wasted=4, bytes_moved=1000,
-                  bytes_missed=500)  # fmt: skip
+    report = join(
+        lists_wanted=20,
+        lists_hit=12,
+        lists_coming=3,
+        lists_missed=5,
+        lists_moved=10,
+        lists_wasted=4,
+        bytes_moved=1000,
+        bytes_missed=500,
+    )
     count(metrics, answer([stage("answer", "It is so.")], [report, report]))
     metrics.joined(join(lists_wanted=10, lists_hit=0, lists_missed=10))
-    assert {outcome: value(metrics, "lookahead_lists_total", outcome=outcome) for outcome in ("hit", "wasted", "missed")} == {
-        "hit": 12, "wasted": 8, "missed": 20,
-    }  # fmt: skip
+    assert {
+        outcome: value(metrics, "lookahead_lists_total", outcome=outcome) for outcome in ("hit", "wasted", "missed")
+    } == {"hit": 12, "wasted": 8, "missed": 20}
     assert value(metrics, "lookahead_bytes_total") == 2000
     assert value(metrics, "missed_bytes_total") == 1000
     assert value(metrics, "join_seconds_count") == 3
@@ -195,13 +222,21 @@ def test_the_state_is_read_when_somebody_asks():
     states.append(State(2, 7, SNAPSHOT))
     assert value(metrics, "num_requests_running") == 2
     assert value(metrics, "num_requests_waiting") == 7
-    assert [value(metrics, "arena_bytes", state=state) for state in ("capacity", "resident", "moving")] == [1000, 600, 200]  # fmt: skip
+    assert [value(metrics, "arena_bytes", state=state) for state in ("capacity", "resident", "moving")] == [
+        1000,
+        600,
+        200,
+    ]
     assert [value(metrics, "arena_lists", state=state) for state in ("resident", "moving")] == [6, 2]
     assert value(metrics, "arena_references") == 5
     assert value(metrics, "lookahead_rounds") == 1
     assert [value(metrics, "llm_slots", state=state) for state in ("busy", "free")] == [3, 1]
     assert value(metrics, "llm_calls_waiting") == 2
-    assert [value(metrics, "llm_tokens_total", kind=kind) for kind in ("evaluated", "reused", "written")] == [100, 50, 25]  # fmt: skip
+    assert [value(metrics, "llm_tokens_total", kind=kind) for kind in ("evaluated", "reused", "written")] == [
+        100,
+        50,
+        25,
+    ]
     states.append(State(0, 0, replace(SNAPSHOT, references=0)))
     assert value(metrics, "arena_references") == 0
 
@@ -263,16 +298,16 @@ def test_rates_count_what_is_in_the_window_and_nothing_else(steps):
 def test_memory_for_rates_is_bounded():
     metrics = Metrics("0", clock=Clock())
     report = join(lists_wanted=1)
-    for _ in range(MOST_KEPT + 100):
+    for _ in range(MAX_KEPT + 100):
         metrics.joined(report)
-    assert len(metrics._done) == MOST_KEPT
+    assert len(metrics._done) == MAX_KEPT
 
 
 def test_threads_count_while_somebody_reads():
     metrics = Metrics("0")
     metrics.watch(lambda: State(1, 0, SNAPSHOT))
     answered = answer([stage("a", "x")], [join(lists_wanted=2, lists_hit=1)])
-    threads = [threading.Thread(target=lambda: [count(metrics, answered) for _ in range(50)]) for _ in range(4)]  # fmt: skip
+    threads = [threading.Thread(target=lambda: [count(metrics, answered) for _ in range(50)]) for _ in range(4)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):

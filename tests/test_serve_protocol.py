@@ -6,17 +6,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
-from openai.types import (
-    completion_create_params,
-    embedding_create_params,
-    vector_store_search_params,
-)
+from openai.types import completion_create_params, embedding_create_params, vector_store_search_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from telerag_cli.config import Lookahead
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.serving import protocol
-from telerag_cli.serving.protocol import (
+from telerag_cli.server import protocol
+from telerag_cli.server.protocol import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -83,22 +79,64 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("chat", {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": []}),
-        ("chat", {"tool_choice": "none", "parallel_tool_calls": True, "user": "me", "metadata": {"a": "b"}, "store": False}),
-        ("chat", {"service_tier": "auto", "modalities": ["text"], "reasoning_effort": None, "verbosity": None, "prediction": None}),
-        ("chat", {"temperature": 0, "top_p": 1, "seed": -(2**63) - 1, "max_tokens": 1, "max_completion_tokens": 7.0, "stream": None}),
-        ("chat", {"stop": None}), ("chat", {"stop": "\n"}), ("chat", {"stop": ["a", "b", "c", "d"]}), ("chat", {"stop": []}),
+        (
+            "chat",
+            {"n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "tools": []},
+        ),
+        (
+            "chat",
+            {"tool_choice": "none", "parallel_tool_calls": True, "user": "me", "metadata": {"a": "b"}, "store": False},
+        ),
+        (
+            "chat",
+            {
+                "service_tier": "auto",
+                "modalities": ["text"],
+                "reasoning_effort": None,
+                "verbosity": None,
+                "prediction": None,
+            },
+        ),
+        (
+            "chat",
+            {
+                "temperature": 0,
+                "top_p": 1,
+                "seed": -(2**63) - 1,
+                "max_tokens": 1,
+                "max_completion_tokens": 7.0,
+                "stream": None,
+            },
+        ),
+        ("chat", {"stop": None}),
+        ("chat", {"stop": "\n"}),
+        ("chat", {"stop": ["a", "b", "c", "d"]}),
+        ("chat", {"stop": []}),
         ("chat", {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}),
-        ("chat", {"response_format": {"type": "text"}}), ("chat", {"response_format": {"type": "json_object"}}),
-        ("chat", {"response_format": {"type": "json_schema", "json_schema": {"name": "a_1", "schema": {"type": "object"}}}}),
-        ("chat", {"telerag": {"lookahead": "off", "timeline": True, "events": None}}), ("chat", {"telerag": None}),
+        ("chat", {"response_format": {"type": "text"}}),
+        ("chat", {"response_format": {"type": "json_object"}}),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a_1", "schema": {"type": "object"}}}},
+        ),
+        ("chat", {"telerag": {"lookahead": "off", "timeline": True, "events": None}}),
+        ("chat", {"telerag": None}),
         ("complete", {"best_of": 1, "echo": False, "suffix": None, "logprobs": None, "n": 1, "prompt": ["a"] * 16}),
         ("embed", {"encoding_format": "base64", "dimensions": 384, "user": "me", "input": ["a"] * 2048}),
         ("search", {"max_num_results": 50, "rewrite_query": False, "query": ["a"] * 16}),
-        ("search", {"ranking_options": {"ranker": "auto", "score_threshold": 0.5}}), ("search", {"filters": nested(8)}),
-        ("search", {"filters": {"type": "or", "filters": [EQUAL, {"type": "nin", "key": "n", "value": [1, "x", True, 2.5]}] * 16}}),
+        ("search", {"ranking_options": {"ranker": "auto", "score_threshold": 0.5}}),
+        ("search", {"filters": nested(8)}),
+        (
+            "search",
+            {
+                "filters": {
+                    "type": "or",
+                    "filters": [EQUAL, {"type": "nin", "key": "n", "value": [1, "x", True, 2.5]}] * 16,
+                }
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_clients_send_is_taken(client, path, body):
     base = {"chat": CHAT, "complete": PROMPT, "embed": INPUT, "search": QUERY}[path]
     response = client.post(f"/{path}", json=base | body)
@@ -111,11 +149,23 @@ def test_what_clients_send_is_taken(client, path, body):
         ("chat", {"n": 2}, "n", "unsupported_parameter", "cannot be 2 here; leave it out, or give null or 1"),
         ("chat", {"n": True}, "n", "unsupported_parameter", "true"),
         ("chat", {"logprobs": True}, "logprobs", "unsupported_parameter", "or false"),
-        ("chat", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter", "an array"),
+        (
+            "chat",
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            "tools",
+            "unsupported_parameter",
+            "an array",
+        ),
         ("chat", {"audio": {"voice": "alloy"}}, "audio", "unsupported_parameter", "an object"),
         ("chat", {"frequency_penalty": 0.1}, "frequency_penalty", "unsupported_parameter", "0.1"),
         ("chat", {"top_k": 5}, "top_k", "unknown_parameter", "Unrecognized request argument supplied: top_k"),
-        ("chat", {"top_k": 5, "model": 1, "a": 1}, "top_k, a", "unknown_parameter", "Unrecognized request arguments supplied: top_k, a"),
+        (
+            "chat",
+            {"top_k": 5, "model": 1, "a": 1},
+            "top_k, a",
+            "unknown_parameter",
+            "Unrecognized request arguments supplied: top_k, a",
+        ),
         ("chat", {"temperature": 2.5}, "temperature", "invalid_value", "it is 2.5 and must be at most 2"),
         ("chat", {"temperature": "1"}, "temperature", "invalid_type", "expected a number, but got a string"),
         ("chat", {"stream": "true"}, "stream", "invalid_type", "expected a boolean, but got a string"),
@@ -127,22 +177,67 @@ def test_what_clients_send_is_taken(client, path, body):
         ("chat", {"messages": []}, "messages", "invalid_value", "0 items"),
         ("chat", {"messages": "hello"}, "messages", "invalid_type", "expected an array, but got a string"),
         ("chat", {"messages": [{"role": "system", "content": "x"}]}, "messages", "invalid_value", "no question"),
-        ("chat", {"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter", "'messages.0.content'"),
+        (
+            "chat",
+            {"messages": [{"role": "user"}]},
+            "messages.0.content",
+            "missing_required_parameter",
+            "'messages.0.content'",
+        ),
         ("chat", {"messages": [{"content": "x"}]}, "messages.0.role", "missing_required_parameter", "role"),
         ("chat", {"messages": [USER, {"role": "tool", "content": "x"}]}, "messages.1.role", "invalid_value", "'tool'"),
-        ("chat", {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "invalid_type", "got an integer"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content",
+            "invalid_type",
+            "got an integer",
+        ),
         ("chat", {"messages": [{"role": "user", "content": " \n"}]}, "messages.0.content", "invalid_value", "empty"),
-        ("chat", {"messages": [{"role": "user", "content": "\x1f\ufeff"}]}, "messages.0.content", "invalid_value", "empty"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": "\x1f\ufeff"}]},
+            "messages.0.content",
+            "invalid_value",
+            "empty",
+        ),
         ("chat", {"messages": [{"role": "user", "content": None}]}, "messages.0.content", "invalid_type", "got null"),
         ("chat", {"messages": [USER | {"extra": 1}]}, "messages.0.extra", "unknown_parameter", "Unknown parameter"),
-        ("chat", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-         "messages.0.content.0.type", "invalid_value", "Invalid value: 'image_url'"),
-        ("chat", {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing_required_parameter", ""),
-        ("chat", {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, "response_format.json_schema.name",
-         "invalid_value", "must match"),
-        ("chat", {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
-         "response_format.json_schema.schema", "invalid_json_schema", "its type must be 'object'"),
-        ("chat", {"telerag": {"lookahead": "on"}}, "telerag.lookahead", "invalid_value", "'refined', 'question' or 'off'"),
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "invalid_value",
+            "Invalid value: 'image_url'",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing_required_parameter",
+            "",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}},
+            "response_format.json_schema.name",
+            "invalid_value",
+            "must match",
+        ),
+        (
+            "chat",
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}}},
+            "response_format.json_schema.schema",
+            "invalid_json_schema",
+            "its type must be 'object'",
+        ),
+        (
+            "chat",
+            {"telerag": {"lookahead": "on"}},
+            "telerag.lookahead",
+            "invalid_value",
+            "'refined', 'question' or 'off'",
+        ),
         ("complete", {"prompt": ["a"] * 17}, "prompt", "invalid_value", "17 items"),
         ("complete", {"prompt": [1, 2]}, "prompt", "invalid_value", "token numbers are not taken; send text"),
         ("complete", {"prompt": " "}, "prompt", "invalid_value", "empty"),
@@ -153,18 +248,53 @@ def test_what_clients_send_is_taken(client, path, body):
         ("embed", {"encoding_format": "hex"}, "encoding_format", "invalid_value", "'float' or 'base64'"),
         ("search", {"max_num_results": 51}, "max_num_results", "invalid_value", "50"),
         ("search", {"rewrite_query": True}, "rewrite_query", "unsupported_parameter", ""),
-        ("search", {"ranking_options": {"score_threshold": 1.5}}, "ranking_options.score_threshold", "invalid_value", "1.5"),
+        (
+            "search",
+            {"ranking_options": {"score_threshold": 1.5}},
+            "ranking_options.score_threshold",
+            "invalid_value",
+            "1.5",
+        ),
         ("search", {"filters": EQUAL | {"type": "like"}}, "filters.type", "invalid_value", "'like'"),
-        ("search", {"filters": EQUAL | {"value": {}}}, "filters.value", "invalid_type", "a string or a boolean or a number"),
-        ("search", {"filters": {"type": "gt", "key": "n", "value": True}}, "filters.value", "invalid_type", "got a boolean"),
-        ("search", {"filters": {"type": "and", "filters": [EQUAL, {}]}}, "filters.filters.1.type", "missing_required_parameter", ""),
+        (
+            "search",
+            {"filters": EQUAL | {"value": {}}},
+            "filters.value",
+            "invalid_type",
+            "a string or a boolean or a number",
+        ),
+        (
+            "search",
+            {"filters": {"type": "gt", "key": "n", "value": True}},
+            "filters.value",
+            "invalid_type",
+            "got a boolean",
+        ),
+        (
+            "search",
+            {"filters": {"type": "and", "filters": [EQUAL, {}]}},
+            "filters.filters.1.type",
+            "missing_required_parameter",
+            "",
+        ),
         ("search", {"filters": nested(9)}, "filters", "invalid_value", "9 clauses, 9 deep"),
-        ("search", {"filters": {"type": "or", "filters": [EQUAL] * 33}}, "filters.filters", "invalid_value", "33 items"),
-        ("search", {"filters": {"type": "or", "filters": [{"type": "and", "filters": [EQUAL] * 31}] * 8}}, "filters", "invalid_value",
-         "257 clauses, 3 deep"),
+        (
+            "search",
+            {"filters": {"type": "or", "filters": [EQUAL] * 33}},
+            "filters.filters",
+            "invalid_value",
+            "33 items",
+        ),
+        (
+            "search",
+            {"filters": {"type": "or", "filters": [{"type": "and", "filters": [EQUAL] * 31}] * 8}},
+            "filters",
+            "invalid_value",
+            "257 clauses, 3 deep",
+        ),
         ("search", {"filters": nested(300)}, None, "invalid_value", "nested too deep"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_as_openai_says_it(client, path, body, param, code, words):
     base = {"chat": CHAT, "complete": PROMPT, "embed": INPUT, "search": QUERY}[path]
     error = error_of(client.post(f"/{path}", json=base | body))
@@ -182,18 +312,14 @@ def test_what_is_wrong_is_said_as_openai_says_it(client, path, body, param, code
         ("[]", "application/json", "an array"),
         (json.dumps(CHAT), "text/plain", "Content-Type"),
         (json.dumps(CHAT), "", "Content-Type"),
-        (
-            json.dumps(CHAT | {"messages": [{"role": "user", "content": HALF}]}),
-            "application/json",
-            "surrogate",
-        ),
+        (json.dumps(CHAT | {"messages": [{"role": "user", "content": HALF}]}), "application/json", "surrogate"),
         (json.dumps(CHAT | {HALF: 1}), "application/json", "surrogate"),
         (json.dumps(CHAT | {"temperature": float("nan")}), "application/json", "finite"),
         ('{"temperature": 1e999, ' + json.dumps(CHAT)[1:], "application/json", "finite"),
     ],
 )
 def test_a_body_that_is_no_request_is_refused(client, content, media_type, words):
-    assert words in error_of(client.post("/chat", content=content, headers={"content-type": media_type}))["message"]  # fmt: skip
+    assert words in error_of(client.post("/chat", content=content, headers={"content-type": media_type}))["message"]
 
 
 @pytest.mark.parametrize("depth", [200, 400, *range(700, 1000, 50)])
@@ -207,8 +333,15 @@ def test_no_nesting_is_more_than_an_error(client, depth):
 
 def test_a_clients_own_text_is_told_back_only_in_part(client):
     long = "x" * 10_000
-    bodies = [{long: 1}, {"stop": {long: 1}}, {"telerag": {"lookahead": long}}, {"n": long}, {"tools": [long]},
-              {"messages": [{"role": long, "content": long}]}, {"messages": [USER | {long: long}]}]  # fmt: skip
+    bodies = [
+        {long: 1},
+        {"stop": {long: 1}},
+        {"telerag": {"lookahead": long}},
+        {"n": long},
+        {"tools": [long]},
+        {"messages": [{"role": long, "content": long}]},
+        {"messages": [USER | {long: long}]},
+    ]
     for body in bodies:
         error = error_of(client.post("/chat", json=CHAT | body))
         assert long[:81] not in json.dumps(error)
@@ -239,12 +372,12 @@ def test_every_option_of_openais_client_is_known(request_model, params):
 @pytest.mark.parametrize("request_model", [ChatRequest, CompletionRequest, VectorSearchRequest])
 def test_the_document_says_which_values_ask_for_nothing(client, request_model):
     path, base = {
-        ChatRequest: ("chat", CHAT), CompletionRequest: ("complete", PROMPT), VectorSearchRequest: ("search", QUERY),
-    }[request_model]  # fmt: skip
+        ChatRequest: ("chat", CHAT),
+        CompletionRequest: ("complete", PROMPT),
+        VectorSearchRequest: ("search", QUERY),
+    }[request_model]
     fields = request_model.model_json_schema()["properties"]
-    fixed = {
-        name: field["enum"] for name, field in fields.items() if "enum" in field and None in field["enum"]
-    }
+    fixed = {name: field["enum"] for name, field in fields.items() if "enum" in field and None in field["enum"]}
     assert fixed
     for name, values in fixed.items():
         for value in values:
@@ -257,14 +390,26 @@ def test_the_document_says_which_values_ask_for_nothing(client, request_model):
 
 def test_messages_are_texts():
     request = ChatRequest.model_validate(
-        CHAT | {"messages": [
-            {"role": "developer", "content": "Be brief."},
-            {"role": "user", "content": [{"type": "text", "text": "Where"}, {"type": "text", "text": "do owls live?"}]},
-            {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": [{"type": "file_citation"}]},
-            {"role": "user", "content": "And bats?", "name": "me"},
-        ]}
-    )  # fmt: skip
-    assert [message.text for message in request.messages] == ["Be brief.", "Where\ndo owls live?", "", "And bats?"]  # fmt: skip
+        CHAT
+        | {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "Where"}, {"type": "text", "text": "do owls live?"}],
+                },
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "refusal": None,
+                    "tool_calls": None,
+                    "annotations": [{"type": "file_citation"}],
+                },
+                {"role": "user", "content": "And bats?", "name": "me"},
+            ]
+        }
+    )
+    assert [message.text for message in request.messages] == ["Be brief.", "Where\ndo owls live?", "", "And bats?"]
 
 
 def test_options_with_two_forms_are_read_as_one():

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from served import serving
-from telerag_cli.generation.shapes import Choice
+from telerag_cli.llm.shapes import Choice
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 

@@ -21,10 +21,10 @@ from telerag_cli.config import Metric
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.engine import retrieval
 from telerag_cli.index.passages import write_passages
-from telerag_cli.serving import embeddings, vector_stores
-from telerag_cli.serving.errors import ApiError
-from telerag_cli.serving.filters import attributes, passes
-from telerag_cli.serving.protocol import (
+from telerag_cli.server import embeddings, vector_stores
+from telerag_cli.server.errors import ApiError
+from telerag_cli.server.filters import attributes, passes
+from telerag_cli.server.protocol import (
     EmbeddingList,
     ErrorBody,
     VectorSearchRequest,
@@ -33,10 +33,10 @@ from telerag_cli.serving.protocol import (
     VectorStoreSearchPage,
     invalid,
 )
-from telerag_cli.serving.streams import ClientGoneError
-from telerag_cli.serving.vector_stores import search, shown_scores
+from telerag_cli.server.streams import ClientGoneError
+from telerag_cli.server.vector_stores import search, shown_scores
 
-MOST_TOKENS = 12
+MAX_TOKENS = 12
 MODEL = "words"
 SEARCH = "/v1/vector_stores/vs_telerag/search"
 QUERY = "owls number 3 live in place 8"
@@ -45,7 +45,7 @@ QUERY = "owls number 3 live in place 8"
 class Words(WordHashes):
     """Knows how many words it sees, and can be held up."""
 
-    info = SimpleNamespace(max_tokens=MOST_TOKENS)
+    info = SimpleNamespace(max_tokens=MAX_TOKENS)
 
     def __init__(self):
         self.batches = []
@@ -63,8 +63,16 @@ class Words(WordHashes):
 
 def metadata_of(row):
     animal, number = ANIMALS[row // 30], row % 30
-    return {"animal": animal, "number": number, "half": number / 2, "even": number % 2 == 0, "tags": [animal], "none": None,
-            "nan": float("nan"), **({"title": f"About\n{animal}"} if number else {})}  # fmt: skip
+    return {
+        "animal": animal,
+        "number": number,
+        "half": number / 2,
+        "even": number % 2 == 0,
+        "tags": [animal],
+        "none": None,
+        "nan": float("nan"),
+        **({"title": f"About\n{animal}"} if number else {}),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +119,7 @@ def app_over(engine, *, ready=True):
 
     models = ["telerag-naive", MODEL]
     service = SimpleNamespace(
-        engine=engine,
-        embedder_name=MODEL,
-        models=models,
-        require_ready=require_ready,
-        within=within,
-        started_at=1.0,
+        engine=engine, embedder_name=MODEL, models=models, require_ready=require_ready, within=within, started_at=1.0
     )
     app = FastAPI()
     app.include_router(embeddings.router(service))
@@ -176,8 +179,7 @@ def test_embeddings_are_those_of_questions(client, engine):
     answer = EmbeddingList.model_validate(body)
     assert [item.index for item in answer.data] == [0, 1]
     np.testing.assert_array_equal(
-        np.array([item.embedding for item in answer.data], np.float32),
-        engine.embedder.encode_queries([QUERY, "bats"]),
+        np.array([item.embedding for item in answer.data], np.float32), engine.embedder.encode_queries([QUERY, "bats"])
     )
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == 8
     assert answer.model == MODEL
@@ -195,9 +197,7 @@ def test_base64_holds_the_same_numbers(client):
 
 def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
     texts = [f"{animal} {n}" for n in range(7) for animal in ANIMALS]
-    answer = EmbeddingList.model_validate(
-        client.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json()
-    )
+    answer = EmbeddingList.model_validate(client.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json())
     assert engine.embedder.batches == [32, 32, 6]
     assert [item.index for item in answer.data] == list(range(70))
     expected = WordHashes().encode_queries(texts)
@@ -207,10 +207,14 @@ def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
-        ([5], [(0, 1)]), ([2000], [(0, 1)]), ([2000, 2000, 1], [(0, 1), (1, 2), (2, 3)]), ([1000, 24, 1], [(0, 2), (2, 3)]),
-        ([1] * 33, [(0, 32), (32, 33)]), ([1] * 64, [(0, 32), (32, 64)]),
+        ([5], [(0, 1)]),
+        ([2000], [(0, 1)]),
+        ([2000, 2000, 1], [(0, 1), (1, 2), (2, 3)]),
+        ([1000, 24, 1], [(0, 2), (2, 3)]),
+        ([1] * 33, [(0, 32), (32, 33)]),
+        ([1] * 64, [(0, 32), (32, 64)]),
     ],
-)  # fmt: skip
+)
 def test_a_piece_is_short_in_texts_and_tokens(counts, expected):
     assert list(embeddings.pieces(counts)) == expected
 
@@ -234,7 +238,7 @@ def test_what_cannot_be_embedded_is_refused_before_anything_is(client, engine, b
 
 
 def test_the_models_own_dimension_may_be_named(client):
-    body = {"model": MODEL, "input": "word " * MOST_TOKENS, "dimensions": DIMENSION}
+    body = {"model": MODEL, "input": "word " * MAX_TOKENS, "dimensions": DIMENSION}
     assert client.post("/v1/embeddings", json=body).status_code == 200
 
 
@@ -252,9 +256,20 @@ async def post(app, path, body, gone):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": path, "raw_path": b"",
-             "query_string": b"", "root_path": "", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
-             "headers": [(b"content-type", b"application/json")]}  # fmt: skip
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": path,
+        "raw_path": b"",
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "server": ("test", 80),
+        "client": ("test", 1),
+        "headers": [(b"content-type", b"application/json")],
+    }
     await app(scope, receive, send)
     return sent[0]["status"]
 
@@ -273,9 +288,7 @@ def test_a_long_request_ends_when_its_client_is_gone_and_lets_others_between(eng
         encoder.gate.clear()
         long = asyncio.create_task(post(app, "/v1/embeddings", {"model": MODEL, "input": ["a"] * 320}, gone))
         await until(lambda: encoder.batches == [32])
-        short = asyncio.create_task(
-            post(app, "/v1/embeddings", {"model": MODEL, "input": ["b"] * 3}, asyncio.Event())
-        )
+        short = asyncio.create_task(post(app, "/v1/embeddings", {"model": MODEL, "input": ["b"] * 3}, asyncio.Event()))
         await asyncio.sleep(0.02)
         encoder.gate.set()
         assert await short == 200
@@ -299,13 +312,15 @@ def test_the_index_is_the_one_vector_store(client, engine):
     store = VectorStore.model_validate(client.get("/v1/vector_stores/vs_telerag").json())
     assert store == listed.data[0]
     assert store.file_counts.total == store.file_counts.completed == len(TEXTS)
-    assert store.usage_bytes == int(engine.retriever.index.extents.sum())
+    assert store.usage_bytes == int(engine.retriever.index.list_bytes.sum())
     empty = VectorStoreList.model_validate(client.get("/v1/vector_stores?after=vs_telerag&limit=5").json())
     assert (empty.data, empty.first_id, empty.has_more) == ([], None, False)
     assert error_of(client.get("/v1/vector_stores?limit=0"), 400).param == "limit"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/vector_stores/vs_1"), ("POST", "/v1/vector_stores/vs_1/search")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/vector_stores/vs_1"), ("POST", "/v1/vector_stores/vs_1/search")]
+)
 def test_there_is_no_other(client, method, path):
     error = error_of(client.request(method, path, json={"query": "x"}), 404)
     assert error.message == "No vector store found with id 'vs_1'."
@@ -325,7 +340,7 @@ def test_a_result_tells_what_is_known_of_its_passage(client):
     (result,) = page(client, query=TEXTS[63], max_num_results=1).data
     assert result.file_id == "p63"
     assert result.filename == "About owls"
-    assert result.attributes == {"animal": "owls", "number": 3, "half": 1.5, "even": False, "title": "About\nowls"}  # fmt: skip
+    assert result.attributes == {"animal": "owls", "number": 3, "half": 1.5, "even": False, "title": "About\nowls"}
     assert [(part.type, part.text) for part in result.content] == [("text", TEXTS[63])]
     (untitled,) = page(client, query=TEXTS[60], max_num_results=1).data
     assert untitled.filename == untitled.file_id == "p60"
@@ -344,18 +359,20 @@ def test_of_several_queries_the_best_over_all_are_found_each_once(client, engine
     [
         {"type": "eq", "key": "even", "value": True},
         {"type": "ne", "key": "animal", "value": "owls"},
-        {"type": "and", "filters": [{"type": "gte", "key": "number", "value": 20}, {"type": "lt", "key": "half", "value": 12.5}]},
+        {
+            "type": "and",
+            "filters": [{"type": "gte", "key": "number", "value": 20}, {"type": "lt", "key": "half", "value": 12.5}],
+        },
         {"type": "eq", "key": "number", "value": 29},
         {"type": "eq", "key": "animal", "value": "wolves"},
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("queries", [[QUERY], [QUERY, "bats number 4 live in place 2"]])
 def test_a_filter_looks_as_deep_as_the_probed_lists_go(client, engine, some, queries):
     request = VectorSearchRequest.model_validate({"query": queries, "filters": some})
     expected = [
-        row for row, _score in all_candidates(engine, *queries)
-        if passes(request.filters, attributes(metadata_of(row)))
-    ]  # fmt: skip
+        row for row, _score in all_candidates(engine, *queries) if passes(request.filters, attributes(metadata_of(row)))
+    ]
     found = page(client, query=queries, filters=some, max_num_results=5)
     assert ids(found) == [f"p{row}" for row in expected[:5]]
 
@@ -382,9 +399,11 @@ def test_distances_become_scores_of_which_larger_is_nearer():
 def test_nothing_is_answered_before_the_server_is_ready(engine):
     with TestClient(app_over(engine, ready=False)) as client:
         for response in (
-            client.post("/v1/embeddings", json={"model": MODEL, "input": "a"}), client.get("/v1/vector_stores"),
-            client.get("/v1/vector_stores/vs_telerag"), client.post(SEARCH, json={"query": "a"}),
-        ):  # fmt: skip
+            client.post("/v1/embeddings", json={"model": MODEL, "input": "a"}),
+            client.get("/v1/vector_stores"),
+            client.get("/v1/vector_stores/vs_telerag"),
+            client.post(SEARCH, json={"query": "a"}),
+        ):
             assert response.status_code == 503
 
 
@@ -410,17 +429,38 @@ def test_a_search_ends_when_its_client_is_gone(engine):
 @pytest.mark.parametrize(
     ("some", "expected"),
     [
-        (("eq", "text", "b"), True), (("eq", "text", "B"), False), (("eq", "number", 2), True), (("eq", "number", 2.0), True),
-        (("eq", "number", "2"), False), (("eq", "number", True), False), (("eq", "truth", True), True), (("eq", "truth", 1), False),
-        (("ne", "text", "a"), True), (("ne", "text", "b"), False), (("eq", "other", "b"), False), (("ne", "other", "b"), True),
-        (("gt", "number", 1), True), (("gt", "number", 2), False), (("gte", "number", 2), True), (("lt", "number", 2.5), True),
-        (("lte", "number", 1), False), (("gt", "text", "a"), True), (("lt", "text", "a"), False), (("gt", "text", 1), False),
-        (("lt", "text", 1), False), (("gt", "truth", 0), False), (("gte", "other", 0), False),
-        (("in", "text", ["a", "b"]), True), (("in", "text", ["a"]), False), (("nin", "text", ["a"]), True),
-        (("nin", "text", ["b"]), False), (("in", "truth", [1, "true"]), False), (("nin", "other", ["b"]), True),
+        (("eq", "text", "b"), True),
+        (("eq", "text", "B"), False),
+        (("eq", "number", 2), True),
+        (("eq", "number", 2.0), True),
+        (("eq", "number", "2"), False),
+        (("eq", "number", True), False),
+        (("eq", "truth", True), True),
+        (("eq", "truth", 1), False),
+        (("ne", "text", "a"), True),
+        (("ne", "text", "b"), False),
+        (("eq", "other", "b"), False),
+        (("ne", "other", "b"), True),
+        (("gt", "number", 1), True),
+        (("gt", "number", 2), False),
+        (("gte", "number", 2), True),
+        (("lt", "number", 2.5), True),
+        (("lte", "number", 1), False),
+        (("gt", "text", "a"), True),
+        (("lt", "text", "a"), False),
+        (("gt", "text", 1), False),
+        (("lt", "text", 1), False),
+        (("gt", "truth", 0), False),
+        (("gte", "other", 0), False),
+        (("in", "text", ["a", "b"]), True),
+        (("in", "text", ["a"]), False),
+        (("nin", "text", ["a"]), True),
+        (("nin", "text", ["b"]), False),
+        (("in", "truth", [1, "true"]), False),
+        (("nin", "other", ["b"]), True),
         (("in", "list", ["x"]), False),
     ],
-)  # fmt: skip
+)
 def test_a_comparison(some, expected):
     values = attributes({"text": "b", "number": 2, "truth": True, "list": ["x"]})
     request = VectorSearchRequest.model_validate(
@@ -432,10 +472,14 @@ def test_a_comparison(some, expected):
 def test_compound_filters_hold_for_all_or_for_any():
     yes, no = ({"type": "eq", "key": "a", "value": value} for value in (1, 2))
     for kind, parts, expected in [
-        ("and", [yes, yes], True), ("and", [yes, no], False), ("or", [no, yes], True), ("or", [no, no], False),
-        ("and", [{"type": "or", "filters": [no, yes]}, yes], True), ("or", [{"type": "and", "filters": [no, yes]}, no], False),
-    ]:  # fmt: skip
-        request = VectorSearchRequest.model_validate({"query": "q", "filters": {"type": kind, "filters": parts}})  # fmt: skip
+        ("and", [yes, yes], True),
+        ("and", [yes, no], False),
+        ("or", [no, yes], True),
+        ("or", [no, no], False),
+        ("and", [{"type": "or", "filters": [no, yes]}, yes], True),
+        ("or", [{"type": "and", "filters": [no, yes]}, no], False),
+    ]:
+        request = VectorSearchRequest.model_validate({"query": "q", "filters": {"type": kind, "filters": parts}})
         assert passes(request.filters, {"a": 1}) is expected
     assert passes(None, {})
 
@@ -478,7 +522,7 @@ def test_a_deep_search_takes_few_queries_at_once_and_finds_the_same(engine, batc
     queries = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
     expected = all_candidates(engine, *queries)
     batches.clear()
-    monkeypatch.setattr(retrieval, "MOST_HITS", 200)
+    monkeypatch.setattr(retrieval, "MAX_HITS", 200)
     ranking = asyncio.run(finder.rank(queries, 90))
     assert batches == [(min(90, finder._deepest), 1)] * 5
     assert list(zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)) == expected[:90]
@@ -490,9 +534,7 @@ def test_a_deep_search_takes_few_queries_at_once_and_finds_the_same(engine, batc
 def test_ranking_keeps_what_scoring_again_finds(engine, monkeypatch):
     """With kept vectors, how many are scored again depends on k, so each depth is a batch of its own."""
     vectors = make_vectors(len(TEXTS), DIMENSION, seed=1)
-    monkeypatch.setattr(
-        engine.retriever, "index", dataclasses.replace(engine.retriever.index, vectors=vectors)
-    )
+    monkeypatch.setattr(engine.retriever, "index", dataclasses.replace(engine.retriever.index, vectors=vectors))
     monkeypatch.setattr(engine.retriever, "_rescore", 4)
     finder = engine.shared.retrievals
     query = WordHashes().encode_queries([QUERY])

@@ -20,13 +20,13 @@ from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.engine.session import Stage
 from telerag_cli.engine.snapshot import snapshot
-from telerag_cli.generation.base import Generation, Message, Request
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Course, JoinReport, Retriever, Search
-from telerag_cli.lookahead.round import Order
+from telerag_cli.llm.base import Generation, Message, Request
 from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
-from telerag_cli.serving.timeline import COUNTS, MOST_BARS, MOST_LANES, timeline
+from telerag_cli.prefetch.prefetcher import Order
+from telerag_cli.retrieval.retriever import JoinReport, JoinTrace, Retriever, Search
+from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tracing import Span, Tracer
@@ -85,7 +85,7 @@ def check(drawn, joins):
         assert lists["hit"] == counts["lists_moved"] - counts["lists_wasted"]
         assert lists["missed"] == fetched <= counts["lists_missed"]
     for kind in ("llm", "link", "scoring", "embedding"):
-        assert len([lane for lane in drawn["lanes"] if lane["kind"] == kind]) <= MOST_LANES
+        assert len([lane for lane in drawn["lanes"] if lane["kind"] == kind]) <= MAX_LANES
 
 
 def test_a_list_moved_ahead_is_a_hit_or_wasted(engine_of):
@@ -99,8 +99,8 @@ def test_a_list_moved_ahead_is_a_hit_or_wasted(engine_of):
     assert lists_of(drawn, "wasted")
     assert lists_of(drawn, "missed") == sorted(course.fetched)
     assert drawn["counts"]["lists_undrawn"] == 0
-    extents = engine.retriever.tier.extents
-    assert all(bar["bytes"] == extents[bar["list"]] for bar in bars_of(drawn, "link"))
+    list_bytes = engine.retriever.tier.list_bytes
+    assert all(bar["bytes"] == list_bytes[bar["list"]] for bar in bars_of(drawn, "link"))
     passage, answer = bars_of(drawn, "llm")
     assert (passage["stage"], answer["stage"]) == ("passage", "answer")
     assert passage["completion_tokens"] == PASSAGE_TOKENS < len(PASSAGE.split())
@@ -108,12 +108,12 @@ def test_a_list_moved_ahead_is_a_hit_or_wasted(engine_of):
     assert kinds[0] == "lookahead"
     assert kinds[-1] == "query"
     assert kinds.count("refinement") == answered.joins[0].orders - 1 > 0
-    assert all(mark["label"].endswith(" % of the text") for mark in drawn["marks"] if mark["kind"] == "refinement")  # fmt: skip
+    assert all(mark["label"].endswith(" % of the text") for mark in drawn["marks"] if mark["kind"] == "refinement")
     query_s = drawn["marks"][-1]["at_s"]
     assert passage["end_s"] <= query_s <= answer["start_s"]
     # Moved while the passage was written, scored once the query was there.
     assert min(bar["end_s"] for bar in bars_of(drawn, "link")) < passage["end_s"]
-    assert all(query_s <= bar["start_s"] <= bar["end_s"] <= answer["start_s"] for bar in bars_of(drawn, "scoring"))  # fmt: skip
+    assert all(query_s <= bar["start_s"] <= bar["end_s"] <= answer["start_s"] for bar in bars_of(drawn, "scoring"))
     assert sum(bar.get("lists", 0) for bar in bars_of(drawn, "scoring")) == answered.joins[0].lists_wanted
     assert [bar["end_s"] for bar in bars_of(drawn, "embedding")] == [query_s]
     assert [lane["name"] for lane in drawn["lanes"] if lane["kind"] == "llm"] == ["LLM"]
@@ -139,9 +139,7 @@ def test_a_slow_link_shows_hits_wasted_and_missed_lists_each_once(engine_of):
     def link(path, memory):
         return ChosenLink(path, memory, longest_s=0.02, seed=3)
 
-    engine = engine_of(
-        script, Lookahead.QUESTION, token_s=0.002, arena=1.0, link=link, tracer=Tracer(enabled=False)
-    )
+    engine = engine_of(script, Lookahead.QUESTION, token_s=0.002, arena=1.0, link=link, tracer=Tracer(enabled=False))
     answered, drawn = asked(engine, question="bees number 4")
     check(drawn, answered.joins)
     course = answered.joins[0].course
@@ -196,7 +194,9 @@ def test_moves_that_nobody_listened_to_are_counted_as_undrawn(engine_of):
     drawn = timeline(answered, [], began_s, time.perf_counter())
     check(drawn, answered.joins)
     assert not bars_of(drawn, "link")
-    assert drawn["counts"]["lists_undrawn"] == drawn["counts"]["lists_moved"] + len(answered.joins[0].course.fetched) > 0  # fmt: skip
+    assert (
+        drawn["counts"]["lists_undrawn"] == drawn["counts"]["lists_moved"] + len(answered.joins[0].course.fetched) > 0
+    )
     assert len(bars_of(drawn, "llm")) == 2
 
 
@@ -216,7 +216,9 @@ def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_pa
     vectors = make_vectors(600, 16, 1)
     index, _ivf = make_index(tmp_path, vectors, 30, Metric.IP, Storage.FLOAT32)
     coarse = Coarse(index.centroids, Metric.IP)
-    tier = open_cuda_tier(index, coarse, SimulatedGpu(), int(index.extents.sum()), tracer=(tracer := Tracer(enabled=False)))  # fmt: skip
+    tier = open_cuda_tier(
+        index, coarse, SimulatedGpu(), int(index.list_bytes.sum()), tracer=(tracer := Tracer(enabled=False))
+    )
     retriever = Retriever(index, coarse, tier, link_share=0.5)
     try:
         with tracer.listening() as spans:
@@ -229,7 +231,7 @@ def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_pa
     for search, each in zip(searches, found, strict=True):
         report, course = each.report, each.report.course
         alone = np.unique(coarse.probe(search.queries, 6)[1])
-        assert course.wanted.tolist() == alone[index.extents[alone] > 0].tolist()
+        assert course.wanted.tolist() == alone[index.list_bytes[alone] > 0].tolist()
         assert course.scored.sum() == report.lists_wanted == report.lists_missed
         assert course.scored[course.scored_in_place].sum() == report.lists_in_place
         assert set(course.fetched) <= set(course.wanted)
@@ -270,32 +272,45 @@ def requests(draw):
     for _ in range(draw(st.integers(0, 5))):
         spans.append(link_span(draw, NLIST + 1, began_s + draw(moments)))
         spans.append(Span("LLM", "another's", began_s, began_s + 1.0, {"prompt_tokens": 1}))
-    stages = [
-        stage_of(began_s + draw(moments), draw(st.floats(0.0, 1.0))) for _ in range(draw(st.integers(0, 12)))
-    ]
+    stages = [stage_of(began_s + draw(moments), draw(st.floats(0.0, 1.0))) for _ in range(draw(st.integers(0, 12)))]
     spans = draw(st.permutations(spans))
     return answered_of(stages, retrievals), spans, began_s, began_s + draw(st.floats(0.0, 2.0))
 
 
 def link_span(draw, number, end_s):
     lane = draw(st.sampled_from(["link 0", "link 1"]))
-    return Span(lane, f"list {number}", end_s - draw(st.floats(0.0, 0.3)), end_s, {"list": number, "bytes": PAGE_BYTES})  # fmt: skip
+    return Span(lane, f"list {number}", end_s - draw(st.floats(0.0, 0.3)), end_s, {"list": number, "bytes": PAGE_BYTES})
 
 
 def course_of(arrived_s, ended_s, wanted, moved, moved_s, fetched=()):
     scored_s = np.array([[arrived_s, ended_s]])
     orders = (Order(arrived_s - 1.0, 0.0), Order(arrived_s - 0.5, 0.3))
-    return Course(arrived_s, ended_s, orders, np.array(wanted, np.int64), np.array(moved, np.int64), np.array(moved_s, np.float64),
-                  np.array(fetched, np.int64), scored_s, np.array([len(wanted)]), np.array([False]), 0.0)  # fmt: skip
+    return JoinTrace(
+        arrived_s,
+        ended_s,
+        orders,
+        np.array(wanted, np.int64),
+        np.array(moved, np.int64),
+        np.array(moved_s, np.float64),
+        np.array(fetched, np.int64),
+        scored_s,
+        np.array([len(wanted)]),
+        np.array([False]),
+        0.0,
+    )
 
 
 def retrieval_of(course):
     counts = dict.fromkeys(JoinReport.count_names(), 0) | {
-        "lists_wanted": len(course.wanted), "lists_hit": len(course.wanted) - len(course.fetched), "lists_missed": len(course.fetched),
-        "lists_moved": len(course.moved), "lists_wasted": int((~np.isin(course.moved, course.wanted)).sum()),
-        "bytes_moved": PAGE_BYTES * len(course.moved), "bytes_missed": PAGE_BYTES * len(course.fetched),
-    }  # fmt: skip
-    return Retrieval(("q",), [], JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=0.0, course=course), 0.01)  # fmt: skip
+        "lists_wanted": len(course.wanted),
+        "lists_hit": len(course.wanted) - len(course.fetched),
+        "lists_missed": len(course.fetched),
+        "lists_moved": len(course.moved),
+        "lists_wasted": int((~np.isin(course.moved, course.wanted)).sum()),
+        "bytes_moved": PAGE_BYTES * len(course.moved),
+        "bytes_missed": PAGE_BYTES * len(course.fetched),
+    }
+    return Retrieval(("q",), [], JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=0.0, course=course), 0.01)
 
 
 def stage_of(began_s, took_s):
@@ -316,7 +331,7 @@ def test_any_timeline_keeps_its_bounds_and_its_counts(made):
     assert drawn["counts"]["lists_undrawn"] == 0
     assert len(bars_of(drawn, "llm")) == len(answered.stages)
     counts = drawn["counts"]
-    assert sum(bar["bytes"] for bar in bars_of(drawn, "link")) == counts["bytes_moved"] + counts["bytes_missed"]  # fmt: skip
+    assert sum(bar["bytes"] for bar in bars_of(drawn, "link")) == counts["bytes_moved"] + counts["bytes_missed"]
     assert NLIST + 1 not in {bar["list"] for bar in bars_of(drawn, "link")}
 
 
@@ -330,7 +345,9 @@ def test_a_lane_moves_in_turn_and_what_arrived_together_is_one_bar():
     course = course_of(2.0, 2.1, [0, 1, 2, 4], [0, 1, 2, 3, 4], [1.2, 1.7, 1.7, 1.7, 1.6])
     drawn = timeline(answered_of([], [retrieval_of(course)]), spans, 1.0, 3.0)
     check(drawn, [retrieval_of(course).join])
-    shown = {(bar["label"], bar["outcome"], bar["start_s"], bar["end_s"], bar["bytes"]) for bar in bars_of(drawn, "link")}  # fmt: skip
+    shown = {
+        (bar["label"], bar["outcome"], bar["start_s"], bar["end_s"], bar["bytes"]) for bar in bars_of(drawn, "link")
+    }
     assert shown == {
         ("list 0", "hit", 0.0, 0.2, 5),
         ("2 lists", "hit", 0.5, 0.7, 10),
@@ -341,25 +358,33 @@ def test_a_lane_moves_in_turn_and_what_arrived_together_is_one_bar():
 
 def test_scoring_says_what_is_done_and_where():
     course = course_of(2.0, 2.5, [0, 1, 2], [], [])
-    course = replace(course, scored_s=np.array([[2.1, 2.2], [2.15, 2.3]]), scored=np.array([1, 2]),
-                     scored_in_place=np.array([False, True]), again_s=0.1)  # fmt: skip
+    course = replace(
+        course,
+        scored_s=np.array([[2.1, 2.2], [2.15, 2.3]]),
+        scored=np.array([1, 2]),
+        scored_in_place=np.array([False, True]),
+        again_s=0.1,
+    )
     retrieval = retrieval_of(course)
     retrieval = replace(retrieval, queries=("a", "b"), join=replace(retrieval.join, coarse_s=0.05))
     drawn = timeline(answered_of([], [retrieval] * 2), [], 1.0, 3.0)
-    shown = [(lane["name"], [(bar["label"], bar["start_s"], bar["end_s"]) for bar in lane["bars"]])
-             for lane in timeline(answered_of([], [retrieval]), [], 1.0, 3.0)["lanes"]]  # fmt: skip
+    shown = [
+        (lane["name"], [(bar["label"], bar["start_s"], bar["end_s"]) for bar in lane["bars"]])
+        for lane in timeline(answered_of([], [retrieval]), [], 1.0, 3.0)["lanes"]
+    ]
     assert shown == [
         ("scoring", [("find lists", 1.0, 1.05), ("score 1 list", 1.1, 1.2), ("score again", 1.4, 1.5)]),
         ("scoring 2", [("score 2 lists in place", 1.15, 1.3)]),
         ("embedding", [("embed 2 queries", 0.99, 1.0)]),
     ]
     assert [mark["label"] for mark in drawn["marks"] if mark["kind"] == "query"] == [
-        "retrieval 1: 2 queries arrive", "retrieval 2: 2 queries arrive",
-    ]  # fmt: skip
+        "retrieval 1: 2 queries arrive",
+        "retrieval 2: 2 queries arrive",
+    ]
 
 
 def test_a_list_moved_twice_and_by_another_meanwhile_has_its_own_two_bars():
-    spans = [Span("link", "list 0", end_s - 0.1, end_s, {"list": 0, "bytes": 5}) for end_s in (1.2, 1.4, 1.6, 1.8)]  # fmt: skip
+    spans = [Span("link", "list 0", end_s - 0.1, end_s, {"list": 0, "bytes": 5}) for end_s in (1.2, 1.4, 1.6, 1.8)]
     course = course_of(2.0, 2.1, [0], [0, 0], [1.4, 1.8])
     drawn = timeline(answered_of([], [retrieval_of(course)]), spans, 1.0, 3.0)
     assert [bar["end_s"] for bar in bars_of(drawn, "link")] == [0.4, 0.8]
@@ -377,7 +402,7 @@ def test_many_moves_become_fewer_bars_that_lose_no_list():
     drawn = timeline(answered_of([], [retrieval]), spans, 0.0, 1.3)
     check(drawn, [retrieval.join])
     bars = bars_of(drawn, "link")
-    assert len(bars) <= MOST_BARS
+    assert len(bars) <= MAX_BARS
     assert sum(bar["bytes"] for bar in bars) == 7 * count
     assert max(bar["end_s"] - bar["start_s"] for bar in bars) < 2 * 1.3 / 500
 
@@ -440,7 +465,7 @@ def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
             super()._work(move, arrived, delay_s)
 
     engine = engine_of(script, arena=1.0, link=lambda path, memory: Held(path, memory, depth=3))
-    retriever, extents = engine.retriever, engine.retriever.tier.extents
+    retriever, list_bytes = engine.retriever, engine.retriever.tier.list_bytes
     empty = snapshot(engine)
     assert (empty.lists_resident, empty.resident_bytes, empty.lists_moving, empty.references) == (0, 0, 0, 0)
     assert (empty.slots, empty.running, empty.waiting, empty.written_tokens) == (1000, 0, 0, 0)
@@ -448,7 +473,7 @@ def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
     ahead = retriever.begin(query, 4)
     moving = retriever.tier.moves_under_way()
     state = snapshot(engine)
-    assert (state.lists_moving, state.moving_bytes) == (3, extents[moving].sum())
+    assert (state.lists_moving, state.moving_bytes) == (3, list_bytes[moving].sum())
     assert (state.rounds, state.lists_resident, state.resident_bytes) == (1, 0, 0)
     searching = threading.Thread(target=retriever.search, args=(query, 3, 4, ahead))
     searching.start()
@@ -459,16 +484,16 @@ def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
     searching.join()
     while (after := snapshot(engine)).lists_moving:
         time.sleep(0.001)
-    resident = np.flatnonzero(~retriever.tier.absent() & (extents > 0))
-    assert (after.lists_resident, after.resident_bytes) == (len(resident), extents[resident].sum())
+    resident = np.flatnonzero(~retriever.tier.absent() & (list_bytes > 0))
+    assert (after.lists_resident, after.resident_bytes) == (len(resident), list_bytes[resident].sum())
     assert (after.moving_bytes, after.references, after.rounds) == (0, 0, 0)
     assert after.arena_bytes == retriever.tier.arena_bytes >= after.resident_bytes
 
 
 def test_a_snapshot_has_the_tokens_of_a_generator_that_counts_them(engine_of):
     engine = engine_of(script)
-    stats = SimpleNamespace(running=1, waiting=2, evaluated_tokens=3, taken_over_tokens=4, written_tokens=5)
+    stats = SimpleNamespace(running=1, waiting=2, computed_tokens=3, cached_tokens=4, written_tokens=5)
     engine.generator.stats = lambda: stats
     state = snapshot(engine)
     assert (state.running, state.waiting) == (1, 2)
-    assert (state.evaluated_tokens, state.taken_over_tokens, state.written_tokens) == (3, 4, 5)
+    assert (state.computed_tokens, state.cached_tokens, state.written_tokens) == (3, 4, 5)

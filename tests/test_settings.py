@@ -13,8 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from telerag_cli.app import app
-from telerag_cli.commands.settings import GLOBAL, ITSELF, load, plain, sections_of
+from telerag_cli.cli.app import app
+from telerag_cli.cli.settings import GLOBAL, ITSELF, load, plain, sections_of
 from telerag_cli.errors import UsageError
 
 PROGRAM = typer.main.get_command(app)
@@ -129,9 +129,7 @@ def test_commands_take_what_is_set_for_their_own(name):
     for option in SECTIONS[name].options.values():
         parameter = next(each for each in command.params if each.name == option.parameter)
         value = another(option)
-        with command.make_context(
-            name, [], resilient_parsing=True, default_map={option.parameter: value}
-        ) as context:
+        with command.make_context(name, [], resilient_parsing=True, default_map={option.parameter: value}) as context:
             got, source = parameter.consume_value(context, {})
             assert source.name == "DEFAULT_MAP"
             made = parameter.process_value(context, got)
@@ -290,9 +288,7 @@ def test_the_users_own_file_counts_where_there_is_none_here(tmp_path):
     assert telerag("config", "--path").stdout == f"{own}\n"
     assert json.loads(telerag("config", "--json").stdout) == {
         "file": str(own),
-        "settings": [
-            {"option": "-k", "commands": ["run"], "value": 3, "origin": "file", "place": f"{own} [run]"}
-        ],
+        "settings": [{"option": "-k", "commands": ["run"], "value": 3, "origin": "file", "place": f"{own} [run]"}],
     }
     write("[run]\nk = 4\n")
     assert telerag("config", "--path").stdout == "telerag.toml\n"
@@ -334,10 +330,7 @@ def test_init_writes_a_file_once(tmp_path):
     assert telerag("config", "--init").stdout == "telerag.toml\n"
     again = telerag("config", "--init")
     assert again.exit_code == 1
-    assert (
-        f"telerag.toml is there already and has {(tmp_path / 'telerag.toml').stat().st_size:,} bytes"
-        in again.stderr
-    )
+    assert f"telerag.toml is there already and has {(tmp_path / 'telerag.toml').stat().st_size:,} bytes" in again.stderr
     assert telerag("--config", "named.toml", "config", "--init").stdout == "named.toml\n"
     assert load(SECTIONS).values == {}
 
@@ -347,9 +340,7 @@ def test_what_init_writes_stands_at_the_defaults():
     text = Path("telerag.toml").read_text()
     write(re.sub(r"(?m)^#(?! )", "", text))
     held = tomllib.loads(Path("telerag.toml").read_text())
-    assert {key.replace("-", "_") for table in held.values() for key in table} == {
-        key for _name, key in EVERY
-    }
+    assert {key.replace("-", "_") for table in held.values() for key in table} == {key for _name, key in EVERY}
     settings = load(SECTIONS)
     for name, key in EVERY:
         if name != GLOBAL:
@@ -365,7 +356,7 @@ def run(code, *arguments):
 def test_pydantic_settings_is_loaded_only_for_settings():
     code = (
         "import sys\n"
-        "from telerag_cli.app import app\n"
+        "from telerag_cli.cli.app import app\n"
         "try: app(['run', '--help'])\n"
         "except SystemExit: pass\n"
         "print('pydantic_settings' in sys.modules)\n"
@@ -381,9 +372,6 @@ def test_a_full_disk_and_a_closed_pipe_are_as_for_every_command():
     assert full.returncode == 1
     assert full.stderr.startswith("error: The disk is full")
     closed = subprocess.run(
-        ["bash", "-c", f"{program} | true; echo ${{PIPESTATUS[0]}}"],
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-c", f"{program} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
     )
     assert (closed.stdout, closed.stderr) == ("0\n", "")

@@ -15,9 +15,9 @@ from telerag_cli.bench.simulating.rates import Host, Rates
 from telerag_cli.bench.simulating.replica import Tier
 from telerag_cli.bench.simulating.work import Ahead, Follow, Lookup, Question, Text, copies
 from telerag_cli.config import CacheKind, Metric, Storage
+from telerag_cli.engine.placement import PlacementName
 from telerag_cli.index.artifact import EmbedderInfo, Index, IndexPaths, Manifest, code_size, lay_out
 from telerag_cli.planning.profile import DecodePoint, LlmRates, Measured, PrefillPoint
-from telerag_cli.scheduling.placement import PlacementName
 
 LIST = 4 * 4096
 """Bytes of each list of `index`."""
@@ -30,9 +30,7 @@ def index(nlist=16, vectors=4):
     dimension = 1022  # so that a vector and its number are 4 KiB
     code = code_size(dimension, Storage.FLOAT32)
     table, _nbytes = lay_out(np.full(nlist, vectors), code)
-    manifest = Manifest(
-        dimension, Metric.IP, Storage.FLOAT32, nlist, nlist * vectors, code, 0, EmbedderInfo(None), {}
-    )
+    manifest = Manifest(dimension, Metric.IP, Storage.FLOAT32, nlist, nlist * vectors, code, 0, EmbedderInfo(None), {})
     return Index(IndexPaths(Path()), manifest, np.zeros((nlist, dimension), np.float32), table, None)
 
 
@@ -47,9 +45,21 @@ LLM = LlmRates(
     context_step_s=0.0,
 )
 RATES = Rates(
-    llm=LLM, slots=8, chunk=512, llm_apart=True, link_bytes_per_s=1000 * LIST, beside_llm=1.0, transfer_s=0.0, decoding_slowed=1.0,
-    scored_bytes_per_s=100 * LIST, another_query=1.0, in_place_bytes_per_s=0.0, join_s=0.002, query_s=0.003, sketch_s=0.0,
-)  # fmt: skip
+    llm=LLM,
+    slots=8,
+    chunk=512,
+    llm_apart=True,
+    link_bytes_per_s=1000 * LIST,
+    beside_llm=1.0,
+    transfer_s=0.0,
+    decoding_slowed=1.0,
+    scored_bytes_per_s=100 * LIST,
+    another_query=1.0,
+    in_place_bytes_per_s=0.0,
+    join_s=0.002,
+    query_s=0.003,
+    sketch_s=0.0,
+)
 FREE = replace(RATES, join_s=0.0, query_s=0.0, scored_bytes_per_s=1e18)
 """Nothing takes time but the LLM and the link."""
 ALONE = Host(1, 1e18)
@@ -88,9 +98,7 @@ def deployment(**changes):
 
 
 def run(questions, size=1, **changes):
-    groups = [
-        list(range(start, min(start + size, len(questions)))) for start in range(0, len(questions), size)
-    ]
+    groups = [list(range(start, min(start + size, len(questions)))) for start in range(0, len(questions), size)]
     return simulate(deployment(**{"at_once": size, **changes}), questions, [groups])
 
 
@@ -146,9 +154,7 @@ def test_a_disk_that_a_host_shares_gives_no_more_than_its_rate():
     questions = [question(number, [lookup([number % 16])], [number % 16]) for number in range(64)]
     tier = replace(TIER, cache=CacheKind.NONE)
     host = Host(8, 8 * LIST)
-    by_count = {
-        count: run(questions, rates=rates, tier=tier, host=host, replicas=count) for count in (1, 2, 4, 8)
-    }
+    by_count = {count: run(questions, rates=rates, tier=tier, host=host, replicas=count) for count in (1, 2, 4, 8)}
     assert by_count[1].took_s == pytest.approx(64 / 4)
     assert by_count[2].took_s == pytest.approx(64 / 8)
     assert by_count[4].took_s == pytest.approx(64 / 8)
@@ -239,8 +245,10 @@ def test_placement_by_what_arenas_hold_moves_less_than_turns():
     topics = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
     random = np.random.default_rng(0)
     questions = [hyde(number, topics[random.integers(4)]) for number in range(64)]
-    moved = {name: run(questions, replicas=4, placement=name, tier=Tier(6 * LIST, 2)).bytes_linked
-             for name in (PlacementName.CACHE_AWARE, PlacementName.ROUND_ROBIN)}  # fmt: skip
+    moved = {
+        name: run(questions, replicas=4, placement=name, tier=Tier(6 * LIST, 2)).bytes_linked
+        for name in (PlacementName.CACHE_AWARE, PlacementName.ROUND_ROBIN)
+    }
     assert moved[PlacementName.CACHE_AWARE] < 0.7 * moved[PlacementName.ROUND_ROBIN]
 
 
@@ -253,12 +261,22 @@ def cases(draw):
         real, expected = (random.permutation(16)[: random.integers(1, 8)].tolist() for _ in range(2))
         questions.append(hyde(number, real, int(random.integers(1, 30)), expected))
     changes = {
-        "replicas": replicas, "at_once": draw(st.integers(1, 2)) * size, "assign_s": draw(st.sampled_from([0.0, 0.01])),
-        "placement": draw(st.sampled_from(PlacementName)), "host": Host(draw(st.integers(1, 3)), 40 * LIST),
-        "tier": Tier(draw(st.sampled_from([2, 9, 16])) * LIST, draw(st.integers(1, 4)), draw(st.sampled_from(CacheKind))),
-        "rates": replace(RATES, link_bytes_per_s=30 * LIST, slots=draw(st.integers(1, 8)), llm_apart=draw(st.booleans()),
-                         in_place_bytes_per_s=draw(st.sampled_from([0.0, 50.0 * LIST]))),
-    }  # fmt: skip
+        "replicas": replicas,
+        "at_once": draw(st.integers(1, 2)) * size,
+        "assign_s": draw(st.sampled_from([0.0, 0.01])),
+        "placement": draw(st.sampled_from(PlacementName)),
+        "host": Host(draw(st.integers(1, 3)), 40 * LIST),
+        "tier": Tier(
+            draw(st.sampled_from([2, 9, 16])) * LIST, draw(st.integers(1, 4)), draw(st.sampled_from(CacheKind))
+        ),
+        "rates": replace(
+            RATES,
+            link_bytes_per_s=30 * LIST,
+            slots=draw(st.integers(1, 8)),
+            llm_apart=draw(st.booleans()),
+            in_place_bytes_per_s=draw(st.sampled_from([0.0, 50.0 * LIST])),
+        ),
+    }
     return questions, size, changes
 
 
@@ -287,24 +305,22 @@ def test_every_question_is_answered_once_and_every_byte_is_accounted_for(case):
 
 def test_bytes_over_the_link_are_the_misses_where_nothing_is_expected():
     random = np.random.default_rng(1)
-    questions = [
-        question(number, [(text(3),), lookup(random.permutation(16)[:5].tolist())]) for number in range(20)
-    ]
+    questions = [question(number, [(text(3),), lookup(random.permutation(16)[:5].tolist())]) for number in range(20)]
     found = run(questions, replicas=3, tier=Tier(7 * LIST, 2))
     assert found.bytes_linked == found.bytes_missed > 0
 
 
 def test_copies_have_the_same_lengths_on_other_lists():
     first = [hyde(0, [1, 2, 3]), hyde(1, [2, 3, 4])]
-    extents = index().extents
-    made = copies(first, 7, extents, seed=0)
+    list_bytes = index().list_bytes
+    made = copies(first, 7, list_bytes, seed=0)
     assert [each.number for each in made] == list(range(7))
     assert made[0].steps is first[0].steps
     probes = [next(call.probes[0] for call in each.calls if isinstance(call, Lookup)) for each in made]
     assert len(np.intersect1d(probes[2], probes[3])) == 2, "copies of one turn share what the originals share"
     assert not np.array_equal(probes[0], probes[2])
     assert all(each.likely.sum() == 3 for each in made)
-    again = copies(first, 7, extents, seed=0)
+    again = copies(first, 7, list_bytes, seed=0)
     assert all(np.array_equal(one.likely, other.likely) for one, other in zip(made, again, strict=True))
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telerag_cli.lookahead.split import Ends, Misses, Together, share_of_link
+from telerag_cli.retrieval.split import ContentionEstimate, Ends, Misses, share_of_link
 
 times = st.lists(st.floats(1e-6, 1.0), min_size=0, max_size=12)
 
@@ -51,10 +51,13 @@ def finish(misses, link_s, place_s, depth):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    sizes=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=60), faster=st.floats(0.02, 50.0), depth=st.integers(1, 16),
-    grain=st.integers(1, 4), queries=st.lists(st.integers(1, 4), min_size=60, max_size=60),
+    sizes=st.lists(st.floats(0.2, 5.0), min_size=1, max_size=60),
+    faster=st.floats(0.02, 50.0),
+    depth=st.integers(1, 16),
+    grain=st.integers(1, 4),
+    queries=st.lists(st.integers(1, 4), min_size=60, max_size=60),
     slowdown=st.sampled_from([0.8, 1.0, 1.5, 100.0]),
-)  # fmt: skip
+)
 def test_two_ends_take_everything_once_and_no_longer_than_the_better_alone(
     sizes, faster, depth, grain, queries, slowdown
 ):
@@ -89,7 +92,7 @@ def test_what_many_queries_share_is_moved_and_what_one_wants_is_scored_in_place(
 )  # the processor faster than the link, about as fast, and much slower
 @pytest.mark.parametrize("slowdown", [0.9, 1.0, 1.3, 4.0])
 def test_ends_that_slow_each_other_are_soon_told_apart_and_tried_again_now_and_then(slowdown, place_s):
-    together, lists = Together(), list(range(100))
+    together, lists = ContentionEstimate(), list(range(100))
     link_s, place_s = np.full(100, 1.0), np.full(100, place_s)
     took_s, ends = [], []
     for _ in range(200):

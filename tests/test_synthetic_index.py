@@ -27,8 +27,18 @@ def base(tmp_path):
 
 
 def options(base, output, **changes):
-    asked = {"base": base, "vectors": 5000, "bytes": None, "nlist": 40, "storage": "float32", "noise": 0.5, "longest": None,
-             "seed": 0, "overwrite": False, "output": output}  # fmt: skip
+    asked = {
+        "base": base,
+        "vectors": 5000,
+        "bytes": None,
+        "nlist": 40,
+        "storage": "float32",
+        "noise": 0.5,
+        "longest": None,
+        "seed": 0,
+        "overwrite": False,
+        "output": output,
+    }
     return Namespace(**asked | changes)
 
 
@@ -40,11 +50,12 @@ def made(base, output, **changes):
 def held(index):
     """(rows, list numbers, vectors as they decode) of all lists."""
     manifest = index.manifest
-    ivf = empty_ivf(flat(index.centroids, Metric.IP), manifest.dimension, manifest.nlist, Metric.IP, manifest.storage,
-                    index.trained)  # fmt: skip
+    ivf = empty_ivf(
+        flat(index.centroids, Metric.IP), manifest.dimension, manifest.nlist, Metric.IP, manifest.storage, index.trained
+    )
     rows, numbers, codes = [], [], []
     for number, (size, capacity, offset) in enumerate(index.table.astype(np.int64).tolist()):
-        raw = np.fromfile(index.paths.lists, np.uint8, int(index.extents[number]), offset=offset)
+        raw = np.fromfile(index.paths.lists, np.uint8, int(index.list_bytes[number]), offset=offset)
         codes.append(raw[: size * manifest.code_size].reshape(size, manifest.code_size))
         begin = capacity * manifest.code_size
         rows.append(raw[begin : begin + size * ID_BYTES].view(np.int64))
@@ -62,11 +73,7 @@ def test_every_vector_is_a_noisy_copy_in_the_list_of_its_nearest_centroid(tmp_pa
     assert not verify(index, lambda _count: None)
     manifest = index.manifest
     assert (manifest.ntotal, manifest.nlist, manifest.storage) == (5000, 40, storage)
-    assert (manifest.embedder.model, manifest.embedder.pooling, manifest.embedder.normalized) == (
-        "m",
-        "mean",
-        True,
-    )
+    assert (manifest.embedder.model, manifest.embedder.pooling, manifest.embedder.normalized) == ("m", "mean", True)
     rows, numbers, vectors = held(index)
     assert sorted(rows.tolist()) == list(range(5000))
     np.testing.assert_allclose(
@@ -121,10 +128,7 @@ def test_the_same_lists_in_memory(tmp_path, base):
     block, view = script.plan_lists(vectors, 5000, 40, Storage.INT8, 0.5, 0).in_memory()
     assert (view.table == index.table).all()
     assert (view.trained == index.trained).all()
-    assert (
-        bytes(block.memory[: extent_bytes(view.table[:, 1], DIMENSION).sum()])
-        == index.paths.lists.read_bytes()
-    )
+    assert bytes(block.memory[: extent_bytes(view.table[:, 1], DIMENSION).sum()]) == index.paths.lists.read_bytes()
     block.close()
 
 
@@ -165,17 +169,20 @@ def test_what_is_there_is_kept_and_an_interruption_leaves_no_index(tmp_path, bas
     assert made(base, output, seed=3, overwrite=True).manifest.seed == 3
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
-    monkeypatch.setattr(
-        sys, "argv", ["make", "--base", str(base), "--vectors", "500", "-o", str(tmp_path / "no")]
-    )
+    monkeypatch.setattr(sys, "argv", ["make", "--base", str(base), "--vectors", "500", "-o", str(tmp_path / "no")])
     with pytest.raises(SystemExit, match=r"error: .*no needs .* of disk, and 1000 B are free"):
         script.main()
 
 
 def test_passages_may_be_dictionaries(tmp_path):
     texts = pa.array(["a", "b"])
-    list(script.write_passages(script.passages_of(np.array([1, 0, 1]), texts, pa.array(["{}", '{"n": 1}'])),
-                               tmp_path / "p.arrow", script.SCHEMA))  # fmt: skip
+    list(
+        script.write_passages(
+            script.passages_of(np.array([1, 0, 1]), texts, pa.array(["{}", '{"n": 1}'])),
+            tmp_path / "p.arrow",
+            script.SCHEMA,
+        )
+    )
     found = Passages.open(tmp_path / "p.arrow")[[2, 1, 0]]
     assert [(p.id, p.text, dict(p.metadata)) for p in found] == [
         ("1-1", "b", {"n": 1}),

@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from telerag_cli.generation.base import Token
-from telerag_cli.generation.writing import Writing
+from telerag_cli.llm.base import Token
+from telerag_cli.llm.writing import Writing
 
 
 def write(pieces, stop=(), logprobs=False):

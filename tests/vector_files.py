@@ -12,10 +12,7 @@ from telerag_cli.files import checksum, write_json
 def clustered(rows, dimension, seed=0, clusters=40):
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((clusters, dimension)).astype(np.float32)
-    vectors = (
-        centres[rng.integers(0, clusters, rows)]
-        + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
-    )
+    vectors = centres[rng.integers(0, clusters, rows)] + rng.standard_normal((rows, dimension)).astype(np.float32) / 2
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -37,21 +34,29 @@ def write_parquet(path, vectors, *, text=True, group=1000, **columns):
 
 def embeddings_folder(folder, vectors, shard_rows, **changes):
     folder.mkdir()
-    about = {"format": "telerag-embeddings", "version": 1, "model": "m", "dimension": vectors.shape[1], "pooling": "mean",
-             "normalized": True, "prompt": "query: ", "max_tokens": 256}  # fmt: skip
+    about = {
+        "format": "telerag-embeddings",
+        "version": 1,
+        "model": "m",
+        "dimension": vectors.shape[1],
+        "pooling": "mean",
+        "normalized": True,
+        "prompt": "query: ",
+        "max_tokens": 256,
+    }
     shards = []
     for number, low in enumerate(range(0, len(vectors), shard_rows)):
         part = vectors[low : low + shard_rows]
-        table = pa.table({
-            "id": [f"p{low + i}" for i in range(len(part))], "text": [f"Text {low + i}" for i in range(len(part))],
-            "metadata": [json.dumps({"title": f"T{low + i}"}) for i in range(len(part))], "embedding": vector_column(part)})  # fmt: skip
+        table = pa.table(
+            {
+                "id": [f"p{low + i}" for i in range(len(part))],
+                "text": [f"Text {low + i}" for i in range(len(part))],
+                "metadata": [json.dumps({"title": f"T{low + i}"}) for i in range(len(part))],
+                "embedding": vector_column(part),
+            }
+        )
         path = folder / f"shard-{number:05}.parquet"
         pq.write_table(table.replace_schema_metadata({"telerag": json.dumps(about)}), path)
-        shards.append(
-            {"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)}
-        )
-    write_json(
-        folder / "embeddings.json",
-        about | {"complete": True, "rows": len(vectors), "shards": shards} | changes,
-    )
+        shards.append({"name": path.name, "rows": len(part), "bytes": path.stat().st_size, "checksum": checksum(path)})
+    write_json(folder / "embeddings.json", about | {"complete": True, "rows": len(vectors), "shards": shards} | changes)
     return folder

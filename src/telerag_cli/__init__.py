@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from telerag_cli.processor import spin_at_barriers
+from telerag_cli.system import spin_at_barriers
 
 spin_at_barriers()

@@ -1,5 +1,5 @@
 """``python -m telerag_cli``."""
 
-from telerag_cli.app import main
+from telerag_cli.cli.app import main
 
 main()

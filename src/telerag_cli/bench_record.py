@@ -8,7 +8,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from telerag_cli import processor
+from telerag_cli import system
 
 PACKAGES = (
     "telerag-cli",
@@ -34,7 +34,7 @@ def hardware() -> dict[str, Any]:
     torch = sys.modules.get("torch")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else []
     return {
-        "cpu": processor.model(),
+        "cpu": system.model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,

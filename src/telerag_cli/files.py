@@ -32,13 +32,13 @@ def writing(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
+def wrap_os_error(error: OSError, path: Path) -> ResourceError | ArtifactError:
     """The sentence for an ``OSError`` met while reading or writing ``path``."""
     if error.errno == errno.ENOSPC:
         import shutil
@@ -50,8 +50,10 @@ def explain(error: OSError, path: Path) -> ResourceError | ArtifactError:
             remedy="Free space and run the same command again; what is finished is kept.",
         )
     if error.errno in (errno.EFBIG, errno.EDQUOT):
-        return ResourceError(f"{path} could not be written: {error.strerror}, which is a limit set for this user or file system.",
-                             remedy="Raise it or choose another output; finished parts are kept and the same command resumes.")  # fmt: skip
+        return ResourceError(
+            f"{path} could not be written: {error.strerror}, which is a limit set for this user or file system.",
+            remedy="Raise it or choose another output; finished parts are kept and the same command resumes.",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return ResourceError(f"{path} cannot be used: {error.strerror}.", remedy="Choose a path you may use.")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -81,7 +83,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON: {error}.", remedy="Build the artifact again.") from error
 

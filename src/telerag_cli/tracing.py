@@ -14,7 +14,7 @@ from typing import Any
 
 from telerag_cli.files import writing
 
-MOST_HEARD = 50_000
+MAX_HEARD = 50_000
 """Spans that a listener keeps: some tens of megabytes, and more than any picture shows."""
 
 
@@ -73,10 +73,11 @@ class Tracer:
                 listener.hear(span)
 
     @contextlib.contextmanager
-    def listening(self, most: int = MOST_HEARD) -> Iterator[list[Span]]:
+    def listening(self, most: int = MAX_HEARD) -> Iterator[list[Span]]:
         """A list of the spans that are added while the block runs, whether the tracer is enabled or not.
 
-        It is the caller's own: `clear` leaves it alone, and others who listen have theirs. Spans of everybody's work are in it.
+        It is the caller's own: `clear` leaves it alone, and others who listen have theirs. Spans of everybody's work
+        are in it.
 
         Args:
             most: spans that are in it after the block: the newest. Meanwhile there may be up to twice as many.
@@ -136,9 +137,17 @@ class Tracer:
         ]
         for span in spans:
             took_us = round((span.end_s - span.start_s) * 1e6, 1)
-            events.append({"ph": "X", "name": span.name, "cat": span.lane, "pid": 1, "tid": lanes[span.lane],
-                           "ts": round((span.start_s - self._origin_s) * 1e6, 1), "dur": took_us, "args": span.details})  # fmt: skip
-        with writing(path) as temporary:
-            temporary.write_text(
-                json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8"
+            events.append(
+                {
+                    "ph": "X",
+                    "name": span.name,
+                    "cat": span.lane,
+                    "pid": 1,
+                    "tid": lanes[span.lane],
+                    "ts": round((span.start_s - self._origin_s) * 1e6, 1),
+                    "dur": took_us,
+                    "args": span.details,
+                }
             )
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")

@@ -12,15 +12,19 @@ from telerag_cli.bench import measure, page_cache
 from telerag_cli.bench.measure import Turn, Work, take_turns
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
-from telerag_cli.bench.systems import Perfect, Rig, Setup, System
+from telerag_cli.bench.systems import Harness, Perfect, Setup, System
 from telerag_cli.engine.engine import Answered
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
 
 GENERATING_FIRST = (
-    PipelineName.HYDE, PipelineName.SUBQUESTION, PipelineName.ITERATIVE, PipelineName.ITER_RETGEN, PipelineName.FLARE,
-)  # fmt: skip
+    PipelineName.HYDE,
+    PipelineName.SUBQUESTION,
+    PipelineName.ITERATIVE,
+    PipelineName.ITER_RETGEN,
+    PipelineName.FLARE,
+)
 """Pipelines whose queries are written by the LLM: those that lookahead by the text so far is for."""
 MEAN = "mean of those that retrieve after generating"
 DROPPED = "Cold: " + page_cache.HOW + " Arenas are emptied, and the LLM forgets its prompts."
@@ -61,11 +65,15 @@ def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
     for state in pages:
         works = _one_by_one(ask, ("pipeline", "dataset"), pages=state.value)
         turns, systems = _turns(ask, replace(ask.setup, pages=state), works)
-        parts.append(Outcome(
-            systems, measure.cells(turns, detailed=ask.detailed),
-            measure.ratios(turns, ask.systems, ("e2el_ms", "retrieval_ms"), ask.seed) + _means(ask, turns, state),
-            measure.checks(turns, state), [DROPPED if state is Pages.COLD else KEPT],
-        ))  # fmt: skip
+        parts.append(
+            Outcome(
+                systems,
+                measure.cells(turns, detailed=ask.detailed),
+                measure.ratios(turns, ask.systems, ("e2el_ms", "retrieval_ms"), ask.seed) + _means(ask, turns, state),
+                measure.checks(turns, state),
+                [DROPPED if state is Pages.COLD else KEPT],
+            )
+        )
     return _joined(parts)
 
 
@@ -91,13 +99,7 @@ def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:
     for value in values:
         settings = replace(ask.setup.settings, nprobe=value)
         probing = replace(ask, setup=replace(ask.setup, settings=settings))
-        parts.append(
-            _simple(
-                probing,
-                _one_by_one(ask, (), nprobe=value),
-                ("e2el_ms", "retrieval_ms"),
-            )
-        )
+        parts.append(_simple(probing, _one_by_one(ask, (), nprobe=value), ("e2el_ms", "retrieval_ms")))
     return _joined(parts)
 
 
@@ -107,40 +109,53 @@ def throughput(ask: Ask, sizes: Sequence[int], at_once: int) -> Outcome:
     for size in sizes:
         for name, pipeline in ask.pipelines.items():
             supply = itertools.cycle(questions_of(ask))
-            works += [Work({"batch_size": size}, pipeline, name.value, tuple(itertools.islice(supply, size)), number, at_once=at_once)
-                      for number in range(ask.repeats)]  # fmt: skip
+            works += [
+                Work(
+                    {"batch_size": size},
+                    pipeline,
+                    name.value,
+                    tuple(itertools.islice(supply, size)),
+                    number,
+                    at_once=at_once,
+                )
+                for number in range(ask.repeats)
+            ]
     return _simple(ask, works, ("wall_ms",))
 
 
 def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     """Share of the probed lists that are in fast memory at the join, by bytes that lookahead may move.
 
-    Budgets are multiples of the bytes that the question's retrieval probes. Nothing after the join is measured, so answers
-    are cut to one token.
+    Budgets are multiples of the bytes that the question's retrieval probes. Nothing after the join is measured, so
+    answers are cut to one token.
 
     Raises:
         UsageError: the pipeline retrieves more than once, or nothing is predicted for it.
     """
-    ask = replace(
-        ask, setup=replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1))
-    )
+    ask = replace(ask, setup=replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1)))
     (name, pipeline), *others = ask.pipelines.items()
     if others:
         raise UsageError(
-            f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.",
-            remedy="Name one with --pipeline.",
+            f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.", remedy="Name one with --pipeline."
         )
     questions = questions_of(ask)
-    with Rig.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig, ask.counting(
-        "hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups
-    ) as advance:  # fmt: skip
+    with (
+        Harness.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig,
+        ask.counting("hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups) as advance,
+    ):
         first = [Work({}, pipeline, name.value, (question,)) for question in questions]
         known = take_turns(rig, first, (SystemName.FETCH,), warmups_of(ask), advance)
         works = [
-            Work({"budget": budget}, pipeline, name.value, turn.work.questions,
-                 prepare=partial(_limit, rig, only_retrieval(turn, name, SuiteName.HIT_RATE), budget))
-            for turn in known for budget in budgets
-        ]  # fmt: skip
+            Work(
+                {"budget": budget},
+                pipeline,
+                name.value,
+                turn.work.questions,
+                prepare=partial(_limit, rig, only_retrieval(turn, name, SuiteName.HIT_RATE), budget),
+            )
+            for turn in known
+            for budget in budgets
+        ]
         turns = take_turns(rig, works, ask.systems, (), advance)
         systems = {system.value: rig.systems[system].configuration for system in ask.systems}
     notes = [
@@ -148,11 +163,9 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
         "Answers are cut to one token: nothing after the join is measured.",
         "budget: bytes that lookahead may move, as a multiple of the bytes that the question's retrieval probes; what there is no time for "
         "is not moved whatever the budget.",
-    ]  # fmt: skip
+    ]
     turns.sort(key=lambda turn: turn.work.key["budget"])
-    return Outcome(
-        systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes
-    )
+    return Outcome(systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes)
 
 
 def only_retrieval(turn: Turn, name: PipelineName, suite: SuiteName) -> Answered:
@@ -166,12 +179,14 @@ def only_retrieval(turn: Turn, name: PipelineName, suite: SuiteName) -> Answered
         raise TeleragError(f"'{turn.work.questions[0]:.60}' cannot be answered: {turn.errors[0]}")
     answered = turn.answers[0]
     if len(answered.retrievals) != 1 or name is PipelineName.NAIVE:
-        raise UsageError(f"{suite} is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
-                         remedy="Use --pipeline hyde, subquestion or self_rag.")  # fmt: skip
+        raise UsageError(
+            f"{suite} is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
+            remedy="Use --pipeline hyde, subquestion or self_rag.",
+        )
     return answered
 
 
-def _limit(rig: Rig, answered: Answered, budget: float, system: System) -> None:
+def _limit(rig: Harness, answered: Answered, budget: float, system: System) -> None:
     """Let lookahead move so much, and tell the one that knows the query what it will be."""
     assert system.retriever is not None
     system.retriever.budget_bytes = round(budget * answered.joins[0].bytes_wanted)
@@ -183,12 +198,17 @@ def _simple(ask: Ask, works: Sequence[Work], metrics: Sequence[str]) -> Outcome:
     """Works as they are, from the state of the pages that was asked for."""
     turns, systems = _turns(ask, ask.setup, works)
     state = ask.setup.pages
-    return Outcome(systems, measure.cells(turns, detailed=ask.detailed), measure.ratios(turns, ask.systems, metrics, ask.seed),
-                   measure.checks(turns, state), [DROPPED if state is Pages.COLD else KEPT])  # fmt: skip
+    return Outcome(
+        systems,
+        measure.cells(turns, detailed=ask.detailed),
+        measure.ratios(turns, ask.systems, metrics, ask.seed),
+        measure.checks(turns, state),
+        [DROPPED if state is Pages.COLD else KEPT],
+    )
 
 
 def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[Turn], dict[str, dict[str, Any]]]:
-    with Rig.open(setup, ask.systems) as rig:
+    with Harness.open(setup, ask.systems) as rig:
         if setup.pages is Pages.WARM:
             rig.warm()
         warmups = warmups_of(ask)
@@ -246,5 +266,10 @@ def _joined(parts: Sequence[Outcome]) -> Outcome:
             check = Check(check.name, check.held and before.held, f"{before.says} {check.says}")
         checks[check.name] = check
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    return Outcome(systems, [cell for part in parts for cell in part.cells], [each for part in parts for each in part.ratios],
-                   list(checks.values()), notes)  # fmt: skip
+    return Outcome(
+        systems,
+        [cell for part in parts for cell in part.cells],
+        [each for part in parts for each in part.ratios],
+        list(checks.values()),
+        notes,
+    )

@@ -16,9 +16,9 @@ from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.errors import ModelError, ResourceError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
 from telerag_cli.index.scoring import Coarse, empty_ivf
-from telerag_cli.lookahead.retriever import Found, JoinReport, Search
-from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.retrieval.retriever import Found, JoinReport, Search
 
 
 def plain_join(took_s: float) -> JoinReport:
@@ -62,12 +62,7 @@ class FaissIvf(Plain):
     def _empty(self, coarse: Coarse) -> Any:
         manifest = self.index.manifest
         ivf = empty_ivf(
-            coarse.index,
-            manifest.dimension,
-            manifest.nlist,
-            manifest.metric,
-            manifest.storage,
-            self.index.trained,
+            coarse.index, manifest.dimension, manifest.nlist, manifest.metric, manifest.storage, self.index.trained
         )
         ivf.parallel_mode = 1
         return ivf
@@ -121,12 +116,10 @@ class FaissMemory(FaissIvf):
         with index.paths.lists.open("rb", buffering=0) as file:
             for number, (size, capacity, offset) in enumerate(index.table.astype(np.int64).tolist()):
                 if size:
-                    data = np.fromfile(
-                        file, np.uint8, capacity * (manifest.code_size + 8), offset=offset - file.tell()
-                    )
+                    data = np.fromfile(file, np.uint8, capacity * (manifest.code_size + 8), offset=offset - file.tell())
                     rows = np.ascontiguousarray(data[capacity * manifest.code_size :].view(np.int64)[:size])
                     self.ivf.invlists.add_entries(number, size, faiss.swig_ptr(rows), faiss.swig_ptr(data))
-                    advance(int(index.extents[number]))
+                    advance(int(index.list_bytes[number]))
         self.ivf.ntotal = manifest.ntotal
 
 
@@ -145,11 +138,15 @@ class FaissGpu(FaissIvf):
         """
         super().__init__(memory.index)
         if not hasattr(faiss, "StandardGpuResources"):
-            raise ResourceError("The Faiss installed here was built without GPUs, and faiss-gpu needs one.",
-                                remedy="Install the extra gpu in place of cpu, or leave out --system faiss-gpu.")  # fmt: skip
+            raise ResourceError(
+                "The Faiss installed here was built without GPUs, and faiss-gpu needs one.",
+                remedy="Install the extra gpu in place of cpu, or leave out --system faiss-gpu.",
+            )
         if device >= faiss.get_num_gpus():
-            raise ResourceError(f"faiss-gpu needs GPU {device}, and Faiss sees {faiss.get_num_gpus()}.",
-                                remedy="Name another --device, or leave out --system faiss-gpu.")  # fmt: skip
+            raise ResourceError(
+                f"faiss-gpu needs GPU {device}, and Faiss sees {faiss.get_num_gpus()}.",
+                remedy="Name another --device, or leave out --system faiss-gpu.",
+            )
         self._resources = faiss.StandardGpuResources()
         self.ivf = faiss.index_cpu_to_gpu(self._resources, device, memory.ivf)
 
@@ -164,7 +161,7 @@ class Recalled:
         """Keep what was found."""
         self._found |= {each.queries: each.found for each in retrievals}
 
-    async def find(self, queries: Sequence[str], rounds: Sequence[Round]) -> Retrieval:
+    async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
         """See `Finder`.
 
         Raises:
@@ -172,8 +169,10 @@ class Recalled:
         """
         found = self._found.get(tuple(queries))
         if found is None:
-            raise ModelError(f"llm-only has no passages for {list(queries)!r:.80}: no other system had that query.",
-                             remedy="Use weights whose texts do not depend on what runs beside them, or --trace.")  # fmt: skip
+            raise ModelError(
+                f"llm-only has no passages for {list(queries)!r:.80}: no other system had that query.",
+                remedy="Use weights whose texts do not depend on what runs beside them, or --trace.",
+            )
         return Retrieval(tuple(queries), found, plain_join(0.0), 0.0)
 
     def close(self) -> None:

@@ -17,13 +17,13 @@ from telerag_cli.bench.measure import Work, take_turns
 from telerag_cli.bench.results import Cell, Key, Ratio
 from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
-from telerag_cli.bench.systems import Rig, Setup
+from telerag_cli.bench.systems import Harness, Setup
 from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.engine.assemble import open_retriever
-from telerag_cli.engine.placement import plan_tier
+from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import FloatArray
-from telerag_cli.lookahead.retriever import JoinReport, Retriever
+from telerag_cli.retrieval.retriever import JoinReport, Retriever
 from telerag_cli.tiers.transport import available_bytes
 
 
@@ -49,13 +49,19 @@ Place = tuple[float, float, str]
 """Skew, cache fraction and policy."""
 
 
-def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], budget: float, window_s: float | None,
-          skews: Sequence[float] = (0.0,)) -> Outcome:  # fmt: skip
+def cache(
+    ask: Ask,
+    policies: Sequence[CacheKind],
+    fractions: Sequence[float],
+    budget: float,
+    window_s: float | None,
+    skews: Sequence[float] = (0.0,),
+) -> Outcome:
     """Retrievals one after the other over arenas that are never emptied, by policy, share kept for hot lists, and skew.
 
-    The LLM writes each question's texts once; then every policy has the same questions, the same queries, and the same time
-    between them. Lookahead is by the question, and may move ``budget`` times the bytes probed. Arenas are emptied only
-    where another skew begins.
+    The LLM writes each question's texts once; then every policy has the same questions, the same queries, and the same
+    time between them. Lookahead is by the question, and may move ``budget`` times the bytes probed. Arenas are emptied
+    only where another skew begins.
 
     Args:
         ask: what was asked.
@@ -73,8 +79,7 @@ def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], b
     (name, pipeline), *others = ask.pipelines.items()
     if others:
         raise UsageError(
-            f"cache is for one pipeline and {len(ask.pipelines)} are named.",
-            remedy="Name one with --pipeline.",
+            f"cache is for one pipeline and {len(ask.pipelines)} are named.", remedy="Name one with --pipeline."
         )
     questions = questions_of(ask)
     # Only hotness keeps lists by a share; the others are measured once.
@@ -87,16 +92,14 @@ def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], b
         ask.counting("cache", len(questions) * (1 + len(wanted) * len(skews)) + ask.num_warmups) as advance,
         ExitStack() as undo,
     ):
-        with Rig.open(setup, (SystemName.FETCH,)) as rig:
+        with Harness.open(setup, (SystemName.FETCH,)) as rig:
             works = [Work({}, pipeline, name.value, (question,)) for question in questions]
             known = [
                 only_retrieval(turn, name, SuiteName.CACHE)
                 for turn in take_turns(rig, works, (SystemName.FETCH,), warmups_of(ask), advance)
             ]
         if window_s is None:
-            window_s = statistics.median(
-                answered.timings["llm_s"] - answered.stages[-1].took_s for answered in known
-            )
+            window_s = statistics.median(answered.timings["llm_s"] - answered.stages[-1].took_s for answered in known)
         embedder = setup.opened.embedder
         asked = [
             _Asked(
@@ -106,19 +109,17 @@ def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], b
             )
             for question, answered in zip(questions, known, strict=True)
         ]
-        plans = [
-            plan_tier(setup.opened.index, replace(setup.tier, cache=policy)) for policy, _fraction in wanted
-        ]
+        plans = [plan_tier(setup.opened.index, replace(setup.tier, cache=policy)) for policy, _fraction in wanted]
         if (needed := sum(plan.ram_bytes for plan in plans)) > (free := available_bytes()):
-            raise ResourceError(f"{len(plans)} arenas take {format_bytes(needed)} and {format_bytes(free)} are free.",
-                                remedy="Lower --fast-memory, or name fewer --cache-fraction.")  # fmt: skip
+            raise ResourceError(
+                f"{len(plans)} arenas take {format_bytes(needed)} and {format_bytes(free)} are free.",
+                remedy="Lower --fast-memory, or name fewer --cache-fraction.",
+            )
         arenas = []
         for (policy, fraction), plan in zip(wanted, plans, strict=True):
             base = undo.enter_context(closing(open_retriever(setup.opened.index, plan)))
             arenas.append(
-                _Cached(
-                    policy, fraction, Retriever(base.index, rig.coarse(), base.tier, cache_fraction=fraction)
-                )
+                _Cached(policy, fraction, Retriever(base.index, rig.coarse(), base.tier, cache_fraction=fraction))
             )
         reports: dict[Place, list[JoinReport]] = {}
         distinct: dict[float, int] = {}
@@ -135,10 +136,16 @@ def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], b
                     reports.setdefault((skew, each.fraction, each.policy.value), []).append(report)
                     advance(1)
         configurations = {
-            each.policy.value: {"what": f"telerag, cache policy {each.policy.value}", "lookahead": "question", "tier": plan.name,
-                                "arena_bytes": each.retriever.tier.arena_bytes, "budget": budget, "window_s": round(window_s, 3)}
+            each.policy.value: {
+                "what": f"telerag, cache policy {each.policy.value}",
+                "lookahead": "question",
+                "tier": plan.name,
+                "arena_bytes": each.retriever.tier.arena_bytes,
+                "budget": budget,
+                "window_s": round(window_s, 3),
+            }
             for each, plan in zip(arenas, plans, strict=True)
-        }  # fmt: skip
+        }
     cells = [
         Cell(policy, _key(skew, fraction), {**_joins(found), "distinct_questions": distinct[skew]})
         for (skew, fraction, policy), found in reports.items()
@@ -149,7 +156,7 @@ def cache(ask: Ask, policies: Sequence[CacheKind], fractions: Sequence[float], b
         "skew: 0 is each question once, in order; above it, as many questions are drawn with putting back, the r-th of them with a "
         "probability in proportion to r to the power of minus the skew.",
         "cache_fraction has a meaning for hotness only; the others were measured once.",
-    ]  # fmt: skip
+    ]
     return Outcome(configurations, cells, list(_cache_ratios(reports, ask.seed)), [], notes)
 
 
@@ -194,9 +201,7 @@ def _joins(reports: Sequence[JoinReport]) -> dict[str, Any]:
 
 def _cache_ratios(reports: Mapping[Place, Sequence[JoinReport]], seed: int) -> Iterator[Ratio]:
     """No cache by each policy, question by question."""
-    none = {
-        skew: found for (skew, _fraction, policy), found in reports.items() if policy == CacheKind.NONE.value
-    }
+    none = {skew: found for (skew, _fraction, policy), found in reports.items() if policy == CacheKind.NONE.value}
     for (skew, fraction, policy), found in reports.items():
         if skew in none and policy != CacheKind.NONE.value:
             pairs = [(one.join_s, other.join_s) for one, other in zip(none[skew], found, strict=True)]

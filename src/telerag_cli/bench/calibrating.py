@@ -1,7 +1,8 @@
 """How fast one replica is in its share of a machine, while as many others as there will be do the same.
 
-Each replica's parts are opened in a process of its own, as a replica opens them, and all processes measure the same figure at the
-same time. Nothing here answers a question: what is calibrated are steps of the LLM, moves, joins and embeddings.
+Each replica's parts are opened in a process of its own, as a replica opens them, and all processes measure the same
+figure at the same time. Nothing here answers a question: what is calibrated are steps of the LLM, moves, joins and
+embeddings.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from telerag_cli.bench.simulating.rates import Host, Rates, rates_of
-from telerag_cli.cluster.replicas import Opened, Opens, Share
+from telerag_cli.distributed.replicas import Opened, Opens, Share
 from telerag_cli.errors import ResourceError, TeleragError
-from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import FloatArray, IntArray
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.llm.base import Generator
+from telerag_cli.planning.lists import bring, joins_of, moving_rates
+from telerag_cli.planning.llm import llm_rates
 from telerag_cli.planning.profile import DecodePoint, Measured, PrefillPoint
-from telerag_cli.profiling.lists import bring, joins_of, moving_rates
-from telerag_cli.profiling.llm import llm_rates
-from telerag_cli.profiling.timing import Effort, seconds
+from telerag_cli.planning.timing import Effort, seconds
+from telerag_cli.retrieval.retriever import Retriever
 
 Advance = Callable[[int], None]
 
@@ -170,7 +171,8 @@ def _collect(pipes: Sequence[Connection], advance: Advance) -> list[Calibration]
             try:
                 said = pipe.recv()
             except EOFError:
-                # Its error, or that of the one it waited for, comes from somebody; without any it was ended from outside.
+                # Its error, or that of the one it waited for, comes from somebody; without any it was ended from
+                # outside.
                 left.remove(pipe)
                 continue
             match said:
@@ -182,8 +184,10 @@ def _collect(pipes: Sequence[Connection], advance: Advance) -> list[Calibration]
                 case int():
                     advance(said)
     if len(found) < len(pipes):
-        raise ResourceError("A process that measured a replica's share was ended from outside.",
-                            remedy="Run the same command again, with more memory free.")  # fmt: skip
+        raise ResourceError(
+            "A process that measured a replica's share was ended from outside.",
+            remedy="Run the same command again, with more memory free.",
+        )
     return found
 
 
@@ -230,16 +234,30 @@ def _measure(
     together()
     another = _another_query(retriever, queries, nprobe)
     together()
-    query_s, sketch_s = (
-        _embedding_s(embed, texts[0]) for embed in (embedder.encode_queries, embedder.sketch)
-    )
+    query_s, sketch_s = (_embedding_s(embed, texts[0]) for embed in (embedder.encode_queries, embedder.embed_approx))
     together()
     rates = rates_of(
-        llm, moving, joins, slots=generator.parallel, chunk=kind.chunk, llm_apart=kind.llm_apart, another_query=another,
-        scores_in_place=tier.in_place is not None, query_s=query_s, sketch_s=sketch_s,
-    )  # fmt: skip
-    return Calibration(share.on_its_machine, share.threads, opened.worker.at_once, tier.arena_bytes, tier.depth, opened.tier, rates,
-                       rates.link_bytes_per_s)  # fmt: skip
+        llm,
+        moving,
+        joins,
+        slots=generator.parallel,
+        chunk=kind.chunk,
+        llm_apart=kind.llm_apart,
+        another_query=another,
+        scores_in_place=tier.in_place is not None,
+        query_s=query_s,
+        sketch_s=sketch_s,
+    )
+    return Calibration(
+        share.on_its_machine,
+        share.threads,
+        opened.worker.at_once,
+        tier.arena_bytes,
+        tier.depth,
+        opened.tier,
+        rates,
+        rates.link_bytes_per_s,
+    )
 
 
 def _embedding_s(embed: Callable[[Sequence[str]], FloatArray], text: str) -> float:
@@ -259,7 +277,7 @@ def _another_query(retriever: Retriever, queries: FloatArray, nprobe: int) -> fl
     if len(several) < 2:
         return 1.0
     lists = retriever.order(several[:1])[:nprobe]
-    ends = np.cumsum(tier.extents[lists])
+    ends = np.cumsum(tier.list_bytes[lists])
     lists = lists[ends <= tier.arena_bytes // 2]
     if not len(lists):
         return 1.0
@@ -287,9 +305,7 @@ def _middle(found: Sequence[Calibration], threads: int) -> Calibration:
 
     # Where one was stopped at a prompt that takes too long, the others' longer ones are left out too.
     prefill = tuple(
-        PrefillPoint(
-            round(median(point.tokens for point in points)), _median([point.took_s for point in points])
-        )
+        PrefillPoint(round(median(point.tokens for point in points)), _median([point.took_s for point in points]))
         for points in zip(*(rates.llm.prefill for rates in several), strict=False)
     )
     decode = tuple(
@@ -298,15 +314,28 @@ def _middle(found: Sequence[Calibration], threads: int) -> Calibration:
     )
     context_step_s = median(rates.llm.context_step_s for rates in several)
     rates = replace(
-        several[0], llm=replace(several[0].llm, prefill=prefill, decode=decode, context_step_s=context_step_s),
-        link_bytes_per_s=of("link_bytes_per_s"), beside_llm=of("beside_llm"), transfer_s=of("transfer_s"),
-        decoding_slowed=of("decoding_slowed"), scored_bytes_per_s=of("scored_bytes_per_s"), another_query=of("another_query"),
-        in_place_bytes_per_s=of("in_place_bytes_per_s"), join_s=of("join_s"), query_s=of("query_s"), sketch_s=of("sketch_s"),
-    )  # fmt: skip
+        several[0],
+        llm=replace(several[0].llm, prefill=prefill, decode=decode, context_step_s=context_step_s),
+        link_bytes_per_s=of("link_bytes_per_s"),
+        beside_llm=of("beside_llm"),
+        transfer_s=of("transfer_s"),
+        decoding_slowed=of("decoding_slowed"),
+        scored_bytes_per_s=of("scored_bytes_per_s"),
+        another_query=of("another_query"),
+        in_place_bytes_per_s=of("in_place_bytes_per_s"),
+        join_s=of("join_s"),
+        query_s=of("query_s"),
+        sketch_s=of("sketch_s"),
+    )
     return replace(
-        found[0], replicas=len(found), threads=threads, rates=rates, at_once=min(each.at_once for each in found),
-        arena_bytes=min(each.arena_bytes for each in found), links_bytes_per_s=sum(each.rates.link_bytes_per_s for each in found),
-    )  # fmt: skip
+        found[0],
+        replicas=len(found),
+        threads=threads,
+        rates=rates,
+        at_once=min(each.at_once for each in found),
+        arena_bytes=min(each.arena_bytes for each in found),
+        links_bytes_per_s=sum(each.rates.link_bytes_per_s for each in found),
+    )
 
 
 def _median(figures: Sequence[Measured]) -> Measured:

@@ -95,11 +95,11 @@ def compare_paths(first: Path, second: Path) -> tuple[list[Comparison], list[str
     left, right = load_all(first), load_all(second)
     pairs, alone = _paired(left, right)
     if not pairs:
-        suites = [
-            ", ".join(sorted({result.suite for result in results.values()})) for results in (left, right)
-        ]
-        raise ArtifactError(f"{first} has results of {suites[0]} and {second} of {suites[1]}: there is nothing to compare.",
-                            remedy="Run the same suites for both.")  # fmt: skip
+        suites = [", ".join(sorted({result.suite for result in results.values()})) for results in (left, right)]
+        raise ArtifactError(
+            f"{first} has results of {suites[0]} and {second} of {suites[1]}: there is nothing to compare.",
+            remedy="Run the same suites for both.",
+        )
     order = {stem: place for place, stem in enumerate(tables.ordered(left))}
     pairs.sort(key=lambda pair: order[pair[0]])
     return [compare(left[one], right[other], one, other) for one, other in pairs], alone
@@ -135,20 +135,36 @@ def compare(
         UsageError: they are of different suites.
     """
     if first.suite != second.suite:
-        raise UsageError(f"{first_name} is a result of the suite {first.suite} and {second_name} of {second.suite}.",
-                         remedy="Compare results of one suite.")  # fmt: skip
+        raise UsageError(
+            f"{first_name} is a result of the suite {first.suite} and {second_name} of {second.suite}.",
+            remedy="Compare results of one suite.",
+        )
     axes = tuple(dict.fromkeys([*first.axes, *second.axes]))
-    return Comparison(first.suite, first.title, axes, tuple(_differences(first, second)), tuple(_cells(first, second)),
-                      tuple(_ratios(first, second)))  # fmt: skip
+    return Comparison(
+        first.suite,
+        first.title,
+        axes,
+        tuple(_differences(first, second)),
+        tuple(_cells(first, second)),
+        tuple(_ratios(first, second)),
+    )
 
 
 def _differences(first: SuiteResult, second: SuiteResult) -> list[Difference]:
     both = [
-        tables.flattened({"hardware": result.hardware, "settings": result.settings,
-                          "systems": {name: values for name, values in result.systems.items()
-                                      if name in first.systems and name in second.systems}})
+        tables.flattened(
+            {
+                "hardware": result.hardware,
+                "settings": result.settings,
+                "systems": {
+                    name: values
+                    for name, values in result.systems.items()
+                    if name in first.systems and name in second.systems
+                },
+            }
+        )
         for result in (first, second)
-    ]  # fmt: skip
+    ]
     names = dict.fromkeys([*both[0], *both[1]])
     return [
         Difference(name, both[0].get(name), both[1].get(name))
@@ -159,9 +175,7 @@ def _differences(first: SuiteResult, second: SuiteResult) -> list[Difference]:
 
 def _cells(first: SuiteResult, second: SuiteResult) -> list[Change]:
     metrics = list(dict.fromkeys([*tables.headline(first), *tables.headline(second)]))
-    left, right = (
-        {(cell.system, _frozen(cell.key)): cell for cell in result.cells} for result in (first, second)
-    )
+    left, right = ({(cell.system, _frozen(cell.key)): cell for cell in result.cells} for result in (first, second))
     changes = []
     for place in dict.fromkeys([*left, *right]):
         one, other = left.get(place), right.get(place)
@@ -193,9 +207,7 @@ def _ratios(first: SuiteResult, second: SuiteResult) -> list[Change]:
     return changes
 
 
-def _change(
-    key: Key, system: str, metric: str, values: list[float | None], errors: list[float | None]
-) -> Change:
+def _change(key: Key, system: str, metric: str, values: list[float | None], errors: list[float | None]) -> Change:
     one, other = values
     if one is None or other is None:
         return Change(key, system, metric, one, other, None, None, None, Verdict.MISSING)
@@ -229,10 +241,7 @@ def _log_error_of_ratio(ratio: Ratio) -> float | None:
 def _frozen(key: Key) -> tuple[tuple[str, str], ...]:
     """A key that can be looked up: 1 and 1.0 are the same place."""
     return tuple(
-        sorted(
-            (name, str(float(value)) if tables.is_number(value) else str(value))
-            for name, value in key.items()
-        )
+        sorted((name, str(float(value)) if tables.is_number(value) else str(value)) for name, value in key.items())
     )
 
 
@@ -247,9 +256,7 @@ def as_json(comparisons: list[Comparison], alone: list[str]) -> dict[str, Any]:
 def _suite(comparison: Comparison) -> dict[str, Any]:
     return {
         "suite": comparison.suite,
-        "differences": [
-            {"name": each.name, "a": each.first, "b": each.second} for each in comparison.differences
-        ],
+        "differences": [{"name": each.name, "a": each.first, "b": each.second} for each in comparison.differences],
         "cells": [_plain(change) for change in comparison.cells],
         "ratios": [_plain(change) for change in comparison.ratios],
     }
@@ -257,8 +264,17 @@ def _suite(comparison: Comparison) -> dict[str, Any]:
 
 def _plain(change: Change) -> dict[str, Any]:
     key = {name: "inf" if value == math.inf else value for name, value in change.key.items()}
-    return {"key": key, "system": change.system, "metric": change.metric, "a": change.first, "b": change.second,
-            "ratio": change.quotient, "low": change.low, "high": change.high, "verdict": change.verdict.value}  # fmt: skip
+    return {
+        "key": key,
+        "system": change.system,
+        "metric": change.metric,
+        "a": change.first,
+        "b": change.second,
+        "ratio": change.quotient,
+        "low": change.low,
+        "high": change.high,
+        "verdict": change.verdict.value,
+    }
 
 
 COLUMNS = ("system", "metric", "A", "B", "B/A", "95 % interval", "verdict")
@@ -270,12 +286,12 @@ def rows(comparison: Comparison) -> list[tuple[str, ...]]:
     for is_ratio, change in (
         (part is comparison.ratios, each) for part in (comparison.cells, comparison.ratios) for each in part
     ):
-        shown = [tables.NONE if value is None else tables.times(value) if is_ratio else tables.short(change.metric, value)
-                 for value in (change.first, change.second)]  # fmt: skip
+        shown = [
+            tables.NONE if value is None else tables.times(value) if is_ratio else tables.short(change.metric, value)
+            for value in (change.first, change.second)
+        ]
         interval = (
-            tables.NONE
-            if change.low is None or change.high is None
-            else f"{_fine(change.low)} to {_fine(change.high)}"
+            tables.NONE if change.low is None or change.high is None else f"{_fine(change.low)} to {_fine(change.high)}"
         )
         quotient = tables.NONE if change.quotient is None else _fine(change.quotient)
         where = [tables.at(change.key, axis) for axis in comparison.axes]

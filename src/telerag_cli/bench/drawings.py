@@ -30,10 +30,22 @@ from telerag_cli.config import format_bytes
 T = TypeVar("T")
 
 KEPT_SLOTS = {
-    SystemName.REFINED: 0, SystemName.QUESTION: 1, SystemName.PERFECT: 2, SystemName.FAISS_MEMORY: 3, SystemName.FAISS_ONDISK: 4,
-    SystemName.FETCH: 5, SystemName.RESIDENT: 6, SystemName.LANCEDB: 7, SystemName.LLM_ONLY: 8, SystemName.FAISS_GPU: 9,
-    SystemName.USELESS: 10, "hotness": 0, "lru": 1, "frequency": 2, "none": 5,
-}  # fmt: skip
+    SystemName.REFINED: 0,
+    SystemName.QUESTION: 1,
+    SystemName.PERFECT: 2,
+    SystemName.FAISS_MEMORY: 3,
+    SystemName.FAISS_ONDISK: 4,
+    SystemName.FETCH: 5,
+    SystemName.RESIDENT: 6,
+    SystemName.LANCEDB: 7,
+    SystemName.LLM_ONLY: 8,
+    SystemName.FAISS_GPU: 9,
+    SystemName.USELESS: 10,
+    "hotness": 0,
+    "lru": 1,
+    "frequency": 2,
+    "none": 5,
+}
 """Colours of systems that many reports have, so that these agree with each other; whoever comes second takes a free one."""
 
 FIRST_STAGES = ("retrieval", "answer")
@@ -57,12 +69,8 @@ LINES = {
     SuiteName.NPROBE: Lines("nprobe", ("median_e2el_ms",), instead=("mean_e2el_ms",)),
     SuiteName.HIT_RATE: Lines("budget", ("hit_share",), doubling=False),
     SuiteName.THROUGHPUT: Lines("batch_size", ("request_throughput",), instead=("output_throughput",)),
-    SuiteName.SCALING: Lines(
-        "replicas", ("request_throughput", "efficiency_share"), instead=("output_throughput",)
-    ),
-    SuiteName.CACHE: Lines(
-        "cache_fraction", ("hit_share", "median_e2el_ms", "median_join_ms"), doubling=False
-    ),
+    SuiteName.SCALING: Lines("replicas", ("request_throughput", "efficiency_share"), instead=("output_throughput",)),
+    SuiteName.CACHE: Lines("cache_fraction", ("hit_share", "median_e2el_ms", "median_join_ms"), doubling=False),
 }
 STAGE_TABLES = ("mean_stage_ms", "median_stage_ms")
 BARS = (SuiteName.EMBED, SuiteName.BUILD)
@@ -100,14 +108,11 @@ def drawings_of(result: SuiteResult, of_systems: Mapping[str, int]) -> list[Draw
     elif result.suite in LINES:
         made.append(_curves(result, LINES[SuiteName(result.suite)], of_systems))
     elif result.suite == SuiteName.LATENCY:
-        made.append(
-            _values(result, [name for name in LATENCIES if _measured(result, name)][:1], of_systems, "median")
-        )
+        made.append(_values(result, [name for name in LATENCIES if _measured(result, name)][:1], of_systems, "median"))
     if not any(made):
         made.append(_otherwise(result, of_systems))
     ratios = [
-        _speedups(result, metric, of_systems)
-        for metric in dict.fromkeys(ratio.metric for ratio in result.ratios)
+        _speedups(result, metric, of_systems) for metric in dict.fromkeys(ratio.metric for ratio in result.ratios)
     ]
     # What a suite of comparisons is about comes first.
     made = ratios + made if result.suite == SuiteName.LATENCY else made + ratios
@@ -116,9 +121,7 @@ def drawings_of(result: SuiteResult, of_systems: Mapping[str, int]) -> list[Draw
 
 def _speedups(result: SuiteResult, metric: str, of_systems: Mapping[str, int]) -> Drawing | None:
     ratios = [ratio for ratio in result.ratios if ratio.metric == metric]
-    overs, unders = (
-        list(dict.fromkeys(getattr(ratio, end) for ratio in ratios)) for end in ("over", "under")
-    )
+    overs, unders = (list(dict.fromkeys(getattr(ratio, end) for ratio in ratios)) for end in ("over", "under"))
     words = label(metric).removesuffix(" (ms)").removesuffix(" (s)")
     most = {over: len({ratio.under for ratio in ratios if ratio.over == over}) for over in overs}
     simulated = tables.simulated(result.cells)
@@ -128,28 +131,20 @@ def _speedups(result: SuiteResult, metric: str, of_systems: Mapping[str, int]) -
         ratios = [ratio for ratio in ratios if ratio.over == baseline]
         title = f"Speed-up over {baseline}" if is_time(metric) else f"{baseline}, divided by each system"
         entries = {
-            (ratio.over, ratio.under): bar_entry(
-                ratio.under, of_systems[ratio.under], int(ratio.under in simulated)
-            )
+            (ratio.over, ratio.under): bar_entry(ratio.under, of_systems[ratio.under], int(ratio.under in simulated))
             for ratio in ratios
         }
     elif len(unders) == 1:
         title = (
-            f"Speed-up of {unders[0]} over each system"
-            if is_time(metric)
-            else f"Each system, divided by {unders[0]}"
+            f"Speed-up of {unders[0]} over each system" if is_time(metric) else f"Each system, divided by {unders[0]}"
         )
-        entries = {
-            (over, unders[0]): bar_entry(over, of_systems[over], int(over in simulated)) for over in overs
-        }
+        entries = {(over, unders[0]): bar_entry(over, of_systems[over], int(over in simulated)) for over in overs}
     else:
-        title = (
-            "Speed-up of the second over the first" if is_time(metric) else "The first divided by the second"
-        )
+        title = "Speed-up of the second over the first" if is_time(metric) else "The first divided by the second"
         pairs = dict.fromkeys((ratio.over, ratio.under) for ratio in ratios)
         entries = {
             (over, under): bar_entry(f"{over} ÷ {under}", of_systems[under], overs.index(over)) for over, under in pairs
-        }  # fmt: skip
+        }
     title += f": {words}"
 
     def bar(ratio: Ratio) -> Bar:
@@ -158,23 +153,17 @@ def _speedups(result: SuiteResult, metric: str, of_systems: Mapping[str, int]) -
             return Bar(entry, None, tables.why_none(ratio))
         return Bar(entry, value, tables.times(value), number(ratio.low), number(ratio.high))
 
-    panels = _panels(
-        result, [(ratio.key, bar(ratio)) for ratio in ratios], title, f"{words}, ratio", reference=1.0
-    )
+    panels = _panels(result, [(ratio.key, bar(ratio)) for ratio in ratios], title, f"{words}, ratio", reference=1.0)
     return Drawing(f"ratio-{metric}", title, tuple(entries.values()), panels)
 
 
-def _values(
-    result: SuiteResult, metrics: Sequence[str], of_systems: Mapping[str, int], name: str
-) -> Drawing | None:
+def _values(result: SuiteResult, metrics: Sequence[str], of_systems: Mapping[str, int], name: str) -> Drawing | None:
     panels: list[Panel] = []
     for metric in metrics:
         scale, unit = _unit(metric, _values_of(result, [metric]))
         bars = [(cell.key, _value_bar(cell, metric, of_systems, scale)) for cell in result.cells]
         heading = _capital(label(metric))
-        panels += _panels(
-            result, bars, heading, label(metric) + unit, heading=heading if len(metrics) > 1 else ""
-        )
+        panels += _panels(result, bars, heading, label(metric) + unit, heading=heading if len(metrics) > 1 else "")
     if not panels:
         return None
     title = _capital(label(metrics[0])) if len(metrics) == 1 else "Figures by system"
@@ -190,8 +179,15 @@ def _value_bar(cell: Cell, metric: str, of_systems: Mapping[str, int], scale: fl
     return Bar(entry, scale * value, short(metric, value))
 
 
-def _panels(result: SuiteResult, bars: Sequence[tuple[Key, Bar]], title: str, words: str, *, heading: str = "",
-            reference: float | None = None) -> tuple[Panel, ...]:  # fmt: skip
+def _panels(
+    result: SuiteResult,
+    bars: Sequence[tuple[Key, Bar]],
+    title: str,
+    words: str,
+    *,
+    heading: str = "",
+    reference: float | None = None,
+) -> tuple[Panel, ...]:
     """Bars grouped by the outermost axis, a panel for each combination of the others, all with one scale."""
     across = result.axes[:1]
     # Names speak for themselves; numbers do not.
@@ -248,21 +244,13 @@ def _served(result: SuiteResult, of_systems: Mapping[str, int]) -> Drawing | Non
     panels: list[Panel] = []
     for quantity in SERVED:
         names = [
-            name
-            for name in tables.scalars(result.cells)
-            if statistic(name)[1] == quantity and _measured(result, name)
+            name for name in tables.scalars(result.cells) if statistic(name)[1] == quantity and _measured(result, name)
         ]
-        drawn = {
-            which: name
-            for name in names
-            if (which := statistic(name)[0]) == "median" or which.startswith("p")
-        }
+        drawn = {which: name for name in names if (which := statistic(name)[0]) == "median" or which.startswith("p")}
         if "median" in drawn:
             drawn.pop("p50", None)
         if drawn and axis in result.axes:
-            ranked = dict(
-                sorted(drawn.items(), key=lambda item: 50.0 if item[0] == "median" else float(item[0][1:]))
-            )
+            ranked = dict(sorted(drawn.items(), key=lambda item: 50.0 if item[0] == "median" else float(item[0][1:])))
             panels += _over(result, Lines(axis, ()), quantity, ranked, of_systems, several=True)
     if not panels:
         return None
@@ -274,8 +262,14 @@ def _served(result: SuiteResult, of_systems: Mapping[str, int]) -> Drawing | Non
     )
 
 
-def _over(result: SuiteResult, lines: Lines, metric: str, drawn: Mapping[str, str], of_systems: Mapping[str, int],
-          several: bool) -> list[Panel]:  # fmt: skip
+def _over(
+    result: SuiteResult,
+    lines: Lines,
+    metric: str,
+    drawn: Mapping[str, str],
+    of_systems: Mapping[str, int],
+    several: bool,
+) -> list[Panel]:
     """Lines for values, a panel for each combination of the other axes, all with one scale.
 
     Args:
@@ -335,9 +329,7 @@ def _stacked(result: SuiteResult, name: str) -> Drawing | None:
             f"{system}: {', '.join(f'{stage} {short(name, each)}' for stage, each in parts) or 'not measured'}"
             for system, parts in ran
         )
-        rows: list[Row] = [
-            (system, [(legend[_family(stage)], each) for stage, each in parts]) for system, parts in ran
-        ]
+        rows: list[Row] = [(system, [(legend[_family(stage)], each) for stage, each in parts]) for system, parts in ran]
         alt = f"{words}{f' ({where})' if where else ''}: {told}."
         panels.append(Panel(where, alt, 0.75 + 0.32 * max(len(rows), 1.5), plots.stacks(rows, limit, words)))
     return Drawing(name.replace("_", "-"), _capital(words), tuple(legend.values()), tuple(panels))
@@ -345,9 +337,7 @@ def _stacked(result: SuiteResult, name: str) -> Drawing | None:
 
 def _ran(cell: Cell, name: str) -> list[tuple[str, float]]:
     return [
-        (stage, value)
-        for stage, each in tables.table_of(cell, name).items()
-        if (value := number(each)) is not None
+        (stage, value) for stage, each in tables.table_of(cell, name).items() if (value := number(each)) is not None
     ]
 
 
@@ -407,9 +397,7 @@ def _measured(result: SuiteResult, name: str) -> bool:
     return bool(_values_of(result, [name]))
 
 
-def _by(
-    items: Sequence[tuple[Key, T]], axes: Sequence[str], *, named: bool = False
-) -> dict[str, list[tuple[Key, T]]]:
+def _by(items: Sequence[tuple[Key, T]], axes: Sequence[str], *, named: bool = False) -> dict[str, list[tuple[Key, T]]]:
     groups: dict[str, list[tuple[Key, T]]] = {}
     for key, item in items:
         groups.setdefault(tables.place(key, axes, named=named), []).append((key, item))
@@ -422,9 +410,7 @@ def _legend(
     """Systems that have cells; those that were only simulated are hatched, and their lines dashed."""
     present, simulated = {cell.system for cell in result.cells}, tables.simulated(result.cells)
     return tuple(
-        entry(name, of_systems[name], int(name in simulated))
-        for name in tables.systems(result)
-        if name in present
+        entry(name, of_systems[name], int(name in simulated)) for name in tables.systems(result) if name in present
     )
 
 

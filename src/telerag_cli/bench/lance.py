@@ -24,7 +24,7 @@ from telerag_cli.bench.baselines import Plain
 from telerag_cli.config import Metric, Storage
 from telerag_cli.engine.assemble import Opened
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.files import explain, read_json, write_json
+from telerag_cli.files import read_json, wrap_os_error, write_json
 from telerag_cli.index.artifact import ID_BYTES, FloatArray, Index, IntArray
 from telerag_cli.index.build import Progress
 from telerag_cli.index.partial import Advance, check_disk, partial_of
@@ -38,7 +38,7 @@ LOCK = "lock"
 QUIET = {"LANCE_LOG": "error", "LANCE_INCLUDE_VECTOR_CENTROIDS": "false"}
 """Or Lance warns of every new dataset, and of centroids in statistics of which we take no more than sizes."""
 PARTITIONS = pa.schema({"row_id": pa.uint64(), "partition": pa.uint32()})
-MOST_ROWS = 2**32 - 1
+MAX_ROWS = 2**32 - 1
 """Of a file: Lance takes no larger number."""
 METRICS = {Metric.IP: "dot", Metric.L2: "l2"}
 CACHE_BYTES = 6 << 30
@@ -120,8 +120,9 @@ class Made:
         raw = read_json(path) if path.exists() else None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-                raise ArtifactError(f"{root} exists and is not what telerag makes for --system lancedb.",
-                                    remedy="Move it elsewhere.")  # fmt: skip
+                raise ArtifactError(
+                    f"{root} exists and is not what telerag makes for --system lancedb.", remedy="Move it elsewhere."
+                )
             return None
         if raw.get("version") != VERSION:
             return None
@@ -142,8 +143,10 @@ def open_lance(opened: Opened, progress: Progress) -> tuple[LanceSearch, dict[st
     index = opened.index
     manifest = index.manifest
     if manifest.storage is Storage.INT8:
-        raise UsageError(f"--system lancedb compares vectors of floats, and {index.paths.root} stores {manifest.storage}.",
-                         remedy="Build the index with --storage float32 or float16, or leave out --system lancedb.")  # fmt: skip
+        raise UsageError(
+            f"--system lancedb compares vectors of floats, and {index.paths.root} stores {manifest.storage}.",
+            remedy="Build the index with --storage float32 or float16, or leave out --system lancedb.",
+        )
     for name, value in {"LANCE_CPU_THREADS": str(faiss_threads()), **QUIET}.items():
         os.environ.setdefault(name, value)  # read when Lance is loaded, or first used
     lancedb = _imported("lancedb")
@@ -152,10 +155,15 @@ def open_lance(opened: Opened, progress: Progress) -> tuple[LanceSearch, dict[st
     made = _kept(index, database) or _make(index, database, progress)
     configuration = {
         "what": "LanceDB: the same vectors in the same lists, as float32, in a table of its own on the same disk",
-        "lancedb": lancedb.__version__, "pylance": made.pylance, "index_type": INDEX_TYPE, "partitions": manifest.nlist,
-        "centroids": "those of the index", "metric": METRICS[manifest.metric], "index_cache_bytes": CACHE_BYTES,
+        "lancedb": lancedb.__version__,
+        "pylance": made.pylance,
+        "index_type": INDEX_TYPE,
+        "partitions": manifest.nlist,
+        "centroids": "those of the index",
+        "metric": METRICS[manifest.metric],
+        "index_cache_bytes": CACHE_BYTES,
         "threads": int(os.environ["LANCE_CPU_THREADS"]),
-    }  # fmt: skip
+    }
     return LanceSearch(index, database), configuration, tuple(database / name for name in made.files)
 
 
@@ -164,8 +172,10 @@ def _imported(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         package = {"lance": "pylance"}.get(str(error.name), error.name)
-        raise ResourceError(f"--system lancedb needs the package {package}, and it is not installed.",
-                            remedy="Install the extra lancedb, or: pip install 'lancedb[pylance]'.") from error  # fmt: skip
+        raise ResourceError(
+            f"--system lancedb needs the package {package}, and it is not installed.",
+            remedy="Install the extra lancedb, or: pip install 'lancedb[pylance]'.",
+        ) from error
 
 
 def _source_of(index: Index) -> dict[str, str]:
@@ -202,7 +212,7 @@ def _make(index: Index, database: Path, progress: Progress) -> Made:
             (database / LOCK).unlink()
             return made
     except OSError as error:
-        raise explain(error, database) from error
+        raise wrap_os_error(error, database) from error
 
 
 @contextlib.contextmanager
@@ -213,7 +223,7 @@ def _claimed(partial: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ResourceError(f"Another telerag is making {partial} right now.", remedy="Wait for it.") from None  # fmt: skip
+            raise ResourceError(f"Another telerag is making {partial} right now.", remedy="Wait for it.") from None
         for left in partial.iterdir():
             if left.is_dir():
                 shutil.rmtree(left)
@@ -228,7 +238,7 @@ def _fill(lance: Any, index: Index, partial: Path, progress: Progress) -> None:
     """Write the table and its index."""
     manifest, work = index.manifest, partial / "work"
     work.mkdir()
-    with progress("Copying lists to LanceDB", int(index.extents.sum()), unit="bytes") as advance:
+    with progress("Copying lists to LanceDB", int(index.list_bytes.sum()), unit="bytes") as advance:
         dataset = _write(lance, _schema(index), _batches(index, advance), partial / f"{TABLE}.lance")
     lists = _write(lance, PARTITIONS, _partitions(index, dataset), work / "partitions.lance")
     with (
@@ -280,7 +290,7 @@ def _write(lance: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], pat
 
     reader = pa.RecordBatchReader.from_batches(schema, watched())
     try:
-        return lance.write_dataset(reader, os.fspath(path), max_rows_per_file=MOST_ROWS)
+        return lance.write_dataset(reader, os.fspath(path), max_rows_per_file=MAX_ROWS)
     except OSError:
         # What goes wrong in here comes back from Lance as an OSError that quotes a traceback.
         if failed:
@@ -305,7 +315,7 @@ def _batches(index: Index, advance: Advance) -> Iterator[pa.RecordBatch]:
                 vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes), dimension)
                 rows = data[capacity * code_size :].view(np.int64)[:size]
                 yield pa.record_batch([pa.array(rows), vectors], schema=schema)
-                advance(int(index.extents[number]))
+                advance(int(index.list_bytes[number]))
 
 
 def _partitions(index: Index, dataset: Any) -> Iterator[pa.RecordBatch]:
@@ -323,9 +333,11 @@ def _check(lance: Any, dataset: Any, index: Index) -> None:
     about = dataset.stats.index_stats(INDEX_NAME)["indices"][0]
     sizes = np.array([partition["size"] for partition in about["partitions"]])
     if not np.array_equal(sizes, index.sizes):
-        raise ResourceError(f"pylance {lance.__version__} made {len(sizes):,} partitions with {sizes.sum():,} vectors, "
-                            f"and they are not the {index.manifest.nlist:,} lists of {index.paths.root} with {index.manifest.ntotal:,}.",
-                            remedy="Install another pylance: 14.0.2 is one that works.")  # fmt: skip
+        raise ResourceError(
+            f"pylance {lance.__version__} made {len(sizes):,} partitions with {sizes.sum():,} vectors, "
+            f"and they are not the {index.manifest.nlist:,} lists of {index.paths.root} with {index.manifest.ntotal:,}.",
+            remedy="Install another pylance: 14.0.2 is one that works.",
+        )
 
 
 class _Count:

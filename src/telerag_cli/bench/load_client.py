@@ -76,17 +76,21 @@ class Server:
         try:
             httpx2.URL(base_url)
         except httpx2.InvalidURL as error:
-            raise UsageError(f"'{base_url}' is no address of a server: {_sentence(str(error))}.",
-                             remedy="Write it like http://127.0.0.1:8000.") from error  # fmt: skip
+            raise UsageError(
+                f"'{base_url}' is no address of a server: {_sentence(str(error))}.",
+                remedy="Write it like http://127.0.0.1:8000.",
+            ) from error
         base = base_url.rstrip("/")
         if endpoint is None:
             return cls(base if base.endswith("/v1") else f"{base}/v1", backend or Backend.CHAT)
         endpoint = "/" + endpoint.strip("/")
-        told = next((each for each in (Backend.CHAT, Backend.COMPLETIONS) if endpoint.endswith(each.path)), None)  # fmt: skip
+        told = next((each for each in (Backend.CHAT, Backend.COMPLETIONS) if endpoint.endswith(each.path)), None)
         if told is None or (backend is not None and told is not backend):
             wanted = backend.path if backend else "/chat/completions or /completions"
-            raise UsageError(f"The endpoint {endpoint} does not end in {wanted}.",
-                             remedy="Name another --endpoint, or another --backend.")  # fmt: skip
+            raise UsageError(
+                f"The endpoint {endpoint} does not end in {wanted}.",
+                remedy="Name another --endpoint, or another --backend.",
+            )
         if endpoint.startswith("/v1/"):
             base = base.removesuffix("/v1")
         return cls((base + endpoint).removesuffix(told.path), told)
@@ -120,17 +124,16 @@ class Sampling:
             **({"ignore_eos": True} if self.ignore_eos else {}),
             **self.extra_body,
         }
-        body = {
-            name: value for name, value in body.items() if value is not None or name not in self.extra_body
-        }
+        body = {name: value for name, value in body.items() if value is not None or name not in self.extra_body}
         return json.dumps(body).encode()
 
 
 class LoadClient:
     """Connections to one server, and what is asked of it. An async context manager."""
 
-    def __init__(self, server: Server, model: str, sampling: Sampling, timeout_s: float,
-                 api_key: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, server: Server, model: str, sampling: Sampling, timeout_s: float, api_key: str | None = None
+    ) -> None:
         """Connect to nothing yet.
 
         Args:
@@ -143,8 +146,11 @@ class LoadClient:
         self.server, self.model = server, model
         self._sampling = sampling
         self._timeout_s = timeout_s
-        self._headers = _headers(api_key) | {"content-type": "application/json", "accept": "text/event-stream",
-                                             "accept-encoding": "identity"}  # fmt: skip
+        self._headers = _headers(api_key) | {
+            "content-type": "application/json",
+            "accept": "text/event-stream",
+            "accept-encoding": "identity",
+        }
         self._timeouts = httpx2.Timeout(timeout_s, connect=CONNECT_S).as_dict()
         self._tls = ssl.create_default_context()
         # One transport a connection: a common pool looks through all of its connections for every request, which
@@ -163,8 +169,9 @@ class LoadClient:
     async def ask(self, prompt: Prompt) -> Answer:
         """Send a prompt and read the whole answer. What goes wrong is told in the answer."""
         content = self._sampling.body(self.server, self.model, prompt)
-        request = httpx2.Request("POST", self.server.url, headers=self._headers, content=content,
-                                 extensions={"timeout": self._timeouts})  # fmt: skip
+        request = httpx2.Request(
+            "POST", self.server.url, headers=self._headers, content=content, extensions={"timeout": self._timeouts}
+        )
         line = self._idle.pop() if self._idle else self._connection()
         reusable, error = False, ""
         heard = _Heard(time.perf_counter())
@@ -185,9 +192,7 @@ class LoadClient:
     def _connection(self) -> httpx2.AsyncHTTPTransport:
         return httpx2.AsyncHTTPTransport(verify=self._tls, limits=httpx2.Limits(keepalive_expiry=KEPT_S))
 
-    async def _exchange(
-        self, line: httpx2.AsyncHTTPTransport, request: httpx2.Request, heard: _Heard
-    ) -> bool:
+    async def _exchange(self, line: httpx2.AsyncHTTPTransport, request: httpx2.Request, heard: _Heard) -> bool:
         """Read the answer to its end; whether the connection can be used again.
 
         Raises:
@@ -197,7 +202,9 @@ class LoadClient:
         response = await line.handle_async_request(request)
         try:
             if response.status_code != httpx2.codes.OK:
-                raise _FaultError(f"answers {response.status_code}: {_said(await response.aread()) or response.reason_phrase}")  # fmt: skip
+                raise _FaultError(
+                    f"answers {response.status_code}: {_said(await response.aread()) or response.reason_phrase}"
+                )
             packets = response.aiter_raw()
             async with contextlib.aclosing(packets):
                 async for packet in packets:
@@ -227,14 +234,16 @@ def first_model(server: Server, api_key: str | None = None) -> str:
     """
     url = f"{server.root}/models"
     try:
-        with httpx2.Client(timeout=httpx2.Timeout(LISTING_S, connect=CONNECT_S), trust_env=False) as client:  # fmt: skip
+        with httpx2.Client(timeout=httpx2.Timeout(LISTING_S, connect=CONNECT_S), trust_env=False) as client:
             response = client.get(url, headers=_headers(api_key))
     except httpx2.ConnectError as error:
-        raise ModelError(f"The server at {server.root} cannot be reached: {_root(error)}.",
-                         remedy="Start it, or check the address.") from error  # fmt: skip
+        raise ModelError(
+            f"The server at {server.root} cannot be reached: {_root(error)}.", remedy="Start it, or check the address."
+        ) from error
     except httpx2.RequestError as error:
-        raise ModelError(f"The server at {server.root} does not tell its models: {_root(error)}.",
-                         remedy="Name one with --model.") from error  # fmt: skip
+        raise ModelError(
+            f"The server at {server.root} does not tell its models: {_root(error)}.", remedy="Name one with --model."
+        ) from error
     if response.status_code != httpx2.codes.OK:
         said = _said(response.content) or response.reason_phrase
         remedy = (
@@ -290,8 +299,15 @@ class _Heard:
     def answer(self, ended_s: float, error: str) -> Answer:
         """What has come; ``ended_s`` is when it failed, if it did."""
         latency_s = ended_s if error or self._last_s is None else self._last_s
-        return Answer(self.sent_s, latency_s, tuple(self._text_s), "".join(self._texts),
-                      self._usage.get("prompt_tokens"), self._usage.get("completion_tokens"), error)  # fmt: skip
+        return Answer(
+            self.sent_s,
+            latency_s,
+            tuple(self._text_s),
+            "".join(self._texts),
+            self._usage.get("prompt_tokens"),
+            self._usage.get("completion_tokens"),
+            error,
+        )
 
     def _check_whole(self) -> None:
         if self._last_s is None:
@@ -310,9 +326,7 @@ class _Heard:
             usage, choices = chunk.get("usage"), chunk.get("choices")
             pieces = [_piece(choice) for choice in (choices or ())[:1]]
             reasons = [choice.get("finish_reason") for choice in (choices or ())[:1]]
-            tokens = (
-                {name: int(usage[name]) for name in USAGE if usage.get(name) is not None} if usage else {}
-            )
+            tokens = {name: int(usage[name]) for name in USAGE if usage.get(name) is not None} if usage else {}
         except ValueError as error:
             raise _FaultError(f"sent a stream that cannot be read: {_sentence(str(error))}") from error
         except (AttributeError, TypeError, LookupError) as error:

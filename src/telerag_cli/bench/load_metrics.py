@@ -86,13 +86,14 @@ class Wanted:
         names = tuple(name.strip() for name in metrics.split(",") if name.strip())
         for name in names:
             _known(name, METRICS, "--percentile-metrics")
-        shares = tuple(_number(text, "--metric-percentiles", 100.0) for text in percentiles.split(",") if text.strip())  # fmt: skip
+        shares = tuple(_number(text, "--metric-percentiles", 100.0) for text in percentiles.split(",") if text.strip())
         limits: dict[str, float] = {}
         for pair in " ".join(goodput).replace(",", " ").split():
             name, colon, limit = pair.partition(":")
             if not colon:
-                raise UsageError(f"--goodput has '{pair}', which is no METRIC:MILLISECONDS.",
-                                 remedy="Write it like ttft:500.")  # fmt: skip
+                raise UsageError(
+                    f"--goodput has '{pair}', which is no METRIC:MILLISECONDS.", remedy="Write it like ttft:500."
+                )
             _known(name, GOODPUT_METRICS, "--goodput")
             limits[name] = _number(limit, "--goodput", math.inf)
         return cls(names, shares, limits)
@@ -117,9 +118,9 @@ def _number(text: str, option: str, most: float) -> float:
 def arrivals_s(count: int, rate: float, burstiness: float, seed: int) -> npt.NDArray[np.float64]:
     """When requests are sent, in seconds from the start: vLLM's arrivals.
 
-    The times between them are gamma distributed with shape ``burstiness`` and mean ``1 / rate``: 1 is a Poisson process,
-    less comes in bursts, more is more even, infinity is a clock. As in vLLM they are stretched a little so that the last
-    request comes at ``count / rate``, for the offered rate to be the one asked for whatever the seed.
+    The times between them are gamma distributed with shape ``burstiness`` and mean ``1 / rate``: 1 is a Poisson
+    process, less comes in bursts, more is more even, infinity is a clock. As in vLLM they are stretched a little so
+    that the last request comes at ``count / rate``, for the offered rate to be the one asked for whatever the seed.
 
     Args:
         count: requests.
@@ -145,8 +146,8 @@ def figures(answers: Sequence[Answer], duration_s: float, wanted: Wanted) -> dic
 
     ``max_concurrent_requests`` is the most that were under way at one moment; vLLM counts those that share a second.
     ``max_output_tokens_per_s`` is, as in vLLM, of the best whole second; a piece of text counts as its share of the
-    answer's tokens, and not as one. A figure of which nothing was measured is left out: percentiles if no answer has the
-    metric, tokens of prompts if the server does not tell them.
+    answer's tokens, and not as one. A figure of which nothing was measured is left out: percentiles if no answer has
+    the metric, tokens of prompts if the server does not tell them.
 
     Args:
         answers: of all requests that ended, those that failed too.

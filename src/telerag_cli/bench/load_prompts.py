@@ -55,8 +55,9 @@ def read_custom(lines: IO[bytes], name: str) -> list[Prompt]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}.",
-                             remedy="Save the file as UTF-8.") from error  # fmt: skip
+            raise InputError(
+                f"{where} is not UTF-8: {error.reason} at byte {error.start}.", remedy="Save the file as UTF-8."
+            ) from error
         if line.startswith("{"):
             prompts.append(_from_json(line, where))
         elif line:
@@ -71,12 +72,16 @@ def _from_json(line: str, where: str) -> Prompt:
         raise InputError(f"{where} is not JSON: {error}.", remedy="Correct the line.") from error
     text = next((value[key] for key in PROMPT_KEYS if value.get(key) is not None), None)
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where} has {sorted(value)} and no text as one of {', '.join(PROMPT_KEYS)}.",
-                         remedy="Correct the line, or remove it.")  # fmt: skip
+        raise InputError(
+            f"{where} has {sorted(value)} and no text as one of {', '.join(PROMPT_KEYS)}.",
+            remedy="Correct the line, or remove it.",
+        )
     tokens = value.get("output_tokens")
     if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
-        raise InputError(f"{where} has output_tokens {json.dumps(tokens)}, and it should be a whole number above 0.",
-                         remedy="Correct the line.")  # fmt: skip
+        raise InputError(
+            f"{where} has output_tokens {json.dumps(tokens)}, and it should be a whole number above 0.",
+            remedy="Correct the line.",
+        )
     return Prompt(text.strip(), tokens)
 
 
@@ -95,8 +100,10 @@ def read_sharegpt(lines: IO[bytes], name: str) -> tuple[list[Prompt], int]:
     except ValueError as error:
         raise InputError(f"{name} is not JSON: {error}.", remedy="Name a file of ShareGPT's form.") from error
     if not isinstance(value, list):
-        raise InputError(f"{name} is a JSON {type(value).__name__} and not ShareGPT's list of conversations.",
-                         remedy="Name another file, or another --dataset-name.")  # fmt: skip
+        raise InputError(
+            f"{name} is a JSON {type(value).__name__} and not ShareGPT's list of conversations.",
+            remedy="Name another file, or another --dataset-name.",
+        )
     found = [_first_question(item) for item in value]
     prompts = [Prompt(text) for text in found if text]
     return _some(prompts, name), len(found) - len(prompts)
@@ -105,11 +112,7 @@ def read_sharegpt(lines: IO[bytes], name: str) -> tuple[list[Prompt], int]:
 def _first_question(item: Any) -> str | None:
     turns = item.get("conversations") if isinstance(item, dict) else None
     first = turns[0] if isinstance(turns, list) and turns else None
-    if (
-        not isinstance(first, dict)
-        or first.get("from") not in HUMAN
-        or not isinstance(first.get("value"), str)
-    ):
+    if not isinstance(first, dict) or first.get("from") not in HUMAN or not isinstance(first.get("value"), str):
         return None
     return str(first["value"]).strip() or None
 

@@ -35,9 +35,11 @@ def markdown(results: Mapping[str, SuiteResult], plots: Mapping[str, Sequence[tu
 
 
 def _suite(title: str, result: SuiteResult, plots: Sequence[tuple[Drawing, str]]) -> list[str]:
-    blocks = [f"## {escaped(title)}",
-              f"Stands for {escaped(result.stands_for)}. Suite {code(result.suite)}, begun {escaped(tables.moment(result.date))}, "
-              f"took {tables.took(result.took_s)}."]  # fmt: skip
+    blocks = [
+        f"## {escaped(title)}",
+        f"Stands for {escaped(result.stands_for)}. Suite {code(result.suite)}, begun {escaped(tables.moment(result.date))}, "
+        f"took {tables.took(result.took_s)}.",
+    ]
     if broken := [check.name for check in result.checks if not check.held]:
         held = f"**{len(broken)} of {len(result.checks)} checks did not hold**, so these figures need care:"
         blocks.append(f"> {held} {escaped(', '.join(broken))}.")
@@ -49,13 +51,23 @@ def _suite(title: str, result: SuiteResult, plots: Sequence[tuple[Drawing, str]]
     if result.ratios:
         blocks.append(table(tables.ratios_table(result)))
     if result.checks:
-        blocks += ["### Checks", "\n".join(f"- {'✓ held' if check.held else '✗ **not held**'}: **{escaped(check.name)}.** "
-                                           f"{escaped(check.says)}" for check in result.checks)]  # fmt: skip
+        blocks += [
+            "### Checks",
+            "\n".join(
+                f"- {'✓ held' if check.held else '✗ **not held**'}: **{escaped(check.name)}.** {escaped(check.says)}"
+                for check in result.checks
+            ),
+        ]
     if result.notes:
         blocks += ["### Notes", "\n".join(f"- {escaped(note)}" for note in result.notes)]
     if result.systems:
-        blocks += ["### Systems", "\n".join(f"- **{escaped(name)}**: {escaped(what)}" + (f" ({escaped(rest)})" if rest else "")
-                                            for name, what, rest in tables.configured(result))]  # fmt: skip
+        blocks += [
+            "### Systems",
+            "\n".join(
+                f"- **{escaped(name)}**: {escaped(what)}" + (f" ({escaped(rest)})" if rest else "")
+                for name, what, rest in tables.configured(result)
+            ),
+        ]
     if result.settings:
         blocks += ["### Settings, the same for all systems", _pairs(tables.described(result.settings))]
     if result.metadata:

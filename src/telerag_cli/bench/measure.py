@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.statistics import mean_ratio, pairs_of, ratio, short, summary
 from telerag_cli.bench.suites import Pages, SystemName
-from telerag_cli.bench.systems import Rig, System
+from telerag_cli.bench.systems import Harness, System
 from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.questions import Question
@@ -75,7 +75,7 @@ class Turn:
 
 
 def take_turns(
-    rig: Rig, works: Sequence[Work], systems: Sequence[SystemName], warmups: Sequence[Work], advance: Advance
+    rig: Harness, works: Sequence[Work], systems: Sequence[SystemName], warmups: Sequence[Work], advance: Advance
 ) -> list[Turn]:
     """Have each system do each work; which goes first rotates.
 
@@ -96,9 +96,7 @@ def take_turns(
                     if measured:
                         turns.append(turn)
                     elif turn.errors and not turn.answers:
-                        raise TeleragError(
-                            f"{name} cannot answer '{work.questions[0]:.60}': {turn.errors[0]}"
-                        )
+                        raise TeleragError(f"{name} cannot answer '{work.questions[0]:.60}': {turn.errors[0]}")
     return turns
 
 
@@ -111,7 +109,7 @@ def _order(systems: Sequence[SystemName], number: int) -> Iterator[SystemName]:
     return iter(order)
 
 
-async def _turn(rig: Rig, system: System, work: Work) -> Turn:
+async def _turn(rig: Harness, system: System, work: Work) -> Turn:
     left = rig.start(system)
     work.prepare(system)
     began_s = time.perf_counter()
@@ -138,7 +136,7 @@ async def _outcomes(system: System, work: Work) -> list[Answered | BaseException
     retriever = system.engine.retriever
     wish = Schedule(system.schedule, batch_size=len(work.questions))
     tier, nprobe = retriever.tier, system.engine.settings.nprobe
-    schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.extents, nprobe)
+    schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
     workers = [Local(system.engine, work.pipeline, work.name, work.at_once)]
     outcomes: dict[int, Answered | BaseException] = {}
 
@@ -160,9 +158,7 @@ def ttft_ms(answered: Answered) -> float:
 def stages_ms(answered: Answered) -> dict[str, float]:
     """Milliseconds of each stage, retrieval among them, in the order in which they first ran as far as that is known."""
     stages = {
-        name.removesuffix("_s"): 1e3 * value
-        for name, value in answered.timings.items()
-        if name not in UNMEASURED
+        name.removesuffix("_s"): 1e3 * value for name, value in answered.timings.items() if name not in UNMEASURED
     }
     names = list(dict.fromkeys(stage.name for stage in answered.stages))
     retrieval = stages.pop("retrieval", 0.0)
@@ -187,7 +183,7 @@ def cell(system: SystemName, key: Key, turns: Sequence[Turn], *, detailed: bool)
         **summary("ttft_ms", [ttft_ms(answered) for answered in answers if answered.stages]),
         **summary("retrieval_ms", [1e3 * answered.timings.get("retrieval_s", 0.0) for answered in answers]),
         **summary("join_ms", [1e3 * answered.timings.get("join_s", 0.0) for answered in answers]),
-    }  # fmt: skip
+    }
     if answers:
         stages = [stages_ms(answered) for answered in answers]
         names = list(dict.fromkeys(name for each in stages for name in each))
@@ -213,12 +209,18 @@ def cell(system: SystemName, key: Key, turns: Sequence[Turn], *, detailed: bool)
 
 def _detail(turn: Turn, answered: Answered) -> dict[str, object]:
     return {
-        "questions": list(turn.work.questions), "repeat": turn.work.number, "e2el_ms": short(1e3 * answered.timings["total_s"]),
-        "ttft_ms": short(ttft_ms(answered)), "stage_ms": {name: short(value) for name, value in stages_ms(answered).items()},
-        "join_ms": short(1e3 * answered.timings.get("join_s", 0.0)), "pages_left": short(turn.pages_left),
-        "lists_hit": sum(join.lists_hit for join in answered.joins), "lists_wanted": sum(join.lists_wanted for join in answered.joins),
-        "answer": answered.answer, "passages": [hit.passage.id for hit in answered.found],
-    }  # fmt: skip
+        "questions": list(turn.work.questions),
+        "repeat": turn.work.number,
+        "e2el_ms": short(1e3 * answered.timings["total_s"]),
+        "ttft_ms": short(ttft_ms(answered)),
+        "stage_ms": {name: short(value) for name, value in stages_ms(answered).items()},
+        "join_ms": short(1e3 * answered.timings.get("join_s", 0.0)),
+        "pages_left": short(turn.pages_left),
+        "lists_hit": sum(join.lists_hit for join in answered.joins),
+        "lists_wanted": sum(join.lists_wanted for join in answered.joins),
+        "answer": answered.answer,
+        "passages": [hit.passage.id for hit in answered.found],
+    }
 
 
 def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
@@ -230,8 +232,12 @@ def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
         groups.setdefault((tuple(turn.work.key.items()), turn.system), []).append(turn)
     # Systems in the order of their names, whichever went first.
     order.sort(key=list(SystemName).index)
-    return [cell(system, dict(key), groups[key, system], detailed=detailed)
-            for key in keys for system in order if (key, system) in groups]  # fmt: skip
+    return [
+        cell(system, dict(key), groups[key, system], detailed=detailed)
+        for key in keys
+        for system in order
+        if (key, system) in groups
+    ]
 
 
 def measured(turns: Sequence[Turn], key: Key, system: SystemName, metric: str) -> dict[object, float]:
@@ -254,21 +260,28 @@ def comparisons(systems: Sequence[SystemName]) -> list[tuple[SystemName, SystemN
     baseline = next((name for name in BASELINES if name in systems), systems[0])
     pairs = [(baseline, name) for name in systems if name is not baseline]
     one = SystemName
-    more = [(one.FETCH, one.REFINED), (one.ARRIVAL, one.REFINED), (one.QUESTION, one.REFINED), (one.FAISS_MEMORY, one.REFINED),
-            (one.REFINED, one.RESIDENT), (one.REFINED, one.LLM_ONLY), (one.USELESS, one.FETCH)]  # fmt: skip
+    more = [
+        (one.FETCH, one.REFINED),
+        (one.ARRIVAL, one.REFINED),
+        (one.QUESTION, one.REFINED),
+        (one.FAISS_MEMORY, one.REFINED),
+        (one.REFINED, one.RESIDENT),
+        (one.REFINED, one.LLM_ONLY),
+        (one.USELESS, one.FETCH),
+    ]
     return pairs + [pair for pair in more if set(pair) <= set(systems) and pair not in pairs]
 
 
-def ratios(
-    turns: Sequence[Turn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int
-) -> list[Ratio]:
+def ratios(turns: Sequence[Turn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int) -> list[Ratio]:
     """Every comparison, for each key."""
     keys = [dict(key) for key in dict.fromkeys(tuple(turn.work.key.items()) for turn in turns)]
     return [
         ratio(key, over, under, metric, _pairs(turns, key, over, under, metric), seed=seed)
-        for key in keys for metric in metrics for over, under in comparisons(systems)
+        for key in keys
+        for metric in metrics
+        for over, under in comparisons(systems)
         if not (metric == "retrieval_ms" and SystemName.LLM_ONLY in (over, under))
-    ]  # fmt: skip
+    ]
 
 
 def mean_ratios(
@@ -277,12 +290,7 @@ def mean_ratios(
     """Every comparison end to end, as the mean over some keys."""
     return [
         mean_ratio(
-            label,
-            over,
-            under,
-            "e2el_ms",
-            [_pairs(turns, key, over, under, "e2el_ms") for key in keys],
-            seed=seed,
+            label, over, under, "e2el_ms", [_pairs(turns, key, over, under, "e2el_ms") for key in keys], seed=seed
         )
         for over, under in comparisons(systems)
     ]
@@ -298,18 +306,28 @@ def checks(turns: Sequence[Turn], pages: Pages) -> list[Check]:
     """Whether all systems found and wrote the same, and whether cold was cold."""
     works: dict[object, list[Turn]] = {}
     for turn in turns:
-        works.setdefault((tuple(turn.work.key.items()), turn.work.questions, turn.work.number), []).append(
-            turn
-        )
+        works.setdefault((tuple(turn.work.key.items()), turn.work.questions, turn.work.number), []).append(turn)
     whole = [some for some in works.values() if not any(turn.errors for turn in some)]
     same_answers = sum(len({turn.texts() for turn in some}) == 1 for some in whole)
     same_passages = sum(len({turn.passages() for turn in some}) == 1 for some in whole)
     failed = sum(len(turn.errors) for turn in turns)
     result = [
-        Check("same answers", same_answers == len(works), f"{same_answers} of {len(works)} works have the same answers by all."),
-        Check("same passages", same_passages == len(works), f"{same_passages} of {len(works)} works have the same passages by all."),
-        Check("all completed", failed == 0, f"{failed} of {sum(len(turn.work.questions) for turn in turns)} questions failed."),
-    ]  # fmt: skip
+        Check(
+            "same answers",
+            same_answers == len(works),
+            f"{same_answers} of {len(works)} works have the same answers by all.",
+        ),
+        Check(
+            "same passages",
+            same_passages == len(works),
+            f"{same_passages} of {len(works)} works have the same passages by all.",
+        ),
+        Check(
+            "all completed",
+            failed == 0,
+            f"{failed} of {sum(len(turn.work.questions) for turn in turns)} questions failed.",
+        ),
+    ]
     readers = [turn.pages_left for turn in turns if turn.system not in NEVER_COLD] or [0.0]
     if pages is Pages.COLD:
         says = f"At most {max(readers):.2%} of lists.bin was in the page cache when a question came, for any system."

@@ -81,25 +81,41 @@ def page(results: Mapping[str, SuiteResult], drawings: Mapping[str, Sequence[Dra
     titles = tables.titles(results)
     ids = _ids(list(results))
     light, dark = (
-        {**{name: pair[mode] for name, pair in plots.THEME.items()},
-         **{f"s{slot}": pair[mode] for slot, pair in enumerate(plots.SERIES)},
-         **{f"t{slot}": colour for slot, colour in enumerate(plots.STAGES)}, "alarm": ALARM[mode]}
+        {
+            **{name: pair[mode] for name, pair in plots.THEME.items()},
+            **{f"s{slot}": pair[mode] for slot, pair in enumerate(plots.SERIES)},
+            **{f"t{slot}": colour for slot, colour in enumerate(plots.STAGES)},
+            "alarm": ALARM[mode],
+        }
         for mode in (0, 1)
-    )  # fmt: skip
+    )
     sections = [_section(ids[stem], titles[stem], result, drawings[stem]) for stem, result in results.items()]
     machines = [
         Machine(tuple(tables.described(hardware)), tuple(titles[stem] for stem in stems))
         for hardware, stems in tables.machines(results)
     ]
-    return template.render(title=TITLE, lead=tables.lead(results), light=light, dark=dark, overview=tables.overview(results),
-                           sections=sections, machines=machines) + "\n"  # fmt: skip
+    return (
+        template.render(
+            title=TITLE,
+            lead=tables.lead(results),
+            light=light,
+            dark=dark,
+            overview=tables.overview(results),
+            sections=sections,
+            machines=machines,
+        )
+        + "\n"
+    )
 
 
 def _section(identity: str, title: str, result: SuiteResult, drawings: Sequence[Drawing]) -> Section:
     figures = tuple(
-        Figure(drawing, tuple(plots.svg(panel, f"{identity}-{number}-{place}") for place, panel in enumerate(drawing.panels)))
+        Figure(
+            drawing,
+            tuple(plots.svg(panel, f"{identity}-{number}-{place}") for place, panel in enumerate(drawing.panels)),
+        )
         for number, drawing in enumerate(drawings)
-    )  # fmt: skip
+    )
     kept = sum(len(cell.detailed) for cell in result.cells)
     return Section(
         id=identity,

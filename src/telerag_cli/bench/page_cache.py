@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import CHUNK_BYTES, explain
+from telerag_cli.files import CHUNK_BYTES, wrap_os_error
 
 HOW = (
     "Before each question every system lets go of its mappings, and the kernel is told to drop the pages of lists.bin "
@@ -58,8 +58,10 @@ def share(path: Path) -> float:
             )
             del held  # or the mapping could not be closed
             if failed:
-                raise ResourceError(f"The kernel does not say what of {path} is in the page cache: {os.strerror(ctypes.get_errno())}.",
-                                    remedy="Measure as the owner of the file, or with --pages warm.")  # fmt: skip
+                raise ResourceError(
+                    f"The kernel does not say what of {path} is in the page cache: {os.strerror(ctypes.get_errno())}.",
+                    remedy="Measure as the owner of the file, or with --pages warm.",
+                )
             return float((pages & 1).mean())
 
 
@@ -69,7 +71,7 @@ def _opened(path: Path) -> Iterator[int]:
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     try:
         yield file
     finally:

@@ -46,18 +46,7 @@ SERIES = (
     ("#ae857a", "#ffbbbc"),
 )
 """Made to differ for everybody: at least 20 apart in CIELAB, with full sight and without red or green; 3:1 against the paper."""
-STAGES = (
-    "#77aadd",
-    "#ee9a7a",
-    "#ecdc8b",
-    "#55bf9f",
-    "#f5aebb",
-    "#9fdcf7",
-    "#c3ce52",
-    "#c9b8ea",
-    "#b7a98c",
-    "#cfd4d8",
-)
+STAGES = ("#77aadd", "#ee9a7a", "#ecdc8b", "#55bf9f", "#f5aebb", "#9fdcf7", "#c3ce52", "#c9b8ea", "#b7a98c", "#cfd4d8")
 """Light enough for dark words on them, in both modes."""
 ON_STAGE = "#14171a"
 MARKERS = (
@@ -241,24 +230,36 @@ def _bar(axis: Axes, bar: Bar, line: float, limit: float) -> None:
         "edgecolor": "none",
     }  # or the line at 1 would cross the words
     if bar.value is None:
-        axis.annotate(bar.says, (length, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5,
-                      color=MUTED, style="italic", bbox=box)  # fmt: skip
+        axis.annotate(
+            bar.says,
+            (length, line),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7.5,
+            zorder=5,
+            color=MUTED,
+            style="italic",
+            bbox=box,
+        )
         return
     end = bar.value
     if bar.low is not None and bar.high is not None:
         for shade, width in ((PAPER, 2.6), (INK, 1.0)):
-            axis.plot([bar.low, bar.high], [line, line], color=shade, linewidth=width, marker="|", markersize=4 + width,
-                      markeredgewidth=width, solid_capstyle="butt", zorder=4)  # fmt: skip
+            axis.plot(
+                [bar.low, bar.high],
+                [line, line],
+                color=shade,
+                linewidth=width,
+                marker="|",
+                markersize=4 + width,
+                markeredgewidth=width,
+                solid_capstyle="butt",
+                zorder=4,
+            )
         end = max(end, min(bar.high, limit))
     axis.annotate(
-        bar.says,
-        (end, line),
-        (4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=7.5,
-        zorder=5,
-        bbox=box,
+        bar.says, (end, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5, bbox=box
     )
 
 
@@ -269,15 +270,38 @@ def stacks(rows: Sequence[Row], limit: float, words: str) -> Callable[[Axes], No
         for line, (_system, parts) in enumerate(rows):
             start = 0.0
             for entry, part in parts:
-                axis.barh(line, part, left=start, height=0.72, color=entry.colour, hatch=entry.hatch or None,
-                          edgecolor=PAPER, linewidth=0.7)  # fmt: skip
+                axis.barh(
+                    line,
+                    part,
+                    left=start,
+                    height=0.72,
+                    color=entry.colour,
+                    hatch=entry.hatch or None,
+                    edgecolor=PAPER,
+                    linewidth=0.7,
+                )
                 if part > limit * 0.016 * len(short("", part)):
-                    axis.text(start + part / 2, line, short("", part), color=ON_STAGE, fontsize=7, ha="center", va="center",
-                              bbox={"boxstyle": "square,pad=0.1", "facecolor": entry.colour, "edgecolor": "none"})  # fmt: skip
+                    axis.text(
+                        start + part / 2,
+                        line,
+                        short("", part),
+                        color=ON_STAGE,
+                        fontsize=7,
+                        ha="center",
+                        va="center",
+                        bbox={"boxstyle": "square,pad=0.1", "facecolor": entry.colour, "edgecolor": "none"},
+                    )
                 start += part
             style: dict[str, Any] = {"color": INK} if parts else {"style": "italic", "color": MUTED}
-            axis.annotate(short("", start) if parts else "not measured", (start, line), (4, 0), textcoords="offset points",
-                          va="center", fontsize=7.5, **style)  # fmt: skip
+            axis.annotate(
+                short("", start) if parts else "not measured",
+                (start, line),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                **style,
+            )
         axis.set_xlim(0, limit)
         axis.set_ylim(len(rows) - 0.45, -0.55)
         axis.set_yticks(range(len(rows)), [_wrapped(system, 18, 2) for system, _parts in rows])
@@ -294,8 +318,16 @@ def _tick(value: float, _place: float) -> str:
     return f"{value:,.10g}"
 
 
-def lines(curves: Sequence[Curve], xs: Mapping[Any, float], axis_name: str, words: str, limit: float, *,
-          doubling: bool = True, below: str = "") -> Callable[[Axes], None]:  # fmt: skip
+def lines(
+    curves: Sequence[Curve],
+    xs: Mapping[Any, float],
+    axis_name: str,
+    words: str,
+    limit: float,
+    *,
+    doubling: bool = True,
+    below: str = "",
+) -> Callable[[Axes], None]:
     """Lines over an axis.
 
     Args:
@@ -312,11 +344,25 @@ def lines(curves: Sequence[Curve], xs: Mapping[Any, float], axis_name: str, word
         for curve in curves:
             entry = curve.entry
             plain = curve.style == STYLES[0]
-            axis.plot([x for x, _y in curve.points], [y for _x, y in curve.points], color=entry.colour, linestyle=curve.style,
-                      marker=entry.marker, markersize=5 if plain else 3.5, linewidth=1.6 if plain else 1.2)  # fmt: skip
+            axis.plot(
+                [x for x, _y in curve.points],
+                [y for _x, y in curve.points],
+                color=entry.colour,
+                linestyle=curve.style,
+                marker=entry.marker,
+                markersize=5 if plain else 3.5,
+                linewidth=1.6 if plain else 1.2,
+            )
             if curve.which and curve.points:
-                axis.annotate(curve.which, curve.points[-1], (5, 0), textcoords="offset points", va="center", fontsize=7,
-                              color=MUTED)  # fmt: skip
+                axis.annotate(
+                    curve.which,
+                    curve.points[-1],
+                    (5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                    color=MUTED,
+                )
         _scale(axis, xs, axis_name, doubling)
         axis.set_ylim(0, limit)
         axis.grid(visible=True)
@@ -375,16 +421,13 @@ def save(drawing: Drawing, path: Path) -> None:
     columns = 1 if count == 1 else 2 if count <= 4 else 3
     rows = -(-count // columns)
     heights = [
-        max(panel.height_in for panel in drawing.panels[row * columns : (row + 1) * columns])
-        for row in range(rows)
+        max(panel.height_in for panel in drawing.panels[row * columns : (row + 1) * columns]) for row in range(rows)
     ]
     titled = any(panel.title for panel in drawing.panels)
     legend = [_wrapped(entry.label, 44, 2) for entry in drawing.legend]
     longest = max((len(line) for text in legend for line in text.split("\n")), default=1)
     across = max(1, min(len(legend), int(columns * WIDTH_IN * 12 / (longest + 6))))
-    legend_in = (
-        0.22 * -(-len(legend) // across) * max((text.count("\n") + 1 for text in legend), default=1) + 0.1
-    )
+    legend_in = 0.22 * -(-len(legend) // across) * max((text.count("\n") + 1 for text in legend), default=1) + 0.1
     heading = _wrapped(drawing.title, int(columns * WIDTH_IN * 10.5), 3)
     height = sum(heights) + (0.25 * rows if titled else 0) + legend_in + 0.2 * (heading.count("\n") + 1) + 0.1
     with _style(drawing.name):
@@ -409,10 +452,11 @@ def _handles(drawing: Drawing) -> list[Any]:
     from matplotlib.patches import Patch
 
     return [
-        Line2D([], [], color=entry.colour, marker=entry.marker, markersize=5, linewidth=1.6, linestyle=entry.style) if entry.marker
+        Line2D([], [], color=entry.colour, marker=entry.marker, markersize=5, linewidth=1.6, linestyle=entry.style)
+        if entry.marker
         else Patch(facecolor=entry.colour, hatch=entry.hatch or None, edgecolor=PAPER, linewidth=0)
         for entry in drawing.legend
-    ]  # fmt: skip
+    ]
 
 
 def svg(panel: Panel, identity: str) -> str:
@@ -426,9 +470,7 @@ def svg(panel: Panel, identity: str) -> str:
 
     buffer = io.StringIO()
     with _style(identity):
-        figure = Figure(
-            figsize=(WIDTH_IN, panel.height_in + (0.25 if panel.title else 0)), layout="constrained"
-        )
+        figure = Figure(figsize=(WIDTH_IN, panel.height_in + (0.25 if panel.title else 0)), layout="constrained")
         _panel(figure.subplots(), panel)
         figure.savefig(buffer, format="svg", transparent=True)
     body = buffer.getvalue()
@@ -461,9 +503,7 @@ def _style(identity: str) -> AbstractContextManager[None]:
 
     return matplotlib.rc_context(
         {
-            "font.sans-serif": [
-                "DejaVu Sans"
-            ],  # comes with matplotlib, so that plots are the same everywhere
+            "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that plots are the same everywhere
             "font.size": 8.5,
             "text.color": INK,
             "text.parse_math": False,  # a dollar in a name is a dollar

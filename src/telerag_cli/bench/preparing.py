@@ -41,8 +41,9 @@ REFERENCE_SHARE = 0.8
 """Of free memory, for Faiss's lists."""
 
 
-def embedding(source: str, model: str | None, device: str, count: int, shortest: int, repeats: int,
-              advance: Advance) -> tuple[Outcome, dict[str, Any]]:  # fmt: skip
+def embedding(
+    source: str, model: str | None, device: str, count: int, shortest: int, repeats: int, advance: Advance
+) -> tuple[Outcome, dict[str, Any]]:
     """Passages a second, telerag's encoder and ``SentenceTransformer.encode`` in turn, over the same passages and weights.
 
     Raises:
@@ -56,9 +57,7 @@ def embedding(source: str, model: str | None, device: str, count: int, shortest:
     encoder = Encoder.load(name, device=device)
     baseline = SentenceTransformer(model_path(name), device=encoder.device)
     read = read_passages(find_sources([source]), Chunker(encoder.tokenizer, encoder.info.max_tokens))
-    texts = [
-        each.embedded_text for each in islice((each for each in read if len(each.text) >= shortest), count)
-    ]
+    texts = [each.embedded_text for each in islice((each for each in read if len(each.text) >= shortest), count)]
     if not texts:
         raise InputError(
             f"{source} has no passage of at least {shortest} characters.",
@@ -68,8 +67,9 @@ def embedding(source: str, model: str | None, device: str, count: int, shortest:
     encoder.encode(texts[:64])
     baseline.encode(texts[:64])
     encoders: dict[str, Callable[[Sequence[str]], FloatArray]] = {
-        TELERAG: encoder.encode, PLAIN: lambda some: np.asarray(baseline.encode(list(some)), np.float32)
-    }  # fmt: skip
+        TELERAG: encoder.encode,
+        PLAIN: lambda some: np.asarray(baseline.encode(list(some)), np.float32),
+    }
     seconds: dict[str, list[float]] = {system: [] for system in encoders}
     cosines = []
     for turn in range(repeats):
@@ -83,18 +83,32 @@ def embedding(source: str, model: str | None, device: str, count: int, shortest:
         cosines.append(min_cosine(made[TELERAG], made[PLAIN]))
     key = {"batch_size": len(texts)}
     cells = [
-        Cell(system, key, {"completed": len(taken) * len(texts), "duration": short(sum(taken)),
-                           "request_throughput": short(len(texts) / statistics.median(taken))})
+        Cell(
+            system,
+            key,
+            {
+                "completed": len(taken) * len(texts),
+                "duration": short(sum(taken)),
+                "request_throughput": short(len(texts) / statistics.median(taken)),
+            },
+        )
         for system, taken in seconds.items()
-    ]  # fmt: skip
+    ]
     found = ratio(key, PLAIN, TELERAG, "duration", list(zip(seconds[PLAIN], seconds[TELERAG], strict=True)))
-    says = f"The least cosine between the two embeddings of a passage is {min(cosines):.5f}, and {LEAST_COSINE} is wanted."
+    says = (
+        f"The least cosine between the two embeddings of a passage is {min(cosines):.5f}, and {LEAST_COSINE} is wanted."
+    )
     systems = {
         TELERAG: {"what": "telerag embed's encoder", "precision": str(encoder.precision)},
         PLAIN: {"what": "SentenceTransformer.encode with its defaults", "precision": "float32"},
     }
-    settings = {"model": encoder.info.model, "device": str(encoder.device), "passages": len(texts), "repeats": repeats,
-                "mean_characters": round(statistics.mean(map(len, texts)), 1)}  # fmt: skip
+    settings = {
+        "model": encoder.info.model,
+        "device": str(encoder.device),
+        "passages": len(texts),
+        "repeats": repeats,
+        "mean_characters": round(statistics.mean(map(len, texts)), 1),
+    }
     return Outcome(
         systems, cells, [found], [Check("same embeddings", min(cosines) >= LEAST_COSINE, says)], []
     ), settings
@@ -105,8 +119,8 @@ def building(
 ) -> tuple[Outcome, dict[str, Any]]:
     """``telerag build-index`` in a process of its own, from embeddings that are not in the page cache, and Faiss in memory.
 
-    Faiss gets the same training sample, and vectors that are in memory already: only ``train`` and ``add`` are on its clock, of
-    as many vectors as memory holds.
+    Faiss gets the same training sample, and vectors that are in memory already: only ``train`` and ``add`` are on its
+    clock, of as many vectors as memory holds.
     """
     source = Embeddings.open(embeddings)
     parse_bytes(memory)
@@ -123,11 +137,28 @@ def building(
     ours_us = total_s / rows * 1e6
     theirs_us = train_s / rows * 1e6 + add_s / added * 1e6
     cells = [
-        Cell(TELERAG, {}, {"completed": rows, "us_per_vector": short(ours_us), "duration": round(total_s, 2), "peak_rss_bytes": peak_bytes,
-                           "mean_stage_ms": {stage: round(1e3 * value) for stage, value in stages_s.items()}}),
-        Cell(FAISS, {}, {"completed": added, "us_per_vector": short(theirs_us), "duration": round(train_s + add_s, 2),
-                         "mean_stage_ms": {"train": round(1e3 * train_s), "add": round(1e3 * add_s)}}),
-    ]  # fmt: skip
+        Cell(
+            TELERAG,
+            {},
+            {
+                "completed": rows,
+                "us_per_vector": short(ours_us),
+                "duration": round(total_s, 2),
+                "peak_rss_bytes": peak_bytes,
+                "mean_stage_ms": {stage: round(1e3 * value) for stage, value in stages_s.items()},
+            },
+        ),
+        Cell(
+            FAISS,
+            {},
+            {
+                "completed": added,
+                "us_per_vector": short(theirs_us),
+                "duration": round(train_s + add_s, 2),
+                "mean_stage_ms": {"train": round(1e3 * train_s), "add": round(1e3 * add_s)},
+            },
+        ),
+    ]
     note = "one run: no interval"
     found = Ratio({}, TELERAG, FAISS, "us_per_vector", 1, short(ours_us / theirs_us), 0.0, 0.0, note)
     systems = {
@@ -135,8 +166,14 @@ def building(
         FAISS: {"what": f"Faiss, train and add in memory, of {added:,} vectors that are in memory already"},
     }
     manifest = index.manifest
-    settings = {"vectors": rows, "dimension": source.dimension, "nlist": nlist, "lists_bytes": int(index.extents.sum()),
-                "recall_at_10": manifest.recall_at_10, "balance": manifest.balance}  # fmt: skip
+    settings = {
+        "vectors": rows,
+        "dimension": source.dimension,
+        "nlist": nlist,
+        "lists_bytes": int(index.list_bytes.sum()),
+        "recall_at_10": manifest.recall_at_10,
+        "balance": manifest.balance,
+    }
     return Outcome(systems, cells, [found], [], []), settings
 
 
@@ -146,11 +183,27 @@ def _build(embeddings: Path, output: Path, nlist: int, memory: str) -> tuple[dic
     Raises:
         TeleragError: the build failed; it has said why.
     """
-    command = [sys.executable, "-m", "telerag_cli", "build-index", str(embeddings), "-o", str(output), "--nlist", str(nlist),
-               "--memory", memory, "--overwrite"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "telerag_cli",
+        "build-index",
+        str(embeddings),
+        "-o",
+        str(output),
+        "--nlist",
+        str(nlist),
+        "--memory",
+        memory,
+        "--overwrite",
+    ]
     partial = partial_of(output)
-    ends = {"start and sample": partial / "work" / "queries.npz", "train": partial / "centroids.npy",
-            "assign and passages": partial / "lists.bin", "place": partial / "checksums.npy"}  # fmt: skip
+    ends = {
+        "start and sample": partial / "work" / "queries.npz",
+        "train": partial / "centroids.npy",
+        "assign and passages": partial / "lists.bin",
+        "place": partial / "checksums.npy",
+    }
     began_s = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen: dict[str, float] = {}
@@ -163,9 +216,7 @@ def _build(embeddings: Path, output: Path, nlist: int, memory: str) -> tuple[dic
         time.sleep(POLL_S)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise TeleragError(
-            f"telerag build-index ended with {process.returncode}.", remedy="Its message is above."
-        )
+        raise TeleragError(f"telerag build-index ended with {process.returncode}.", remedy="Its message is above.")
     seconds, last_s = {}, 0.0
     for stage in ends:
         ended_s = seen.get(stage, last_s)  # or over between two looks
@@ -179,11 +230,7 @@ def _reference(source: Embeddings, index: Index) -> tuple[float, float, int]:
     """Seconds of Faiss's ``train`` and ``add``, and how many vectors were added."""
     manifest = index.manifest
     ivf = empty_ivf(
-        flat(index.centroids[:0], manifest.metric),
-        source.dimension,
-        manifest.nlist,
-        manifest.metric,
-        manifest.storage,
+        flat(index.centroids[:0], manifest.metric), source.dimension, manifest.nlist, manifest.metric, manifest.storage
     )
     ivf.is_trained = False
     ivf.cp.niter, ivf.cp.seed = ITERATIONS, manifest.seed
@@ -195,9 +242,7 @@ def _reference(source: Embeddings, index: Index) -> tuple[float, float, int]:
     train_s = time.monotonic() - began_s
     del sample
     # The lists grow by doubling, so allow twice what they will hold.
-    most = int(
-        available_bytes() * REFERENCE_SHARE / (2 * (code_size(source.dimension, manifest.storage) + ID_BYTES))
-    )
+    most = int(available_bytes() * REFERENCE_SHARE / (2 * (code_size(source.dimension, manifest.storage) + ID_BYTES)))
     add_s, added = 0.0, 0
     for _, block in source.batches(ADD_ROWS):
         if added + len(block) > most and added:

@@ -29,11 +29,22 @@ class Started:
         """What is kept of it."""
         suite = SUITES[self.suite]
         return SuiteResult(
-            suite=self.suite.value, title=suite.title, stands_for=suite.stands_for, date=self.date,
-            took_s=round(time.perf_counter() - self.began_s, 1), command=shlex.join(["telerag", *sys.argv[1:]]), hardware=hardware(),
-            metadata=metadata, settings=settings, systems=outcome.systems, axes=list(suite.axes), cells=outcome.cells,
-            ratios=outcome.ratios, checks=outcome.checks, notes=outcome.notes,
-        )  # fmt: skip
+            suite=self.suite.value,
+            title=suite.title,
+            stands_for=suite.stands_for,
+            date=self.date,
+            took_s=round(time.perf_counter() - self.began_s, 1),
+            command=shlex.join(["telerag", *sys.argv[1:]]),
+            hardware=hardware(),
+            metadata=metadata,
+            settings=settings,
+            systems=outcome.systems,
+            axes=list(suite.axes),
+            cells=outcome.cells,
+            ratios=outcome.ratios,
+            checks=outcome.checks,
+            notes=outcome.notes,
+        )
 
 
 def keep(suite: SuiteName) -> Started:
@@ -48,8 +59,13 @@ def settings_of(ask: Ask, trace: Path | None) -> dict[str, Any]:
     manifest = setup.opened.index.manifest
     return {
         "index": {
-            "name": setup.opened.index.paths.root.name, "lists_bytes": int(setup.opened.index.extents.sum()), "ntotal": manifest.ntotal,
-            "nlist": manifest.nlist, "dimension": manifest.dimension, "storage": manifest.storage.value, "metric": manifest.metric.value,
+            "name": setup.opened.index.paths.root.name,
+            "lists_bytes": int(setup.opened.index.list_bytes.sum()),
+            "ntotal": manifest.ntotal,
+            "nlist": manifest.nlist,
+            "dimension": manifest.dimension,
+            "storage": manifest.storage.value,
+            "metric": manifest.metric.value,
         },
         "llm": setup.generator.name,
         "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
@@ -65,4 +81,4 @@ def settings_of(ask: Ask, trace: Path | None) -> dict[str, Any]:
         "max_tokens": setup.settings.max_tokens,
         "temperature": setup.settings.temperature,
         "fast_memory_bytes": setup.tier.fast_memory_bytes,
-    }  # fmt: skip
+    }

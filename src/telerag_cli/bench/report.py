@@ -11,7 +11,7 @@ from telerag_cli.bench.markdown import markdown
 from telerag_cli.bench.page import page
 from telerag_cli.bench.results import load_all
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import explain, writing
+from telerag_cli.files import wrap_os_error, writing
 
 SUMMARY, PAGE = "report.md", "report.html"
 
@@ -34,10 +34,7 @@ def write(folder: Path, output: Path, advance: Callable[[int], None] = lambda _c
     results = tables.ordered(load_all(folder))
     of_systems = slots(results.values())
     drawings = {stem: drawings_of(result, of_systems) for stem, result in results.items()}
-    named = {
-        stem: [(drawing, f"{stem}-{drawing.name}.png") for drawing in these]
-        for stem, these in drawings.items()
-    }
+    named = {stem: [(drawing, f"{stem}-{drawing.name}.png") for drawing in these] for stem, these in drawings.items()}
     _make(output)
     written = []
     for drawing, name in (each for these in named.values() for each in these):
@@ -61,4 +58,4 @@ def _make(folder: Path) -> None:
             f"{folder} is a file, and a report is a folder of files.", remedy="Name another with -o."
         ) from error
     except OSError as error:
-        raise explain(error, folder) from error
+        raise wrap_os_error(error, folder) from error

@@ -20,9 +20,9 @@ Key = dict[str, Any]
 class Cell:
     """One system at one point of a suite's axes, and what was measured there.
 
-    ``values`` has vLLM's names where vLLM has the figure (``mean_e2el_ms``, ``p99_ttft_ms``, ``request_throughput``), and
-    names of the same form where it does not (``mean_retrieval_ms``, ``hit_share``). A value is a number, or a table of them
-    by stage (``mean_stage_ms``), in the order in which the stages run.
+    ``values`` has vLLM's names where vLLM has the figure (``mean_e2el_ms``, ``p99_ttft_ms``, ``request_throughput``),
+    and names of the same form where it does not (``mean_retrieval_ms``, ``hit_share``). A value is a number, or a table
+    of them by stage (``mean_stage_ms``), in the order in which the stages run.
     """
 
     system: str
@@ -108,12 +108,12 @@ class SuiteResult:
         """
         raw = read_json(path)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{path} is no benchmark result.", remedy="Name a file that telerag bench wrote."
-            )
+            raise ArtifactError(f"{path} is no benchmark result.", remedy="Name a file that telerag bench wrote.")
         if raw.get("version") != VERSION:
-            raise ArtifactError(f"{path} is a benchmark result of version {raw.get('version')}, and this reads version {VERSION}.",
-                                remedy="Run the benchmark again, or use the telerag that made it.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} is a benchmark result of version {raw.get('version')}, and this reads version {VERSION}.",
+                remedy="Run the benchmark again, or use the telerag that made it.",
+            )
         try:
             values = {name: value for name, value in raw.items() if name not in ("format", "version")}
             values["cells"] = [Cell(**cell) for cell in raw["cells"]]
@@ -137,7 +137,6 @@ def load_all(folder: Path) -> dict[str, SuiteResult]:
             found[path.stem] = SuiteResult.load(path)
     if not found:
         raise ArtifactError(
-            f"{folder} has no benchmark result.",
-            remedy="Run a suite with --result-dir, like telerag bench latency.",
+            f"{folder} has no benchmark result.", remedy="Run a suite with --result-dir, like telerag bench latency."
         )
     return found

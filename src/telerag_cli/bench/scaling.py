@@ -22,7 +22,9 @@ from telerag_cli.bench.simulating.work import Question, copies
 from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.config import CacheKind, Lookahead
 from telerag_cli.engine.batch import LineForm, Outputs, answer_all
+from telerag_cli.engine.dispatch import Dispatcher, MicroBatch, ReplicaState
 from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.questions import Question as Asked
 from telerag_cli.engine.scheduler import Grouping, Schedule, Scheduler
 from telerag_cli.engine.workers import Local, Together, Worker
@@ -30,8 +32,6 @@ from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index, IntArray
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.scheduling.dispatch import Dispatcher, MicroBatch, ReplicaState
-from telerag_cli.scheduling.placement import make_placement
 from telerag_cli.tiers.residency import BoolArray
 
 REPLICAS, SIMULATED = "replicas", "simulated"
@@ -125,8 +125,10 @@ class Turn:
     @property
     def handing_s(self) -> float:
         """What passing a question to a replica and its answer back took, beside answering; the median."""
-        beside = [waited_s - answered.timings["total_s"]
-                  for waited_s, answered in zip(self.waited_s, self.completed, strict=True)]  # fmt: skip
+        beside = [
+            waited_s - answered.timings["total_s"]
+            for waited_s, answered in zip(self.waited_s, self.completed, strict=True)
+        ]
         return max(statistics.median(beside), 0.0) if beside else 0.0
 
 
@@ -209,9 +211,12 @@ def _answer(fleet: Fleet, batch: Batch) -> Turn:
     kept = {text: both for worker in workers for text, both in worker.kept.items()}
     found = [kept.get(text) for text in batch.questions]
     return Turn(
-        len(workers), summary.wall_s, tuple(both[0] if both else None for both in found), tuple(errors),
+        len(workers),
+        summary.wall_s,
+        tuple(both[0] if both else None for both in found),
+        tuple(errors),
         tuple(both[1] for both in found if both),
-    )  # fmt: skip
+    )
 
 
 def measure_turns(extent: Extent, open_fleet: OpenFleet, batch: Batch, advance: Advance) -> list[Turn]:
@@ -249,14 +254,18 @@ def assign_s(recorded: Recorded, index: Index, replicas: int) -> float:
     likely = [question.likely for question in recorded.questions]
     count = max(replicas, 1)
     batches = [
-        MicroBatch(number, (number,), np.logical_or.reduce([likely[(number * size + place) % len(likely)] for place in range(size)]))
+        MicroBatch(
+            number,
+            (number,),
+            np.logical_or.reduce([likely[(number * size + place) % len(likely)] for place in range(size)]),
+        )
         for number in range(count)
-    ]  # fmt: skip
+    ]
     empty = np.zeros(index.manifest.nlist, np.bool_)
     states = [ReplicaState(number, 1, empty) for number in range(count)]
     took_s = []
     for _ in range(ASSIGNMENTS):
-        dispatcher = Dispatcher(index.extents, make_placement(recorded.schedule.placement))
+        dispatcher = Dispatcher(index.list_bytes, make_placement(recorded.schedule.placement))
         dispatcher.add(batches)
         began_s = time.perf_counter()
         dispatcher.assign(states)
@@ -264,10 +273,10 @@ def assign_s(recorded: Recorded, index: Index, replicas: int) -> float:
     return statistics.median(took_s) / count
 
 
-def groups_of(questions: Sequence[Question], schedule: Schedule, extents: IntArray) -> list[Groups]:
+def groups_of(questions: Sequence[Question], schedule: Schedule, list_bytes: IntArray) -> list[Groups]:
     """Micro-batches of each batch that the scheduler looks at, as it would make them."""
     cut: list[Groups] = []
-    grouping = Grouping(schedule, extents, int(questions[0].likely.sum()))
+    grouping = Grouping(schedule, list_bytes, int(questions[0].likely.sum()))
     for start in range(0, len(questions), schedule.batch_size):
         some = questions[start : start + schedule.batch_size]
         places = grouping.cut(len(some), np.stack([question.ranked for question in some]))
@@ -293,16 +302,20 @@ class Simulator:
         rates, host = self.machine(replicas)
         together = self.calibrations[min(replicas, self.extent.per_host)]
         count = self.extent.count(replicas, len(self.recorded.questions))
-        questions = copies(self.recorded.questions, count, self.index.extents, self.extent.seed)
+        questions = copies(self.recorded.questions, count, self.index.list_bytes, self.extent.seed)
         deployment = Deployment(
-            index=self.index, replicas=replicas, rates=rates, host=host,
+            index=self.index,
+            replicas=replicas,
+            rates=rates,
+            host=host,
             tier=Tier(together.arena_bytes, together.depth, self.cache),
-            placement=self.recorded.schedule.placement, at_once=together.at_once, cut_s=self.recorded.cut_s,
-            assign_s=assign_s(self.recorded, self.index, replicas), handing_s=self.handing_s,
-        )  # fmt: skip
-        return simulate(
-            deployment, questions, groups_of(questions, self.recorded.schedule, self.index.extents)
+            placement=self.recorded.schedule.placement,
+            at_once=together.at_once,
+            cut_s=self.recorded.cut_s,
+            assign_s=assign_s(self.recorded, self.index, replicas),
+            handing_s=self.handing_s,
         )
+        return simulate(deployment, questions, groups_of(questions, self.recorded.schedule, self.index.list_bytes))
 
     def machine(self, replicas: int) -> tuple[Rates, Host]:
         """A replica's rates, and its host's."""
@@ -329,14 +342,9 @@ def outcome(
     counts = sorted({turn.replicas for turn in turns})
     by_count = {count: [turn for turn in turns if turn.replicas == count] for count in counts}
     cells = [_measured_cell(count, by_count, detailed=detailed) for count in counts]
-    cells += [
-        _simulated_cell(count, found, simulated, detailed=detailed)
-        for count, found in sorted(simulated.items())
-    ]
+    cells += [_simulated_cell(count, found, simulated, detailed=detailed) for count, found in sorted(simulated.items())]
     cells.sort(key=lambda cell: cell.key["replicas"])
-    compared = [
-        count for count in counts if count in simulated and len(simulated[count].answered_s) == measured
-    ]
+    compared = [count for count in counts if count in simulated and len(simulated[count].answered_s) == measured]
     ratios = list(_ratios(compared, by_count, simulated, simulator.extent.seed))
     checks = list(_checks(by_count, compared, simulated))
     return Outcome(_systems(counts, simulator), cells, ratios, checks, _notes(simulator, measured))
@@ -368,21 +376,29 @@ def _measured_cell(count: int, by_count: Mapping[int, Sequence[Turn]], *, detail
     joins = [join for answered in answers for join in answered.joins]
     if wanted := sum(join.lists_wanted for join in joins):
         values["hit_share"] = short(sum(join.lists_hit for join in joins) / wanted)
-        values |= _bytes(len(answers), **{name: sum(getattr(join, name) for join in joins)
-                                          for name in ("bytes_wanted", "bytes_moved", "bytes_missed")})  # fmt: skip
+        values |= _bytes(
+            len(answers),
+            **{
+                name: sum(getattr(join, name) for join in joins)
+                for name in ("bytes_wanted", "bytes_moved", "bytes_missed")
+            },
+        )
     if errors := [error for turn in turns for error in turn.errors]:
         values["first_error"] = errors[0]
     kept = [
-        {"repeat": number, "wall_ms": short(1e3 * turn.wall_s), "answer": answered.answer,
-         "e2el_ms": short(1e3 * answered.timings["total_s"])}
-        for number, turn in enumerate(turns) for answered in turn.completed
-    ]  # fmt: skip
+        {
+            "repeat": number,
+            "wall_ms": short(1e3 * turn.wall_s),
+            "answer": answered.answer,
+            "e2el_ms": short(1e3 * answered.timings["total_s"]),
+        }
+        for number, turn in enumerate(turns)
+        for answered in turn.completed
+    ]
     return Cell(REPLICAS, {"replicas": count}, values, kept if detailed else [])
 
 
-def _simulated_cell(
-    count: int, found: Simulated, simulated: Mapping[int, Simulated], *, detailed: bool
-) -> Cell:
+def _simulated_cell(count: int, found: Simulated, simulated: Mapping[int, Simulated], *, detailed: bool) -> Cell:
     questions = len(found.answered_s)
     values: dict[str, Any] = {
         "simulated": True,
@@ -398,9 +414,14 @@ def _simulated_cell(
         "micro_batches": sum(found.micro_batches),
         "used": {name: short(value) for name, value in asdict(found.used).items()},
     }
-    return Cell(SIMULATED, {"replicas": count}, values,
-                [{"question": number, "answered_s": short(each)} for number, each in enumerate(found.answered_s)]
-                if detailed else [])  # fmt: skip
+    return Cell(
+        SIMULATED,
+        {"replicas": count},
+        values,
+        [{"question": number, "answered_s": short(each)} for number, each in enumerate(found.answered_s)]
+        if detailed
+        else [],
+    )
 
 
 def _relative(count: int, throughputs: Mapping[int, float]) -> dict[str, float]:
@@ -421,18 +442,11 @@ def _bytes(answers: int, bytes_wanted: int, bytes_moved: int, bytes_missed: int)
 
 
 def _ratios(
-    compared: Sequence[int],
-    by_count: Mapping[int, Sequence[Turn]],
-    simulated: Mapping[int, Simulated],
-    seed: int,
+    compared: Sequence[int], by_count: Mapping[int, Sequence[Turn]], simulated: Mapping[int, Simulated], seed: int
 ) -> Iterator[Ratio]:
     """Simulated by measured throughput, repeat by repeat."""
     for count in compared:
-        pairs = [
-            (simulated[count].questions_per_s, _throughput(turn))
-            for turn in by_count[count]
-            if turn.completed
-        ]
+        pairs = [(simulated[count].questions_per_s, _throughput(turn)) for turn in by_count[count] if turn.completed]
         yield ratio({"replicas": count}, SIMULATED, REPLICAS, "request_throughput", pairs, seed=seed)
 
 
@@ -450,10 +464,7 @@ def _checks(
     if compared:
         said, off = [], []
         for count in compared:
-            real, predicted = (
-                _throughput_of(by_count[count]),
-                simulated[count].questions_per_s,
-            )
+            real, predicted = (_throughput_of(by_count[count]), simulated[count].questions_per_s)
             off.append(abs(predicted / real - 1) if real else float("inf"))
             words = f"{count} {'replica' if count == 1 else 'replicas'}: {predicted:.3g} questions/s simulated, {real:.3g} measured"
             said.append(words + (f" ({predicted / real:.2f})" if real else ""))
@@ -463,9 +474,11 @@ def _checks(
 def _systems(counts: Sequence[int], simulator: Simulator) -> dict[str, dict[str, Any]]:
     extent, schedule = simulator.extent, simulator.recorded.schedule
     common = {
-        "schedule": schedule.name.value, "placement": schedule.placement.value, "micro_batch": schedule.micro_batch,
+        "schedule": schedule.name.value,
+        "placement": schedule.placement.value,
+        "micro_batch": schedule.micro_batch,
         "batch_size": schedule.batch_size,
-    }  # fmt: skip
+    }
     systems: dict[str, dict[str, Any]] = {}
     if counts:
         systems[REPLICAS] = {
@@ -474,11 +487,14 @@ def _systems(counts: Sequence[int], simulator: Simulator) -> dict[str, dict[str,
         }
     systems[SIMULATED] = {
         "what": "simulated, not run: the product's own scheduler, batcher, lookahead and arenas over clocks whose rates were measured",
-        **common, "replicas_per_host": extent.per_host, "prompts_per_replica": extent.prompts_per_replica,
+        **common,
+        "replicas_per_host": extent.per_host,
+        "prompts_per_replica": extent.prompts_per_replica,
         "recorded_throughput": short(len(simulator.recorded.questions) / simulator.recorded.took_s),
-        "cut_s": short(simulator.recorded.cut_s), "handing_s": short(simulator.handing_s),
+        "cut_s": short(simulator.recorded.cut_s),
+        "handing_s": short(simulator.handing_s),
         "calibrated": {f"{count} side by side": found.described() for count, found in simulator.calibrations.items()},
-    }  # fmt: skip
+    }
     return systems
 
 
@@ -493,4 +509,4 @@ def _notes(simulator: Simulator, measured: int) -> list[str]:
         "recorded, they are copies of them on other lists of the same sizes.",
         "efficiency: throughput over that of one replica of the same system, divided by the number of replicas.",
         "used: shares of the time, on average over replicas or hosts; link counts lookahead too, awaiting only what retrievals waited for.",
-    ]  # fmt: skip
+    ]

@@ -99,8 +99,14 @@ class About:
     notes: tuple[str, ...] = ()
 
 
-async def drive(ask: Ask, prompts: Sequence[Prompt], due_s: Sequence[float], rate: float,
-                max_concurrency: int | None, advance: Advance) -> Run:  # fmt: skip
+async def drive(
+    ask: Ask,
+    prompts: Sequence[Prompt],
+    due_s: Sequence[float],
+    rate: float,
+    max_concurrency: int | None,
+    advance: Advance,
+) -> Run:
     """Start every request when it is due, and wait for all. Cancelled, it returns what has ended by then.
 
     Args:
@@ -147,8 +153,16 @@ async def drive(ask: Ask, prompts: Sequence[Prompt], due_s: Sequence[float], rat
         await asyncio.gather(watching, *running, return_exceptions=True)
     if not interrupted:  # not the end of the streams, which may come later
         ended_s = max(answer.sent_s + answer.latency_s for answer in answers.values())
-    return Run(rate, began_s, ended_s - began_s, [answers[number] for number in sorted(answers)], late_s, slow_s,
-               len(prompts), interrupted)  # fmt: skip
+    return Run(
+        rate,
+        began_s,
+        ended_s - began_s,
+        [answers[number] for number in sorted(answers)],
+        late_s,
+        slow_s,
+        len(prompts),
+        interrupted,
+    )
 
 
 def measure(client: LoadClient, prompts: Iterator[Prompt], load: Load, watch: Watch) -> list[Run]:
@@ -177,8 +191,9 @@ async def _measure(client: LoadClient, prompts: Iterator[Prompt], load: Load, wa
     async def run(what: str, count: int, rate: float) -> Run:
         due_s = arrivals_s(count, rate, load.burstiness, load.seed)
         with watch(what, count) as advance:
-            return await drive(client.ask, list(itertools.islice(prompts, count)), due_s.tolist(), rate,
-                               load.max_concurrency, advance)  # fmt: skip
+            return await drive(
+                client.ask, list(itertools.islice(prompts, count)), due_s.tolist(), rate, load.max_concurrency, advance
+            )
 
     async with client:
         if load.num_warmups:
@@ -186,8 +201,10 @@ async def _measure(client: LoadClient, prompts: Iterator[Prompt], load: Load, wa
             if warmup.interrupted:
                 return []
             if len(warmup.failed) == load.num_warmups:
-                raise ModelError(warmup.failed[0].error,
-                                 remedy="It was the warm-up, and nothing is measured yet; --num-warmups 0 leaves it out.")  # fmt: skip
+                raise ModelError(
+                    warmup.failed[0].error,
+                    remedy="It was the warm-up, and nothing is measured yet; --num-warmups 0 leaves it out.",
+                )
         for rate in load.rates:
             runs.append(await run(f"rate {rate:g}", load.num_prompts, rate))
             if runs[-1].interrupted:
@@ -195,9 +212,7 @@ async def _measure(client: LoadClient, prompts: Iterator[Prompt], load: Load, wa
     return runs
 
 
-def suite_result(
-    runs: Sequence[Run], load: Load, wanted: Wanted, about: About, *, detailed: bool
-) -> SuiteResult:
+def suite_result(runs: Sequence[Run], load: Load, wanted: Wanted, about: About, *, detailed: bool) -> SuiteResult:
     """The figures of a load as a benchmark's result; a run of which nothing ended has no cell.
 
     Args:
@@ -212,14 +227,21 @@ def suite_result(
     """
     answers = [answer for run in runs for answer in run.answers]
     if all(answer.error for answer in answers) and not runs[-1].interrupted:
-        raise ModelError(f"All requests failed ({len(answers)}). The first: {answers[0].error}",
-                         remedy="Check the server and the options; nothing is written.")  # fmt: skip
+        raise ModelError(
+            f"All requests failed ({len(answers)}). The first: {answers[0].error}",
+            remedy="Check the server and the options; nothing is written.",
+        )
     suite = SUITES[SuiteName.SERVE]
     cells = [
-        Cell(about.label, {"request_rate": "inf" if math.isinf(run.rate) else run.rate}, _values(run, wanted),
-             _detailed(run) if detailed else [])
-        for run in runs if run.answers
-    ]  # fmt: skip
+        Cell(
+            about.label,
+            {"request_rate": "inf" if math.isinf(run.rate) else run.rate},
+            _values(run, wanted),
+            _detailed(run) if detailed else [],
+        )
+        for run in runs
+        if run.answers
+    ]
     settings = {
         "num_prompts": load.num_prompts,
         "num_warmups": load.num_warmups,
@@ -277,15 +299,24 @@ def _detailed(run: Run) -> list[dict[str, Any]]:
 
 def _checks(run: Run) -> Iterator[Check]:
     whole = len(run.answers) - len(run.failed)
-    yield Check("requests answered", whole == run.planned,
-                f"At {run.name}, {whole} of {run.planned} requests brought a whole answer.")  # fmt: skip
+    yield Check(
+        "requests answered",
+        whole == run.planned,
+        f"At {run.name}, {whole} of {run.planned} requests brought a whole answer.",
+    )
     if not math.isinf(run.rate):
-        yield Check("requests on time", _late(run.late_s) <= LATE_S,
-                    f"At {run.name}, 99 % of requests started at most {1e3 * _late(run.late_s):.1f} ms after they were due; "
-                    f"{1e3 * LATE_S:g} ms are allowed.")  # fmt: skip
-    yield Check("answers read on time", _late(run.slow_s) <= LATE_S,
-                f"At {run.name}, the load generator was at most {1e3 * _late(run.slow_s):.1f} ms late in 99 % of cases, by which "
-                f"latencies may be too long; {1e3 * LATE_S:g} ms are allowed.")  # fmt: skip
+        yield Check(
+            "requests on time",
+            _late(run.late_s) <= LATE_S,
+            f"At {run.name}, 99 % of requests started at most {1e3 * _late(run.late_s):.1f} ms after they were due; "
+            f"{1e3 * LATE_S:g} ms are allowed.",
+        )
+    yield Check(
+        "answers read on time",
+        _late(run.slow_s) <= LATE_S,
+        f"At {run.name}, the load generator was at most {1e3 * _late(run.slow_s):.1f} ms late in 99 % of cases, by which "
+        f"latencies may be too long; {1e3 * LATE_S:g} ms are allowed.",
+    )
 
 
 def _late(times_s: Sequence[float]) -> float:
@@ -295,8 +326,10 @@ def _late(times_s: Sequence[float]) -> float:
 def _notes(run: Run) -> Iterator[str]:
     if run.interrupted:
         ended = len(run.answers)
-        yield (f"The run at {run.name} was interrupted when {ended} of {run.planned} requests had ended; "
-               f"{len(run.late_s) - ended} more had been due and are left out.")  # fmt: skip
+        yield (
+            f"The run at {run.name} was interrupted when {ended} of {run.planned} requests had ended; "
+            f"{len(run.late_s) - ended} more had been due and are left out."
+        )
     if run.failed:
         reasons = Counter(answer.error for answer in run.failed).most_common()
         told = " ".join(f"{count} x: {reason}" for reason, count in reasons[:REASONS_SHOWN])
@@ -305,8 +338,10 @@ def _notes(run: Run) -> Iterator[str]:
     whole = [answer for answer in run.answers if not answer.error]
     uncounted = sum(answer.usage_tokens is None for answer in whole)
     if uncounted:
-        yield (f"At {run.name}, the server sent no usage for {uncounted} of {len(whole)} answers: their output tokens are "
-               "pieces of text, and input tokens are unknown.")  # fmt: skip
+        yield (
+            f"At {run.name}, the server sent no usage for {uncounted} of {len(whole)} answers: their output tokens are "
+            "pieces of text, and input tokens are unknown."
+        )
     empty = sum(not answer.text_s for answer in whole)
     if empty:
         yield f"At {run.name}, {empty} of {len(whole)} answers were empty; their ttft is the time to their end."

@@ -9,7 +9,7 @@ import numpy as np
 from telerag_cli.bench.results import Key, Ratio
 
 RESAMPLES = 2000
-FEWEST_PAIRS = 3
+MIN_PAIRS = 3
 WIDEST = 1.5
 """Upper end over lower end of a ratio's confidence interval, from which on the ratio is not told: the pairs do not agree."""
 
@@ -35,18 +35,12 @@ def short(value: float) -> float:
 
 
 def ratio(
-    key: Key,
-    over: str,
-    under: str,
-    metric: str,
-    pairs: Sequence[Pair],
-    *,
-    seed: int = 0,
-    widest: float = WIDEST,
+    key: Key, over: str, under: str, metric: str, pairs: Sequence[Pair], *, seed: int = 0, widest: float = WIDEST
 ) -> Ratio:
     """How many times larger what was measured over is than what was measured under, pair by pair.
 
-    The geometric mean of the pairs' ratios, with the 2.5 and 97.5 percentiles of `RESAMPLES` bootstrap samples of the pairs.
+    The geometric mean of the pairs' ratios, with the 2.5 and 97.5 percentiles of `RESAMPLES` bootstrap samples of the
+    pairs.
 
     Args:
         key: where it was measured.
@@ -61,14 +55,21 @@ def ratio(
 
 
 def mean_ratio(
-    key: Key, over: str, under: str, metric: str, groups: Sequence[Sequence[Pair]], *, seed: int = 0, widest: float = WIDEST
-) -> Ratio:  # fmt: skip
+    key: Key,
+    over: str,
+    under: str,
+    metric: str,
+    groups: Sequence[Sequence[Pair]],
+    *,
+    seed: int = 0,
+    widest: float = WIDEST,
+) -> Ratio:
     """The geometric mean over groups, all of the same weight; pairs are resampled within their group. See `ratio`."""
     logs = [np.log([one / other for one, other in pairs]) for pairs in groups if len(pairs)]
     count = sum(map(len, logs))
-    if not logs or min(map(len, logs)) < FEWEST_PAIRS:
+    if not logs or min(map(len, logs)) < MIN_PAIRS:
         fewest = min(map(len, logs)) if logs else 0
-        note = f"too few: {fewest} of the {FEWEST_PAIRS} pairs that are needed"
+        note = f"too few: {fewest} of the {MIN_PAIRS} pairs that are needed"
         return Ratio(key, over, under, metric, count, None, 0.0, 0.0, note)
     random = np.random.default_rng(seed)
     means = np.mean(

@@ -56,15 +56,22 @@ class Suite:
 
 
 SUITES = {
-    SuiteName.LATENCY: Suite("Latency of single queries", "the paper's comparison of end-to-end latency by pipeline and dataset",
-                             ("pipeline", "dataset", "pages")),
+    SuiteName.LATENCY: Suite(
+        "Latency of single queries",
+        "the paper's comparison of end-to-end latency by pipeline and dataset",
+        ("pipeline", "dataset", "pages"),
+    ),
     SuiteName.NPROBE: Suite("Latency by lists probed", "the paper's sensitivity to nprobe", ("nprobe",)),
-    SuiteName.HIT_RATE: Suite("Lists in fast memory at the join, by bytes moved", "the paper's hit rate by prefetch budget", ("budget",)),
+    SuiteName.HIT_RATE: Suite(
+        "Lists in fast memory at the join, by bytes moved", "the paper's hit rate by prefetch budget", ("budget",)
+    ),
     SuiteName.THROUGHPUT: Suite("Throughput by batch size", "the paper's throughput by batch size", ("batch_size",)),
     SuiteName.BREAKDOWN: Suite("Where the time goes", "the paper's breakdown of latency into stages", ("pipeline",)),
     SuiteName.CACHE: Suite("Cache policies", "the paper's ablation of the cache", ("skew", "cache_fraction")),
     SuiteName.SCALING: Suite("Throughput by replicas", "the paper's scaling over several GPUs", ("replicas",)),
-    SuiteName.EMBED: Suite("Embedding a corpus", "nothing in the paper, which takes embeddings as given", ("batch_size",)),
+    SuiteName.EMBED: Suite(
+        "Embedding a corpus", "nothing in the paper, which takes embeddings as given", ("batch_size",)
+    ),
     SuiteName.BUILD: Suite("Building an index", "nothing in the paper, which takes the index as given", ()),
     SuiteName.SERVE: Suite("A server under load", "nothing in the paper, which serves nobody", ("request_rate",)),
-}  # fmt: skip
+}

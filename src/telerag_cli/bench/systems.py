@@ -17,17 +17,17 @@ from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.config import Lookahead, ScheduleName, TierKind, format_bytes
 from telerag_cli.engine.assemble import Opened, open_retriever
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.placement import TierOptions, device_number, plan_tier
 from telerag_cli.engine.retrieval import Finder, Retrievals
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import TierOptions, device_number, plan_tier
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.scoring import Coarse, faiss_threads
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.lookahead.round import Round
-from telerag_cli.profiling.lists import bring
+from telerag_cli.llm.base import Generator
+from telerag_cli.planning.lists import bring
+from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
 
@@ -70,9 +70,7 @@ class Perfect(Retriever):
     known: FloatArray | None = None
     """The query to come, (n, dimension)."""
 
-    def begin_each(
-        self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False
-    ) -> list[Round]:
+    def begin_each(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
         """Start lookahead for the query that is known."""
         assert self.known is not None, "nobody has said what the query will be"
         return super().begin_each([self.known] * len(searches), nprobe, refining=refining)
@@ -83,16 +81,14 @@ class Useless(Retriever):
 
     random = np.random.default_rng(0)
 
-    def begin_each(
-        self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False
-    ) -> list[Round]:
+    def begin_each(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
         """Start lookahead for anything but these queries."""
         wrong = [self.random.standard_normal(each.shape, np.float32) for each in searches]
         return super().begin_each(wrong, nprobe, refining=refining)
 
 
 @dataclass
-class Rig:
+class Harness:
     """Systems side by side over one index and one LLM. Cold, they share an arena that is emptied before each question."""
 
     setup: Setup
@@ -102,7 +98,7 @@ class Rig:
     _shared: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, setup: Setup, names: Iterable[SystemName]) -> Rig:
+    def open(cls, setup: Setup, names: Iterable[SystemName]) -> Harness:
         """Open systems; none stays open if one cannot be.
 
         Raises:
@@ -112,8 +108,10 @@ class Rig:
         rig = cls(setup)
         names = list(dict.fromkeys(names))
         if names == [SystemName.LLM_ONLY]:
-            raise UsageError("llm-only gives the LLM passages that other systems found, and is the only one.",
-                             remedy="Name another --system beside it.")  # fmt: skip
+            raise UsageError(
+                "llm-only gives the LLM passages that other systems found, and is the only one.",
+                remedy="Name another --system beside it.",
+            )
         _check_memory(setup, names)
         try:
             for name in names:
@@ -124,7 +122,7 @@ class Rig:
             raise
         return rig
 
-    def __enter__(self) -> Rig:
+    def __enter__(self) -> Harness:
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -188,9 +186,7 @@ class Rig:
         index = self.setup.opened.index
 
         def read() -> FaissMemory:
-            with self.setup.progress(
-                "reading lists into memory", int(index.extents.sum()), unit="bytes"
-            ) as advance:
+            with self.setup.progress("reading lists into memory", int(index.list_bytes.sum()), unit="bytes") as advance:
                 return FaissMemory(index, self.coarse(), advance)
 
         made: FaissMemory = self._once("memory", read)
@@ -200,20 +196,13 @@ class Rig:
         """An engine over the shared LLM."""
         setup = self.setup
         settings = replace(setup.settings, lookahead=lookahead)
-        return Engine(
-            setup.generator, setup.opened.embedder, retriever, setup.opened.passages, settings, finder=finder
-        )
+        return Engine(setup.generator, setup.opened.embedder, retriever, setup.opened.passages, settings, finder=finder)
 
     def plain(self, searcher: Plain) -> Engine:
         """An engine that finds passages with something else than a fast tier."""
         setup, settings = self.setup, self.setup.settings
         finder = Retrievals(
-            setup.opened.embedder,
-            searcher,
-            setup.opened.passages,
-            settings.k,
-            settings.nprobe,
-            Tracer(enabled=False),
+            setup.opened.embedder, searcher, setup.opened.passages, settings.k, settings.nprobe, Tracer(enabled=False)
         )
         return self.engine(self._idle(), Lookahead.OFF, finder)
 
@@ -229,16 +218,18 @@ class Rig:
 
 
 def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
-    lists = int(setup.opened.index.extents.sum())
+    lists = int(setup.opened.index.list_bytes.sum())
     whole = [name for name in names if name in (SystemName.FAISS_MEMORY, SystemName.RESIDENT)]
     free = available_bytes()
     if len(whole) * lists > free and setup.tier.kind in (TierKind.HOST, TierKind.AUTO):
-        raise ResourceError(f"{' and '.join(whole)} take {format_bytes(lists)} of RAM each, and {format_bytes(free)} are free.",
-                            remedy="Leave one of them out, or use a smaller index.")  # fmt: skip
+        raise ResourceError(
+            f"{' and '.join(whole)} take {format_bytes(lists)} of RAM each, and {format_bytes(free)} are free.",
+            remedy="Leave one of them out, or use a smaller index.",
+        )
 
 
 def _telerag(
-    rig: Rig,
+    rig: Harness,
     name: SystemName,
     lookahead: Lookahead,
     what: str,
@@ -248,10 +239,14 @@ def _telerag(
     retriever = rig.retriever(kind)
     tier = retriever.tier
     configuration = {
-        "what": f"telerag, {what}", "lookahead": lookahead.value, "arena_bytes": tier.arena_bytes, "cache": rig.setup.tier.cache.value,
-        "cache_fraction": rig.setup.cache_fraction, "schedule": schedule.value,
+        "what": f"telerag, {what}",
+        "lookahead": lookahead.value,
+        "arena_bytes": tier.arena_bytes,
+        "cache": rig.setup.tier.cache.value,
+        "cache_fraction": rig.setup.cache_fraction,
+        "schedule": schedule.value,
         "tier": plan_tier(rig.setup.opened.index, rig.setup.tier).name,
-    }  # fmt: skip
+    }
     return System(
         name,
         configuration,
@@ -267,42 +262,35 @@ def _faiss(name: SystemName, what: str, engine: Engine, **hooks: Any) -> System:
     return System(name, configuration, engine, **hooks)
 
 
-def _open_ondisk(rig: Rig) -> System:
+def _open_ondisk(rig: Harness) -> System:
     searcher = FaissOnDisk(rig.setup.opened.index, rig.coarse())
     rig._undo.callback(searcher.unmap)
     what = "OnDiskInvertedLists: lists.bin mapped into memory, read through the page cache"
-    return _faiss(
-        SystemName.FAISS_ONDISK, what, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map
-    )
+    return _faiss(SystemName.FAISS_ONDISK, what, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map)
 
 
-def _open_memory(rig: Rig) -> System:
+def _open_memory(rig: Harness) -> System:
     return _faiss(SystemName.FAISS_MEMORY, "all lists in RAM (ArrayInvertedLists)", rig.plain(rig.memory()))
 
 
-def _open_gpu(rig: Rig) -> System:
+def _open_gpu(rig: Harness) -> System:
     searcher = FaissGpu(rig.memory(), device_number(rig.setup.tier.device))
     return _faiss(SystemName.FAISS_GPU, "all lists on the GPU (GpuIndexIVF)", rig.plain(searcher))
 
 
-def _open_lance(rig: Rig) -> System:
+def _open_lance(rig: Harness) -> System:
     from telerag_cli.bench.lance import open_lance
 
     searcher, configuration, files = open_lance(rig.setup.opened, rig.setup.progress)
     return System(
-        SystemName.LANCEDB,
-        configuration,
-        rig.plain(searcher),
-        forget=searcher.unmap,
-        prepare=searcher.map,
-        files=files,
+        SystemName.LANCEDB, configuration, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map, files=files
     )
 
 
-def _open_resident(rig: Rig) -> System:
+def _open_resident(rig: Harness) -> System:
     setup = rig.setup
     index = setup.opened.index
-    everything = int(index.extents.sum())
+    everything = int(index.list_bytes.sum())
     on_gpu = setup.tier.kind in (TierKind.CUDA, TierKind.SIMULATED)
     options = (
         replace(setup.tier, gpu_memory_bytes=everything)
@@ -312,18 +300,18 @@ def _open_resident(rig: Rig) -> System:
     plan = plan_tier(index, options)
     retriever = open_retriever(index, plan, progress=setup.progress)
     rig._undo.callback(retriever.close)
-    bring(retriever.tier, np.flatnonzero(index.extents > 0))
-    configuration = {"what": "telerag, every list in the fast tier all the time: the limit", "lookahead": "off",
-                     "arena_bytes": retriever.tier.arena_bytes, "tier": plan.name}  # fmt: skip
-    return System(
-        SystemName.RESIDENT, configuration, rig.engine(retriever, Lookahead.OFF), retriever=retriever
-    )
-
-
-def _open_llm_only(rig: Rig) -> System:
+    bring(retriever.tier, np.flatnonzero(index.list_bytes > 0))
     configuration = {
-        "what": "the same LLM calls, given passages that were found before: no embedding, no retrieval"
+        "what": "telerag, every list in the fast tier all the time: the limit",
+        "lookahead": "off",
+        "arena_bytes": retriever.tier.arena_bytes,
+        "tier": plan.name,
     }
+    return System(SystemName.RESIDENT, configuration, rig.engine(retriever, Lookahead.OFF), retriever=retriever)
+
+
+def _open_llm_only(rig: Harness) -> System:
+    configuration = {"what": "the same LLM calls, given passages that were found before: no embedding, no retrieval"}
     return System(SystemName.LLM_ONLY, configuration, rig.engine(rig._idle(), Lookahead.OFF, rig.recalled))
 
 
@@ -333,25 +321,35 @@ def _lookahead(
     what: str,
     kind: type[Retriever] = Retriever,
     schedule: ScheduleName = ScheduleName.ARRIVAL,
-) -> Callable[[Rig], System]:
+) -> Callable[[Harness], System]:
     """Opens telerag with something that predicts, or nothing."""
     return partial(_telerag, name=name, lookahead=mode, what=what, kind=kind, schedule=schedule)
 
 
-OPENERS: dict[SystemName, Callable[[Rig], System]] = {
+OPENERS: dict[SystemName, Callable[[Harness], System]] = {
     SystemName.FAISS_MEMORY: _open_memory,
     SystemName.FAISS_ONDISK: _open_ondisk,
     SystemName.FAISS_GPU: _open_gpu,
     SystemName.LANCEDB: _open_lance,
     SystemName.FETCH: _lookahead(SystemName.FETCH, Lookahead.OFF, "no lookahead: lists move when the query is there"),
-    SystemName.QUESTION: _lookahead(SystemName.QUESTION, Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"),
-    SystemName.ARRIVAL: _lookahead(SystemName.ARRIVAL, Lookahead.REFINED, "as refined, with the questions in order of arrival"),
-    SystemName.REFINED: _lookahead(SystemName.REFINED, Lookahead.REFINED, "lookahead by the question and the text so far: the default",
-                                   schedule=ScheduleName.SIMILAR),
-    SystemName.PERFECT: _lookahead(SystemName.PERFECT, Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do",
-                                   Perfect),
-    SystemName.USELESS: _lookahead(SystemName.USELESS, Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost",
-                                   Useless),
+    SystemName.QUESTION: _lookahead(
+        SystemName.QUESTION, Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"
+    ),
+    SystemName.ARRIVAL: _lookahead(
+        SystemName.ARRIVAL, Lookahead.REFINED, "as refined, with the questions in order of arrival"
+    ),
+    SystemName.REFINED: _lookahead(
+        SystemName.REFINED,
+        Lookahead.REFINED,
+        "lookahead by the question and the text so far: the default",
+        schedule=ScheduleName.SIMILAR,
+    ),
+    SystemName.PERFECT: _lookahead(
+        SystemName.PERFECT, Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do", Perfect
+    ),
+    SystemName.USELESS: _lookahead(
+        SystemName.USELESS, Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost", Useless
+    ),
     SystemName.RESIDENT: _open_resident,
     SystemName.LLM_ONLY: _open_llm_only,
-}  # fmt: skip
+}

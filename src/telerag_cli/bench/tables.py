@@ -16,7 +16,7 @@ from telerag_cli.config import format_bytes
 NONE = "\N{EN DASH}"
 """In the place of a figure that was not measured."""
 
-MOST_COLUMNS = 6
+MAX_COLUMNS = 6
 """Figures a row of the table that is shown first; all of them stand in the tables behind it."""
 
 COUNTS = ("completed", "failed")
@@ -124,11 +124,7 @@ def label(name: str) -> str:
 def is_bytes(name: str) -> bool:
     """Whether a field is a number of bytes."""
     name = name.rpartition(".")[2]
-    return (
-        name == "bytes"
-        or name.endswith("_bytes")
-        or (name.startswith("bytes_") and not name.endswith("_per_s"))
-    )
+    return name == "bytes" or name.endswith("_bytes") or (name.startswith("bytes_") and not name.endswith("_per_s"))
 
 
 def is_time(name: str) -> bool:
@@ -239,7 +235,7 @@ def scalars(cells: Iterable[Cell]) -> list[str]:
     """Names of values that are no tables, in order of appearance."""
     return list(
         dict.fromkeys(name for cell in cells for name, value in cell.values.items() if not isinstance(value, dict))
-    )  # fmt: skip
+    )
 
 
 def stages(cells: Iterable[Cell], name: str) -> list[str]:
@@ -250,8 +246,10 @@ def stages(cells: Iterable[Cell], name: str) -> list[str]:
 def headline(result: SuiteResult) -> list[str]:
     """The values to be shown first: those that everybody looks for, then what the suite has besides."""
     present = [
-        name for name in scalars(result.cells) if any(number(cell.values.get(name)) is not None for cell in result.cells)
-    ]  # fmt: skip
+        name
+        for name in scalars(result.cells)
+        if any(number(cell.values.get(name)) is not None for cell in result.cells)
+    ]
     chosen = [name for name in PREFERRED if name in present]
     chosen = [name for name in chosen if name.replace("mean_", "median_", 1) not in set(chosen) - {name}]
     others = [
@@ -264,7 +262,7 @@ def headline(result: SuiteResult) -> list[str]:
     chosen += [name for name in LAST if name in present]
     counts = [name for name in COUNTS if name in chosen]
     words = [name for name in WORDS if any(name in cell.values for cell in result.cells)]
-    return counts + [name for name in chosen if name not in COUNTS][:MOST_COLUMNS] + words
+    return counts + [name for name in chosen if name not in COUNTS][:MAX_COLUMNS] + words
 
 
 def at(key: Key, axis: str) -> str:
@@ -344,9 +342,7 @@ def ratios_table(result: SuiteResult) -> Table:
             plain(ratio.pairs),
         ]
         row += [NONE if ratio.ratio is None else times(ratio.ratio), interval(ratio)]
-        rows.append(
-            tuple(row + ([ratio.note or (why_none(ratio) if ratio.ratio is None else "")] if noted else []))
-        )
+        rows.append(tuple(row + ([ratio.note or (why_none(ratio) if ratio.ratio is None else "")] if noted else [])))
     columns = (*heads, *rest, *([Column("note", "why there is no number", figures=False)] if noted else []))
     return Table(caption, columns, tuple(rows), len(heads), len(result.axes))
 
@@ -374,19 +370,19 @@ def _exact(result: SuiteResult, caption: str, names: Sequence[str]) -> Table:
     cells = [cell for cell in result.cells if any(name in cell.values for name in names)]
     rows = [[plain(cell.values.get(name)) for name in names] for cell in cells]
     words = {name for name in names if any(isinstance(cell.values.get(name), str) for cell in cells)}
-    return _cells_table(
-        caption, result, [Column(name, name, name not in words) for name in names], rows, cells
-    )
+    return _cells_table(caption, result, [Column(name, name, name not in words) for name in names], rows, cells)
 
 
-def _cells_table(caption: str, result: SuiteResult, columns: Sequence[Column], rows: Sequence[Sequence[str]],
-                 cells: Sequence[Cell]) -> Table:  # fmt: skip
+def _cells_table(
+    caption: str, result: SuiteResult, columns: Sequence[Column], rows: Sequence[Sequence[str]], cells: Sequence[Cell]
+) -> Table:
     heads = [Column(axis, label(axis), figures=False) for axis in result.axes] + [
         Column("system", "system", figures=False)
     ]
     full = [
-        (*(at(cell.key, axis) for axis in result.axes), cell.system, *row) for cell, row in zip(cells, rows, strict=True)
-    ]  # fmt: skip
+        (*(at(cell.key, axis) for axis in result.axes), cell.system, *row)
+        for cell, row in zip(cells, rows, strict=True)
+    ]
     return Table(caption, (*heads, *columns), tuple(full), len(heads), len(result.axes))
 
 
@@ -402,8 +398,10 @@ def ordered(results: Mapping[str, SuiteResult]) -> dict[str, SuiteResult]:
 def titles(results: Mapping[str, SuiteResult]) -> dict[str, str]:
     """A heading for each; the file's name tells apart what has the same title."""
     given = [result.title for result in results.values()]
-    return {stem: result.title if given.count(result.title) == 1 else f"{result.title} ({stem})"
-            for stem, result in results.items()}  # fmt: skip
+    return {
+        stem: result.title if given.count(result.title) == 1 else f"{result.title} ({stem})"
+        for stem, result in results.items()
+    }
 
 
 def machines(results: Mapping[str, SuiteResult]) -> list[tuple[dict[str, Any], list[str]]]:
@@ -420,14 +418,26 @@ def machines(results: Mapping[str, SuiteResult]) -> list[tuple[dict[str, Any], l
 
 def overview(results: Mapping[str, SuiteResult]) -> Table:
     """A row a suite: how much was measured, and whether it may be believed."""
-    columns = (Column("title", "suite", figures=False), Column("stands_for", "stands for", figures=False), Column("cells", "cells"),
-               Column("failed", "cells failed"), Column("checks", "checks held"), Column("took", "took"))  # fmt: skip
+    columns = (
+        Column("title", "suite", figures=False),
+        Column("stands_for", "stands for", figures=False),
+        Column("cells", "cells"),
+        Column("failed", "cells failed"),
+        Column("checks", "checks held"),
+        Column("took", "took"),
+    )
     names = titles(results)
     rows = tuple(
-        (names[stem], result.stands_for, plain(len(result.cells)), plain(sum(map(has_failed, result.cells))),
-         f"{sum(check.held for check in result.checks)} of {len(result.checks)}", took(result.took_s))
+        (
+            names[stem],
+            result.stands_for,
+            plain(len(result.cells)),
+            plain(sum(map(has_failed, result.cells))),
+            f"{sum(check.held for check in result.checks)} of {len(result.checks)}",
+            took(result.took_s),
+        )
         for stem, result in results.items()
-    )  # fmt: skip
+    )
     return Table("What was measured", columns, rows, 1)
 
 
@@ -465,11 +475,7 @@ def configured(result: SuiteResult) -> list[tuple[str, str, str]]:
         values = result.systems[name]
         rest = {key: value for key, value in values.items() if key != "what"}
         told.append(
-            (
-                name,
-                plain(values.get("what", "")),
-                "; ".join(f"{key} {value}" for key, value in described(rest)),
-            )
+            (name, plain(values.get("what", "")), "; ".join(f"{key} {value}" for key, value in described(rest)))
         )
     return told
 
@@ -480,8 +486,4 @@ def moment(date: str) -> str:
         then = datetime.fromisoformat(date)
     except ValueError:
         return date
-    return (
-        then.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-        if then.tzinfo
-        else then.strftime("%Y-%m-%d %H:%M")
-    )
+    return then.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if then.tzinfo else then.strftime("%Y-%m-%d %H:%M")

@@ -42,9 +42,7 @@ def blocks(handle: IO[str], characters: int = BLOCK_CHARACTERS) -> Iterator[tupl
         held += read
         if len(read) < characters:
             continue
-        cut = next(
-            (at + len(mark) for mark in ("\n\n", "\n", " ") if (at := held.rfind(mark)) > 0), len(held)
-        )
+        cut = next((at + len(mark) for mark in ("\n\n", "\n", " ") if (at := held.rfind(mark)) > 0), len(held))
         yield start, held[:cut]
         start, held = start + cut, held[cut:]
     if held:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from telerag_cli.errors import ArtifactError, InputError, UsageError
-from telerag_cli.files import checksum, explain, read_json
+from telerag_cli.files import checksum, read_json, wrap_os_error
 
 FORMAT = "telerag-embeddings"
 DESCRIPTION = "embeddings.json"
@@ -26,9 +26,7 @@ READ_ROWS = 8192
 BUFFER_BYTES = 1 << 20
 """Column chunks are read through a buffer of this size, so that a large row group is never held whole."""
 FINGERPRINT_BYTES = 1 << 20
-PASSAGE_SCHEMA = pa.schema(
-    [pa.field(name, pa.string(), nullable=False) for name in ("id", "text", "metadata")]
-)
+PASSAGE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "text", "metadata")])
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -77,8 +75,10 @@ class Embeddings:
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith("."))
             if not files:
-                raise ArtifactError(f"{path} holds no Parquet file and no {DESCRIPTION}.",
-                                    remedy="Name a folder made by telerag embed, or Parquet with a vector column.")  # fmt: skip
+                raise ArtifactError(
+                    f"{path} holds no Parquet file and no {DESCRIPTION}.",
+                    remedy="Name a folder made by telerag embed, or Parquet with a vector column.",
+                )
         else:
             files = [path]
         shards: list[Shard] = []
@@ -94,8 +94,10 @@ class Embeddings:
                 dtype = dtype or str(parquet.schema_arrow.field(column).type.value_type)
             dimension = dimension or found
             if found != dimension:
-                raise ArtifactError(f"{file} holds vectors of dimension {found}, and {files[0].name} of {dimension}.",
-                                    remedy="Use files of one embedder.")  # fmt: skip
+                raise ArtifactError(
+                    f"{file} holds vectors of dimension {found}, and {files[0].name} of {dimension}.",
+                    remedy="Use files of one embedder.",
+                )
             shards.append(shard)
             start += shard.rows
         if column is None or not shards:
@@ -141,8 +143,8 @@ class Embeddings:
         """All vectors from ``start`` on, in blocks of ``rows`` (the last may be shorter).
 
         Yields:
-            The number of the block's first row, and the vectors as float32 (n, dimension). The array is used again for the
-            next block.
+            The number of the block's first row, and the vectors as float32 (n, dimension). The array is used again for
+            the next block.
 
         Raises:
             InputError: a vector is missing or holds NaN or infinity.
@@ -201,13 +203,9 @@ class Embeddings:
 
     def passages_of(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         """`passages` of one shard."""
-        return Embeddings(
-            self.path, self.column, self.dimension, self.dtype, (shard,), self.description
-        ).passages()
+        return Embeddings(self.path, self.column, self.dimension, self.dtype, (shard,), self.description).passages()
 
-    def _stream(
-        self, columns: list[str], start: int, stop: int | None = None
-    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def _stream(self, columns: list[str], start: int, stop: int | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
         stop = self.rows if stop is None else stop
         for shard in self.shards:
             if shard.start + shard.rows <= start or shard.start >= stop:
@@ -245,16 +243,13 @@ class Embeddings:
             ids = pa.array([str(number) for number in range(row, row + count)], pa.string())
         elif ids.null_count:
             ids = pa.array(
-                [str(row + i) if name is None else name for i, name in enumerate(ids.to_pylist())],
-                pa.string(),
+                [str(row + i) if name is None else name for i, name in enumerate(ids.to_pylist())], pa.string()
             )
         text = pa.array([""] * count, pa.string()) if text is None else text.fill_null("")
         if self.description and names == ["metadata"]:
             metadata = table.column("metadata").combine_chunks()  # ours: JSON already
         elif names:
-            metadata = pa.array(
-                [_metadata(values) for values in table.select(names).to_pylist()], pa.string()
-            )
+            metadata = pa.array([_metadata(values) for values in table.select(names).to_pylist()], pa.string())
         else:
             metadata = pa.array(["{}"] * count, pa.string())
         return pa.record_batch([ids, text, metadata], schema=PASSAGE_SCHEMA)
@@ -263,21 +258,24 @@ class Embeddings:
         """A batch of the vector column as (n, dimension)."""
         if column.null_count:
             missing = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise InputError(
-                f"Row {row + missing:,} of {self.path} has no vector.", remedy="Drop it or embed it."
-            )
+            raise InputError(f"Row {row + missing:,} of {self.path} has no vector.", remedy="Drop it or embed it.")
         if not pa.types.is_fixed_size_list(column.type):
             lengths = column.value_lengths().to_numpy(zero_copy_only=False)
             odd = np.flatnonzero(lengths != self.dimension)
             if len(odd):
                 shard = next(s for s in self.shards if row < s.start + s.rows)
-                raise ArtifactError(f"Row {row + odd[0]:,} of {shard.path} has dimension {lengths[odd[0]]}, and the "
-                                    f"first has {self.dimension}.", remedy="Use vectors of one embedder.")  # fmt: skip
+                raise ArtifactError(
+                    f"Row {row + odd[0]:,} of {shard.path} has dimension {lengths[odd[0]]}, and the "
+                    f"first has {self.dimension}.",
+                    remedy="Use vectors of one embedder.",
+                )
         values = column.flatten()
         if values.null_count:
             place = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0]) // self.dimension
-            raise InputError(f"The vector in row {row + place:,} of {self.path} has a null in it.",
-                             remedy="Drop it or embed it again.")  # fmt: skip
+            raise InputError(
+                f"The vector in row {row + place:,} of {self.path} has a null in it.",
+                remedy="Drop it or embed it again.",
+            )
         vectors: npt.NDArray[Any] = values.to_numpy(zero_copy_only=True).reshape(-1, self.dimension)
         # float64 may exceed float32, and that shows as infinity too.
         with np.errstate(over="ignore"):
@@ -285,8 +283,10 @@ class Embeddings:
         finite = np.isfinite(vectors)
         if not finite.all():
             odd_row, place = np.argwhere(~finite)[0]
-            raise InputError(f"The vector in row {row + odd_row:,} of {self.path} holds {vectors[odd_row, place]}.",
-                             remedy="Embed that passage again or drop it.")  # fmt: skip
+            raise InputError(
+                f"The vector in row {row + odd_row:,} of {self.path} holds {vectors[odd_row, place]}.",
+                remedy="Embed that passage again or drop it.",
+            )
         return vectors
 
 
@@ -298,23 +298,22 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{folder / DESCRIPTION} does not describe {FORMAT}.", remedy="Embed the corpus again."
-        )
+        raise ArtifactError(f"{folder / DESCRIPTION} does not describe {FORMAT}.", remedy="Embed the corpus again.")
     if description.get("version") != 1:
-        raise ArtifactError(f"{folder} is {FORMAT} version {description.get('version')}, and this telerag reads version 1.",
-                            remedy="Embed the corpus again with this version.")  # fmt: skip
-    if not description.get("complete"):
         raise ArtifactError(
-            f"{folder} is not finished.", remedy="Run the same telerag embed again; it resumes."
+            f"{folder} is {FORMAT} version {description.get('version')}, and this telerag reads version 1.",
+            remedy="Embed the corpus again with this version.",
         )
+    if not description.get("complete"):
+        raise ArtifactError(f"{folder} is not finished.", remedy="Run the same telerag embed again; it resumes.")
     for shard in description["shards"]:
         file = folder / shard["name"]
         size = file.stat().st_size if file.exists() else None
         if size != shard["bytes"]:
             found = "is missing" if size is None else f"has {size:,} bytes"
-            raise ArtifactError(f"{file} {found}, and {DESCRIPTION} says {shard['bytes']:,} bytes.",
-                                remedy="Restore it or embed again.")  # fmt: skip
+            raise ArtifactError(
+                f"{file} {found}, and {DESCRIPTION} says {shard['bytes']:,} bytes.", remedy="Restore it or embed again."
+            )
     return description
 
 
@@ -335,9 +334,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         ArtifactError: missing or not Parquet.
     """
     try:
-        return pq.ParquetFile(
-            path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
-        )
+        return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(path, error) from error
 
@@ -353,9 +350,11 @@ def _ahead(items: Iterator[T]) -> Generator[T]:
 
 def _damaged(path: Path, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is not None:
-        return explain(error, path)
-    return ArtifactError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}.",
-                         remedy="Restore the file or make it again.")  # fmt: skip
+        return wrap_os_error(error, path)
+    return ArtifactError(
+        f"{path} cannot be read as Parquet: {' '.join(str(error).split())}.",
+        remedy="Restore the file or make it again.",
+    )
 
 
 def _is_vector(field: pa.Field) -> bool:
@@ -373,16 +372,18 @@ def _vector_column(schema: pa.Schema, path: Path, wanted: str | None) -> str:
     if wanted is not None:
         if wanted not in names:
             have = ", ".join(names) or "none"
-            raise UsageError(f"{path} has no vector column '{wanted}'; its vector columns are: {have}.",
-                             remedy="Name one with --column.")  # fmt: skip
+            raise UsageError(
+                f"{path} has no vector column '{wanted}'; its vector columns are: {have}.",
+                remedy="Name one with --column.",
+            )
         return wanted
     if not names:
-        raise UsageError(f"{path} has no column of float lists; its columns are: {', '.join(schema.names)}.",
-                         remedy="Store each vector as a fixed-size list of float16, float32 or float64.")  # fmt: skip
-    if len(names) > 1:
         raise UsageError(
-            f"{path} has {len(names)} vector columns: {', '.join(names)}.", remedy="Choose with --column."
+            f"{path} has no column of float lists; its columns are: {', '.join(schema.names)}.",
+            remedy="Store each vector as a fixed-size list of float16, float32 or float64.",
         )
+    if len(names) > 1:
+        raise UsageError(f"{path} has {len(names)} vector columns: {', '.join(names)}.", remedy="Choose with --column.")
     chosen: str = names[0]
     return chosen
 
@@ -395,9 +396,7 @@ def _dimension(parquet: pq.ParquetFile, column: str, path: Path) -> int:
         first = next(parquet.iter_batches(1, columns=[column])).column(0)
         size = int(first.value_lengths()[0].as_py() or 0)
     if not size:
-        raise InputError(
-            f"The vectors of {path} have no dimensions.", remedy="Name another column with --column."
-        )
+        raise InputError(f"The vectors of {path} have no dimensions.", remedy="Name another column with --column.")
     return size
 
 

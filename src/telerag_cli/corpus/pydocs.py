@@ -27,10 +27,43 @@ MAX_CHARS = 1000
 MIN_CHARS = 40
 """Shorter docstrings ("Not implemented.") answer nothing."""
 
-_COMPILED = ("builtins", "itertools", "math", "cmath", "array", "time", "sys", "gc", "zlib", "binascii",
-             "unicodedata", "mmap", "select", "fcntl", "marshal", "errno", "atexit", "faulthandler")  # fmt: skip
-_SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "distutils", "turtledemo", "pydoc_data", "ensurepip",
-                      "site-packages", "dist-packages", "lib-dynload", "this", "antigravity"})  # fmt: skip
+_COMPILED = (
+    "builtins",
+    "itertools",
+    "math",
+    "cmath",
+    "array",
+    "time",
+    "sys",
+    "gc",
+    "zlib",
+    "binascii",
+    "unicodedata",
+    "mmap",
+    "select",
+    "fcntl",
+    "marshal",
+    "errno",
+    "atexit",
+    "faulthandler",
+)
+_SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "turtledemo",
+        "pydoc_data",
+        "ensurepip",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "this",
+        "antigravity",
+    }
+)
 _PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_pydatetime": "datetime"}
 """Modules whose documented source has a private name, because a compiled twin usually takes its place."""
 
@@ -92,11 +125,7 @@ def _passages(name: str, title: str, text: str, module: str, kind: str) -> Itera
 def _pieces(text: str) -> Iterator[str]:
     """Pieces of at most ``MAX_CHARS`` characters: whole paragraphs, else whole lines, else parts of a line."""
     return _joined(
-        (
-            block
-            for paragraph in re.split(r"\n\s*\n", text.strip("\n"))
-            for block in _joined(_lines(paragraph), "\n")
-        ),
+        (block for paragraph in re.split(r"\n\s*\n", text.strip("\n")) for block in _joined(_lines(paragraph), "\n")),
         "\n\n",
     )
 

@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn, cast
 from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 
 STDIN = "-"
 PARQUET_ROWS = 1024
@@ -84,9 +84,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
         root = Path(argument)
         if root.is_dir():
             members = [(path, path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
-            members = [
-                (path, name) for path, name in members if not any(part.startswith(".") for part in name.parts)
-            ]
+            members = [(path, name) for path, name in members if not any(part.startswith(".") for part in name.parts)]
             known = sorted((name.parts, path, kind) for path, name in members if (kind := _kind(path)))
             if not known:
                 raise InputError(
@@ -106,10 +104,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
                 )
             found.append((Source(root, kind, root.name), str(root)))
     uses = Counter(source.label for source, _ in found)
-    return [
-        source if uses[source.label] == 1 else Source(source.path, source.kind, full)
-        for source, full in found
-    ]
+    return [source if uses[source.label] == 1 else Source(source.path, source.kind, full) for source, full in found]
 
 
 def _kind(path: Path) -> Kind | None:
@@ -125,12 +120,7 @@ def count_passages(sources: Sequence[Source]) -> int | None:
     total = 0
     for source in sources:
         path = source.path
-        if (
-            path is None
-            or not path.is_file()
-            or path.suffix == ".gz"
-            or source.kind in (Kind.TEXT, Kind.MARKDOWN)
-        ):
+        if path is None or not path.is_file() or path.suffix == ".gz" or source.kind in (Kind.TEXT, Kind.MARKDOWN):
             return None
         if source.kind is Kind.PARQUET:
             total += _parquet(path).metadata.num_rows
@@ -140,7 +130,7 @@ def count_passages(sources: Sequence[Source]) -> int | None:
                 while block := handle.read(1 << 20):
                     total += block.count(b"\n")
         except OSError as error:
-            raise explain(error, path) from error
+            raise wrap_os_error(error, path) from error
         total -= source.kind is not Kind.JSONL  # the header
     return max(total, 0)
 
@@ -182,16 +172,12 @@ def read_passages(
                 except _BadRowError as reason:
                     bad(source, line, reason)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"{source.label} is not a whole gzip file: {error}.", remedy="Fetch it again."
-            ) from error
+            raise InputError(f"{source.label} is not a whole gzip file: {error}.", remedy="Fetch it again.") from error
         except OSError as error:
-            raise explain(error, source.path or Path(source.label)) from error
+            raise wrap_os_error(error, source.path or Path(source.label)) from error
 
 
-def _rows(
-    source: Source, bad: Callable[[Source, int, object], None]
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _rows(source: Source, bad: Callable[[Source, int, object], None]) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if source.kind is Kind.PARQUET:
         yield from _parquet_rows(source)
         return
@@ -235,9 +221,7 @@ def _json_rows(
                 bad(source, line, f"a JSON {type(row).__name__} where an object is expected")
 
 
-def _csv_rows(
-    source: Source, handle: IO[str], bad: Callable[[Source, int, object], None]
-) -> Iterator[tuple[int, Any]]:
+def _csv_rows(source: Source, handle: IO[str], bad: Callable[[Source, int, object], None]) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses a field of 128 KiB
     reader = csv.reader(handle, delimiter="\t" if source.kind is Kind.TSV else ",", strict=True)
     columns: list[str] | None = None
@@ -258,10 +242,7 @@ def _csv_rows(
         elif len(cells) != len(columns):
             bad(source, line, f"{len(cells)} columns where the header has {len(columns)}")
         else:
-            yield (
-                line,
-                {name: cell for name, cell in zip(columns, cells, strict=True) if cell or name in TEXT_KEYS},
-            )
+            yield (line, {name: cell for name, cell in zip(columns, cells, strict=True) if cell or name in TEXT_KEYS})
 
 
 def _parquet_rows(source: Source) -> Iterator[tuple[int, Any]]:
@@ -287,9 +268,7 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Any]]:
 def _is_vector(kind: Any) -> bool:
     from pyarrow import types
 
-    return bool(
-        (types.is_list(kind) or types.is_fixed_size_list(kind)) and types.is_floating(kind.value_type)
-    )
+    return bool((types.is_list(kind) or types.is_fixed_size_list(kind)) and types.is_floating(kind.value_type))
 
 
 def _parquet(path: Path) -> Any:
@@ -299,15 +278,13 @@ def _parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise _unreadable(
-            error, path, f"{path} is not Parquet", "Fetch it again or name another file."
-        ) from error
+        raise _unreadable(error, path, f"{path} is not Parquet", "Fetch it again or name another file.") from error
 
 
 def _unreadable(error: Exception, path: Path, what: str, remedy: str) -> Exception:
     """Arrow tells of damaged bytes as an ``OSError`` too, then without the system's number."""
     if isinstance(error, OSError) and error.errno is not None:
-        return explain(error, path)
+        return wrap_os_error(error, path)
     return InputError(f"{what}: {' '.join(str(error).split()).rstrip('.')}.", remedy=remedy)
 
 
@@ -353,9 +330,7 @@ def _read_text(source: Source, chunker: Chunker) -> Iterator[Passage]:
         chunks = chunker.chunks(checked, markdown=source.kind is Kind.MARKDOWN)  # type: ignore[arg-type]
         for number, (start, chunk) in enumerate(chunks):
             yield Passage(
-                f"{source.label}#{number}",
-                chunk,
-                {"source": source.label, "start": start, "end": start + len(chunk)},
+                f"{source.label}#{number}", chunk, {"source": source.label, "start": start, "end": start + len(chunk)}
             )
 
 

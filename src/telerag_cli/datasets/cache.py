@@ -16,7 +16,7 @@ from pathlib import Path
 
 from telerag_cli.datasets.catalogue import Dataset, RemoteFile
 from telerag_cli.errors import ArtifactError, ResourceError
-from telerag_cli.files import cache_folder, explain, read_json, write_json
+from telerag_cli.files import cache_folder, read_json, wrap_os_error, write_json
 
 PREPARED = "prepared"
 MANIFEST = "prepared.json"
@@ -88,13 +88,9 @@ class Manifest:
             return None
         raw = read_json(path)
         try:
-            return cls(
-                **{**raw, "files": {name: PreparedFile(**each) for name, each in raw["files"].items()}}
-            )
+            return cls(**{**raw, "files": {name: PreparedFile(**each) for name, each in raw["files"].items()}})
         except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path} is damaged: {error}.", remedy="Run telerag data prepare again."
-            ) from error
+            raise ArtifactError(f"{path} is damaged: {error}.", remedy="Run telerag data prepare again.") from error
 
 
 @dataclass(frozen=True)
@@ -139,7 +135,9 @@ class Cached:
         try:
             return {name: Fetched(**each) for name, each in raw["files"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}.", remedy="Remove it and fetch the dataset again.") from error  # fmt: skip
+            raise ArtifactError(
+                f"{path} is damaged: {error}.", remedy="Remove it and fetch the dataset again."
+            ) from error
 
     def record(self, file: RemoteFile, fetched: Fetched) -> None:
         """Note that a file is about to be whole."""
@@ -178,11 +176,7 @@ class Cached:
     def _state(self) -> str:
         manifest = Manifest.load(self.prepared)
         if manifest is not None:
-            parts = [
-                part
-                for part in (manifest.split, f"first {manifest.limit:,}" if manifest.limit else None)
-                if part
-            ]
+            parts = [part for part in (manifest.split, f"first {manifest.limit:,}" if manifest.limit else None) if part]
             return f"prepared ({', '.join(parts)})" if parts else "prepared"
         whole = [file for file in self.dataset.files if self.has(file)]
         if len(whole) == len(self.dataset.files):
@@ -213,11 +207,12 @@ class Cached:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("w")
         except OSError as error:
-            raise explain(error, self.root) from error
+            raise wrap_os_error(error, self.root) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ResourceError(f"Another telerag is at work in {self.root}.",
-                                    remedy="Wait for it, or give another --cache-dir.") from None  # fmt: skip
+                raise ResourceError(
+                    f"Another telerag is at work in {self.root}.", remedy="Wait for it, or give another --cache-dir."
+                ) from None
             yield

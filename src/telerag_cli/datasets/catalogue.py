@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 
 SUFFIX = ".toml"
 
@@ -98,9 +98,7 @@ class Dataset:
     @property
     def splits(self) -> tuple[str, ...]:
         """Those that the description names; an archive may hold more."""
-        named = [
-            split for file in self.files for split in ((file.split,) if file.split else tuple(file.members))
-        ]
+        named = [split for file in self.files for split in ((file.split,) if file.split else tuple(file.members))]
         if self.split and self.split not in named:
             named.append(self.split)
         return () if self.split is None else tuple(dict.fromkeys(named))
@@ -112,20 +110,22 @@ class Dataset:
             UsageError: no file holds it, or there are no splits.
         """
         if split is not None and self.split is None:
-            raise UsageError(f"{self.name} holds passages alone, which have no splits, and --split is '{split}'.",
-                             remedy="Leave --split away.")  # fmt: skip
+            raise UsageError(
+                f"{self.name} holds passages alone, which have no splits, and --split is '{split}'.",
+                remedy="Leave --split away.",
+            )
         found = tuple(file for file in self.files if None in (split, file.split) or file.split == split)
         if not found:
-            raise UsageError(f"{self.name} has the splits {', '.join(self.splits)}, and not '{split}'.",
-                             remedy="Name one of them with --split.")  # fmt: skip
+            raise UsageError(
+                f"{self.name} has the splits {', '.join(self.splits)}, and not '{split}'.",
+                remedy="Name one of them with --split.",
+            )
         return found
 
 
 def names() -> list[str]:
     """Of all datasets, sorted."""
-    return sorted(
-        entry.name.removesuffix(SUFFIX) for entry in _folder().iterdir() if entry.name.endswith(SUFFIX)
-    )
+    return sorted(entry.name.removesuffix(SUFFIX) for entry in _folder().iterdir() if entry.name.endswith(SUFFIX))
 
 
 def describe(name: str) -> Dataset:
@@ -140,8 +140,10 @@ def describe(name: str) -> Dataset:
     known = names()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.5)
-        raise UsageError(f"There is no dataset '{name}'{f'; the nearest is {near[0]}' if near else ''}.",
-                         remedy="telerag data list shows them all.")  # fmt: skip
+        raise UsageError(
+            f"There is no dataset '{name}'{f'; the nearest is {near[0]}' if near else ''}.",
+            remedy="telerag data list shows them all.",
+        )
     return _parse(_folder() / f"{name}{SUFFIX}", f"{name}{SUFFIX}")
 
 
@@ -159,7 +161,7 @@ def _parse(place: Traversable | Path, label: str) -> Dataset:
     try:
         raw = tomllib.loads(place.read_text(encoding="utf-8"))
     except OSError as error:
-        raise explain(error, Path(label)) from error
+        raise wrap_os_error(error, Path(label)) from error
     except ValueError as error:
         raise InputError(f"{label} is no TOML: {error}.", remedy="Correct the file.") from error
     try:
@@ -167,11 +169,15 @@ def _parse(place: Traversable | Path, label: str) -> Dataset:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{label} is no description of a dataset: {where or 'it'}: {first['msg']}.",
-                         remedy="datasets/README.md says what one holds.") from error  # fmt: skip
+        raise InputError(
+            f"{label} is no description of a dataset: {where or 'it'}: {first['msg']}.",
+            remedy="datasets/README.md says what one holds.",
+        ) from error
     if f"{found.name}{SUFFIX}" != Path(label).name:
-        raise InputError(f"{label} describes '{found.name}', and a description is named like its dataset.",
-                         remedy=f"Name the file {found.name}{SUFFIX}.")  # fmt: skip
+        raise InputError(
+            f"{label} describes '{found.name}', and a description is named like its dataset.",
+            remedy=f"Name the file {found.name}{SUFFIX}.",
+        )
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from telerag_cli.datasets.cache import Cached, Manifest
 from telerag_cli.datasets.catalogue import RemoteFile
 from telerag_cli.datasets.fetch import checksums, mismatch
-from telerag_cli.files import checksum, explain
+from telerag_cli.files import checksum, wrap_os_error
 
 Advance = Callable[[int], None]
 
@@ -53,12 +53,13 @@ def check(cached: Cached, folder: Path, advance: Advance) -> list[Finding]:
     if manifest.dataset != cached.dataset.name:
         return [
             *found,
-            Finding(
-                str(folder), f"was prepared of {manifest.dataset}, and not of {cached.dataset.name}", True
-            ),
+            Finding(str(folder), f"was prepared of {manifest.dataset}, and not of {cached.dataset.name}", True),
         ]
-    return [*found, *(_prepared(folder / name, manifest, name, advance) for name in manifest.files),
-            *_outdated(cached, manifest, folder)]  # fmt: skip
+    return [
+        *found,
+        *(_prepared(folder / name, manifest, name, advance) for name in manifest.files),
+        *_outdated(cached, manifest, folder),
+    ]
 
 
 def _fetched(cached: Cached, file: RemoteFile, advance: Advance) -> Finding:
@@ -69,9 +70,7 @@ def _fetched(cached: Cached, file: RemoteFile, advance: Advance) -> Finding:
             total = f" of {begun.bytes:,}" if begun and begun.bytes else ""
             return Finding(file.name, f"only {have:,}{total} bytes have come", True)
         return Finding(
-            file.name,
-            "is noted in source.json, and missing" if known else "has not been fetched",
-            known is not None,
+            file.name, "is noted in source.json, and missing" if known else "has not been fetched", known is not None
         )
     if known is None:
         return Finding(file.name, "is there, and source.json does not know of it", True)
@@ -79,19 +78,15 @@ def _fetched(cached: Cached, file: RemoteFile, advance: Advance) -> Finding:
         size = path.stat().st_size
         sums = checksums(path, advance, md5=file.md5 is not None)
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     if wrong := mismatch(file, size, sums):
         return Finding(file.name, wrong, True)
     if size != known.bytes:
         return Finding(file.name, f"has {size:,} bytes, and {known.bytes:,} were fetched", True)
     if sums["sha256"] != known.sha256:
-        return Finding(
-            file.name, f"its sha256 is {sums['sha256']}, and was {known.sha256} when it was fetched", True
-        )
+        return Finding(file.name, f"its sha256 is {sums['sha256']}, and was {known.sha256} when it was fetched", True)
     published = (
-        "the publisher's checksum"
-        if file.sha256 or file.md5
-        else "what was fetched; its publisher gives no checksum"
+        "the publisher's checksum" if file.sha256 or file.md5 else "what was fetched; its publisher gives no checksum"
     )
     return Finding(file.name, f"agrees with {published}")
 
@@ -106,9 +101,7 @@ def _prepared(path: Path, manifest: Manifest, name: str, advance: Advance) -> Fi
     found = checksum(path)
     advance(size)
     if found != made.checksum:
-        return Finding(
-            str(path), f"its checksum is {found}, and was {made.checksum} when it was written", True
-        )
+        return Finding(str(path), f"its checksum is {found}, and was {made.checksum} when it was written", True)
     return Finding(str(path), f"whole, {made.rows:,} entries")
 
 
@@ -116,9 +109,7 @@ def _outdated(cached: Cached, manifest: Manifest, folder: Path) -> list[Finding]
     known = cached.sources()
     return [
         Finding(
-            str(folder),
-            f"was made of {name} with sha256 {digest}, and that of {known[name].sha256} is there now",
-            True,
+            str(folder), f"was made of {name} with sha256 {digest}, and that of {known[name].sha256} is there now", True
         )
         for name, digest in manifest.sources.items()
         if name in known and known[name].sha256 != digest

@@ -28,7 +28,7 @@ from telerag_cli.config import DEFAULT_TIMEOUT_S, format_bytes
 from telerag_cli.datasets.cache import Begun, Cached, Fetched
 from telerag_cli.datasets.catalogue import RemoteFile
 from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
-from telerag_cli.files import explain, write_json
+from telerag_cli.files import wrap_os_error, write_json
 
 CHUNK_BYTES = 1 << 20
 CONNECT_S = 15.0
@@ -66,8 +66,15 @@ class _Version:
         return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
 
 
-def fetch_files(cached: Cached, files: Sequence[RemoteFile], copies: Copies, *, progress: Progress, notice: Notice,
-          timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[tuple[RemoteFile, bool]]:  # fmt: skip
+def fetch_files(
+    cached: Cached,
+    files: Sequence[RemoteFile],
+    copies: Copies,
+    *,
+    progress: Progress,
+    notice: Notice,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Iterator[tuple[RemoteFile, bool]]:
     """Get files one after the other; those that are there are left alone.
 
     Args:
@@ -101,9 +108,7 @@ def fetch_files(cached: Cached, files: Sequence[RemoteFile], copies: Copies, *, 
             yield file, True
 
 
-def place_of(
-    dataset: str, file: RemoteFile, files: Sequence[RemoteFile], copies: Copies
-) -> str | Path | None:
+def place_of(dataset: str, file: RemoteFile, files: Sequence[RemoteFile], copies: Copies) -> str | Path | None:
     """Where a file is taken from: an address, or a path on this machine; None if the copy named is of another file.
 
     Raises:
@@ -115,8 +120,10 @@ def place_of(
         last = unquote((urlsplit(given).path if _is_address(given) else given).rstrip("/").rsplit("/", 1)[-1])
         single = (not _is_address(given) and Path(given).is_file()) or last in {each.name for each in files}
         if single and len(files) > 1 and last not in {each.name for each in files}:
-            raise UsageError(f"{given} is one file, and {dataset} has {', '.join(each.name for each in files)}.",
-                             remedy="Name it like the one that it is, or give the folder that holds them.")  # fmt: skip
+            raise UsageError(
+                f"{given} is one file, and {dataset} has {', '.join(each.name for each in files)}.",
+                remedy="Name it like the one that it is, or give the folder that holds them.",
+            )
         if single:
             base = given if len(files) == 1 or last == file.name else None
             return base if base is None or _is_address(base) else _existing(Path(base), dataset, file)
@@ -136,16 +143,19 @@ def _is_address(text: str) -> bool:
 
 def _existing(path: Path, dataset: str, file: RemoteFile) -> Path:
     if not path.is_file():
-        raise InputError(f"{path} does not exist, and {dataset} needs {file.name} from there.",
-                         remedy="Check the path, or leave it away to fetch from the publisher.")  # fmt: skip
+        raise InputError(
+            f"{path} does not exist, and {dataset} needs {file.name} from there.",
+            remedy="Check the path, or leave it away to fetch from the publisher.",
+        )
     return path
 
 
 class _Download:
     """One file over HTTP."""
 
-    def __init__(self, cached: Cached, file: RemoteFile, address: str, progress: Progress, notice: Notice,
-                 timeout_s: float) -> None:  # fmt: skip
+    def __init__(
+        self, cached: Cached, file: RemoteFile, address: str, progress: Progress, notice: Notice, timeout_s: float
+    ) -> None:
         self._cached, self._file, self._address = cached, file, address
         self._progress, self._notice, self._timeout_s = progress, notice, timeout_s
         self._part, self._note = cached.partial(file), cached.note(file)
@@ -155,9 +165,7 @@ class _Download:
         timeout = httpx2.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s))
         # A compressed transfer would make ranges and lengths those of the compressed bytes.
         headers = {"Accept-Encoding": "identity", "User-Agent": f"telerag/{__version__}"}
-        with httpx2.Client(
-            follow_redirects=True, timeout=timeout, headers=headers, verify=_trust()
-        ) as client:
+        with httpx2.Client(follow_redirects=True, timeout=timeout, headers=headers, verify=_trust()) as client:
             try:
                 have, begun = self._cached.begun(self._file)
                 if begun is not None and begun.address != self._address:
@@ -185,9 +193,7 @@ class _Download:
                 if start == have and _same(version, known):
                     self._receive(response, "ab", have, version)
                     return version
-                reason = (
-                    f"the server sent bytes from {start}" if start != have else "it has changed at its source"
-                )
+                reason = f"the server sent bytes from {start}" if start != have else "it has changed at its source"
             elif response.status_code == 200:
                 changed = not _same(version, known)
                 reason = "it has changed at its source" if changed else "the server cannot send a part of it"
@@ -214,8 +220,10 @@ class _Download:
         encoding = response.headers.get("Content-Encoding", "identity")
         # Some servers name the packing of a .gz file so, which is then the file itself.
         if encoding != "identity" and not self._file.name.endswith(".gz"):
-            raise InputError(f"{self._address} comes packed as {encoding}, and was asked for as it is.",
-                             remedy="Take it from elsewhere with --from.")  # fmt: skip
+            raise InputError(
+                f"{self._address} comes packed as {encoding}, and was asked for as it is.",
+                remedy="Take it from elsewhere with --from.",
+            )
         expected = version.total if version.total is not None else self._file.size
         _need_room(self._cached.root, (expected or 0) - have, self._file)
         if mode == "wb":
@@ -230,18 +238,17 @@ class _Download:
                         handle.write(block)
                         advance(len(block))
             except OSError as error:
-                raise explain(error, self._part) from error
-        come, whole = (
-            self._part.stat().st_size,
-            version.total if version.total is not None else self._file.bytes,
-        )
+                raise wrap_os_error(error, self._part) from error
+        come, whole = (self._part.stat().st_size, version.total if version.total is not None else self._file.bytes)
         if whole is not None and come < whole:  # a server that tells no length may close without a word
             raise self._stopped(f"{come:,} of {whole:,} bytes came")
 
     def _check_size(self, total: int | None) -> None:
         if None not in (total, self._file.bytes) and total != self._file.bytes:
-            raise InputError(f"{self._address} has {total:,} bytes, and {self._file.name} should have {self._file.bytes:,}.",
-                             remedy="Take it from elsewhere with --from.")  # fmt: skip
+            raise InputError(
+                f"{self._address} has {total:,} bytes, and {self._file.name} should have {self._file.bytes:,}.",
+                remedy="Take it from elsewhere with --from.",
+            )
 
     def _give_up(self, have: int, reason: str) -> int:
         self._notice(
@@ -255,11 +262,15 @@ class _Download:
         if isinstance(error, httpx2.TimeoutException):
             why = f"no answer within {self._timeout_s:g} s"
         if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return InputError(f"{self._address} cannot be reached: {why}.",
-                              remedy="Check the network, or take the file from a copy with --from or --mirror.")  # fmt: skip
+            return InputError(
+                f"{self._address} cannot be reached: {why}.",
+                remedy="Check the network, or take the file from a copy with --from or --mirror.",
+            )
         if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
-            return InputError(f"'{self._address}' is no address to fetch from: {why}.",
-                              remedy="Give one that begins with http:// or https://.")  # fmt: skip
+            return InputError(
+                f"'{self._address}' is no address to fetch from: {why}.",
+                remedy="Give one that begins with http:// or https://.",
+            )
         return self._stopped(f"{format_bytes(have)} came ({why})")
 
     def _stopped(self, what: str) -> InputError:
@@ -288,9 +299,7 @@ def _version(response: httpx2.Response) -> _Version:
         total = found[2] if found else None
     encoded = headers.get("Content-Encoding", "identity") != "identity"
     known = total is not None and total.isdigit() and not encoded
-    return _Version(
-        headers.get("ETag"), headers.get("Last-Modified"), int(total) if known and total else None
-    )
+    return _Version(headers.get("ETag"), headers.get("Last-Modified"), int(total) if known and total else None)
 
 
 def _same(now: _Version, before: _Version) -> bool:
@@ -305,8 +314,10 @@ def _copy(cached: Cached, file: RemoteFile, place: Path, progress: Progress) -> 
     try:
         total = place.stat().st_size
         if file.bytes is not None and total != file.bytes:
-            raise InputError(f"{place} has {total:,} bytes, and {file.name} should have {file.bytes:,}.",
-                             remedy="Take it from elsewhere with --from.")  # fmt: skip
+            raise InputError(
+                f"{place} has {total:,} bytes, and {file.name} should have {file.bytes:,}.",
+                remedy="Take it from elsewhere with --from.",
+            )
         _need_room(cached.root, total, file)
         cached.note(file).unlink(missing_ok=True)
         with progress(file.name, total) as advance, place.open("rb") as source, part.open("wb") as target:
@@ -314,7 +325,7 @@ def _copy(cached: Cached, file: RemoteFile, place: Path, progress: Progress) -> 
                 target.write(block)
                 advance(len(block))
     except OSError as error:
-        raise explain(error, Path(error.filename) if error.filename else part) from error
+        raise wrap_os_error(error, Path(error.filename) if error.filename else part) from error
     return _Version(None, None, total)
 
 
@@ -329,19 +340,20 @@ def _accept(cached: Cached, file: RemoteFile, place: str, version: _Version, pro
         if wrong:
             part.unlink()
             cached.note(file).unlink(missing_ok=True)
-            raise InputError(f"{place} is not {file.name}: {wrong}; it was not kept.",
-                             remedy="Fetch it again, or take it from elsewhere with --from.")  # fmt: skip
+            raise InputError(
+                f"{place} is not {file.name}: {wrong}; it was not kept.",
+                remedy="Fetch it again, or take it from elsewhere with --from.",
+            )
         with part.open("rb") as handle:
             os.fsync(handle.fileno())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         cached.record(
-            file,
-            Fetched(place, size, sums["sha256"], now, sums.get("md5"), version.etag, version.last_modified),
+            file, Fetched(place, size, sums["sha256"], now, sums.get("md5"), version.etag, version.last_modified)
         )
         part.replace(cached.path(file))
         cached.note(file).unlink(missing_ok=True)
     except OSError as error:
-        raise explain(error, part) from error
+        raise wrap_os_error(error, part) from error
 
 
 def mismatch(file: RemoteFile, size: int, sums: dict[str, str]) -> str | None:
@@ -376,5 +388,7 @@ def _need_room(folder: Path, wanted: int, file: RemoteFile) -> None:
     with contextlib.suppress(OSError):  # a file system that does not tell
         free = shutil.disk_usage(folder).free
         if wanted > free:
-            raise ResourceError(f"{file.name} needs {format_bytes(wanted)} more, and {format_bytes(free)} are free in {folder}.",
-                                remedy="Free space, or name another folder with --cache-dir.")  # fmt: skip
+            raise ResourceError(
+                f"{file.name} needs {format_bytes(wanted)} more, and {format_bytes(free)} are free in {folder}.",
+                remedy="Free space, or name another folder with --cache-dir.",
+            )

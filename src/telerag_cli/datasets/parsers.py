@@ -67,9 +67,7 @@ class Opened:
         self.empty = 0
         """Passages without any text that were left out."""
         self.files = self._dataset.files_of(split)
-        self._archive = (
-            _Beir(cached.path(self.files[0]), split) if self._dataset.parser is Parser.BEIR else None
-        )
+        self._archive = _Beir(cached.path(self.files[0]), split) if self._dataset.parser is Parser.BEIR else None
 
     def questions(self) -> Iterator[AnsweredQuestion]:
         """Those of the split."""
@@ -121,8 +119,10 @@ class Opened:
         if not file.members:
             return None
         if self._split not in file.members:
-            raise UsageError(f"{self._dataset.name} has the splits {', '.join(file.members)}, and not '{self._split}'.",
-                             remedy="Name one of them with --split.")  # fmt: skip
+            raise UsageError(
+                f"{self._dataset.name} has the splits {', '.join(file.members)}, and not '{self._split}'.",
+                remedy="Name one of them with --split.",
+            )
         return file.members[self._split]
 
     def _questions_of(self, handle: IO[bytes], label: str) -> Iterator[AnsweredQuestion]:
@@ -138,9 +138,7 @@ class Opened:
             found = self._used(json_lines(handle, bad), _beir_question, label)
             yield from (question for question in found if question.id in judged)
         else:
-            numbered = (
-                (line, {"id": f"{self._split}-{line}", **row}) for line, row in json_lines(handle, bad)
-            )
+            numbered = ((line, {"id": f"{self._split}-{line}", **row}) for line, row in json_lines(handle, bad))
             yield from self._used(numbered, _nq_open, label)
 
     def _used(
@@ -173,15 +171,17 @@ class _Beir:
             members = [PurePosixPath(name) for name in archive.namelist()]
         corpora = [member for member in members if member.name == "corpus.jsonl"]
         if len(corpora) != 1:
-            raise InputError(f"{path} has {len(corpora)} files corpus.jsonl, and one of BEIR's archives has 1.",
-                             remedy="Fetch it again.")  # fmt: skip
+            raise InputError(
+                f"{path} has {len(corpora)} files corpus.jsonl, and one of BEIR's archives has 1.",
+                remedy="Fetch it again.",
+            )
         root = corpora[0].parent
-        splits = [
-            member.stem for member in members if member.parent == root / "qrels" and member.suffix == ".tsv"
-        ]
+        splits = [member.stem for member in members if member.parent == root / "qrels" and member.suffix == ".tsv"]
         if split not in splits:
-            raise UsageError(f"{path.name} has the splits {', '.join(sorted(splits)) or 'none'}, and not '{split}'.",
-                             remedy="Name one of them with --split.")  # fmt: skip
+            raise UsageError(
+                f"{path.name} has the splits {', '.join(sorted(splits)) or 'none'}, and not '{split}'.",
+                remedy="Name one of them with --split.",
+            )
         self.corpus = str(root / "corpus.jsonl")
         self.queries = str(root / "queries.jsonl")
         self.qrels = str(root / "qrels" / f"{split}.tsv")
@@ -220,9 +220,7 @@ def _question(row: dict[str, Any], id_key: str, question_key: str, answers: Any)
     found = [answers] if isinstance(answers, str) else answers
     if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
         raise _UnusableError(f"the answers are {answers!r:.60}, and a list of texts is expected")
-    return AnsweredQuestion(
-        _id(row, id_key), _writable(text.strip()), tuple(dict.fromkeys(map(_writable, found)))
-    )
+    return AnsweredQuestion(_id(row, id_key), _writable(text.strip()), tuple(dict.fromkeys(map(_writable, found))))
 
 
 def _beir_passage(row: dict[str, Any]) -> Passage:

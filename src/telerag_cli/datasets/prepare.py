@@ -16,7 +16,7 @@ from telerag_cli.datasets.cache import CORPUS, QRELS, QUESTIONS, Cached, Manifes
 from telerag_cli.datasets.catalogue import Kind, Parser, RemoteFile
 from telerag_cli.datasets.parsers import QRELS_HEADER, AnsweredQuestion, Judgement, OnBad, Opened
 from telerag_cli.errors import ArtifactError, InputError
-from telerag_cli.files import checksum, explain, writing
+from telerag_cli.files import checksum, wrap_os_error, writing
 
 Advance = Callable[[int], None]
 
@@ -43,9 +43,7 @@ def as_it_is(cached: Cached) -> Path | None:
     return cached.path(cached.dataset.files[0])
 
 
-def prepare(
-    cached: Cached, wanted: Wanted, folder: Path, advance: Advance, on_bad: OnBad | None = None
-) -> Manifest:
+def prepare(cached: Cached, wanted: Wanted, folder: Path, advance: Advance, on_bad: OnBad | None = None) -> Manifest:
     """Write the files and say in ``prepared.json`` of what they were made; what was there before is replaced at the end.
 
     Args:
@@ -81,7 +79,7 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise explain(error, folder) from error
+        raise wrap_os_error(error, folder) from error
     with contextlib.ExitStack() as stack:
 
         def write(name: str, lines: Iterator[str], header: str = "") -> None:
@@ -101,8 +99,15 @@ def prepare(
         for name, count in rows.items()
     }
     known = cached.sources()
-    manifest = Manifest(dataset.name, split, wanted.limit, {file.name: known[file.name].sha256 for file in files}, made,
-                        left_out + source.empty, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))  # fmt: skip
+    manifest = Manifest(
+        dataset.name,
+        split,
+        wanted.limit,
+        {file.name: known[file.name].sha256 for file in files},
+        made,
+        left_out + source.empty,
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
     manifest.save(folder)
     return manifest
 
@@ -110,8 +115,10 @@ def prepare(
 def _need(cached: Cached, files: tuple[RemoteFile, ...], split: str | None) -> None:
     for file in files:
         if not cached.has(file):
-            raise ArtifactError(f"{file.name} of {cached.dataset.name} is not in {cached.root}, or not whole.",
-                                remedy=f"Run {cached.fetching(split)}.")  # fmt: skip
+            raise ArtifactError(
+                f"{file.name} of {cached.dataset.name} is not in {cached.root}, or not whole.",
+                remedy=f"Run {cached.fetching(split)}.",
+            )
 
 
 class _Lines:
@@ -134,7 +141,7 @@ class _Lines:
             try:
                 self._handle.write(line + "\n")
             except OSError as error:
-                raise explain(error, self._path) from error
+                raise wrap_os_error(error, self._path) from error
             count += 1
             advance(1)
         return count

@@ -9,7 +9,7 @@ from telerag_cli.datasets.cache import QUESTIONS, Cached, Manifest
 from telerag_cli.datasets.catalogue import Kind, describe, is_dataset
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 
 
 def load_questions(
@@ -37,17 +37,17 @@ def load_questions(
         with path.open("rb") as lines:
             found = list(read_questions(lines, str(path)))
     except FileNotFoundError as error:
-        raise InputError(f"{name_or_path} is neither a file nor a dataset.",
-                         remedy="Check the path; telerag data list shows the datasets.") from error  # fmt: skip
+        raise InputError(
+            f"{name_or_path} is neither a file nor a dataset.",
+            remedy="Check the path; telerag data list shows the datasets.",
+        ) from error
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     for question in found:
         if question.problem is not None:
             raise InputError(question.problem, remedy="Correct the line or remove it.")
     if not found:
-        raise InputError(
-            f"{path} holds no question.", remedy="Give one a line, or JSON objects with a question."
-        )
+        raise InputError(f"{path} holds no question.", remedy="Give one a line, or JSON objects with a question.")
     if limit is None:
         return found
     random.Random(seed).shuffle(found)
@@ -62,13 +62,14 @@ def _prepared(name: str | Path, cache_dir: Path | None) -> Path:
     dataset = describe(str(name))
     if dataset.kind is Kind.PASSAGES:
         raise UsageError(
-            f"{dataset.name} holds passages and no questions.",
-            remedy="telerag data list shows what has questions.",
+            f"{dataset.name} holds passages and no questions.", remedy="telerag data list shows what has questions."
         )
     cached = Cached.of(dataset, cache_dir)
     if Manifest.load(cached.prepared) is None:
         there = all(cached.has(file) for file in dataset.files_of(dataset.split))
         fetch = "" if there else f"{cached.fetching(dataset.split)}, then "
-        raise ArtifactError(f"The questions of {name} are not prepared in {cached.root}.",
-                            remedy=f"Run {fetch}telerag data prepare {name}.")  # fmt: skip
+        raise ArtifactError(
+            f"The questions of {name} are not prepared in {cached.root}.",
+            remedy=f"Run {fetch}telerag data prepare {name}.",
+        )
     return cached.prepared / QUESTIONS

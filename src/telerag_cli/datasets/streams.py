@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
 from telerag_cli.errors import InputError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 
 BUFFER_CHARACTERS = 1 << 20
-LONGEST_ENTRY_CHARACTERS = 64 << 20
+MAX_ENTRY_CHARACTERS = 64 << 20
 """Of an array: what has no end by then is taken for damaged."""
 
 Bad = Callable[[int, object], None]
@@ -32,10 +32,11 @@ def damage_told(label: str) -> Iterator[None]:
     try:
         yield
     except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise InputError(f"{label} is damaged or not whole: {str(error).rstrip('.')}.",
-                         remedy="Remove it and fetch it again.") from error  # fmt: skip
+        raise InputError(
+            f"{label} is damaged or not whole: {str(error).rstrip('.')}.", remedy="Remove it and fetch it again."
+        ) from error
     except OSError as error:
-        raise explain(error, Path(label)) from error
+        raise wrap_os_error(error, Path(label)) from error
 
 
 @contextlib.contextmanager
@@ -101,9 +102,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def json_array(
-    handle: IO[bytes], label: str, bad: Bad, key: str | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_array(handle: IO[bytes], label: str, bad: Bad, key: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line on which it begins, object) of each entry of an array.
 
     Args:
@@ -186,7 +185,7 @@ class _Reader:
             try:
                 value, end = self._json.raw_decode(self._text, self._at)
             except (ValueError, RecursionError) as error:
-                if len(self._text) - self._at > LONGEST_ENTRY_CHARACTERS or not self._more():
+                if len(self._text) - self._at > MAX_ENTRY_CHARACTERS or not self._more():
                     raise self._damaged(error) from error
                 continue
             # A number that ends with the buffer may go on beyond it.
@@ -208,9 +207,7 @@ class _Reader:
             self._text += self._decoder.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
             line = self._line + self._text.count("\n") + raw.count(b"\n", 0, error.start)
-            raise InputError(
-                f"{self._label}:{line}: not UTF-8 ({error.reason}).", remedy="Fetch it again."
-            ) from error
+            raise InputError(f"{self._label}:{line}: not UTF-8 ({error.reason}).", remedy="Fetch it again.") from error
         self._ended = not raw
         return bool(raw)
 

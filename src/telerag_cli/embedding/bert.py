@@ -15,11 +15,11 @@ FAMILY = ("bert", "roberta", "xlm-roberta")
 class UnpaddedBert(torch.nn.Module):
     """A sentence-transformers ``Transformer`` module of BERT's family, computed in float32 or bfloat16.
 
-    The layers are those of Devlin et al., *BERT* (arXiv 1810.04805): attention, addition and normalisation, two linear maps
-    with GELU between them, addition and normalisation. Every step but attention treats tokens one by one, so the tokens of
-    all texts of a batch are one matrix, and attention takes one text at a time: it is shorter that way than with a mask, and
-    its scores stay in the cache. Weights are laid out once as oneDNN multiplies them, with GELU and addition fused in; in
-    float32 too that is faster than torch's own products, on some processors twice.
+    The layers are those of Devlin et al., *BERT* (arXiv 1810.04805): attention, addition and normalisation, two linear
+    maps with GELU between them, addition and normalisation. Every step but attention treats tokens one by one, so the
+    tokens of all texts of a batch are one matrix, and attention takes one text at a time: it is shorter that way than
+    with a mask, and its scores stay in the cache. Weights are laid out once as oneDNN multiplies them, with GELU and
+    addition fused in; in float32 too that is faster than torch's own products, on some processors twice.
     """
 
     def __init__(self, module: Any, dtype: torch.dtype) -> None:
@@ -66,9 +66,7 @@ class _Layer:
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         def linear(*parts: Any) -> _Linear:
-            return _Linear(
-                torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]), dtype
-            )
+            return _Linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts]), dtype)
 
         attention = layer.attention.self
         self._heads: int = attention.num_attention_heads
@@ -110,15 +108,11 @@ class _Linear:
         return out
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, "gelu", [], "none"
-        )
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "gelu", [], "none")
         return out
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, other, self._weight, self._bias, "add"
-        )
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, "add")
         return out
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from telerag_cli import processor
+from telerag_cli import system
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.errors import ModelError, ResourceError, UsageError
@@ -113,23 +113,20 @@ class Encoder:
             UsageError: the device or dtype is no such thing.
         """
         if dtype != "auto" and dtype not in get_args(Precision):
-            raise UsageError(
-                f"'{dtype}' is no precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}."
-            )
+            raise UsageError(f"'{dtype}' is no precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}.")
         place = find_device(device)
         folder = _folder(model)
         name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
         try:
             loaded = _load(model_path(model), place, local=folder is not None)
         except torch.cuda.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{model} does not fit the memory of {place}.", remedy="Use --device cpu."
-            ) from error
+            raise ResourceError(f"{model} does not fit the memory of {place}.", remedy="Use --device cpu.") from error
         except Exception as error:  # every library below has its own way to say that a model is not there
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ModelError(f"The embedder '{model}' cannot be loaded: {reason}.",
-                             remedy=f"Give a folder or a sentence-transformers name, or leave out --model for {DEFAULT_EMBEDDER}.",
-                             ) from error  # fmt: skip
+            raise ModelError(
+                f"The embedder '{model}' cannot be loaded: {reason}.",
+                remedy=f"Give a folder or a sentence-transformers name, or leave out --model for {DEFAULT_EMBEDDER}.",
+            ) from error
         return cls(loaded, name, place, None if dtype == "auto" else dtype)  # type: ignore[arg-type]
 
     @property
@@ -159,9 +156,7 @@ class Encoder:
         """The same for a query, the model's prompt for queries included."""
         return self.count_tokens(f"{self._query_prompt or ''}{text}")
 
-    def encode(
-        self, texts: Sequence[str], batch_size: int | None = None, advance: Advance | None = None
-    ) -> FloatArray:
+    def encode(self, texts: Sequence[str], batch_size: int | None = None, advance: Advance | None = None) -> FloatArray:
         """Embed passages.
 
         The texts are batched by length within 1,024 at a time; the result depends on the texts, the batch size, the
@@ -187,8 +182,10 @@ class Encoder:
                 try:
                     out[start + rows] = self._run(group[rows])
                 except torch.cuda.OutOfMemoryError as error:
-                    raise ResourceError(f"A batch of {len(rows)} passages does not fit the memory of {self.device}.",
-                                        remedy=f"Use a --batch-size below {size}.") from error  # fmt: skip
+                    raise ResourceError(
+                        f"A batch of {len(rows)} passages does not fit the memory of {self.device}.",
+                        remedy=f"Use a --batch-size below {size}.",
+                    ) from error
                 if advance:
                     advance(len(rows))
         return out
@@ -200,17 +197,17 @@ class Encoder:
         with self._lock:
             return self._query(texts, torch.float32)
 
-    def warm_up(self, *, sketching: bool) -> None:
+    def warm_up(self, *, approximate: bool) -> None:
         """Do now what the first query, and the first sketch if there will be one, would wait for."""
         self.encode_queries(PROBES)
-        if sketching:
-            self.sketch(PROBES[:1])
+        if approximate:
+            self.embed_approx(PROBES[:1])
 
-    def sketch(self, texts: Sequence[str]) -> FloatArray:
+    def embed_approx(self, texts: Sequence[str]) -> FloatArray:
         """Embed queries roughly, shape (len(texts), dimension), while an LLM decodes on the same cores: for predictions only.
 
-        It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core from
-        the LLM, and its other threads would wait for them all.
+        It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core
+        from the LLM, and its other threads would wait for them all.
         """
         short = _computes_bfloat16(self._device) and self._has_transformer
         with self._lock, _threads(1):
@@ -243,10 +240,7 @@ class Encoder:
             ours = torch.nn.Sequential(UnpaddedBert(first, dtype), *rest).eval()
             # A relative of BERT may differ in ways that its configuration does not say.
             features = self._model.preprocess(list(PROBES))
-            if (
-                min_cosine(self._vectors(self._model(features)), self._vectors(ours(features)))
-                >= SAME_COSINE[dtype]
-            ):
+            if min_cosine(self._vectors(self._model(features)), self._vectors(ours(features))) >= SAME_COSINE[dtype]:
                 return ours
         if dtype is torch.float32:
             return self._model  # type: ignore[no-any-return]
@@ -254,8 +248,7 @@ class Encoder:
 
     def _placed(self, features: dict[str, Any]) -> dict[str, Any]:
         return {
-            key: value.to(self._device) if isinstance(value, torch.Tensor) else value
-            for key, value in features.items()
+            key: value.to(self._device) if isinstance(value, torch.Tensor) else value for key, value in features.items()
         }
 
     @staticmethod
@@ -342,7 +335,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is arithmetic of the device itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return processor.computes_bfloat16()
+    return system.computes_bfloat16()
 
 
 class _ToFloat32(torch.nn.Module):

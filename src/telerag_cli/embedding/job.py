@@ -1,11 +1,11 @@
 """`telerag embed`'s work: passages to a folder of Parquet shards, resumable at each of them.
 
-The folder holds ``shard-00000.parquet``, ... in the order of the corpus, and ``embeddings.json``, which is there from the
-start and says at the end ``"complete": true``. A shard is whole or absent. A resumed run reads the whole corpus again and
-compares it, by a running digest that each shard records, with what the shards were made of.
+The folder holds ``shard-00000.parquet``, ... in the order of the corpus, and ``embeddings.json``, which is there from
+the start and says at the end ``"complete": true``. A shard is whole or absent. A resumed run reads the whole corpus
+again and compares it, by a running digest that each shard records, with what the shards were made of.
 
-What is to be made of a shard, a `ShardTask`, is pickled easily, and `make_shard` needs an encoder beside it and no more; so
-shards can be made elsewhere too (`Makers`). Which are made, and that the folder is whole, is decided here.
+What is to be made of a shard, a `ShardTask`, is pickled easily, and `make_shard` needs an encoder beside it and no
+more; so shards can be made elsewhere too (`Makers`). Which are made, and that the folder is whole, is decided here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Advance, Encoder, FloatArray, Precision
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
-from telerag_cli.files import checksum, explain, read_json, write_json, writing
+from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
 
 VERSION = 1
 METADATA_KEY = b"telerag"
@@ -72,9 +72,7 @@ Makers = Callable[[Iterable[ShardTask]], Generator[int]]
 """Makes shards in other processes, which find the folder by the same path: the rows of each, in order, as it is there."""
 
 
-def make_shard(
-    task: ShardTask, encoder: Encoder, batch_size: int | None = None, advance: Advance | None = None
-) -> int:
+def make_shard(task: ShardTask, encoder: Encoder, batch_size: int | None = None, advance: Advance | None = None) -> int:
     """Embed a shard's passages and write it; the number of them.
 
     Args:
@@ -206,9 +204,7 @@ class _Job:
                 remedy="Choose another --output.",
             )
         if recorded is not None and (not isinstance(recorded, dict) or recorded.get("format") != FORMAT):
-            raise ArtifactError(
-                f"{manifest} is not of the format {FORMAT}.", remedy="Choose another --output."
-            )
+            raise ArtifactError(f"{manifest} is not of the format {FORMAT}.", remedy="Choose another --output.")
         self._rows = list(islice(self._passages, self._shard_rows))
         if not self._rows:
             raise InputError(
@@ -284,14 +280,12 @@ def _locked(output: Path) -> Iterator[None]:
             f"{output} is a file, and embeddings are a folder.", remedy="Choose another --output."
         ) from None
     except OSError as error:
-        raise explain(error, output) from error
+        raise wrap_os_error(error, output) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise ArtifactError(
-            f"{output} is being written by another process.", remedy="Wait for it to end."
-        ) from None
+        raise ArtifactError(f"{output} is being written by another process.", remedy="Wait for it to end.") from None
     except BaseException:
         if new:
             with contextlib.suppress(OSError):  # it is not empty, and so of use
@@ -366,12 +360,10 @@ def _read_shard_header(path: Path) -> tuple[dict[str, Any], int]:
             f"{path} is damaged: {error}.", remedy="Remove it and run again; it is made anew."
         ) from error
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
 
 
-def _write_shard(
-    path: Path, rows: list[Passage], vectors: FloatArray, dtype: Dtype, header: dict[str, Any]
-) -> None:
+def _write_shard(path: Path, rows: list[Passage], vectors: FloatArray, dtype: Dtype, header: dict[str, Any]) -> None:
     flat = pa.array(vectors.astype(dtype, copy=False).ravel())
     columns = {
         "id": pa.array([row.id for row in rows], pa.string()),
@@ -402,4 +394,4 @@ def _describe(path: Path) -> dict[str, Any]:
             "checksum": checksum(path),
         }
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error

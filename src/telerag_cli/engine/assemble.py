@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, Lookahead, format_bytes
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.placement import PlannedTier, Row
 from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import PlannedTier, Row
 from telerag_cli.errors import ModelError
-from telerag_cli.generation.base import Generator
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever, check_search
+from telerag_cli.llm.base import Generator
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
+from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.tiers.base import JoinRates
 from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
@@ -45,18 +45,26 @@ def open_index(index: Index, embedder: str | None, device: str = "auto") -> Open
     passages = Passages.open(index.paths.passages)
     name = embedder or index.manifest.embedder.model
     if name is None:
-        raise ModelError(
-            f"{root} does not say which model made its vectors.", remedy="Name it with --embedder."
-        )
+        raise ModelError(f"{root} does not say which model made its vectors.", remedy="Name it with --embedder.")
     encoder = Encoder.load(name, device=device)
     if encoder.info.dimension != index.manifest.dimension:
-        raise ModelError(f"{name} makes vectors of {encoder.info.dimension} dimensions, and {root} has {index.manifest.dimension}.",
-                         remedy="Name the model that made them with --embedder.")  # fmt: skip
+        raise ModelError(
+            f"{name} makes vectors of {encoder.info.dimension} dimensions, and {root} has {index.manifest.dimension}.",
+            remedy="Name the model that made them with --embedder.",
+        )
     return Opened(index, passages, encoder)
 
 
-def open_retriever(index: Index, tier: PlannedTier, *, rescore: int | None = None, tracer: Tracer | None = None,
-                   progress: Progress = silent, rates: JoinRates | None = None, budget_bytes: int | None = None) -> Retriever:  # fmt: skip
+def open_retriever(
+    index: Index,
+    tier: PlannedTier,
+    *,
+    rescore: int | None = None,
+    tracer: Tracer | None = None,
+    progress: Progress = silent,
+    rates: JoinRates | None = None,
+    budget_bytes: int | None = None,
+) -> Retriever:
     """A retriever over the planned tier, which takes its memory now."""
     coarse = Coarse(index.centroids, index.manifest.metric)
     opened = tier.open(coarse, tracer, progress, rates)
@@ -75,25 +83,48 @@ class Planning:
     """Called when everything is open, and may measure it."""
 
 
-def open_engine(opened: Opened, open_llm: Callable[[], Generator], tier: PlannedTier, settings: Settings, *,
-                rescore: int | None = None, planning: Planning = Planning(), tracer: Tracer | None = None,
-                progress: Progress = silent) -> Engine:  # fmt: skip
+def open_engine(
+    opened: Opened,
+    open_llm: Callable[[], Generator],
+    tier: PlannedTier,
+    settings: Settings,
+    *,
+    rescore: int | None = None,
+    planning: Planning = Planning(),
+    tracer: Tracer | None = None,
+    progress: Progress = silent,
+) -> Engine:
     """Everything together, and ready: the first question waits for nothing. What was opened is closed if a part fails.
 
     The LLM comes before the arena, which on a GPU may take what is left.
     """
     check_search(opened.index, settings.k, settings.nprobe)
-    opened.embedder.warm_up(sketching=settings.lookahead is not Lookahead.OFF)
+    opened.embedder.warm_up(approximate=settings.lookahead is not Lookahead.OFF)
     with contextlib.ExitStack() as undo:
         generator = open_llm()
         undo.callback(generator.close)
-        retriever = open_retriever(opened.index, tier, rescore=rescore, tracer=tracer, progress=progress, rates=planning.rates,
-                                   budget_bytes=planning.budget_bytes)  # fmt: skip
+        retriever = open_retriever(
+            opened.index,
+            tier,
+            rescore=rescore,
+            tracer=tracer,
+            progress=progress,
+            rates=planning.rates,
+            budget_bytes=planning.budget_bytes,
+        )
         undo.callback(retriever.close)
         planner = planning.make_planner(generator, retriever)
         undo.pop_all()
-    return Engine(generator, opened.embedder, retriever, opened.passages, settings, averages=planning.averages, planner=planner,
-                  tracer=tracer)  # fmt: skip
+    return Engine(
+        generator,
+        opened.embedder,
+        retriever,
+        opened.passages,
+        settings,
+        averages=planning.averages,
+        planner=planner,
+        tracer=tracer,
+    )
 
 
 def default_nprobe(index: Index) -> int:

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from telerag_cli.config import Lookahead
+from telerag_cli.engine.dispatch import MicroBatch, ReplicaState
 from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.gathering import Gathering
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
+from telerag_cli.engine.question_reader import QuestionReader
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.workers import Together, Worker
 from telerag_cli.errors import InputError, TeleragError
-from telerag_cli.lookahead.retriever import JoinReport
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.scheduling.dispatch import MicroBatch, ReplicaState
+from telerag_cli.retrieval.retriever import JoinReport
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -97,8 +97,16 @@ Take = Callable[[int, Question, Outcome], None]
 """Takes what became of a question, as soon as it is known, and the question's place among all."""
 
 
-def answer_all(workers: Sequence[Worker], scheduler: Scheduler, questions: Iterable[Question], outputs: Outputs, form: LineForm, *,
-               answered: Collection[str], ordered: bool = False) -> Summary:  # fmt: skip
+def answer_all(
+    workers: Sequence[Worker],
+    scheduler: Scheduler,
+    questions: Iterable[Question],
+    outputs: Outputs,
+    form: LineForm,
+    *,
+    answered: Collection[str],
+    ordered: bool = False,
+) -> Summary:
     """Answer questions and write each one's line as soon as it is there.
 
     Args:
@@ -186,7 +194,7 @@ class _Run:
     async def everything(self, questions: Iterable[Question]) -> None:
         """Until the source has ended and every question has its line."""
         schedule = self._scheduler.schedule
-        gathering = Gathering(questions, schedule.batch_size, schedule.max_wait_s)
+        gathering = QuestionReader(questions, schedule.batch_size, schedule.max_wait_s)
         running: set[asyncio.Task[None]] = set()
         coming: asyncio.Task[list[Question]] | None = asyncio.create_task(gathering.some())
         try:
@@ -228,9 +236,7 @@ class _Run:
             return set()
         size = self._scheduler.schedule.micro_batch
         states = [
-            ReplicaState(
-                number, (worker.at_once - members) // size, worker.resident(), tuple(batches.values())
-            )
+            ReplicaState(number, (worker.at_once - members) // size, worker.resident(), tuple(batches.values()))
             for number, (worker, members, batches) in enumerate(
                 zip(self._workers, self._members, self._under_way, strict=True)
             )
@@ -242,8 +248,7 @@ class _Run:
             self._left[batch.number] = len(batch.members)
             together = self._together.pop(batch.number)
             started |= {
-                asyncio.create_task(self._answer(worker, batch, together, place))
-                for place in range(len(batch.members))
+                asyncio.create_task(self._answer(worker, batch, together, place)) for place in range(len(batch.members))
             }
         return started
 

@@ -40,7 +40,5 @@ def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
             shares = [len(said & have) / len(said) for have in words] if len(said) >= MIN_WORDS else []
             if shares and max(shares) >= SUPPORT:
                 ranks, by = [shares.index(max(shares)) + 1], "overlap"
-        citations += [
-            Citation(id=found[rank - 1].passage.id, rank=rank, by=by, start=start, end=end) for rank in ranks
-        ]
+        citations += [Citation(id=found[rank - 1].passage.id, rank=rank, by=by, start=start, end=end) for rank in ranks]
     return citations

@@ -9,18 +9,18 @@ from dataclasses import dataclass, replace
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
 from telerag_cli.engine.company import Company
-from telerag_cli.engine.forecast import Forecast, Plan
+from telerag_cli.engine.forecast import Forecast, Prediction
+from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
-from telerag_cli.engine.sketcher import Sketcher
-from telerag_cli.generation.base import FinishReason, Generator, find_stop
 from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.retriever import JoinReport, Retriever, check_search
+from telerag_cli.llm.base import FinishReason, Generator, find_stop
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
+from telerag_cli.retrieval.retriever import JoinReport, Retriever, check_search
 from telerag_cli.tracing import Tracer
 
 SKETCH = "sketch"
@@ -36,7 +36,7 @@ class Answered:
     citations: list[Citation]
     stages: list[Stage]
     retrievals: list[Retrieval]
-    plans: list[Plan]
+    plans: list[Prediction]
     """Of the retrievals that lookahead prepared; none without a profile."""
     dropped_passages: int
     """Retrieved passages that did not fit a prompt, lowest rank first."""
@@ -46,8 +46,7 @@ class Answered:
     def finish_reason(self) -> FinishReason:
         """Why the answer ended; ``length`` if it is a text that was cut."""
         cut = any(
-            stage.generation.text == self.answer and stage.generation.finish_reason == "length"
-            for stage in self.stages
+            stage.generation.text == self.answer and stage.generation.finish_reason == "length" for stage in self.stages
         )
         return "length" if cut else "stop"
 
@@ -60,9 +59,19 @@ class Answered:
 class Engine:
     """Long-lived: the models, the index and its fast tier. Any number of questions may be under way in one event loop."""
 
-    def __init__(self, generator: Generator, embedder: QueryEmbedder, retriever: Retriever, passages: Passages, settings: Settings,
-                 *, averages: Averages | None = None, planner: Planner | None = None, finder: Finder | None = None,
-                 tracer: Tracer | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        generator: Generator,
+        embedder: QueryEmbedder,
+        retriever: Retriever,
+        passages: Passages,
+        settings: Settings,
+        *,
+        averages: Averages | None = None,
+        planner: Planner | None = None,
+        finder: Finder | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
         """Put together what is open.
 
         Args:
@@ -82,12 +91,18 @@ class Engine:
         check_search(retriever.index, settings.k, settings.nprobe)
         self.tracer = tracer or Tracer(enabled=False)
         self.embedder = embedder
-        retrievals = finder or Retrievals(
-            embedder, retriever, passages, settings.k, settings.nprobe, self.tracer
-        )
+        retrievals = finder or Retrievals(embedder, retriever, passages, settings.k, settings.nprobe, self.tracer)
         self.shared = Shared(
-            generator, retriever, retrievals, Sketcher(self._sketch), settings, averages or Averages(), planner, Writing(), self.tracer
-        )  # fmt: skip
+            generator,
+            retriever,
+            retrievals,
+            RefinementEmbedder(self._embed_approx),
+            settings,
+            averages or Averages(),
+            planner,
+            Writing(),
+            self.tracer,
+        )
 
     @property
     def settings(self) -> Settings:
@@ -108,8 +123,16 @@ class Engine:
         """Choose what predicts the lists to move, from the next question on."""
         self.shared = replace(self.shared, settings=replace(self.shared.settings, lookahead=mode))
 
-    async def ask(self, pipeline: Pipeline, question: str, watch: Watch | None = None, *, name: str = "",
-                  company: Company | None = None, settings: Settings | None = None) -> Answered:  # fmt: skip
+    async def ask(
+        self,
+        pipeline: Pipeline,
+        question: str,
+        watch: Watch | None = None,
+        *,
+        name: str = "",
+        company: Company | None = None,
+        settings: Settings | None = None,
+    ) -> Answered:
         """Answer one question.
 
         Args:
@@ -133,8 +156,16 @@ class Engine:
             session.end()
         session.timings["total_s"] = time.perf_counter() - started_s
         text = _before_stop(answer.text, shared.settings.stop)
-        return Answered(text, list(answer.found), cite(text, answer.found), session.stages, session.retrievals,
-                        session.plans, session.dropped, dict(session.timings))  # fmt: skip
+        return Answered(
+            text,
+            list(answer.found),
+            cite(text, answer.found),
+            session.stages,
+            session.retrievals,
+            session.plans,
+            session.dropped,
+            dict(session.timings),
+        )
 
     def forget(self) -> None:
         """Drop what is kept of earlier prompts and lists, save what is in use: for a question whose times are to be compared."""
@@ -143,7 +174,7 @@ class Engine:
 
     def release(self) -> None:
         """End what belongs to this engine alone; models, index and arena stay open for others."""
-        self.shared.sketcher.close()
+        self.shared.refinement_embedder.close()
         self.shared.retrievals.close()
 
     def close(self) -> None:
@@ -152,9 +183,9 @@ class Engine:
         self.shared.generator.close()
         self.shared.retriever.close()
 
-    def _sketch(self, texts: Sequence[str]) -> FloatArray:
+    def _embed_approx(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):
-            return self.embedder.sketch(texts)
+            return self.embedder.embed_approx(texts)
 
 
 def _before_stop(text: str, stop: Sequence[str]) -> str:

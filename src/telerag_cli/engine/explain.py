@@ -5,19 +5,12 @@ from __future__ import annotations
 import math
 
 from telerag_cli.config import Lookahead, format_bytes
+from telerag_cli.engine.dry_run import written_ahead
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.placement import Row
-from telerag_cli.engine.rehearsal import written_ahead
+from telerag_cli.engine.tier_plan import Row
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.planning import formulas
-from telerag_cli.planning.planner import (
-    Circumstances,
-    Planner,
-    cached_key,
-    prompt_key,
-    tokens_key,
-    window_key,
-)
+from telerag_cli.planning.planner import Circumstances, Planner, cached_key, prompt_key, tokens_key, window_key
 from telerag_cli.tiers.transport import available_bytes
 
 
@@ -39,16 +32,17 @@ def explain(engine: Engine, planner: Planner, pipeline: Pipeline, name: str) -> 
             prompt, known = averages.get(prompt_key(key), counted), averages.get(cached_key(key), 0.0)
             tokens = min(averages.get(tokens_key(key), text.max_tokens), text.max_tokens)
             expected.append(planner.text(prompt, known, tokens))
-            rows.append((f"LLM: {text.stage}", f"{expected[-1].prefill_s + expected[-1].decode_s:.2f} s",
-                         f"{prompt - known:.0f} tokens read, {tokens:.0f} written"))  # fmt: skip
+            rows.append(
+                (
+                    f"LLM: {text.stage}",
+                    f"{expected[-1].prefill_s + expected[-1].decode_s:.2f} s",
+                    f"{prompt - known:.0f} tokens read, {tokens:.0f} written",
+                )
+            )
         key = f"{name}/{texts[-1].stage}"
         window_s = planner.window_s(expected, key)
         times = averages.get(window_key(key), math.nan)
-        why = (
-            "as the profile has it"
-            if math.isnan(times)
-            else f"{times:.2f} times the profile's, as in earlier runs"
-        )
+        why = "as the profile has it" if math.isnan(times) else f"{times:.2f} times the profile's, as in earlier runs"
         rows.append(("window", f"{window_s:.2f} s", why))
     return [*rows, *outlook_rows(planner, window_s, mode, key)]
 
@@ -61,10 +55,18 @@ def outlook_rows(planner: Planner, window_s: float, lookahead: Lookahead, stage:
     rows: list[Row] = [
         ("budget", format_bytes(outlook.budget_bytes), f"{link / 1e9:.2f} GB/s while the LLM decodes{bound}"),
         ("bytes probed", format_bytes(planner.probed_bytes), f"nprobe {planner.nprobe:,}"),
-        ("bytes moved ahead", format_bytes(outlook.bytes_moved), "what is worth moving of the budget, from an empty arena"),
+        (
+            "bytes moved ahead",
+            format_bytes(outlook.bytes_moved),
+            "what is worth moving of the budget, from an empty arena",
+        ),
         ("in fast memory", f"{outlook.hit_share:.0%}", "of the bytes probed, when the query is there"),
-        ("join", f"{1e3 * outlook.join_s:.0f} ms", f"{1e3 * planner.join_s(0, planner.probed_bytes):.0f} ms without lookahead"),
-    ]  # fmt: skip
+        (
+            "join",
+            f"{1e3 * outlook.join_s:.0f} ms",
+            f"{1e3 * planner.join_s(0, planner.probed_bytes):.0f} ms without lookahead",
+        ),
+    ]
     even = planner.break_even_bytes()
     if even is None:
         rows.append(("misses", "moved", "the disk cannot be scored in place"))
@@ -72,10 +74,6 @@ def outlook_rows(planner: Planner, window_s: float, lookahead: Lookahead, stage:
         words = format_bytes(even) if math.isfinite(even) else "never"
         rows.append(("misses", "both ends", f"moving alone is as quick as in place from: {words}"))
     rows.append(
-        (
-            "memory left",
-            format_bytes(formulas.memory_left_bytes(available_bytes())),
-            "RAM, after all of this was taken",
-        )
+        ("memory left", format_bytes(formulas.memory_left_bytes(available_bytes())), "RAM, after all of this was taken")
     )
     return rows

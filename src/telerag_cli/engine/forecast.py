@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from telerag_cli.config import Lookahead
-from telerag_cli.generation.base import Generation
-from telerag_cli.lookahead.retriever import JoinReport
+from telerag_cli.llm.base import Generation
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import (
     Circumstances,
@@ -21,10 +20,11 @@ from telerag_cli.planning.planner import (
     tokens_key,
     window_key,
 )
+from telerag_cli.retrieval.retriever import JoinReport
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prediction:
     """A retrieval's lookahead: as expected when it began, and as it was."""
 
     stage: str
@@ -83,7 +83,7 @@ class Forecast:
             generation.prompt_tokens, generation.cached_tokens, generation.completion_tokens, width
         )
 
-    def retrieved(self, report: JoinReport, lookahead: Lookahead) -> Plan | None:
+    def retrieved(self, report: JoinReport, lookahead: Lookahead) -> Prediction | None:
         """The query has come, and the window has ended; None where there was no lookahead to plan."""
         texts, self._texts = self._texts, None
         window, planner = report.window, self._planner
@@ -105,7 +105,7 @@ class Forecast:
         if window.bytes_moved:
             self._learn(link_key(self._stage), planner.link_bytes_per_s(self._stage) / window.rounds, pace)
             self._learn(moved_key(self._stage), predicted.bytes_moved, report.bytes_moved)
-        return Plan(self._stage, predicted, measured, planner.join_s(hit_bytes, report.bytes_missed))
+        return Prediction(self._stage, predicted, measured, planner.join_s(hit_bytes, report.bytes_missed))
 
     def _learn(self, key: str, expected: float, measured: float) -> None:
         """Keep how much more there was than the profile says; what was expected has the average in it already."""

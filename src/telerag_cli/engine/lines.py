@@ -13,18 +13,16 @@ from typing import Any, Self
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.forecast import Plan
+from telerag_cli.engine.forecast import Prediction
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
-from telerag_cli.files import explain
-from telerag_cli.lookahead.retriever import JoinReport
+from telerag_cli.files import wrap_os_error
 from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.planning.planner import ExpectedText
+from telerag_cli.retrieval.retriever import JoinReport
 
 
-def answer_line(
-    question: Question, answered: Answered, pipeline: PipelineName, lookahead: Lookahead
-) -> dict[str, Any]:
+def answer_line(question: Question, answered: Answered, pipeline: PipelineName, lookahead: Lookahead) -> dict[str, Any]:
     """The line for an answered question. Times are seconds, rounded to a microsecond."""
     body = {"answer": answered.answer, **answer_body(answered, pipeline, lookahead)}
     if question.batch is None:
@@ -36,25 +34,38 @@ def answer_body(answered: Answered, pipeline: PipelineName, lookahead: Lookahead
     """How an answer came about, beside its text."""
     return {
         "passages": [
-            {"rank": rank, "id": hit.passage.id, "score": hit.score, "text": hit.passage.text, "metadata": hit.passage.metadata}
+            {
+                "rank": rank,
+                "id": hit.passage.id,
+                "score": hit.score,
+                "text": hit.passage.text,
+                "metadata": hit.passage.metadata,
+            }
             for rank, hit in enumerate(answered.found, 1)
         ],
         "citations": answered.citations,
         "pipeline": pipeline.value,
         "queries": [list(retrieval.queries) for retrieval in answered.retrievals],
         "stages": [
-            {"name": stage.name, "text": stage.generation.text, "finish_reason": stage.generation.finish_reason,
-             "prompt_tokens": stage.generation.prompt_tokens, "cached_tokens": stage.generation.cached_tokens,
-             "completion_tokens": stage.generation.completion_tokens, "queue_s": round(stage.generation.queue_s, 6),
-             "prefill_s": round(stage.generation.prefill_s, 6), "decode_s": round(stage.generation.decode_s, 6),
-             **({"expected": _rounded(stage.expected)} if stage.expected else {})}
+            {
+                "name": stage.name,
+                "text": stage.generation.text,
+                "finish_reason": stage.generation.finish_reason,
+                "prompt_tokens": stage.generation.prompt_tokens,
+                "cached_tokens": stage.generation.cached_tokens,
+                "completion_tokens": stage.generation.completion_tokens,
+                "queue_s": round(stage.generation.queue_s, 6),
+                "prefill_s": round(stage.generation.prefill_s, 6),
+                "decode_s": round(stage.generation.decode_s, 6),
+                **({"expected": _rounded(stage.expected)} if stage.expected else {}),
+            }
             for stage in answered.stages
         ],
         "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
         "lookahead": {"mode": lookahead.value} | _sum(answered.joins),
         "plan": [_rounded(plan) for plan in answered.plans],
         "dropped_passages": answered.dropped_passages,
-    }  # fmt: skip
+    }
 
 
 def usage(answered: Answered) -> dict[str, int]:
@@ -130,7 +141,7 @@ def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) ->
     return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
 
 
-def _rounded(value: ExpectedText | Plan) -> dict[str, Any]:
+def _rounded(value: ExpectedText | Prediction) -> dict[str, Any]:
     """As JSON, with whole bytes and times to a microsecond."""
 
     def short(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,13 +179,15 @@ class RunFile:
         self.answered: set[str] = set()
         if path.exists() and path.is_file() and path.stat().st_size:
             if not resume:
-                raise ArtifactError(f"{path} already holds {path.stat().st_size:,} bytes.",
-                                    remedy="Give --resume to go on from it, or another -o.")  # fmt: skip
+                raise ArtifactError(
+                    f"{path} already holds {path.stat().st_size:,} bytes.",
+                    remedy="Give --resume to go on from it, or another -o.",
+                )
             self._take_up()
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise explain(error, path) from error
+            raise wrap_os_error(error, path) from error
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line in one call, so that a kill leaves it whole, torn at the end, or absent.
@@ -191,7 +204,7 @@ class RunFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
-            raise explain(error, self.path) from error
+            raise wrap_os_error(error, self.path) from error
 
     def __enter__(self) -> Self:
         return self
@@ -221,11 +234,11 @@ class RunFile:
                 temporary.write_bytes(b"".join(kept))
                 temporary.replace(self.path)
             except OSError as error:
-                raise explain(error, self.path) from error
+                raise wrap_os_error(error, self.path) from error
 
     def _lines(self) -> Iterator[bytes]:
         try:
             with self.path.open("rb") as lines:
                 yield from lines
         except OSError as error:
-            raise explain(error, self.path) from error
+            raise wrap_os_error(error, self.path) from error

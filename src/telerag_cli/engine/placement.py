@@ -1,213 +1,134 @@
-"""Where the index will lie and be scored: which tier, the memory it takes where, and opening it."""
+"""Which free replica takes which waiting micro-batch: policies over the same matrix, so that they can be compared."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from telerag_cli.config import DEFAULT_FAST_MEMORY, CacheKind, TierKind, format_bytes, parse_bytes
-from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.index.artifact import Index
-from telerag_cli.index.build import Progress
-from telerag_cli.index.scoring import Coarse
-from telerag_cli.tiers.base import FastTier, JoinRates
-from telerag_cli.tiers.host import open_host_tier
-from telerag_cli.tiers.transport import available_bytes
-from telerag_cli.tracing import Tracer
+import numpy as np
+import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from telerag_cli.tiers.cuda.gpu import Gpu
+from telerag_cli.config import PlacementName
+from telerag_cli.index.artifact import IntArray
+from telerag_cli.tiers.residency import BoolArray
 
-Row = tuple[str, str, str]
-"""Of a byte plan: what, where, how much."""
+__all__ = ["CacheAware", "Greedy", "Offer", "Placement", "PlacementName", "RoundRobin", "make_placement"]
+
+Floats = npt.NDArray[np.float64]
+Pairs = list[tuple[int, int]]
+"""Places of a replica and of a micro-batch; neither comes twice."""
 
 
-@dataclass(frozen=True)
-class TierOptions:
-    """What a user said about where the index is kept; None where nothing was said."""
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """What a placement chooses from: some replicas, and the micro-batches that have waited longest, oldest first."""
 
-    kind: TierKind = TierKind.AUTO
-    device: str = "auto"
-    fast_memory_bytes: int | None = None
-    gpu_memory_bytes: int | None = None
-    """None for what the LLM leaves."""
-    require_pinned: bool = False
-    cache: CacheKind = CacheKind.FREQUENCY
-    throttle_bytes_per_s: int | None = None
-    """Of the simulated GPU's link."""
-
-
-@dataclass(frozen=True)
-class PlannedTier:
-    """A tier that can be opened."""
-
-    kind: TierKind
-    name: str
-    """Kind and device, by which a profile knows it."""
-    why: str
-    rows: list[Row]
-    """Its part of the byte plan."""
-    ram_bytes: int
-    gpu_bytes: int
-    """What it takes of either memory; of the GPU's 0 if it takes what others leave."""
-    open: Callable[[Coarse, Tracer | None, Progress, JoinRates | None], FastTier]
-    """Take the memory; raises ResourceError if there is not enough. Rates that are known need not be measured."""
-    gpu: Gpu | None = None
+    to_move: Floats
+    """Bytes that each replica would have to move for each micro-batch, shape (replicas, batches)."""
+    load: Floats
+    """Bytes that were still to come to each replica for what it was given, when it last said what it has, shape (replicas,)."""
+    free: BoolArray
+    """Which replicas can take one, shape (replicas,)."""
+    due: int
+    """So many micro-batches, from the first, have waited too long: they go before all others."""
 
 
-def plan_tier(index: Index, options: TierOptions) -> PlannedTier:
-    """Choose the tier and say what memory it takes.
+class Placement(Protocol):
+    """Chooses pairs of a free replica and a micro-batch."""
 
-    Raises:
-        UsageError: options contradict each other.
-        ResourceError: a device was asked for and is not there.
+    def choose(self, offer: Offer) -> Pairs:
+        """At most one micro-batch for each free replica, and one for at least one of them; those due first."""
+
+
+class RoundRobin:
+    """Micro-batches in order of arrival, replicas in turn: what any cache is compared with."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, offer: Offer) -> Pairs:
+        """The oldest micro-batch to the next free replica in turn."""
+        replicas = len(offer.free)
+        turn = [(self._next + step) % replicas for step in range(replicas)]
+        free = [replica for replica in turn if offer.free[replica]]
+        pairs = list(zip(free, range(offer.to_move.shape[1]), strict=False))
+        self._next = (pairs[-1][0] + 1) % replicas
+        return pairs
+
+
+class Greedy:
+    """As the paper does it (TeleRAG, arXiv 2502.20969): in order of arrival, each to the free replica with most of its lists."""
+
+    def choose(self, offer: Offer) -> Pairs:
+        """Each to where the fewest bytes would have to move, ties to the least loaded and then to the lower number."""
+        free = np.flatnonzero(offer.free).tolist()
+        pairs = []
+        for batch in range(min(offer.to_move.shape[1], len(free))):
+            replica = min(free, key=lambda each: (offer.to_move[each, batch], offer.load[each], each))
+            free.remove(replica)
+            pairs.append((replica, batch))
+        return pairs
+
+
+class CacheAware:
+    """Shares out what waits among all replicas, so that the fewest bytes move; a free one takes the oldest of its share.
+
+    Each replica has an equal share, and that of a busy one is left for it: what it has the lists of is not given away
+    only because another is free now. What it takes of its share is the oldest and not what shares most with its arena,
+    because micro-batches come in an order in which neighbours share lists (`telerag_cli.engine.micro_batches.similar`).
+    Both are worth something: scripts/schedule_study.py. With one replica this is the order of arrival.
     """
-    if options.kind is TierKind.AUTO:
-        gpu, why = _usable_gpu(index, options)
-    elif options.kind is TierKind.HOST:
-        gpu, why = None, "as asked"
-    else:
-        gpu, why = _named_gpu(options), "as asked"
-    if gpu is None:
-        return _plan_host(index, options, why)
-    return _plan_cuda(index, options, gpu, why)
+
+    def choose(self, offer: Offer) -> Pairs:
+        """At most one micro-batch for each free replica, and one for at least one of them; those due first."""
+        pairs = [] if offer.due else self.of_their_shares(offer)
+        # Without any, someone waits too long, or only those that are busy have a share.
+        return pairs or self.at_once(offer)
+
+    def of_their_shares(self, offer: Offer) -> Pairs:
+        """What each free replica takes of its share, if it has one."""
+        replicas, batches = offer.to_move.shape
+        owners = np.repeat(np.arange(replicas), -(-batches // replicas))
+        rows, columns = _assignment(_cost(offer)[owners])
+        owner = np.empty(batches, np.int64)
+        owner[columns] = owners[rows]
+        shares = [(replica, np.flatnonzero(owner == replica)) for replica in np.flatnonzero(offer.free).tolist()]
+        return [(replica, self.next_of(share, offer.to_move[replica])) for replica, share in shares if len(share)]
+
+    def next_of(self, share: IntArray, _to_move: Floats) -> int:
+        """Which of the micro-batches of its share, oldest first, a replica takes; it would move so much for each of all."""
+        return int(share[0])
+
+    def at_once(self, offer: Offer) -> Pairs:
+        """The assignment of micro-batches to free replicas that moves the fewest bytes now."""
+        free = np.flatnonzero(offer.free)
+        cost = _cost(offer)[free]
+        # Those due are in the solution because no sum of others is as low.
+        cost[:, : offer.due] -= 1.0 + 2 * len(free) * float(cost.max(initial=0.0))
+        rows, columns = _assignment(cost)
+        return [(int(free[row]), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def plan_device(
-    kind: TierKind, device: str, throttle_bytes_per_s: int | None = None
-) -> tuple[Gpu | None, str]:
-    """The GPU that a tier of this kind would be on, if any, without an index to put there; and the tier's name.
-
-    Raises:
-        UsageError: options contradict each other.
-        ResourceError: a device was asked for and is not there.
-    """
-    options = TierOptions(kind, device, throttle_bytes_per_s=throttle_bytes_per_s)
-    gpu: Gpu | None = None
-    if kind is TierKind.AUTO:
-        with contextlib.suppress(ResourceError):
-            gpu = None if device == "cpu" else _found(device)
-    elif kind is not TierKind.HOST:
-        gpu = _named_gpu(options)
-    return gpu, _tier_name(kind, gpu)
+def _cost(offer: Offer) -> Floats:
+    """Bytes to move, and those on their way: where replicas cannot all get the same, the least loaded ones get more."""
+    cost: Floats = offer.to_move + offer.load[:, None]
+    return cost
 
 
-def device_number(device: str) -> int:
-    """Of the GPU that ``auto`` or ``cuda:N`` means.
+def _assignment(cost: Floats) -> tuple[IntArray, IntArray]:
+    """Rows and columns of the pairs with the least sum, as many as there can be."""
+    from scipy.optimize import linear_sum_assignment
 
-    Raises:
-        UsageError: it is no GPU's name.
-    """
-    from telerag_cli.tiers.cuda.gpu import gpu_number
-
-    return gpu_number(device) or 0
+    rows, columns = linear_sum_assignment(cost)
+    return rows, columns
 
 
-def _found(device: str) -> Gpu:
-    from telerag_cli.tiers.cuda.gpu import find_gpu
-
-    return find_gpu(device)
-
-
-def _tier_name(kind: TierKind, gpu: Gpu | None) -> str:
-    """By which a profile knows it."""
-    if gpu is None:
-        return TierKind.HOST.value
-    return gpu.name if kind is TierKind.SIMULATED else f"{TierKind.CUDA}: {gpu.name}"
-
-
-def _usable_gpu(index: Index, options: TierOptions) -> tuple[Gpu | None, str]:
-    """The GPU that ``auto`` takes, if any, and the reason."""
-    if options.device == "cpu":
-        return None, "--device cpu"
-    if options.fast_memory_bytes is not None:
-        return None, "--fast-memory"
-    from telerag_cli.tiers.cuda.gpu import find_gpu, gpu_number
-
-    try:
-        gpu = find_gpu(options.device)
-    except ResourceError:
-        if gpu_number(options.device) is not None or options.gpu_memory_bytes is not None:
-            raise
-        return None, "no GPU found"
-    lists, free = int(index.extents.sum()), available_bytes()
-    if lists > free:
-        return None, f"the lists take {format_bytes(lists)}, and {format_bytes(free)} of host memory are free"
-    return gpu, f"{gpu.name} found"
-
-
-def _named_gpu(options: TierOptions) -> Gpu:
-    if options.fast_memory_bytes is not None:
-        raise UsageError(f"--fast-memory has no part in --tier {options.kind}.",
-                         remedy="Give --gpu-memory, or use --tier host.")  # fmt: skip
-    if options.kind is TierKind.SIMULATED:
-        from telerag_cli.tiers.cuda.simulated import SimulatedGpu
-
-        return SimulatedGpu(bytes_per_s=options.throttle_bytes_per_s)
-    if options.device == "cpu":
-        raise UsageError("--device cpu has no GPU for --tier cuda.", remedy="Leave one of them out.")
-    from telerag_cli.tiers.cuda.gpu import find_gpu
-
-    return find_gpu(options.device)
-
-
-def _plan_host(index: Index, options: TierOptions, why: str) -> PlannedTier:
-    for name, given in (
-        ("--gpu-memory", options.gpu_memory_bytes is not None),
-        ("--require-pinned", options.require_pinned),
-    ):
-        if given:
-            raise UsageError(f"{name} has no part in the host tier ({why}).", remedy="Leave it out, or use --tier cuda.")  # fmt: skip
-    lists = int(index.extents.sum())
-    arena_bytes = options.fast_memory_bytes
-    if arena_bytes is None:
-        arena_bytes = parse_bytes(DEFAULT_FAST_MEMORY)
-
-    def open_tier(
-        coarse: Coarse, tracer: Tracer | None, _progress: Progress, _rates: JoinRates | None
-    ) -> FastTier:
-        return open_host_tier(index, coarse, arena_bytes, cache=options.cache, tracer=tracer)
-
-    rows = [
-        ("index lists", "disk", format_bytes(lists)),
-        ("arena", "RAM", format_bytes(min(arena_bytes, lists))),
-        _centroids(index),
-    ]
-    return PlannedTier(
-        TierKind.HOST, _tier_name(TierKind.HOST, None), why, rows, min(arena_bytes, lists), 0, open_tier
-    )
-
-
-def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> PlannedTier:
-    from telerag_cli.tiers.cuda.scoring import workspace_bytes
-    from telerag_cli.tiers.cuda.tier import open_cuda_tier
-
-    lists = int(index.extents.sum())
-    given = options.gpu_memory_bytes
-
-    def open_tier(
-        coarse: Coarse, tracer: Tracer | None, progress: Progress, rates: JoinRates | None
-    ) -> FastTier:
-        with progress("Reading lists into host memory", lists, unit="bytes") as advance:
-            return open_cuda_tier(index, coarse, gpu, given, require_pinned=options.require_pinned, cache=options.cache,
-                                  advance=advance, rates=rates, tracer=tracer)  # fmt: skip
-
-    arena = (
-        f"what is left, at most {format_bytes(lists)}" if given is None else format_bytes(min(given, lists))
-    )
-    rows = [
-        ("index lists", "RAM, page-locked", format_bytes(lists)),
-        ("arena", gpu.name, arena),
-        ("scoring", gpu.name, format_bytes(workspace_bytes(index))),
-        _centroids(index),
-        ("free", gpu.name, format_bytes(gpu.free_bytes())),
-    ]
-    kind = TierKind.SIMULATED if options.kind is TierKind.SIMULATED else TierKind.CUDA
-    on_device = 0 if given is None else min(given, lists) + workspace_bytes(index)
-    return PlannedTier(kind, _tier_name(kind, gpu), why, rows, lists, on_device, open_tier, gpu)
-
-
-def _centroids(index: Index) -> Row:
-    return ("centroids", "RAM", format_bytes(2 * index.centroids.nbytes))
+def make_placement(name: PlacementName) -> Placement:
+    """A fresh placement."""
+    placements: dict[PlacementName, Callable[[], Placement]] = {
+        PlacementName.CACHE_AWARE: CacheAware,
+        PlacementName.GREEDY: Greedy,
+        PlacementName.ROUND_ROBIN: RoundRobin,
+    }
+    return placements[name]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from telerag_cli.errors import ContextError
-from telerag_cli.generation.base import Message
+from telerag_cli.llm.base import Message
 from telerag_cli.pipelines.base import Prompt
 from telerag_cli.pipelines.found import Retrieved
 
@@ -39,6 +39,8 @@ def fit(
         if tokens <= room:
             return messages, kept
         if not kept:
-            raise ContextError(f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
-                             remedy="Shorten it, lower --max-tokens or raise --ctx-size.")  # fmt: skip
+            raise ContextError(
+                f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
+                remedy="Shorten it, lower --max-tokens or raise --ctx-size.",
+            )
         kept -= 1

@@ -34,9 +34,7 @@ def read_questions(lines: IO[bytes], name: str) -> Iterator[Question]:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            yield Question(
-                str(number), "", problem=f"{where} is not UTF-8: {error.reason} at byte {error.start}."
-            )
+            yield Question(str(number), "", problem=f"{where} is not UTF-8: {error.reason} at byte {error.start}.")
             continue
         if line.startswith("{"):
             yield _from_json(line, number, where)
@@ -52,11 +50,7 @@ def _from_json(line: str, number: int, where: str) -> Question:
     key = next((str(value[name]) for name in ID_KEYS if value.get(name) is not None), str(number))
     if isinstance(value.get("body"), dict):
         body = value["body"]
-        turns = [
-            turn
-            for turn in body.get("messages") or []
-            if isinstance(turn, dict) and turn.get("role") == "user"
-        ]
+        turns = [turn for turn in body.get("messages") or [] if isinstance(turn, dict) and turn.get("role") == "user"]
         text = turns[-1].get("content") if turns else None
         wanted = "a body with a user message"
     else:

@@ -9,26 +9,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telerag_cli.engine.sketcher import Sketcher
+from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.index.artifact import FloatArray
-from telerag_cli.lookahead.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, due
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.base import Expect
+from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, due
+from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.retrieval.retriever import Retriever
 
 AWAITED = 2
 """Queries for which lists are moved as long as none of several is finished. Source: scripts/lookahead_study.py."""
 
 
 @dataclass(frozen=True)
-class Begun:
+class PrefetchHandle:
     """Lookahead that is under way: the embedding it began with, shape (dimension,), and its round."""
 
     vector: FloatArray
-    round: Round
+    round: Prefetch
 
 
-class Beginning:
+class PrefetchStart:
     """A `Subject` that starts lookahead for some queries together while the LLM already reads their prompts."""
 
     urgent = True
@@ -36,7 +36,7 @@ class Beginning:
     def __init__(
         self,
         queries: Sequence[str],
-        begin: Callable[[FloatArray], Sequence[Round]],
+        begin: Callable[[FloatArray], Sequence[Prefetch]],
         vectors: FloatArray | None = None,
     ) -> None:
         """Get ready.
@@ -49,7 +49,7 @@ class Beginning:
         self._queries = queries
         self._begin = begin
         self._vectors = vectors
-        self.begun: list[Future[Begun]] = [Future() for _ in queries]
+        self.begun: list[Future[PrefetchHandle]] = [Future() for _ in queries]
 
     def take(self) -> Sequence[str]:
         """See `Subject`."""
@@ -67,7 +67,7 @@ class Beginning:
     def give(self, vectors: FloatArray) -> None:
         """See `Subject`."""
         for future, vector, begun in zip(self.begun, vectors, self._begin(vectors), strict=True):
-            future.set_result(Begun(vector, begun))
+            future.set_result(PrefetchHandle(vector, begun))
 
     def fail(self, error: Exception) -> None:
         """See `Subject`."""
@@ -86,11 +86,11 @@ class Refiner:
 
     def __init__(
         self,
-        begun: Future[Begun],
+        begun: Future[PrefetchHandle],
         retriever: Retriever,
         nprobe: int,
         expected_tokens: float,
-        sketcher: Sketcher,
+        refinement_embedder: RefinementEmbedder,
         expect: Expect | None = None,
     ) -> None:
         """Get ready.
@@ -100,14 +100,14 @@ class Refiner:
             retriever: what it is of.
             nprobe: lists that each query will probe.
             expected_tokens: how long the text will probably be.
-            sketcher: what embeds.
+            refinement_embedder: what embeds.
             expect: the queries that a text leads to; the text itself if not given.
         """
         self._begun = begun
         self._retriever = retriever
         self._nprobe = nprobe
         self._expected = max(expected_tokens, 1.0)
-        self._sketcher = sketcher
+        self._sketcher = refinement_embedder
         self._expect: Expect = expect or (lambda text: [text])
         self._lock = threading.Lock()
         self._text, self._fraction = "", 0.0
@@ -148,7 +148,8 @@ class Refiner:
             return []
         self._taken, self._followed = queries, fraction
         if not queries:
-            # None is finished, and several may be written: the first order, which was only a start, is all there is so far.
+            # None is finished, and several may be written: the first order, which was only a start, is all there is so
+            # far.
             self._retriever.refine(begun.round, begun.vector[None], AWAITED * self._nprobe, fraction)
         return queries
 

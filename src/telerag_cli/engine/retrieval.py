@@ -17,15 +17,15 @@ from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.index.passages import Passages
-from telerag_cli.lookahead.retriever import Found, JoinReport, Search, Searcher
-from telerag_cli.lookahead.round import Round
 from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.retrieval.retriever import Found, JoinReport, Search, Searcher
 from telerag_cli.tracing import Tracer
 
 EMBED = "embed"
-MOST_SEARCHES = 32
+MAX_SEARCHES = 32
 """Searches in one batch; each waits for the lists of all."""
-MOST_HITS = 1 << 18
+MAX_HITS = 1 << 18
 """Results of one batch, over all its queries: a search that looks deep takes the time and the memory of few at once."""
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class QueryEmbedder(Protocol):
     def encode_queries(self, texts: Sequence[str]) -> FloatArray:
         """Shape (len(texts), dimension); a text's vector does not depend on the others. From any thread."""
 
-    def sketch(self, texts: Sequence[str]) -> FloatArray:
+    def embed_approx(self, texts: Sequence[str]) -> FloatArray:
         """Rough embeddings, shape (len(texts), dimension), that take little from an LLM decoding meanwhile."""
 
 
@@ -63,7 +63,7 @@ class Ranking:
 class Finder(Protocol):
     """Finds passages for texts."""
 
-    async def find(self, queries: Sequence[str], rounds: Sequence[Round]) -> Retrieval:
+    async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
         """The best passages for these queries together; the rounds that prepared them end.
 
         Raises:
@@ -77,7 +77,7 @@ class Finder(Protocol):
 @dataclass(frozen=True, eq=False)
 class _Asked(Generic[T]):
     queries: tuple[str, ...]
-    rounds: tuple[Round, ...]
+    rounds: tuple[Prefetch, ...]
     k: int
     make: Callable[[Found, float], T]
     """The answer from what was found and the seconds that embedding took; called in the thread."""
@@ -87,8 +87,9 @@ class _Asked(Generic[T]):
 class Retrievals:
     """A queue and a thread. Nothing waits for company: a batch is what came while the one before it ran."""
 
-    def __init__(self, embedder: QueryEmbedder, searcher: Searcher, passages: Passages, k: int, nprobe: int,
-                 tracer: Tracer) -> None:  # fmt: skip
+    def __init__(
+        self, embedder: QueryEmbedder, searcher: Searcher, passages: Passages, k: int, nprobe: int, tracer: Tracer
+    ) -> None:
         self._embedder = embedder
         self._searcher = searcher
         self._passages = passages
@@ -99,7 +100,7 @@ class Retrievals:
         self._waiting: list[_Asked[Any]] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def find(self, queries: Sequence[str], rounds: Sequence[Round]) -> Retrieval:
+    async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
         """The best passages for these queries together; the rounds that prepared them end.
 
         Raises:
@@ -118,18 +119,16 @@ class Retrievals:
     async def rank(self, queries: Sequence[str], k: int) -> Ranking:
         """The best ``k`` passages for these queries together, as deep as anyone wants to look, without their texts.
 
-        Fewer come back only if the lists that the queries probe hold no more. What others search at the same time finds what
-        it would find alone: only searches of the same ``k`` are one batch, for ``k`` decides what is scored again.
+        Fewer come back only if the lists that the queries probe hold no more. What others search at the same time finds
+        what it would find alone: only searches of the same ``k`` are one batch, for ``k`` decides what is scored again.
 
         Raises:
             TeleragError: a list could not be read.
         """
         width = min(k, self._deepest)
-        step = max(1, MOST_HITS // width)
+        step = max(1, MAX_HITS // width)
         parts = [
-            await self._ask(
-                _Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found)
-            )
+            await self._ask(_Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found))
             for start in range(0, len(queries), step)
         ]
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._best, parts, k)
@@ -140,9 +139,7 @@ class Retrievals:
         Raises:
             ArtifactError: a row's bytes are damaged.
         """
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._passages.__getitem__, rows
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._passages.__getitem__, rows)
 
     def close(self) -> None:
         """Wait for what runs and stop the thread."""
@@ -182,7 +179,7 @@ class Retrievals:
             if asked.k != self._waiting[0].k:
                 continue
             hits += len(asked.queries) * asked.k
-            if batch and (len(batch) == MOST_SEARCHES or hits > MOST_HITS):
+            if batch and (len(batch) == MAX_SEARCHES or hits > MAX_HITS):
                 break
             batch.append(asked)
         return batch

@@ -7,21 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from telerag_cli.config import (
-    DEFAULT_BATCH_SIZE,
-    DEFAULT_MAX_WAIT_S,
-    DEFAULT_MICRO_BATCH,
-    PlacementName,
-    ScheduleName,
-)
+from telerag_cli.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_WAIT_S, DEFAULT_MICRO_BATCH, PlacementName, ScheduleName
+from telerag_cli.engine.dispatch import Dispatcher, MicroBatch
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.micro_batches import HORIZON, arrival, likely, similar
+from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.engine.workers import Together
 from telerag_cli.errors import UsageError
 from telerag_cli.index.artifact import FloatArray, IntArray
-from telerag_cli.scheduling.dispatch import Dispatcher, MicroBatch
-from telerag_cli.scheduling.micro_batches import HORIZON, arrival, likely, similar
-from telerag_cli.scheduling.placement import make_placement
 
 EMBEDDED_TOGETHER = 32
 """Questions embedded in one call: an LLM that decodes on the same cores waits for it."""
@@ -57,15 +51,17 @@ def micro_batch_size(given: int | None, at_once: int, arena_bytes: int, probed_b
         probed_bytes: that one question probes, about.
 
     Returns:
-        By default `DEFAULT_MICRO_BATCH`, or half of ``at_once`` if that is less, so that the next micro-batch can begin while
-        one ends; and no more than the arena holds the lists of.
+        By default `DEFAULT_MICRO_BATCH`, or half of ``at_once`` if that is less, so that the next micro-batch can begin
+        while one ends; and no more than the arena holds the lists of.
 
     Raises:
         UsageError: more are wanted than run at once.
     """
     if given is not None and given > at_once:
-        raise UsageError(f"--micro-batch is {given} and {at_once} questions are answered at once.",
-                         remedy="Lower --micro-batch, or raise --concurrency.")  # fmt: skip
+        raise UsageError(
+            f"--micro-batch is {given} and {at_once} questions are answered at once.",
+            remedy="Lower --micro-batch, or raise --concurrency.",
+        )
     if given is not None:
         return given
     fitting = int(arena_bytes / max(probed_bytes, 1.0))
@@ -73,7 +69,7 @@ def micro_batch_size(given: int | None, at_once: int, arena_bytes: int, probed_b
 
 
 def fitted(
-    wish: Schedule, micro_batch: int | None, at_once: int, arena_bytes: int, extents: IntArray, nprobe: int
+    wish: Schedule, micro_batch: int | None, at_once: int, arena_bytes: int, list_bytes: IntArray, nprobe: int
 ) -> Schedule:
     """A schedule with micro-batches of the size that fits, and batches of one of them at least; see `micro_batch_size`.
 
@@ -82,28 +78,28 @@ def fitted(
         micro_batch: what the user said of the size, if anything.
         at_once: questions that a replica answers at once.
         arena_bytes: of a replica.
-        extents: bytes each list takes, shape (nlist,).
+        list_bytes: bytes each list takes, shape (nlist,).
         nprobe: lists that a query probes.
     """
-    size = micro_batch_size(micro_batch, at_once, arena_bytes, float(extents.mean()) * nprobe)
+    size = micro_batch_size(micro_batch, at_once, arena_bytes, float(list_bytes.mean()) * nprobe)
     return replace(wish, micro_batch=size, batch_size=max(wish.batch_size, size))
 
 
 class Grouping:
     """Which of some questions run together; what was cut before is remembered, because it is what the arena holds."""
 
-    def __init__(self, schedule: Schedule, extents: IntArray, nprobe: int) -> None:
+    def __init__(self, schedule: Schedule, list_bytes: IntArray, nprobe: int) -> None:
         """Begin with nothing before.
 
         Args:
             schedule: how.
-            extents: bytes each list takes, shape (nlist,).
+            list_bytes: bytes each list takes, shape (nlist,).
             nprobe: lists that a query probes.
         """
-        self.depth = min(LOOKED_DOWN * nprobe, len(extents))
+        self.depth = min(LOOKED_DOWN * nprobe, len(list_bytes))
         """Of the lists ranked for a question, as many as are looked at."""
         self._schedule = schedule
-        self._extents = extents
+        self._extents = list_bytes
         self._nprobe = nprobe
         self._before: FloatArray | None = None
 
@@ -127,38 +123,37 @@ class Grouping:
 class Scheduler:
     """Makes micro-batches of questions, and keeps them until a worker takes them."""
 
-    def __init__(self, schedule: Schedule, embedder: QueryEmbedder, rank: Rank, extents: IntArray, nprobe: int,
-                 workers: int) -> None:  # fmt: skip
+    def __init__(
+        self, schedule: Schedule, embedder: QueryEmbedder, rank: Rank, list_bytes: IntArray, nprobe: int, workers: int
+    ) -> None:
         """Begin with an empty queue.
 
         Args:
             schedule: how.
             embedder: embeds questions, where it matters what they are about.
             rank: says which lists they will probably probe.
-            extents: bytes each list takes, shape (nlist,).
+            list_bytes: bytes each list takes, shape (nlist,).
             nprobe: lists that a query probes.
             workers: how many there are.
         """
         self.schedule = schedule
         self._embedder = embedder
         self._rank = rank
-        self._extents = extents
+        self._extents = list_bytes
         self._nprobe = nprobe
-        self._grouping = Grouping(schedule, extents, nprobe)
+        self._grouping = Grouping(schedule, list_bytes, nprobe)
         in_order = schedule.name is ScheduleName.ARRIVAL
         # One worker gets the next whatever it holds, if the order is to be that of arrival.
         name = PlacementName.ROUND_ROBIN if in_order and workers == 1 else schedule.placement
         self._looks = not in_order or name is not PlacementName.ROUND_ROBIN
-        self.queue = Dispatcher(extents, make_placement(name))
+        self.queue = Dispatcher(list_bytes, make_placement(name))
         self._number = 0
 
     @classmethod
     def over(cls, engine: Engine, schedule: Schedule) -> Scheduler:
         """For questions that an engine of this process answers alone."""
         retriever = engine.retriever
-        return cls(
-            schedule, engine.embedder, retriever.nearest, retriever.tier.extents, engine.settings.nprobe, 1
-        )
+        return cls(schedule, engine.embedder, retriever.nearest, retriever.tier.list_bytes, engine.settings.nprobe, 1)
 
     def cut(self, questions: Sequence[str], members: Sequence[int]) -> list[tuple[MicroBatch, Together]]:
         """Micro-batches of these questions; takes milliseconds for each of them, so not for an event loop.
@@ -184,7 +179,9 @@ class Scheduler:
         return made
 
     def _embed(self, questions: Sequence[str]) -> FloatArray:
-        return np.concatenate([
-            self._embedder.encode_queries(questions[start : start + EMBEDDED_TOGETHER])
-            for start in range(0, len(questions), EMBEDDED_TOGETHER)
-        ])  # fmt: skip
+        return np.concatenate(
+            [
+                self._embedder.encode_queries(questions[start : start + EMBEDDED_TOGETHER])
+                for start in range(0, len(questions), EMBEDDED_TOGETHER)
+            ]
+        )

@@ -13,21 +13,21 @@ from functools import partial
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.company import Company, give_up
-from telerag_cli.engine.forecast import Forecast, Plan
+from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.prompt import fit
-from telerag_cli.engine.refiner import Begun, Refiner
+from telerag_cli.engine.refinement_embedder import RefinementEmbedder
+from telerag_cli.engine.refiner import PrefetchHandle, Refiner
 from telerag_cli.engine.retrieval import Finder, Retrieval
-from telerag_cli.engine.sketcher import Sketcher
-from telerag_cli.generation.base import Generation, Generator, Message, OnText, Request
-from telerag_cli.generation.shapes import Shape
 from telerag_cli.index.artifact import FloatArray
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.lookahead.round import Round
+from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
+from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Prompt, is_answer
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import ExpectedText, Planner
+from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
@@ -92,7 +92,7 @@ class Shared:
     generator: Generator
     retriever: Retriever
     retrievals: Finder
-    sketcher: Sketcher
+    refinement_embedder: RefinementEmbedder
     settings: Settings
     averages: Averages
     planner: Planner | None
@@ -104,7 +104,7 @@ class Shared:
 class _Ahead(Ahead):
     """Lookahead of a session that has it on."""
 
-    begun: Future[Begun]
+    begun: Future[PrefetchHandle]
 
 
 @dataclass
@@ -117,13 +117,13 @@ class Session:
     watch: Watch | None = None
     stages: list[Stage] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[Prediction] = field(default_factory=list)
     """Of the retrievals that lookahead prepared."""
     timings: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds of each stage, summed over its calls."""
     dropped: int = 0
     """Passages that did not fit a prompt."""
-    _begun: list[Future[Begun]] = field(default_factory=list)
+    _begun: list[Future[PrefetchHandle]] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
@@ -134,19 +134,27 @@ class Session:
             return
         refining = shared.settings.lookahead is Lookahead.REFINED
 
-        def begin(vectors: FloatArray) -> list[Round]:
+        def begin(vectors: FloatArray) -> list[Prefetch]:
             each = [vector[None] for vector in vectors]
             return shared.retriever.begin_each(each, shared.settings.nprobe, refining=refining)
 
-        begun = self.company.lookahead(query, begin, shared.sketcher)
+        begun = self.company.lookahead(query, begin, shared.refinement_embedder)
         self._begun.append(begun)
         self.forecast.lookahead_begins()
         yield _Ahead(begun)
 
     async def generate(
-        self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
-        shape: Shape | None = None, logprobs: bool = False, refining: Ahead | None = None, expect: Expect | None = None,
-    ) -> Generation:  # fmt: skip
+        self,
+        stage: str,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        shape: Shape | None = None,
+        logprobs: bool = False,
+        refining: Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Generation:
         """See `Rag`."""
         settings = self.shared.settings
         request = Request(
@@ -155,13 +163,18 @@ class Session:
         refiner = self._refiner(stage, max_tokens, refining, expect)
         started_s = time.perf_counter()
         with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
-            self.forecast.writes(
-                stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width
-            )
+            self.forecast.writes(stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width)
             generation = await self.shared.generator.generate(request, self._listener(stage, refiner))
             ended_s = time.perf_counter()
-            self.shared.tracer.add(lane, stage, started_s, ended_s, prompt_tokens=generation.prompt_tokens,
-                                   completion_tokens=generation.completion_tokens, cached_tokens=generation.cached_tokens)  # fmt: skip
+            self.shared.tracer.add(
+                lane,
+                stage,
+                started_s,
+                ended_s,
+                prompt_tokens=generation.prompt_tokens,
+                completion_tokens=generation.completion_tokens,
+                cached_tokens=generation.cached_tokens,
+            )
         if refiner:
             refiner.end()
         expected = self.forecast.wrote(stage, generation, width)
@@ -184,9 +197,17 @@ class Session:
         return retrieval.found
 
     async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = ANSWER, prompt: Prompt = answer_prompt,
-        max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
-    ) -> Answer:  # fmt: skip
+        self,
+        question: str,
+        found: Sequence[Retrieved],
+        *,
+        stage: str = ANSWER,
+        prompt: Prompt = answer_prompt,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        refining: Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Answer:
         """See `Rag`."""
         generator, settings = self.shared.generator, self.shared.settings
         longest = max_tokens or settings.max_tokens
@@ -194,9 +215,7 @@ class Session:
         if is_answer(stage):
             stop, shape = (*stop, *settings.stop), settings.shape
             prompt = _instructed(prompt, settings.instructions)
-        messages, kept = fit(
-            question, found, prompt, generator.context_tokens - longest, generator.count_tokens
-        )
+        messages, kept = fit(question, found, prompt, generator.context_tokens - longest, generator.count_tokens)
         self.dropped += len(found) - kept
         generation = await self.generate(
             stage, messages, max_tokens=longest, stop=stop, shape=shape, refining=refining, expect=expect
@@ -208,15 +227,13 @@ class Session:
         for begun in self._begun:
             give_up(begun)
 
-    def _refiner(
-        self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None
-    ) -> Refiner | None:
+    def _refiner(self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None) -> Refiner | None:
         shared = self.shared
         if shared.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
             return None
         expected = self.forecast.expected_tokens(stage, max_tokens)
         return Refiner(
-            ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.sketcher, expect
+            ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.refinement_embedder, expect
         )
 
     def _listener(self, stage: str, refiner: Refiner | None) -> OnText | None:

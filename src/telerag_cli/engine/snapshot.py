@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from telerag_cli.engine.engine import Engine
 
 if TYPE_CHECKING:
-    from telerag_cli.generation.llamacpp import Stats  # imports llama.cpp, which an engine need not have
+    from telerag_cli.llm.llamacpp import Stats  # imports llama.cpp, which an engine need not have
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Snapshot:
     """Requests with a slot."""
     waiting: int
     """Requests that wait for one."""
-    evaluated_tokens: int
+    computed_tokens: int
     """Of prompts, computed; from the start, as are the other tokens."""
-    taken_over_tokens: int
+    cached_tokens: int
     """Of prompts, computed for another request before."""
     written_tokens: int
     arena_bytes: int
@@ -56,8 +56,8 @@ def snapshot(engine: Engine) -> Snapshot:
         slots=generator.parallel,
         running=stats.running if stats else 0,
         waiting=stats.waiting if stats else 0,
-        evaluated_tokens=stats.evaluated_tokens if stats else 0,
-        taken_over_tokens=stats.taken_over_tokens if stats else 0,
+        computed_tokens=stats.computed_tokens if stats else 0,
+        cached_tokens=stats.cached_tokens if stats else 0,
         written_tokens=stats.written_tokens if stats else 0,
         arena_bytes=tier.arena_bytes,
         resident_bytes=held.resident_bytes,

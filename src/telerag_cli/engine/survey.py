@@ -17,29 +17,22 @@ from telerag_cli.bench_record import hardware
 from telerag_cli.config import Metric, Storage
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.llm import PlannedLlm
-from telerag_cli.engine.placement import PlannedTier
+from telerag_cli.engine.llm_plan import PlannedLlm
+from telerag_cli.engine.tier_plan import PlannedTier
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import explain
-from telerag_cli.generation.base import Generator
+from telerag_cli.files import wrap_os_error
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
-from telerag_cli.lookahead.retriever import Retriever
-from telerag_cli.planning.profile import (
-    Identity,
-    LinkPoint,
-    Memory,
-    Pcie,
-    Profile,
-    ScoringRate,
-)
-from telerag_cli.profiling.disk import disk_points
-from telerag_cli.profiling.hits import Replayed, from_passages
-from telerag_cli.profiling.lists import scoring_rates
-from telerag_cli.profiling.measure import FULL_EXTENT, Advance, Subject, Sweep, measure
-from telerag_cli.profiling.pcie import slot_of
-from telerag_cli.profiling.storages import MadeLists, make_index
-from telerag_cli.profiling.timing import Effort, rate
+from telerag_cli.llm.base import Generator
+from telerag_cli.planning.disk import disk_points
+from telerag_cli.planning.hits import Replayed, from_passages
+from telerag_cli.planning.lists import scoring_rates
+from telerag_cli.planning.measure import FULL_EXTENT, Advance, Subject, Sweep, measure
+from telerag_cli.planning.pcie import slot_of
+from telerag_cli.planning.profile import Identity, LinkPoint, Memory, Pcie, Profile, ScoringRate
+from telerag_cli.planning.storages import MadeLists, make_index
+from telerag_cli.planning.timing import Effort, rate
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import available_bytes
@@ -62,7 +55,9 @@ class Replays:
     source: str = PASSAGES
 
 
-def identity_of(index: Index | None, tier_name: str, llm: PlannedLlm | None, embedder: str) -> tuple[Identity, dict[str, str]]:  # fmt: skip
+def identity_of(
+    index: Index | None, tier_name: str, llm: PlannedLlm | None, embedder: str
+) -> tuple[Identity, dict[str, str]]:
     """What a profile of these parts is of, and the versions it was made with."""
     machine = hardware()
     lists = NONE
@@ -72,32 +67,57 @@ def identity_of(index: Index | None, tier_name: str, llm: PlannedLlm | None, emb
         made_of = f"{manifest.ntotal:,} vectors of {manifest.storage} in {manifest.nlist:,} lists"
         lists = f"{made_of}, {file.checksum if file else NONE}"
     identity = Identity(
-        machine["cpu"],
-        machine["cores"],
-        tuple(machine["gpus"]),
-        tier_name,
-        lists,
-        llm.name if llm else NONE,
-        embedder,
+        machine["cpu"], machine["cores"], tuple(machine["gpus"]), tier_name, lists, llm.name if llm else NONE, embedder
     )
     return identity, {name: version for name, version in machine["versions"].items() if name in VERSIONS}
 
 
-def survey(opened: Opened, tier: PlannedTier, retriever: Retriever, generator: Generator, nprobe: int, replays: Replays, *,
-           identity: Identity, versions: dict[str, str], quick: bool, advance: Advance, command: str = "") -> Profile:  # fmt: skip
+def survey(
+    opened: Opened,
+    tier: PlannedTier,
+    retriever: Retriever,
+    generator: Generator,
+    nprobe: int,
+    replays: Replays,
+    *,
+    identity: Identity,
+    versions: dict[str, str],
+    quick: bool,
+    advance: Advance,
+    command: str = "",
+) -> Profile:
     """Measure parts that are open: see `measure`. The arena is empty afterwards."""
     index = opened.index
     questions = replays.questions or from_passages(opened.passages, FULL_EXTENT.replayed)
     subject = Subject(
-        identity, versions, links_of(tier.gpu, index.paths.lists), opened.embedder, generator, index, retriever, nprobe, questions,
-        replays.source if replays.questions else PASSAGES, partial(_other_storages, tier.gpu, index),
-        partial(memory_of, tier.gpu), partial(_slot, tier.gpu),
-    )  # fmt: skip
+        identity,
+        versions,
+        links_of(tier.gpu, index.paths.lists),
+        opened.embedder,
+        generator,
+        index,
+        retriever,
+        nprobe,
+        questions,
+        replays.source if replays.questions else PASSAGES,
+        partial(_other_storages, tier.gpu, index),
+        partial(memory_of, tier.gpu),
+        partial(_slot, tier.gpu),
+    )
     return measure(subject, quick=quick, advance=advance, command=command)
 
 
-def survey_machine(gpu: Gpu | None, name: str, encoder: Encoder, llm: PlannedLlm, generator: Generator, *, quick: bool,
-                   advance: Advance, command: str) -> Profile:  # fmt: skip
+def survey_machine(
+    gpu: Gpu | None,
+    name: str,
+    encoder: Encoder,
+    llm: PlannedLlm,
+    generator: Generator,
+    *,
+    quick: bool,
+    advance: Advance,
+    command: str,
+) -> Profile:
     """Measure what can be without an index; the disk is that of the current folder.
 
     Raises:
@@ -110,14 +130,21 @@ def survey_machine(gpu: Gpu | None, name: str, encoder: Encoder, llm: PlannedLlm
 
     def storages(effort: Effort) -> list[ScoringRate]:
         return [
-            each
-            for storage in Storage
-            for each in scoring_of(gpu, encoder.info.dimension, Metric.IP, storage, effort)
+            each for storage in Storage for each in scoring_of(gpu, encoder.info.dimension, Metric.IP, storage, effort)
         ]
 
     with scratch_file(Path.cwd()) as file:
-        subject = Subject(identity, versions, links_of(gpu, file), encoder, generator, other_storages=storages,
-                          memory=partial(memory_of, gpu), slot=partial(_slot, gpu), left_out=left_out)  # fmt: skip
+        subject = Subject(
+            identity,
+            versions,
+            links_of(gpu, file),
+            encoder,
+            generator,
+            other_storages=storages,
+            memory=partial(memory_of, gpu),
+            slot=partial(_slot, gpu),
+            left_out=left_out,
+        )
         return measure(subject, quick=quick, advance=advance, command=command)
 
 
@@ -157,7 +184,7 @@ def scratch_file(folder: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
             yield Path(file.name)
     except OSError as error:
-        raise explain(error, folder) from error
+        raise wrap_os_error(error, folder) from error
 
 
 def memory_of(gpu: Gpu | None) -> list[Memory]:
@@ -191,14 +218,12 @@ def _other_storages(gpu: Gpu | None, index: Index, effort: Effort) -> list[Scori
     ]
 
 
-def scoring_of(
-    gpu: Gpu | None, dimension: int, metric: Metric, storage: Storage, effort: Effort
-) -> list[ScoringRate]:
+def scoring_of(gpu: Gpu | None, dimension: int, metric: Metric, storage: Storage, effort: Effort) -> list[ScoringRate]:
     """Rates of one storage type, from made-up lists in a tier on this GPU, or in RAM; none if there is no room for them."""
     with tempfile.TemporaryDirectory(prefix="telerag-profile-") as folder, contextlib.suppress(ResourceError):
         made, lists = make_index(Path(folder), dimension, metric, storage)
         coarse = Coarse(made.centroids, metric)
-        nbytes = int(made.extents.sum())
+        nbytes = int(made.list_bytes.sum())
         with contextlib.closing(_tier_over(gpu, made, lists, coarse, nbytes)) as tier:
             return scoring_rates(made, tier, effort)
     return []

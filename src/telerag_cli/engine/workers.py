@@ -60,15 +60,10 @@ class Local:
 
     async def answer(self, together: Together, place: int) -> Answered:
         """See `Worker`."""
-        company, present = self._companies.get(together.number) or (
-            Company(together.questions, together.vectors),
-            0,
-        )
+        company, present = self._companies.get(together.number) or (Company(together.questions, together.vectors), 0)
         self._companies[together.number] = company, present + 1
         try:
-            return await self.engine.ask(
-                self._pipeline, together.questions[place], name=self._name, company=company
-            )
+            return await self.engine.ask(self._pipeline, together.questions[place], name=self._name, company=company)
         finally:
             company, present = self._companies.pop(together.number)
             if present > 1:

@@ -1,8 +1,8 @@
 """Intervals by bootstrap: how far a mean over questions would move if other questions of the kind had been asked.
 
 Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13 (the percentile interval). For pairs of runs,
-Koehn, *Statistical significance tests for machine translation evaluation*, EMNLP 2004: the differences question by question
-are what is drawn from.
+Koehn, *Statistical significance tests for machine translation evaluation*, EMNLP 2004: the differences question by
+question are what is drawn from.
 """
 
 from __future__ import annotations

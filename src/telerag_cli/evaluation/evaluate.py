@@ -10,15 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from telerag_cli.errors import InputError
-from telerag_cli.evaluation.bootstrap import (
-    CONFIDENCE,
-    FEWEST,
-    Difference,
-    Estimate,
-    Sampling,
-    difference,
-    estimate,
-)
+from telerag_cli.evaluation.bootstrap import CONFIDENCE, FEWEST, Difference, Estimate, Sampling, difference, estimate
 from telerag_cli.evaluation.judgements import Judgements, has_relevant, judgements_of, trec_id
 from telerag_cli.evaluation.records import Asked, Run, some
 
@@ -164,8 +156,10 @@ def evaluate(
     results = [_result(run, scores, reference, sampling) for run, scores in measured]
     comparisons = [_compare(first, second, sampling) for first, second in itertools.combinations(measured, 2)]
     if not comparisons and not results[0].measures:
-        raise InputError(f"{runs[0].source} has {len(runs[0].records):,} lines and nothing that they could be measured against.",
-                         remedy="Give gold answers with --questions, or judged passages with --qrels.")  # fmt: skip
+        raise InputError(
+            f"{runs[0].source} has {len(runs[0].records):,} lines and nothing that they could be measured against.",
+            remedy="Give gold answers with --questions, or judged passages with --qrels.",
+        )
     judged_by = reference.judged_by if any("mrr" in result.measures for result in results) else None
     notes = [
         note
@@ -173,17 +167,21 @@ def evaluate(
         for note in _notes(run, result, reference, max(cutoffs or [0]))
     ]
     if judged_by is JudgedBy.ANSWERS:
-        notes.append("Passages are judged by whether they contain a gold answer: success@k is the share of questions with such a "
-                     "passage among the first k, and ndcg@10 knows of no such passages but those retrieved.")  # fmt: skip
+        notes.append(
+            "Passages are judged by whether they contain a gold answer: success@k is the share of questions with such a "
+            "passage among the first k, and ndcg@10 knows of no such passages but those retrieved."
+        )
     return Evaluation(judged_by, wanted, sampling, results, comparisons, notes)
 
 
 def _scores(run: Run, reference: Reference, cutoffs: Sequence[int], advance: Callable[[int], None]) -> Scores:
     missing, expected, told_by = reference.missing(run)
     if expected and len(missing) == expected and not any(record.answers for record in run.records.values()):
-        raise InputError(f"None of the {expected:,} questions of {told_by} is among the {len(run.records):,} of {run.source}, "
-                         f"whose first has the id '{next(iter(run.records))}'.",
-                         remedy="Give the file of questions that the run was made from.")  # fmt: skip
+        raise InputError(
+            f"None of the {expected:,} questions of {told_by} is among the {len(run.records):,} of {run.source}, "
+            f"whose first has the id '{next(iter(run.records))}'.",
+            remedy="Give the file of questions that the run was made from.",
+        )
     gold = reference.gold(run)
     judgements = _by_answers(run, gold) if reference.judged_by is JudgedBy.ANSWERS else reference.judged(run)
     return _answer_scores(run, gold, advance) | _passage_scores(
@@ -195,8 +193,17 @@ def _result(run: Run, scores: Scores, reference: Reference, sampling: Sampling) 
     lines, gold = len(run.records), reference.gold(run)
     judged = len(gold if reference.judged_by is JudgedBy.ANSWERS else reference.judged(run))
     measures = {name: estimate(list(values.values()), sampling) for name, values in scores.items()}
-    return RunResult(run.name, run.source, lines, run.failed, lines - len(gold), lines - judged, reference.missing(run)[0],
-                     run.most_passages, measures)  # fmt: skip
+    return RunResult(
+        run.name,
+        run.source,
+        lines,
+        run.failed,
+        lines - len(gold),
+        lines - judged,
+        reference.missing(run)[0],
+        run.most_passages,
+        measures,
+    )
 
 
 def _answer_scores(run: Run, gold: Mapping[str, tuple[str, ...]], advance: Callable[[int], None]) -> Scores:
@@ -260,11 +267,16 @@ def _compare(first: tuple[Run, Scores], second: tuple[Run, Scores], sampling: Sa
             )
     same_answers = sum(one.answer == two.answer for one, two in pairs)
     same_passages = sum(
-        [passage.id for passage in one.passages] == [passage.id for passage in two.passages]
-        for one, two in pairs
+        [passage.id for passage in one.passages] == [passage.id for passage in two.passages] for one, two in pairs
     )
-    return Comparison(run.name, other.name, len(both), same_answers if run.answers and other.answers else None,
-                      same_passages if run.most_passages and other.most_passages else None, measures)  # fmt: skip
+    return Comparison(
+        run.name,
+        other.name,
+        len(both),
+        same_answers if run.answers and other.answers else None,
+        same_passages if run.most_passages and other.most_passages else None,
+        measures,
+    )
 
 
 def _notes(run: Run, result: RunResult, reference: Reference, deepest: int) -> list[str]:
@@ -276,20 +288,28 @@ def _notes(run: Run, result: RunResult, reference: Reference, deepest: int) -> l
         notes.append(f"{name}: {result.failed:,} of {lines:,} lines failed; they count as wrong.")
     if result.missing:
         _, expected, told_by = reference.missing(run)
-        notes.append(f"{name}: {len(result.missing):,} of the {expected:,} questions of {told_by} have no line and are left out: "
-                     f"{some(result.missing)}.")  # fmt: skip
+        notes.append(
+            f"{name}: {len(result.missing):,} of the {expected:,} questions of {told_by} have no line and are left out: "
+            f"{some(result.missing)}."
+        )
     if result.without_gold and (run.answers or by_answers):
         what = "answers or passages" if by_answers and run.most_passages else "answers"
-        notes.append(f"{name}: {result.without_gold:,} of {lines:,} lines have no gold answer and are left out of the measures "
-                     f"of {what}.")  # fmt: skip
+        notes.append(
+            f"{name}: {result.without_gold:,} of {lines:,} lines have no gold answer and are left out of the measures "
+            f"of {what}."
+        )
     if not by_answers and result.unjudged and run.most_passages:
-        notes.append(f"{name}: {result.unjudged:,} of {lines:,} lines have no relevant passage in the judgements and are left "
-                     "out of the measures of passages.")  # fmt: skip
+        notes.append(
+            f"{name}: {result.unjudged:,} of {lines:,} lines have no relevant passage in the judgements and are left "
+            "out of the measures of passages."
+        )
     if by_answers and result.without_gold < lines and run.most_passages and "mrr" not in result.measures:
         notes.append(f"{name}: passages without their text cannot be judged by the answers; give --qrels.")
     if "mrr" in result.measures and deepest > run.most_passages:
-        notes.append(f"{name}: it retrieved at most {run.most_passages:,} passages a question, so figures at {deepest:,} are "
-                     f"figures at {run.most_passages:,}.")  # fmt: skip
+        notes.append(
+            f"{name}: it retrieved at most {run.most_passages:,} passages a question, so figures at {deepest:,} are "
+            f"figures at {run.most_passages:,}."
+        )
     if any(found.low is None for found in result.measures.values()):
         notes.append(f"{name}: fewer than {FEWEST} questions allow no interval and no verdict.")
     return notes

@@ -16,7 +16,7 @@ Judgements = dict[str, dict[str, int]]
 
 TREC_FIELDS = 4
 BEIR_FIELDS = 3
-MOST_GRADE = 1000
+MAX_GRADE = 1000
 """The evaluator keeps a counter for every grade up to the highest."""
 
 
@@ -39,8 +39,9 @@ def read_qrels(lines: Iterable[bytes], source: str) -> Judgements:
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}.",
-                             remedy="Give TREC or BEIR qrels.") from error  # fmt: skip
+            raise InputError(
+                f"{where} is not UTF-8: {error.reason} at byte {error.start}.", remedy="Give TREC or BEIR qrels."
+            ) from error
         if not line.strip():
             continue
         header = False
@@ -54,8 +55,11 @@ def read_qrels(lines: Iterable[bytes], source: str) -> Judgements:
         question, passage, grade = _fields(line, where, beir)
         grades = found.setdefault(trec_id(question), {})
         if grades.setdefault(trec_id(passage), grade) != grade:
-            raise InputError(f"{where} gives the passage '{passage}' grade {grade} for '{question}', and an earlier line "
-                             f"gives {grades[trec_id(passage)]}.", remedy="Remove one of them.")  # fmt: skip
+            raise InputError(
+                f"{where} gives the passage '{passage}' grade {grade} for '{question}', and an earlier line "
+                f"gives {grades[trec_id(passage)]}.",
+                remedy="Remove one of them.",
+            )
     if not found:
         raise InputError(f"{source} holds no judgement.", remedy="Give TREC or BEIR qrels.")
     return found
@@ -65,11 +69,15 @@ def _fields(line: str, where: str, beir: bool) -> tuple[str, str, int]:
     fields = [field.strip() for field in line.split("\t")] if beir else line.split()
     wanted = BEIR_FIELDS if beir else TREC_FIELDS
     if len(fields) != wanted:
-        raise InputError(f"{where} has {len(fields)} fields, and {'BEIR' if beir else 'TREC'} qrels have {wanted}.",
-                         remedy="In TREC's form, write a space within an id as %20.")  # fmt: skip
-    if not _is_whole(fields[-1]) or abs(int(fields[-1])) > MOST_GRADE:
-        raise InputError(f"{where} has the grade '{fields[-1]}', and a grade is a whole number up to {MOST_GRADE:,}.",
-                         remedy="Correct the line.")  # fmt: skip
+        raise InputError(
+            f"{where} has {len(fields)} fields, and {'BEIR' if beir else 'TREC'} qrels have {wanted}.",
+            remedy="In TREC's form, write a space within an id as %20.",
+        )
+    if not _is_whole(fields[-1]) or abs(int(fields[-1])) > MAX_GRADE:
+        raise InputError(
+            f"{where} has the grade '{fields[-1]}', and a grade is a whole number up to {MAX_GRADE:,}.",
+            remedy="Correct the line.",
+        )
     return fields[0], fields[-2], int(fields[-1])
 
 
@@ -79,11 +87,7 @@ def _is_whole(text: str) -> bool:
 
 def judgements_of(asked: Iterable[Asked]) -> Judgements:
     """Judgements from the passages that a file of questions names: each is relevant, with grade 1."""
-    return {
-        trec_id(each.id): {trec_id(passage): 1 for passage in each.passages}
-        for each in asked
-        if each.passages
-    }
+    return {trec_id(each.id): {trec_id(passage): 1 for passage in each.passages} for each in asked if each.passages}
 
 
 def has_relevant(grades: Mapping[str, int]) -> bool:

@@ -44,9 +44,7 @@ def score_passages(
     scores = {name: dict.fromkeys(keys.values(), 0.0) for name in wanted}
     names = {measure: name for name, measure in wanted.items()}
     relevant = {key: judgements[key] for key in ranked}
-    for metric in (
-        ir_measures.pytrec_eval.iter_calc(list(wanted.values()), relevant, ranked) if ranked else ()
-    ):
+    for metric in ir_measures.pytrec_eval.iter_calc(list(wanted.values()), relevant, ranked) if ranked else ():
         scores[names[metric.measure]][keys[metric.query_id]] = float(metric.value)
     return scores
 

@@ -104,7 +104,8 @@ def read_asked(lines: Iterable[bytes], source: str, *, judged: bool = False) -> 
     Args:
         lines: UTF-8 text, one JSON object a line.
         source: of the lines, for messages.
-        judged: whether passages are judged elsewhere, so that the file need not have answers or passages, as BEIR's has not.
+        judged: whether passages are judged elsewhere, so that the file need not have answers or passages, as BEIR's has
+            not.
 
     Raises:
         InputError: a line is not JSON, its answers or passages are no lists of strings, an id comes twice, or there is
@@ -117,8 +118,10 @@ def read_asked(lines: Iterable[bytes], source: str, *, judged: bool = False) -> 
         _once(key, number, seen, source)
         found[key] = Asked(key, _gold(value, where), _strings(value.get("passages", []), where, "passages"))
     if not found or not (judged or any(asked.answers or asked.passages for asked in found.values())):
-        raise InputError(f"{source} has {len(found):,} questions and neither answers nor passages for any of them.",
-                         remedy='Give lines like {"id": ..., "question": ..., "answers": [...]}.')  # fmt: skip
+        raise InputError(
+            f"{source} has {len(found):,} questions and neither answers nor passages for any of them.",
+            remedy='Give lines like {"id": ..., "question": ..., "answers": [...]}.',
+        )
     return found
 
 
@@ -145,9 +148,7 @@ def _objects(lines: Iterable[bytes], source: str, remedy: str) -> Iterator[tuple
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where} is not UTF-8: {error.reason} at byte {error.start}.", remedy=remedy
-            ) from error
+            raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}.", remedy=remedy) from error
         if not line:
             continue
         try:
@@ -162,31 +163,34 @@ def _objects(lines: Iterable[bytes], source: str, remedy: str) -> Iterator[tuple
 
 def _once(key: str, number: int, seen: dict[str, int], source: str) -> None:
     if key in seen:
-        raise InputError(f"{source}:{number} has the id '{key}', which line {seen[key]} has already.",
-                         remedy="Give every question an id of its own, and every run a file.")  # fmt: skip
+        raise InputError(
+            f"{source}:{number} has the id '{key}', which line {seen[key]} has already.",
+            remedy="Give every question an id of its own, and every run a file.",
+        )
     seen[key] = number
 
 
 def _record(value: dict[str, Any], where: str) -> Record:
     key = value.get("id")
     if key is None or not {"answer", "passages", "error"} & value.keys():
-        raise InputError(f"{where} has {sorted(value)}, and a run's line has an id and an answer, passages or an error.",
-                         remedy="Give what telerag run or telerag search --json wrote.")  # fmt: skip
+        raise InputError(
+            f"{where} has {sorted(value)}, and a run's line has an id and an answer, passages or an error.",
+            remedy="Give what telerag run or telerag search --json wrote.",
+        )
     if value.get("error") is not None:
         return Record(str(key), None, (), _gold(value, where), failed=True)
     answer = value.get("answer")
     if answer is not None and not isinstance(answer, str):
-        raise InputError(f"{where} has an answer of type {type(answer).__name__} and not a string.",
-                         remedy="Correct the line.")  # fmt: skip
+        raise InputError(
+            f"{where} has an answer of type {type(answer).__name__} and not a string.", remedy="Correct the line."
+        )
     return Record(str(key), answer, _passages(value, where), _gold(value, where), failed=False)
 
 
 def _batch_record(value: dict[str, Any], where: str) -> Record:
     key = str(value["custom_id"])
     response = value.get("response")
-    if value.get("error") is not None or (
-        isinstance(response, dict) and response.get("status_code", 200) != 200
-    ):
+    if value.get("error") is not None or (isinstance(response, dict) and response.get("status_code", 200) != 200):
         return Record(key, None, (), (), failed=True)
     try:
         body = response["body"]  # type: ignore[index]  # whatever it is, the next line tells
@@ -194,8 +198,10 @@ def _batch_record(value: dict[str, Any], where: str) -> Record:
         if not isinstance(answer, str):
             raise TypeError
     except (TypeError, LookupError) as error:
-        raise InputError(f"{where} is a Batch line with neither an error nor a chat completion in its response.",
-                         remedy="Give the output of a batch, not its input.") from error  # fmt: skip
+        raise InputError(
+            f"{where} is a Batch line with neither an error nor a chat completion in its response.",
+            remedy="Give the output of a batch, not its input.",
+        ) from error
     ours = body.get("telerag")
     return Record(key, answer, _passages(ours if isinstance(ours, dict) else {}, where), (), failed=False)
 
@@ -205,14 +211,18 @@ def _passages(value: dict[str, Any], where: str) -> tuple[Found, ...]:
     listed = value.get("passages") or []
     found: dict[str, Found] = {}
     if not isinstance(listed, list):
-        raise InputError(f"{where} has passages of type {type(listed).__name__} and not a list.",
-                         remedy="Correct the line.")  # fmt: skip
+        raise InputError(
+            f"{where} has passages of type {type(listed).__name__} and not a list.", remedy="Correct the line."
+        )
     for rank, each in enumerate(listed, 1):
         key = each.get("id") if isinstance(each, dict) else None
         score, text = (each.get("score"), each.get("text")) if isinstance(each, dict) else (None, None)
         if not isinstance(key, str | int) or not _is_score(score) or not isinstance(text, str | None):
-            raise InputError(f"{where} has as its passage {rank} no object with an id, and with a finite score and a text "
-                             "if it has any.", remedy="Correct the line.")  # fmt: skip
+            raise InputError(
+                f"{where} has as its passage {rank} no object with an id, and with a finite score and a text "
+                "if it has any.",
+                remedy="Correct the line.",
+            )
         found.setdefault(str(key), Found(str(key), None if score is None else float(score), text))
     return tuple(found.values())
 

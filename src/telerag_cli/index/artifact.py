@@ -146,30 +146,28 @@ class Manifest:
             ArtifactError: missing, of another format or version, or with missing fields.
         """
         if not path.parent.is_dir():
-            raise ArtifactError(
-                f"{path.parent} is not an index folder.", remedy="Make one with telerag build-index."
-            )
+            raise ArtifactError(f"{path.parent} is not an index folder.", remedy="Make one with telerag build-index.")
         if not path.exists():
-            raise ArtifactError(f"{path.parent} holds no {path.name}, so it is no finished index.",
-                                remedy="Run telerag build-index on its embeddings; an interrupted build resumes.")  # fmt: skip
+            raise ArtifactError(
+                f"{path.parent} holds no {path.name}, so it is no finished index.",
+                remedy="Run telerag build-index on its embeddings; an interrupted build resumes.",
+            )
         raw = read_json(path)
         found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
         if found != (FORMAT, VERSION):
-            raise ArtifactError(f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
-                                remedy="Build the index again with this version.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
+                remedy="Build the index again with this version.",
+            )
         try:
-            known: dict[str, Any] = {
-                key: value for key, value in raw.items() if key not in ("format", "version")
-            }
+            known: dict[str, Any] = {key: value for key, value in raw.items() if key not in ("format", "version")}
             known["metric"] = Metric(known["metric"])
             known["storage"] = Storage(known["storage"])
             known["embedder"] = EmbedderInfo(**known["embedder"])
             known["files"] = {name: FileInfo(**info) for name, info in known["files"].items()}
             return cls(**known)
         except (TypeError, KeyError, ValueError) as error:
-            raise ArtifactError(
-                f"{path} is not a valid manifest: {error}.", remedy="Build the index again."
-            ) from error
+            raise ArtifactError(f"{path} is not a valid manifest: {error}.", remedy="Build the index again.") from error
 
 
 def code_size(dimension: int, storage: Storage) -> int:
@@ -191,8 +189,8 @@ def lay_out(sizes: npt.NDArray[np.int64], code_bytes: int) -> tuple[TableArray, 
     """
     step = ID_BYTES // math.gcd(code_bytes, ID_BYTES)
     capacity = -(-sizes // step) * step
-    extents = extent_bytes(capacity.astype(np.uint64), code_bytes)
-    offsets = np.concatenate([[0], np.cumsum(extents)]).astype(np.uint64)
+    list_bytes = extent_bytes(capacity.astype(np.uint64), code_bytes)
+    offsets = np.concatenate([[0], np.cumsum(list_bytes)]).astype(np.uint64)
     table = np.stack([sizes.astype(np.uint64), capacity.astype(np.uint64), offsets[:-1]], axis=1)
     return np.ascontiguousarray(table), int(offsets[-1])
 
@@ -240,8 +238,10 @@ class Index:
             size = path.stat().st_size if path.exists() else None
             if size != info.bytes:
                 found = "is missing" if size is None else f"has {size:,} bytes"
-                raise ArtifactError(f"{path} {found}, and its manifest says {info.bytes:,} bytes.",
-                                    remedy="Restore the file or build the index again.")  # fmt: skip
+                raise ArtifactError(
+                    f"{path} {found}, and its manifest says {info.bytes:,} bytes.",
+                    remedy="Restore the file or build the index again.",
+                )
         shape = (manifest.nlist, manifest.dimension)
         centroids = _load_array(paths.centroids, np.dtype(np.float32), shape)
         table = _load_array(paths.offsets, np.dtype(np.uint64), (manifest.nlist, 3))
@@ -255,7 +255,7 @@ class Index:
         return cls(paths, manifest, centroids, table, trained, vectors)
 
     @cached_property
-    def extents(self) -> IntArray:
+    def list_bytes(self) -> IntArray:
         """Bytes each list takes, padding included, shape (nlist,)."""
         return extent_bytes(self.table[:, 1], self.manifest.code_size)
 
@@ -276,10 +276,10 @@ def _load_array(
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode=mapped, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read as an array: {error}.", remedy="Build the index again."
-        ) from error
+        raise ArtifactError(f"{path} cannot be read as an array: {error}.", remedy="Build the index again.") from error
     if array.dtype != dtype or array.shape != shape:
-        raise ArtifactError(f"{path} is {array.dtype} {array.shape}, and the manifest asks for {dtype} {shape}.",
-                            remedy="Build the index again.")  # fmt: skip
+        raise ArtifactError(
+            f"{path} is {array.dtype} {array.shape}, and the manifest asks for {dtype} {shape}.",
+            remedy="Build the index again.",
+        )
     return array

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from telerag_cli import processor
+from telerag_cli import system
 from telerag_cli.config import Metric
 from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.index.scoring import flat
 
 LANES = 64
 """Lists are looked at in so many interleaved groups: a maximum over rows of this width is vector instructions only."""
-FEWEST_LISTS = 8 * LANES
+MIN_LISTS = 8 * LANES
 """Below this, Faiss is quick enough."""
 ROWS = 2048
 """Vectors multiplied at a time; their scores stay in the cache."""
-MOST_CANDIDATES = 16
+MAX_CANDIDATES = 16
 """Lists to look at again per vector, on average; beyond it the short type tells too little."""
 UNIT = 2.0**-9
 """Relative rounding error of bfloat16."""
@@ -26,20 +26,21 @@ UNIT = 2.0**-9
 class Assigner:
     """The nearest list of vectors: in bfloat16 first, then again in float32 among those that its error leaves open.
 
-    On a processor that multiplies bfloat16 itself the first step is several times faster than float32, and leaves little
-    more than one list per vector open. Elsewhere, and for vectors whose scores the short type cannot tell apart, Faiss does it.
+    On a processor that multiplies bfloat16 itself the first step is several times faster than float32, and leaves
+    little more than one list per vector open. Elsewhere, and for vectors whose scores the short type cannot tell apart,
+    Faiss does it.
 
-    The bound: nearness is ``t = x.c + b`` (b is 0, or ``-c.c / 2`` for L2). Rounding the factors to bfloat16 moves ``x.c`` by
-    at most ``2 u |x||c|``, rounding ``b`` by ``u |b|``, rounding sum and result by ``2 u (|x||c| + |b|)``, with u = 2^-9; and
-    ``4 u (|x| max|c| + max|b|)``, a little enlarged for float32's own errors, bounds them all. So the nearest list scores
-    within twice that of the best score.
+    The bound: nearness is ``t = x.c + b`` (b is 0, or ``-c.c / 2`` for L2). Rounding the factors to bfloat16 moves
+    ``x.c`` by at most ``2 u |x||c|``, rounding ``b`` by ``u |b|``, rounding sum and result by ``2 u (|x||c| + |b|)``,
+    with u = 2^-9; and ``4 u (|x| max|c| + max|b|)``, a little enlarged for float32's own errors, bounds them all. So
+    the nearest list scores within twice that of the best score.
     """
 
     def __init__(self, centroids: FloatArray, metric: Metric) -> None:
         self._centroids, self._metric = centroids, metric
         self._faiss = flat(centroids, metric)
         self._torch: Any = None
-        if processor.computes_bfloat16() and len(centroids) >= FEWEST_LISTS:
+        if system.computes_bfloat16() and len(centroids) >= MIN_LISTS:
             self._prepare()
 
     def _prepare(self) -> None:
@@ -81,7 +82,7 @@ class Assigner:
         rows, lanes = (best.float() >= least[:, None]).nonzero(as_tuple=True)
         near, depths = (grouped[rows, :, lanes].float() >= least[rows, None]).nonzero(as_tuple=True)
         rows, lists = rows[near], depths * LANES + lanes[near]
-        if len(rows) > MOST_CANDIDATES * len(x):
+        if len(rows) > MAX_CANDIDATES * len(x):
             return None
         row = rows.numpy()
         number = np.minimum(lists.numpy(), len(self._centroids) - 1)

@@ -1,7 +1,7 @@
 """Building an index out of core, in stages that each resume: train, assign with passages beside it, place, seal.
 
-Everything happens in ``INDEX.partial/``, whose ``work/`` holds what is needed only until the end. A stage's files appear
-whole, or grow in a way that a checkpoint can cut back:
+Everything happens in ``INDEX.partial/``, whose ``work/`` holds what is needed only until the end. A stage's files
+appear whole, or grow in a way that a checkpoint can cut back:
 
 =========  ==========================================================  =============================================
 stage      what it leaves                                              after a kill
@@ -14,8 +14,8 @@ place      offsets.npy, lists.bin, vectors.npy if they are kept,       goes on; 
 seal       checksums.npy, manifest.json (last)                         starts again
 =========  ==========================================================  =============================================
 
-Assigning is arithmetic and writing passages is the disk's work, so they run at once. Then ``work/`` goes and the folder is
-renamed. Equal input and options give equal bytes, killed or not.
+Assigning is arithmetic and writing passages is the disk's work, so they run at once. Then ``work/`` goes and the folder
+is renamed. Equal input and options give equal bytes, killed or not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from telerag_cli import __version__
 from telerag_cli.config import Metric, Storage, format_bytes
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import UsageError
-from telerag_cli.files import explain, read_json, write_json, writing
+from telerag_cli.files import read_json, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
@@ -182,9 +182,11 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         ResourceError: the disk has not enough room.
     """
     if options.keep_vectors and options.storage is Storage.FLOAT32:
-        raise UsageError(f"--keep-vectors {options.keep_vectors} was asked for with --storage float32, whose lists hold the "
-                         "vectors themselves.",
-                         remedy="Leave --keep-vectors out, or choose --storage float16 or int8.")  # fmt: skip
+        raise UsageError(
+            f"--keep-vectors {options.keep_vectors} was asked for with --storage float32, whose lists hold the "
+            "vectors themselves.",
+            remedy="Leave --keep-vectors out, or choose --storage float16 or int8.",
+        )
     dimension, rows = embeddings.dimension, embeddings.rows
     code_bytes = code_size(dimension, options.storage)
     # A block to assign, with its scores against a few hundred queries; at its end Parquet's own buffers.
@@ -193,8 +195,11 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         options.memory_bytes - block_bytes
     ) // 2  # k-means and SQ8 look at the sample through copies of parts
     if sample_bytes < 4 * dimension:
-        raise UsageError(f"--memory is {format_bytes(options.memory_bytes)}, and blocks of {dimension} dimensions need "
-                         f"{format_bytes(block_bytes)}.", remedy="Raise --memory.")  # fmt: skip
+        raise UsageError(
+            f"--memory is {format_bytes(options.memory_bytes)}, and blocks of {dimension} dimensions need "
+            f"{format_bytes(block_bytes)}.",
+            remedy="Raise --memory.",
+        )
     training = plan_training(rows, dimension, options.nlist, sample_bytes)
     per_row = 4 * dimension + 2 * code_bytes + 2 * ID_BYTES
     place_bytes = min((options.memory_bytes - (32 << 20)) // 2, LARGEST_PLACE_BYTES)
@@ -215,7 +220,13 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         "telerag": __version__,
     }
     return BuildPlan(
-        root, parameters, training, rows, dimension, code_bytes, place_rows,
+        root,
+        parameters,
+        training,
+        rows,
+        dimension,
+        code_bytes,
+        place_rows,
         sample_bytes=training.training_rows * 4 * dimension,
         block_bytes=max(block_bytes, place_rows * per_row),
         lists_bytes=even,
@@ -224,11 +235,19 @@ def plan_build(embeddings: Embeddings, root: Path, options: BuildOptions) -> Bui
         work_bytes=4 * rows + training.nlist * (4 * dimension + 64) + (1 << 20),
         on_disk_bytes=left_bytes(root),
         free_disk_bytes=free_bytes(root),
-    )  # fmt: skip
+    )
 
 
-def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrite: bool = False,
-          progress: Progress = silent, plan: BuildPlan | None = None, pool: Pool | None = None) -> Index:  # fmt: skip
+def build(
+    embeddings: Embeddings,
+    root: Path,
+    options: BuildOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    plan: BuildPlan | None = None,
+    pool: Pool | None = None,
+) -> Index:
     """Build an index, or go on with one that was interrupted; a finished one of the same parameters is opened as it is.
 
     Args:
@@ -238,7 +257,8 @@ def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrit
         overwrite: replace a finished index, and start over if an interrupted build had other parameters.
         progress: shows the stages.
         plan: `plan_build` of the same, if the caller has it.
-        pool: processes that assign and place; they find the embeddings and ``root`` by the same paths. None: this one does.
+        pool: processes that assign and place; they find the embeddings and ``root`` by the same paths. None: this one
+            does.
 
     Raises:
         ArtifactError: ``root`` is something else, or was begun or built with other parameters.
@@ -248,14 +268,15 @@ def build(embeddings: Embeddings, root: Path, options: BuildOptions, *, overwrit
     plan = plan or plan_build(embeddings, root, options)
     if finished(plan) and not overwrite:
         return Index.open(root)
-    check_disk(root, plan.needed_disk_bytes,
-               "Free space, choose another output, or store less with --storage float16 or int8.")  # fmt: skip
+    check_disk(
+        root, plan.needed_disk_bytes, "Free space, choose another output, or store less with --storage float16 or int8."
+    )
     try:
         with claimed(plan, overwrite):
             _Build(embeddings, plan, options, progress, pool).run()
             publish(plan)
     except OSError as error:
-        raise explain(error, plan.partial) from error
+        raise wrap_os_error(error, plan.partial) from error
     return Index.open(root)
 
 
@@ -263,12 +284,7 @@ class _Build:
     """The stages; each looks at what is there and does what is missing."""
 
     def __init__(
-        self,
-        embeddings: Embeddings,
-        plan: BuildPlan,
-        options: BuildOptions,
-        progress: Progress,
-        pool: Pool | None,
+        self, embeddings: Embeddings, plan: BuildPlan, options: BuildOptions, progress: Progress, pool: Pool | None
     ) -> None:
         self.embeddings, self.plan, self.options, self.progress = embeddings, plan, options, progress
         self.pool = pool
@@ -310,9 +326,7 @@ class _Build:
         with self.progress(f"Training {plan.training.nlist:,} lists on {len(sample):,} vectors", None):
             if options.storage is Storage.INT8:
                 save_array(self.paths.quantizer, train_ranges(sample))
-            centroids = train_centroids(
-                sample, plan.training.nlist, options.metric, options.seed, options.gpu
-            )
+            centroids = train_centroids(sample, plan.training.nlist, options.metric, options.seed, options.gpu)
         save_array(self.paths.centroids, centroids)
 
     def assign(self) -> None:
@@ -355,8 +369,7 @@ class _Build:
         step = span_rows(self.embeddings, ASSIGN_ROWS)
         # What is known is so when the span is sent: it may be of fewer rows than those before it, and lets more pass.
         spans = (
-            Span(first, min(first + step, self.plan.rows), truth.least)
-            for first in range(done, self.plan.rows, step)
+            Span(first, min(first + step, self.plan.rows), truth.least) for first in range(done, self.plan.rows, step)
         )
         with contextlib.closing(self.pool(spans, assigning)) as results:
             for blocks in results:
@@ -374,8 +387,9 @@ class _Build:
             return
         filled = _count(lists, plan.training.nlist, 0, done)
         rows = plan.place_rows if self.pool is None else max(1, plan.place_rows // self.pool.workers)
-        placing = Placing(self.embeddings, plan.partial, self.options.metric, self.options.storage,
-                          self.options.keep_vectors, rows)  # fmt: skip
+        placing = Placing(
+            self.embeddings, plan.partial, self.options.metric, self.options.storage, self.options.keep_vectors, rows
+        )
         placing.prepare(table, total_bytes)
         with (
             self.progress("Placing in lists", plan.rows, unit="vectors") as advance,
@@ -388,9 +402,7 @@ class _Build:
                 done = end
         assert (filled == sizes).all()
 
-    def _placed(
-        self, placing: Placing, lists: npt.NDArray[np.int32], filled: IntArray, done: int
-    ) -> Generator[int]:
+    def _placed(self, placing: Placing, lists: npt.NDArray[np.int32], filled: IntArray, done: int) -> Generator[int]:
         """Place what is not, and say after each part how many rows are, on the disk; ``filled`` counts them."""
         plan, rows = self.plan, placing.block_rows
         if self.pool is not None:
@@ -460,19 +472,36 @@ class _Build:
         truth = held_out(plan.partial, options.metric)
         with np.load(self.work / "assigned.npz") as saved:
             truth.scores, truth.rows = saved["scores"], saved["rows"]
-        recall = ListRecall(truth, Coarse(self.centroids, options.metric), paths.lists, table, plan.code_size,
-                            options.storage, self.ranges)  # fmt: skip
+        recall = ListRecall(
+            truth,
+            Coarse(self.centroids, options.metric),
+            paths.lists,
+            table,
+            plan.code_size,
+            options.storage,
+            self.ranges,
+        )
         with self.progress("Checking lists", paths.lists.stat().st_size, unit="bytes") as advance, recall:
             sums, whole = scan_lists(paths.lists, table, plan.code_size, advance, recall.on_codes)
         told = self.embeddings.description
         about = Manifest(
-            dimension=plan.dimension, metric=options.metric, storage=options.storage, nlist=plan.training.nlist,
-            ntotal=plan.rows, code_size=plan.code_size, seed=options.seed,
+            dimension=plan.dimension,
+            metric=options.metric,
+            storage=options.storage,
+            nlist=plan.training.nlist,
+            ntotal=plan.rows,
+            code_size=plan.code_size,
+            seed=options.seed,
             embedder=EmbedderInfo(told.get("model"), told.get("pooling"), told.get("normalized"), told.get("prompt")),
-            files={}, recall_at_10=recall.result(), recall_queries=plan.training.queries,
-            training_rows=plan.training.training_rows, trained_on=options.trained_on, kept_vectors=options.keep_vectors,
-            source=plan.parameters["embeddings"], created_by=f"telerag {__version__}",
-        )  # fmt: skip
+            files={},
+            recall_at_10=recall.result(),
+            recall_queries=plan.training.queries,
+            training_rows=plan.training.training_rows,
+            trained_on=options.trained_on,
+            kept_vectors=options.keep_vectors,
+            source=plan.parameters["embeddings"],
+            created_by=f"telerag {__version__}",
+        )
         seal(paths, about, sums, whole, self.progress)
 
 

@@ -12,7 +12,8 @@ residuals, by inner product or L2, with a flat coarse quantizer of the same metr
     or "ilod"         nlist:u64 code_size:u64  3*nlist:u64 (size capacity offset)...  2n:u64 (offset capacity)...
                       characters:u64 name of the data file  bytes of it:u64
 
-In an ``ilod``'s data file each list is ``[codes | ids]`` with room for ``capacity`` of each: the layout of our ``lists.bin``.
+In an ``ilod``'s data file each list is ``[codes | ids]`` with room for ``capacity`` of each: the layout of our
+``lists.bin``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import xxhash
 
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, InputError
-from telerag_cli.files import CHUNK_BYTES, explain
+from telerag_cli.files import CHUNK_BYTES, wrap_os_error
 from telerag_cli.index.artifact import ID_BYTES, FloatArray, IntArray, TableArray, code_size
 from telerag_cli.index.partial import write_at
 from telerag_cli.index.scoring import empty_ivf, flat
@@ -42,15 +43,39 @@ FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
 METRICS = {0: Metric.IP, 1: Metric.L2}
 QUANTIZERS = {b"IxFI": Metric.IP, b"IxF2": Metric.L2}
 SCALAR_KINDS = {faiss.ScalarQuantizer.QT_8bit: Storage.INT8, faiss.ScalarQuantizer.QT_fp16: Storage.FLOAT16}
-SCALAR_NAMES = ("8bit", "4bit", "8bit_uniform", "4bit_uniform", "fp16", "8bit_direct", "6bit", "bf16",
-                "8bit_direct_signed")  # fmt: skip
+SCALAR_NAMES = (
+    "8bit",
+    "4bit",
+    "8bit_uniform",
+    "4bit_uniform",
+    "fp16",
+    "8bit_direct",
+    "6bit",
+    "bf16",
+    "8bit_direct_signed",
+)
 KNOWN = {
-    "IxF": "IndexFlat", "IxPT": "IndexPreTransform", "IxM": "IndexIDMap", "IxRF": "IndexRefineFlat", "IxPq": "IndexPQ",
-    "IxSQ": "IndexScalarQuantizer", "IHN": "IndexHNSW", "INSf": "IndexNSGFlat", "IwPQ": "IndexIVFPQ", "IwQR": "IndexIVFPQR",
-    "IwPf": "IndexIVFPQFastScan", "IwFd": "IndexIVFFlatDedup", "IwSh": "IndexIVFSpectralHash", "IwIQ": "IndexIVFIndependentQuantizer",
-    "IxHe": "IndexLSH", "IvFl": "IndexIVFFlat of before Faiss 1.5", "IvFL": "IndexIVFFlat of before Faiss 1.5",
-    "IvSQ": "IndexIVFScalarQuantizer of before Faiss 1.5", "IvPQ": "IndexIVFPQ of before Faiss 1.5", "IB": "IndexBinary",
-}  # fmt: skip
+    "IxF": "IndexFlat",
+    "IxPT": "IndexPreTransform",
+    "IxM": "IndexIDMap",
+    "IxRF": "IndexRefineFlat",
+    "IxPq": "IndexPQ",
+    "IxSQ": "IndexScalarQuantizer",
+    "IHN": "IndexHNSW",
+    "INSf": "IndexNSGFlat",
+    "IwPQ": "IndexIVFPQ",
+    "IwQR": "IndexIVFPQR",
+    "IwPf": "IndexIVFPQFastScan",
+    "IwFd": "IndexIVFFlatDedup",
+    "IwSh": "IndexIVFSpectralHash",
+    "IwIQ": "IndexIVFIndependentQuantizer",
+    "IxHe": "IndexLSH",
+    "IvFl": "IndexIVFFlat of before Faiss 1.5",
+    "IvFL": "IndexIVFFlat of before Faiss 1.5",
+    "IvSQ": "IndexIVFScalarQuantizer of before Faiss 1.5",
+    "IvPQ": "IndexIVFPQ of before Faiss 1.5",
+    "IB": "IndexBinary",
+}
 """Faiss's names for other types, by how their files begin."""
 WRAPPERS = ("IxPT", "IxM", "IxRF")
 FINGERPRINT_BYTES = 1 << 20
@@ -117,8 +142,8 @@ def read_faiss(path: Path) -> FaissFile:
     """Read the header; memory is taken for the centroids and the sizes of the lists, not for what is in them.
 
     Raises:
-        InputError: no such file, not Faiss's, an index that cannot be represented, or a file that ends early or contradicts
-            itself.
+        InputError: no such file, not Faiss's, an index that cannot be represented, or a file that ends early or
+            contradicts itself.
         ResourceError: it cannot be read.
     """
     if not path.is_file():
@@ -128,7 +153,7 @@ def read_faiss(path: Path) -> FaissFile:
         with path.open("rb") as handle:
             return _Header(path, handle).read()
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
 
 
 class _Header:
@@ -143,8 +168,10 @@ class _Header:
         self._refuse_other_types(kind)
         dimension, ntotal, metric = self._index_header()
         if metric not in METRICS:
-            raise InputError(f"{self.path} compares vectors by Faiss's metric {metric}, and telerag by 0 (inner product) or 1 (L2).",
-                             remedy="Build the index with one of these.")  # fmt: skip
+            raise InputError(
+                f"{self.path} compares vectors by Faiss's metric {metric}, and telerag by 0 (inner product) or 1 (L2).",
+                remedy="Build the index with one of these.",
+            )
         nlist, _nprobe = self._take("<QQ")
         centroids = self._quantizer(nlist, dimension, METRICS[metric])
         self._direct_map()
@@ -153,9 +180,7 @@ class _Header:
         if not ntotal:
             raise InputError(f"{self.path} holds no vectors.", remedy="Add vectors before it is written.")
         if int(table[:, 0].sum()) != ntotal:
-            self._damaged(
-                f"its lists hold {int(table[:, 0].sum()):,} vectors, and its header says {ntotal:,}"
-            )
+            self._damaged(f"its lists hold {int(table[:, 0].sum()):,} vectors, and its header says {ntotal:,}")
         return FaissFile(self.path, data, METRICS[metric], storage, centroids, trained, table)
 
     def _refuse_other_types(self, kind: bytes) -> None:
@@ -165,18 +190,18 @@ class _Header:
             raise self._residual("IndexIVFScalarQuantizer of before Faiss 1.6")
         name = kind.decode("latin-1")
         if len(kind) < 4 or not name.isalnum() or not name.startswith("I"):
-            raise InputError(f"{self.path} begins with {kind!r}, and a Faiss index with {FLAT!r} or {SCALAR!r}.",
-                             remedy="Name a file that faiss.write_index made.")  # fmt: skip
-        known = next(
-            (KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"an index of the type '{name}'"
-        )
-        remedy = (
-            "Import the index inside: faiss.write_index(faiss.downcast_index(index.index), 'inner.index')."
-        )
+            raise InputError(
+                f"{self.path} begins with {kind!r}, and a Faiss index with {FLAT!r} or {SCALAR!r}.",
+                remedy="Name a file that faiss.write_index made.",
+            )
+        known = next((KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"an index of the type '{name}'")
+        remedy = "Import the index inside: faiss.write_index(faiss.downcast_index(index.index), 'inner.index')."
         if not name.startswith(WRAPPERS):
             remedy = "Build one of these, or let telerag embed and telerag build-index make an index of the passages."
-        raise InputError(f"{self.path} is {known}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit.",
-                         remedy=remedy)  # fmt: skip
+        raise InputError(
+            f"{self.path} is {known}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit.",
+            remedy=remedy,
+        )
 
     def _index_header(self) -> tuple[int, int, int]:
         dimension, ntotal, _, _, trained, metric = self._take("<iqqqBi")
@@ -185,7 +210,7 @@ class _Header:
         if dimension < 1 or ntotal < 0:
             self._damaged(f"it says that it has {ntotal:,} vectors of {dimension:,} dimensions")
         if not trained:
-            raise InputError(f"{self.path} is not trained.", remedy="Train it and add vectors before it is written.")  # fmt: skip
+            raise InputError(f"{self.path} is not trained.", remedy="Train it and add vectors before it is written.")
         return dimension, ntotal, metric
 
     def _quantizer(self, nlist: int, dimension: int, metric: Metric) -> FloatArray:
@@ -195,16 +220,22 @@ class _Header:
         if kind not in QUANTIZERS:
             name = kind.decode("latin-1")
             known = next((KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"of the type {name!r}")
-            raise InputError(f"The coarse quantizer of {self.path} is {known}, and telerag takes IndexFlat of inner product or L2.",
-                             remedy="Put its centroids into a faiss.IndexFlat: index.quantizer.reconstruct_n().")  # fmt: skip
+            raise InputError(
+                f"The coarse quantizer of {self.path} is {known}, and telerag takes IndexFlat of inner product or L2.",
+                remedy="Put its centroids into a faiss.IndexFlat: index.quantizer.reconstruct_n().",
+            )
         if QUANTIZERS[kind] is not metric:
-            raise InputError(f"The coarse quantizer of {self.path} ranks lists by {QUANTIZERS[kind]}, and its vectors by {metric}.",
-                             remedy="Give the index a quantizer of its own metric.")  # fmt: skip
+            raise InputError(
+                f"The coarse quantizer of {self.path} ranks lists by {QUANTIZERS[kind]}, and its vectors by {metric}.",
+                remedy="Give the index a quantizer of its own metric.",
+            )
         found_dimension, count, _ = self._index_header()
         values = self._array(np.float32)
         if (found_dimension, count, len(values)) != (dimension, nlist, nlist * dimension) or not nlist:
-            self._damaged(f"its quantizer has {count:,} centroids of {found_dimension:,} dimensions, and it says {nlist:,} lists of "
-                          f"{dimension:,}")  # fmt: skip
+            self._damaged(
+                f"its quantizer has {count:,} centroids of {found_dimension:,} dimensions, and it says {nlist:,} lists of "
+                f"{dimension:,}"
+            )
         return values.reshape(nlist, dimension)
 
     def _direct_map(self) -> None:
@@ -219,22 +250,26 @@ class _Header:
         _, by_residual = self._take("<QB")
         if kind not in SCALAR_KINDS:
             name = SCALAR_NAMES[kind] if 0 <= kind < len(SCALAR_NAMES) else str(kind)
-            raise InputError(f"{self.path} is IndexIVFScalarQuantizer of {name}, and telerag imports it of fp16 or 8bit.",
-                             remedy="Build one of these.")  # fmt: skip
+            raise InputError(
+                f"{self.path} is IndexIVFScalarQuantizer of {name}, and telerag imports it of fp16 or 8bit.",
+                remedy="Build one of these.",
+            )
         if by_residual:
             raise self._residual("IndexIVFScalarQuantizer")
         storage = SCALAR_KINDS[kind]
         if storage is Storage.INT8:
             if len(trained) != 2 * dimension:
-                self._damaged(f"its 8bit quantizer has {len(trained):,} numbers, and needs {2 * dimension:,}")  # fmt: skip
+                self._damaged(f"its 8bit quantizer has {len(trained):,} numbers, and needs {2 * dimension:,}")
             return storage, trained
         return storage, None
 
     def _residual(self, name: str) -> InputError:
-        return InputError(f"{self.path} is {name} with by_residual = True, whose codes are of what a vector differs from its centroid "
-                          "by, and telerag's are of the vector itself (by_residual = False).",
-                          remedy="Build it with faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, type, metric, False), or with "
-                                 "telerag build-index.")  # fmt: skip
+        return InputError(
+            f"{self.path} is {name} with by_residual = True, whose codes are of what a vector differs from its centroid "
+            "by, and telerag's are of the vector itself (by_residual = False).",
+            remedy="Build it with faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, type, metric, False), or with "
+            "telerag build-index.",
+        )
 
     def _lists(self, nlist: int, code_bytes: int) -> tuple[Path, TableArray]:
         kind = self.handle.read(4)
@@ -243,8 +278,11 @@ class _Header:
         if kind == b"il00":
             raise InputError(f"{self.path} has no lists in it.", remedy="Write it together with its lists.")
         if kind not in (b"ilar", b"ilod"):
-            raise InputError(f"The lists of {self.path} are of the type {kind!r}, and telerag reads ArrayInvertedLists and "
-                             "OnDiskInvertedLists.", remedy="Write it with one of these.")  # fmt: skip
+            raise InputError(
+                f"The lists of {self.path} are of the type {kind!r}, and telerag reads ArrayInvertedLists and "
+                "OnDiskInvertedLists.",
+                remedy="Write it with one of these.",
+            )
         found_nlist, found_code = self._take("<QQ")
         if (found_nlist, found_code) != (nlist, code_bytes):
             self._damaged(
@@ -257,8 +295,10 @@ class _Header:
         length = data.stat().st_size
         reach = max((offset + capacity * (code_bytes + ID_BYTES))[size > 0], default=0)
         if reach > length:
-            raise InputError(f"{data} ends at byte {length:,}, and its lists reach to byte {reach:,}.",
-                             remedy="Fetch it again; it is not whole.")  # fmt: skip
+            raise InputError(
+                f"{data} ends at byte {length:,}, and its lists reach to byte {reach:,}.",
+                remedy="Fetch it again; it is not whole.",
+            )
         if (size > capacity).any():
             self._damaged("a list holds more than it has room for")
         return data, table
@@ -299,8 +339,10 @@ class _Header:
         places = (Path(name), self.path.parent / Path(name).name)
         data = next((place for place in places if place.is_file()), None)
         if data is None:
-            raise InputError(f"The lists of {self.path} are in {places[0]}, and there is no such file, nor {places[1]}.",
-                             remedy="Put the data file beside the index.")  # fmt: skip
+            raise InputError(
+                f"The lists of {self.path} are in {places[0]}, and there is no such file, nor {places[1]}.",
+                remedy="Put the data file beside the index.",
+            )
         return data, table
 
     def _array(self, kind: type[np.generic], width: int = 1) -> npt.NDArray[Any]:
@@ -329,8 +371,9 @@ class _Header:
             if wanted is None
             else f"{wanted:,} more bytes come at byte {self.handle.tell():,} of its header"
         )
-        raise InputError(f"{self.path} ends at byte {self.size:,}, and {where}.",
-                         remedy="Fetch it again; it is not whole.")  # fmt: skip
+        raise InputError(
+            f"{self.path} ends at byte {self.size:,}, and {where}.", remedy="Fetch it again; it is not whole."
+        )
 
     def _damaged(self, why: str) -> NoReturn:
         raise InputError(f"{self.path} is damaged: {why}.", remedy="Fetch it again.")
@@ -353,8 +396,10 @@ def check_ids(file: FaissFile, advance: Advance) -> None:
     for number, first, ids in _ids(file):
         other = np.flatnonzero((ids < 0) | (ids >= ntotal))
         if len(other):
-            raise InputError(f"List {number:,} of {file.path} holds the id {ids[other[0]]:,} in place {first + int(other[0]):,}, {wanted}.",
-                             remedy=remedy)  # fmt: skip
+            raise InputError(
+                f"List {number:,} of {file.path} holds the id {ids[other[0]]:,} in place {first + int(other[0]):,}, {wanted}.",
+                remedy=remedy,
+            )
         twice = ids[seen[ids]]
         seen[ids] = True
         if not len(twice) and len(ids) > 1:
@@ -376,8 +421,9 @@ def _ids(file: FaissFile) -> Iterator[tuple[int, int, IntArray]]:
                 yield number, first, np.frombuffer(data, np.int64)
 
 
-def copy_list(source: int, held: tuple[int, int, int], target: int, wanted: tuple[int, int, int], code_bytes: int,
-              path: Path) -> None:  # fmt: skip
+def copy_list(
+    source: int, held: tuple[int, int, int], target: int, wanted: tuple[int, int, int], code_bytes: int, path: Path
+) -> None:
     """Copy one list's codes and ids, a few MiB at a time.
 
     Args:
@@ -436,13 +482,19 @@ def lay_out_faiss(
         faiss.write_index(ivf, str(path))
         written = path.read_bytes()
     if not written.endswith(b"il00"):
-        raise ArtifactError(f"Faiss {faiss.__version__} ends an index without lists with {written[-4:]!r}, and b'il00' was expected.",
-                            remedy="Export with another version of Faiss.")  # fmt: skip
+        raise ArtifactError(
+            f"Faiss {faiss.__version__} ends an index without lists with {written[-4:]!r}, and b'il00' was expected.",
+            remedy="Export with another version of Faiss.",
+        )
     code_bytes = code_size(dimension, storage)
-    header = (written.removesuffix(b"il00") + b"ilar" + struct.pack("<QQ", nlist, code_bytes) + b"full" + struct.pack("<Q", nlist)
-              + sizes.astype("<u8").tobytes())  # fmt: skip
+    header = (
+        written.removesuffix(b"il00")
+        + b"ilar"
+        + struct.pack("<QQ", nlist, code_bytes)
+        + b"full"
+        + struct.pack("<Q", nlist)
+        + sizes.astype("<u8").tobytes()
+    )
     ends = len(header) + np.cumsum(sizes * (code_bytes + ID_BYTES))
     offsets = np.concatenate([[len(header)], ends])
-    return FaissLayout(
-        header, np.stack([sizes, sizes, offsets[:-1]], axis=1).astype(np.uint64), int(offsets[-1])
-    )
+    return FaissLayout(header, np.stack([sizes, sizes, offsets[:-1]], axis=1).astype(np.uint64), int(offsets[-1]))

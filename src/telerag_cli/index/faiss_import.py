@@ -1,6 +1,7 @@
 """An index folder from Faiss's file of an index and the passages it is of, in stages that each resume.
 
-As `telerag_cli.index.build` does, everything happens in ``INDEX.partial/``, and the folder gets its name when it is whole:
+As `telerag_cli.index.build` does, everything happens in ``INDEX.partial/``, and the folder gets its name when it is
+whole:
 
 =========  ==========================================================  =============================================
 stage      what it leaves                                              after a kill
@@ -29,16 +30,8 @@ from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import Kind, Source, read_passages
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.files import explain, read_json, write_json, writing
-from telerag_cli.index.artifact import (
-    ID_BYTES,
-    EmbedderInfo,
-    Index,
-    IndexPaths,
-    Manifest,
-    TableArray,
-    lay_out,
-)
+from telerag_cli.files import read_json, wrap_os_error, write_json, writing
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, TableArray, lay_out
 from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list, ends_of
 from telerag_cli.index.partial import (
     Making,
@@ -111,12 +104,16 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
     """
     for source in passages:
         if source.kind in (Kind.TEXT, Kind.MARKDOWN):
-            raise UsageError(f"{source.label} is text without rows, and passage number i must be that of Faiss's id i.",
-                             remedy="Give the passages as JSONL, TSV, CSV or Parquet, one a row.")  # fmt: skip
+            raise UsageError(
+                f"{source.label} is text without rows, and passage number i must be that of Faiss's id i.",
+                remedy="Give the passages as JSONL, TSV, CSV or Parquet, one a row.",
+            )
     files = [source.path for source in passages if source.path is not None and source.path.is_file()]
     if len(files) < len(passages):
-        raise UsageError("Passages that come through a pipe cannot be compared when an import resumes, and --passages takes files.",
-                         remedy="Write them to a file first.")  # fmt: skip
+        raise UsageError(
+            "Passages that come through a pipe cannot be compared when an import resumes, and --passages takes files.",
+            remedy="Write them to a file first.",
+        )
     digest = xxhash.xxh3_64()
     try:
         for path in files:
@@ -125,7 +122,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
             path.stat().st_size * (UNPACKED if path.suffix in (".gz", ".parquet") else 1) for path in files
         )
     except OSError as error:
-        raise explain(error, files[0]) from error
+        raise wrap_os_error(error, files[0]) from error
     digests = f"faiss {file.fingerprint()}, passages xxh3:{digest.hexdigest()}"
     table, lists_bytes = lay_out(file.table[:, 0].astype("int64"), file.code_size)
     parameters = {"files": digests, "embedder": embedder, "telerag": __version__}
@@ -164,7 +161,7 @@ def import_index(plan: ImportPlan, *, overwrite: bool = False, progress: Progres
             _Import(plan, progress).run()
             publish(plan)
     except OSError as error:
-        raise explain(error, plan.partial) from error
+        raise wrap_os_error(error, plan.partial) from error
     return Index.open(plan.root)
 
 
@@ -208,8 +205,10 @@ class _Import:
             more = sum(1 for _ in passages)
             if written + more != ntotal:
                 names = ", ".join(str(source.path) for source in self.plan.passages)
-                raise InputError(f"{names} holds {written + more:,} passages, and {self.file.path} holds {ntotal:,} vectors.",
-                                 remedy="Name the passages that the vectors were made from, all of them, in their order.")  # fmt: skip
+                raise InputError(
+                    f"{names} holds {written + more:,} passages, and {self.file.path} holds {ntotal:,} vectors.",
+                    remedy="Name the passages that the vectors were made from, all of them, in their order.",
+                )
 
     def copy(self) -> None:
         held, wanted = self.file.table.tolist(), self.plan.table.tolist()
@@ -241,10 +240,19 @@ class _Import:
         with self.progress("Checking lists", plan.lists_bytes, unit="bytes") as advance:
             sums, whole = scan_lists(self.paths.lists, plan.table, file.code_size, advance)
         about = Manifest(
-            dimension=file.dimension, metric=file.metric, storage=file.storage, nlist=file.nlist, ntotal=file.ntotal,
-            code_size=file.code_size, seed=0, embedder=EmbedderInfo(plan.embedder), files={},
-            trained_on="unknown", source=plan.parameters["files"], created_by=f"telerag {__version__}",
-        )  # fmt: skip
+            dimension=file.dimension,
+            metric=file.metric,
+            storage=file.storage,
+            nlist=file.nlist,
+            ntotal=file.ntotal,
+            code_size=file.code_size,
+            seed=0,
+            embedder=EmbedderInfo(plan.embedder),
+            files={},
+            trained_on="unknown",
+            source=plan.parameters["files"],
+            created_by=f"telerag {__version__}",
+        )
         seal(self.paths, about, sums, whole, self.progress)
 
 

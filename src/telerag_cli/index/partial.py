@@ -1,7 +1,7 @@
 """An index folder while it is made: ``INDEX.partial/``, which one process at a time works in, and which gets its name when whole.
 
-Its ``work/`` holds what is needed only until then: the lock, and in ``build.json`` what the index is made from, so that an
-interrupted making goes on only with the same.
+Its ``work/`` holds what is needed only until then: the lock, and in ``build.json`` what the index is made from, so that
+an interrupted making goes on only with the same.
 """
 
 from __future__ import annotations
@@ -22,18 +22,16 @@ import numpy.typing as npt
 
 from telerag_cli.config import Storage, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError
-from telerag_cli.files import checksum, explain, read_json, write_json, writing
+from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import FileInfo, IndexPaths, IntArray, Manifest, TableArray
 
 Advance = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """What `telerag_cli.console.progress` is: a bar for one stage."""
+    """What `telerag_cli.cli.console.progress` is: a bar for one stage."""
 
-    def __call__(
-        self, description: str, total: int | None, *, unit: str = ""
-    ) -> AbstractContextManager[Advance]:
+    def __call__(self, description: str, total: int | None, *, unit: str = "") -> AbstractContextManager[Advance]:
         """Begin a stage of ``total`` units."""
 
 
@@ -102,7 +100,7 @@ def left_bytes(root: Path) -> int:
         files = [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else []
         return sum(path.stat().st_blocks * 512 for path in files)
     except OSError as error:
-        raise explain(error, root) from error
+        raise wrap_os_error(error, root) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -115,7 +113,7 @@ def free_bytes(path: Path) -> int:
         existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
         return shutil.disk_usage(existing).free
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
 
 
 def check_disk(path: Path, needed_bytes: int, remedy: str) -> None:
@@ -126,8 +124,9 @@ def check_disk(path: Path, needed_bytes: int, remedy: str) -> None:
     """
     free = free_bytes(path)
     if needed_bytes > free:
-        raise ResourceError(f"{path} needs {format_bytes(needed_bytes)} of disk, and {format_bytes(free)} are free.",
-                            remedy=remedy)  # fmt: skip
+        raise ResourceError(
+            f"{path} needs {format_bytes(needed_bytes)} of disk, and {format_bytes(free)} are free.", remedy=remedy
+        )
 
 
 def _refuse_other(found: dict[str, Any], making: Making, where: Path, verb: str) -> None:
@@ -136,8 +135,10 @@ def _refuse_other(found: dict[str, Any], making: Making, where: Path, verb: str)
     if other:
         was = ", ".join(f"{name} {found.get(name)}" for name in other)
         now = ", ".join(f"{name} {wanted[name]}" for name in other)
-        raise ArtifactError(f"{where} was {verb} with {was}, and this asks for {now}.",
-                            remedy=f"Use the same {making.sources} and options, another output, or --overwrite.")  # fmt: skip
+        raise ArtifactError(
+            f"{where} was {verb} with {was}, and this asks for {now}.",
+            remedy=f"Use the same {making.sources} and options, another output, or --overwrite.",
+        )
 
 
 @contextlib.contextmanager
@@ -153,17 +154,13 @@ def claimed(making: Making, overwrite: bool) -> Iterator[None]:
         _refuse_other(making.parameters_of(Manifest.load(IndexPaths(root).manifest)), making, root, "built")
     work = partial / "work"
     if partial.exists() and not making.begun and not _is_barely_begun(partial):
-        raise ArtifactError(
-            f"{partial} exists and is no build of ours.", remedy="Remove it or choose another output."
-        )
+        raise ArtifactError(f"{partial} exists and is no build of ours.", remedy="Remove it or choose another output.")
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ResourceError(
-                f"Another telerag is building {root} right now.", remedy="Wait for it."
-            ) from error
+            raise ResourceError(f"Another telerag is building {root} right now.", remedy="Wait for it.") from error
         begun = None
         if IndexPaths(partial).manifest.exists():
             begun = making.parameters_of(Manifest.load(IndexPaths(partial).manifest))
@@ -203,9 +200,7 @@ def publish(making: Making) -> None:
         shutil.rmtree(replaced)
 
 
-def seal(
-    paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent
-) -> None:
+def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent) -> None:
     """Save the lists' checksums, sum the other files, and write the manifest, the last file of an index to appear.
 
     Args:
@@ -229,8 +224,8 @@ def seal(
 def balance(sizes: IntArray) -> dict[str, float]:
     """How even the lists are: vectors in the least, median and largest, empty lists, and Faiss's imbalance factor.
 
-    The factor is ``nlist * sum(size^2) / (sum size)^2``: 1 if all are equal, and the expected cost of a probe of a random
-    vector's list over that.
+    The factor is ``nlist * sum(size^2) / (sum size)^2``: 1 if all are equal, and the expected cost of a probe of a
+    random vector's list over that.
     """
     total = int(sizes.sum())
     return {

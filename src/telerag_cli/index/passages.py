@@ -12,7 +12,7 @@ import pyarrow as pa
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 
 BATCH_ROWS = 1024
 """Rows of every record batch but the last, so that a row's place is a division."""
@@ -39,12 +39,15 @@ class Passages:
             last = reader.get_batch(batches - 1).num_rows if batches else 0
             first = reader.get_batch(0).num_rows if batches > 1 else BATCH_ROWS
         except OSError as error:
-            raise explain(error, path) from error
+            raise wrap_os_error(error, path) from error
         except pa.ArrowException as error:
             raise ArtifactError(f"{path} is damaged: {error}.", remedy="Build the index again.") from error
         if first != BATCH_ROWS or reader.schema.names != PASSAGE_SCHEMA.names:
-            raise ArtifactError(f"{path} holds {reader.schema.names} in batches of {first}, not {PASSAGE_SCHEMA.names} "
-                                f"in batches of {BATCH_ROWS}.", remedy="Build the index again.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} holds {reader.schema.names} in batches of {first}, not {PASSAGE_SCHEMA.names} "
+                f"in batches of {BATCH_ROWS}.",
+                remedy="Build the index again.",
+            )
         return cls(path, max(0, batches - 1) * BATCH_ROWS + last, reader)
 
     def __len__(self) -> int:
@@ -66,20 +69,20 @@ class Passages:
             name, text, metadata = (column[row % BATCH_ROWS].as_py() for column in batch.columns)
             return Passage(name, text, json.loads(metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise ArtifactError(f"Row {row:,} of {self.path} is damaged: {error}.",
-                                remedy="Check it with telerag inspect --verify, and build the index again.") from error  # fmt: skip
+            raise ArtifactError(
+                f"Row {row:,} of {self.path} is damaged: {error}.",
+                remedy="Check it with telerag inspect --verify, and build the index again.",
+            ) from error
 
 
-def write_passages(
-    batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema = PASSAGE_SCHEMA
-) -> Iterator[int]:
+def write_passages(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema = PASSAGE_SCHEMA) -> Iterator[int]:
     """Write the Arrow file; yields how many more rows were written. Drain it: the file is whole only at the end.
 
     Args:
         batches: ``id``, ``text``, ``metadata``.
         path: the file.
-        schema: of the batches. Columns may also be dictionaries of strings, the same in all batches, which `Passages` reads
-            as it reads strings: where few texts stand in many rows.
+        schema: of the batches. Columns may also be dictionaries of strings, the same in all batches, which `Passages`
+            reads as it reads strings: where few texts stand in many rows.
     """
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.RecordBatch] = []

@@ -77,15 +77,17 @@ class Nearest:
 class ListRecall:
     """Searches the lists as they are read back from disk, and says how much of the exact result each ``nprobe`` finds."""
 
-    def __init__(self, truth: Nearest, coarse: Coarse, path: Path, table: TableArray, code_size: int, storage: Storage,
-                 trained: FloatArray | None) -> None:  # fmt: skip
-        self._truth, self._path, self._table, self._code_size, self._storage = (
-            truth,
-            path,
-            table,
-            code_size,
-            storage,
-        )
+    def __init__(
+        self,
+        truth: Nearest,
+        coarse: Coarse,
+        path: Path,
+        table: TableArray,
+        code_size: int,
+        storage: Storage,
+        trained: FloatArray | None,
+    ) -> None:
+        self._truth, self._path, self._table, self._code_size, self._storage = (truth, path, table, code_size, storage)
         self.nprobes = [n for n in NPROBES if n < coarse.nlist] + (
             [coarse.nlist] if coarse.nlist <= NPROBES[-1] else []
         )
@@ -129,8 +131,10 @@ class ListRecall:
         vectors = self._decode(codes)
         # One more than counts, for the query's own row.
         width = min(NEIGHBOURS + 1, count)
-        blocks = [faiss.knn(self._truth.queries[queries[i : i + COARSE_BLOCK]], vectors, width, metric=self._metric)
-                  for i in range(0, len(queries), COARSE_BLOCK)]  # fmt: skip
+        blocks = [
+            faiss.knn(self._truth.queries[queries[i : i + COARSE_BLOCK]], vectors, width, metric=self._metric)
+            for i in range(0, len(queries), COARSE_BLOCK)
+        ]
         scores, found = (np.concatenate(part) for part in zip(*blocks, strict=True))
         found = rows[found]
         scores = scores if self._truth.metric is Metric.IP else -scores
@@ -151,17 +155,13 @@ class ListRecall:
             rows = self._rows[:, :nprobe].reshape(count, -1)
             order = np.lexsort((rows, -scores), axis=-1)[:, :NEIGHBOURS]
             found = np.take_along_axis(rows, order, 1)
-            hits = sum(
-                len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self._truth.rows, found, strict=True)
-            )
+            hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self._truth.rows, found, strict=True))
             recalls[str(nprobe)] = round(hits / asked, 4)
         return recalls
 
     def _decode(self, codes: bytes) -> FloatArray:
         if self._storage is Storage.INT8:
-            decoded: FloatArray = self._decoder.decode(
-                np.frombuffer(codes, np.uint8).reshape(-1, self._code_size)
-            )
+            decoded: FloatArray = self._decoder.decode(np.frombuffer(codes, np.uint8).reshape(-1, self._code_size))
             return decoded
         kind: type[np.floating] = np.float32 if self._storage is Storage.FLOAT32 else np.float16
         flat: npt.NDArray[np.floating] = np.frombuffer(codes, kind)
@@ -176,8 +176,9 @@ def _best(scores: FloatArray, rows: IntArray) -> tuple[FloatArray, IntArray]:
     return np.take_along_axis(scores, top, 1), rows[top]
 
 
-def _merge(scores: FloatArray, rows: IntArray, more_scores: FloatArray,
-           more_rows: IntArray) -> tuple[FloatArray, IntArray]:  # fmt: skip
+def _merge(
+    scores: FloatArray, rows: IntArray, more_scores: FloatArray, more_rows: IntArray
+) -> tuple[FloatArray, IntArray]:
     """The ten best of both, (n, 10) each, best first, equal scores by row; absent rows (-1) have the worst score."""
     both, numbers = np.concatenate([scores, more_scores], 1), np.concatenate([rows, more_rows], 1)
     numbers[both == WORST] = -1

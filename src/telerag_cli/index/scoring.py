@@ -27,8 +27,9 @@ def faiss_metric(metric: Metric) -> int:
     return int(faiss.METRIC_INNER_PRODUCT if metric is Metric.IP else faiss.METRIC_L2)
 
 
-def empty_ivf(quantizer: Any, dimension: int, nlist: int, metric: Metric, storage: Storage,
-              trained: FloatArray | None = None) -> Any:  # fmt: skip
+def empty_ivf(
+    quantizer: Any, dimension: int, nlist: int, metric: Metric, storage: Storage, trained: FloatArray | None = None
+) -> Any:
     """A ``faiss.IndexIVF`` of this storage with no lists; codes are of the vector itself, not of its residual."""
     number = faiss_metric(metric)
     if storage is Storage.FLOAT32:
@@ -64,8 +65,10 @@ class Coarse:
 
     def probe(self, queries: FloatArray, nprobe: int) -> tuple[FloatArray, IntArray]:
         """Scores and numbers of the ``nprobe`` nearest lists, nearest first, each of shape (n, nprobe)."""
-        blocks = [self.index.search(np.ascontiguousarray(queries[i : i + COARSE_BLOCK]), nprobe)
-                  for i in range(0, len(queries), COARSE_BLOCK)]  # fmt: skip
+        blocks = [
+            self.index.search(np.ascontiguousarray(queries[i : i + COARSE_BLOCK]), nprobe)
+            for i in range(0, len(queries), COARSE_BLOCK)
+        ]
         scores, lists = (np.concatenate(part) for part in zip(*blocks, strict=True))
         return scores, lists
 
@@ -86,8 +89,15 @@ class ListScorer:
     as lists come and go; an entry must not change while a search that names its list is running.
     """
 
-    def __init__(self, memory: npt.NDArray[np.uint8], coarse: Coarse, metric: Metric, storage: Storage, code_size: int,
-                 trained: FloatArray | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        memory: npt.NDArray[np.uint8],
+        coarse: Coarse,
+        metric: Metric,
+        storage: Storage,
+        code_size: int,
+        trained: FloatArray | None,
+    ) -> None:
         self._memory = memory  # Faiss keeps only the address
         self.metric = metric
         self._coarse = coarse
@@ -144,8 +154,8 @@ class ListScorer:
     def _blocks(self, lists: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
         """The lists a few at a time, for all queries that want one of them: their numbers (m,), and what each wants, (m, most).
 
-        Faiss takes one query after the other through all its lists. What one has just brought into the processor's cache is
-        there for the next only if it is not too much.
+        Faiss takes one query after the other through all its lists. What one has just brought into the processor's
+        cache is there for the next only if it is not too much.
         """
         distinct = np.unique(lists[lists >= 0])
         ends = np.cumsum(self.table[distinct, 1].astype(np.int64) * (int(self._lists.code_size) + ID_BYTES))
@@ -199,9 +209,17 @@ class ListScorer:
         queries = np.ascontiguousarray(queries, np.float32)
         lists = np.ascontiguousarray(lists, np.int64)
         unused = np.zeros(lists.shape, np.float32)  # only residual codes need the distance to the centroid
-        self._ivf.search_preassigned_c(n, faiss.swig_ptr(queries), width, faiss.swig_ptr(lists), faiss.swig_ptr(unused),
-                                       faiss.swig_ptr(scores), faiss.swig_ptr(rows), False,
-                                       faiss.SearchParametersIVF(nprobe=probes))  # fmt: skip
+        self._ivf.search_preassigned_c(
+            n,
+            faiss.swig_ptr(queries),
+            width,
+            faiss.swig_ptr(lists),
+            faiss.swig_ptr(unused),
+            faiss.swig_ptr(scores),
+            faiss.swig_ptr(rows),
+            False,
+            faiss.SearchParametersIVF(nprobe=probes),
+        )
         return scores, rows
 
 
@@ -248,7 +266,5 @@ def score_again(
         known = candidates >= 0
         held = vectors[candidates[known]].astype(np.float32)
         # Sums along a row do not depend on what other rows there are, as a product of matrices would.
-        out[known] = (
-            (held * query).sum(axis=1) if metric is Metric.IP else np.square(held - query).sum(axis=1)
-        )
+        out[known] = (held * query).sum(axis=1) if metric is Metric.IP else np.square(held - query).sum(axis=1)
     return best(scores, rows, k, metric)

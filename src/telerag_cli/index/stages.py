@@ -28,7 +28,7 @@ from telerag_cli.index.scoring import empty_ivf, flat
 
 ASSIGN_ROWS = 16384
 """Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
-MOST_BLOCKS = 64
+MAX_BLOCKS = 64
 """Blocks of a span at most."""
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
@@ -69,7 +69,7 @@ def _blocks(embeddings: Embeddings, rows: int, span: Span) -> Generator[tuple[in
 def span_rows(embeddings: Embeddings, block_rows: int) -> int:
     """Rows of a span: a block, or so many that a row group of the Parquet files, read from its start, is not read in vain."""
     largest = max(max(shard.group_rows, default=0) for shard in embeddings.shards)
-    return block_rows * max(1, min(MOST_BLOCKS, largest // block_rows))
+    return block_rows * max(1, min(MAX_BLOCKS, largest // block_rows))
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,19 @@ class Assigning:
         def assign(first: int, block: FloatArray, least: FloatArray) -> Assigned:
             if self.halves and np.abs(block).max() > MAX_FLOAT16:
                 row = first + int(np.abs(block).max(axis=1).argmax())
-                raise InputError(f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
-                                 remedy="Choose another type than float16 for --storage and --keep-vectors.")  # fmt: skip
+                raise InputError(
+                    f"The vector in row {row:,} holds {np.abs(block).max():g}, and float16 ends at {MAX_FLOAT16:g}.",
+                    remedy="Choose another type than float16 for --storage and --keep-vectors.",
+                )
             lists = nearest_lists(block)
             if (lists < 0).any():
                 row = int(np.flatnonzero(lists < 0)[0])
                 length = np.linalg.norm(block[row].astype(np.float64))
-                raise InputError(f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list "
-                                 "exceeds float32.", remedy="Scale the vectors down.")  # fmt: skip
+                raise InputError(
+                    f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list "
+                    "exceeds float32.",
+                    remedy="Scale the vectors down.",
+                )
             return Assigned(first, lists.astype(np.int32), truth.found(first, block, least))
 
         return assign
@@ -212,8 +217,9 @@ class Placer:
         code_places = self._offset[present] + filled[present] * size
         row_places = self._offset[present] + self._capacity[present] * size + filled[present] * ID_BYTES
         code_bytes, row_bytes = codes.data.cast("B"), rows.view(np.uint8).data.cast("B")
-        for low, high, code_place, row_place in zip(begin.tolist(), (begin + count).tolist(), code_places.tolist(),
-                                                    row_places.tolist(), strict=True):  # fmt: skip
+        for low, high, code_place, row_place in zip(
+            begin.tolist(), (begin + count).tolist(), code_places.tolist(), row_places.tolist(), strict=True
+        ):
             write_at(self._descriptor, code_bytes[low * size : high * size], code_place)
             write_at(self._descriptor, row_bytes[low * ID_BYTES : high * ID_BYTES], row_place)
         filled[present] += count

@@ -55,11 +55,16 @@ def plan_training(rows: int, dimension: int, nlist: int | None, sample_bytes: in
         while nlist > 1 and holds < MIN_POINTS_PER_CENTROID * nlist:
             nlist //= 2
     if nlist < 1 or nlist > rows:
-        raise UsageError(f"{nlist:,} lists were asked for, and there are {rows:,} vectors.",
-                         remedy=f"Choose --nlist between 1 and {rows:,}, or auto.")  # fmt: skip
+        raise UsageError(
+            f"{nlist:,} lists were asked for, and there are {rows:,} vectors.",
+            remedy=f"Choose --nlist between 1 and {rows:,}, or auto.",
+        )
     if holds < nlist:
-        raise UsageError(f"{nlist:,} lists need at least as many training vectors, and the {format_bytes(sample_bytes)} that "
-                         f"--memory leaves for them hold {holds:,}.", remedy="Raise --memory or lower --nlist.")  # fmt: skip
+        raise UsageError(
+            f"{nlist:,} lists need at least as many training vectors, and the {format_bytes(sample_bytes)} that "
+            f"--memory leaves for them hold {holds:,}.",
+            remedy="Raise --memory or lower --nlist.",
+        )
     queries = min(HELD_OUT_QUERIES, rows // 10, rows - nlist)
     return TrainingPlan(nlist, min(rows - queries, POINTS_PER_CENTROID * nlist, holds), queries)
 
@@ -91,12 +96,16 @@ def find_gpu(device: str, library: Any = faiss) -> int | None:
     if device == "auto":
         return 0 if count else None
     if not supported:
-        raise ResourceError(f"{device} was asked for, and faiss-cpu {library.__version__} is installed, which has no GPU support.",
-                            remedy="Install the other wheel of the same module, pip uninstall faiss-cpu && "
-                                   "pip install 'telerag-cli[gpu]', or use --device cpu.")  # fmt: skip
+        raise ResourceError(
+            f"{device} was asked for, and faiss-cpu {library.__version__} is installed, which has no GPU support.",
+            remedy="Install the other wheel of the same module, pip uninstall faiss-cpu && "
+            "pip install 'telerag-cli[gpu]', or use --device cpu.",
+        )
     if not count:
-        raise ResourceError(f"{device} was asked for, and faiss-gpu {library.__version__} is installed and finds no GPU.",
-                            remedy="Check the driver with nvidia-smi, or use --device cpu.")  # fmt: skip
+        raise ResourceError(
+            f"{device} was asked for, and faiss-gpu {library.__version__} is installed and finds no GPU.",
+            remedy="Check the driver with nvidia-smi, or use --device cpu.",
+        )
     if int(number or 0) >= count:
         raise ResourceError(
             f"{device} was asked for, and Faiss finds {count} GPU{'s' * (count != 1)}, the last of which is cuda:{count - 1}.",
@@ -105,9 +114,7 @@ def find_gpu(device: str, library: Any = faiss) -> int | None:
     return int(number or 0)
 
 
-def train_centroids(
-    sample: FloatArray, nlist: int, metric: Metric, seed: int, gpu: int | None = None
-) -> FloatArray:
+def train_centroids(sample: FloatArray, nlist: int, metric: Metric, seed: int, gpu: int | None = None) -> FloatArray:
     """Centroids (nlist, dimension) by Faiss's k-means; for inner product on the sphere, as ``IndexIVF`` does.
 
     Args:
@@ -121,8 +128,15 @@ def train_centroids(
         KeyboardInterrupt: Ctrl-C while Faiss was at it.
         ResourceError: the GPU cannot do it; its memory is taken, say.
     """
-    kmeans = faiss.Kmeans(sample.shape[1], nlist, niter=ITERATIONS, seed=seed, spherical=metric is Metric.IP,
-                          min_points_per_centroid=1, max_points_per_centroid=len(sample))  # fmt: skip
+    kmeans = faiss.Kmeans(
+        sample.shape[1],
+        nlist,
+        niter=ITERATIONS,
+        seed=seed,
+        spherical=metric is Metric.IP,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(sample),
+    )
     try:
         if gpu is not None:  # the option of Kmeans itself is how many GPUs, not which
             kmeans.index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), gpu, kmeans.index)
@@ -131,8 +145,10 @@ def train_centroids(
         if "interrupt" in str(error):
             raise KeyboardInterrupt from error
         if gpu is not None:
-            raise ResourceError(f"k-means cannot run on cuda:{gpu}: {' '.join(str(error).split())}.",
-                                remedy="Free the GPU's memory, or start over with --device cpu --overwrite.") from error  # fmt: skip
+            raise ResourceError(
+                f"k-means cannot run on cuda:{gpu}: {' '.join(str(error).split())}.",
+                remedy="Free the GPU's memory, or start over with --device cpu --overwrite.",
+            ) from error
         raise
     return np.ascontiguousarray(kmeans.centroids, np.float32)
 

@@ -19,8 +19,9 @@ OnCodes = Callable[[int, int, bytes], None]
 """Called with a list's number, the place in the list of the first code, and the codes' bytes."""
 
 
-def scan_lists(path: Path, table: TableArray, code_size: int, advance: Advance,
-               on_codes: OnCodes | None = None) -> tuple[TableArray, str]:  # fmt: skip
+def scan_lists(
+    path: Path, table: TableArray, code_size: int, advance: Advance, on_codes: OnCodes | None = None
+) -> tuple[TableArray, str]:
     """Read ``lists.bin`` once, from end to end, a few MiB at a time.
 
     Args:
@@ -68,8 +69,10 @@ def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
     while len(data) < count:
         more = os.pread(descriptor, count - len(data), offset + len(data))
         if not more:
-            raise ArtifactError(f"{path} ends at byte {offset + len(data):,}, and {offset + count:,} were expected.",
-                                remedy="Restore the file or build the index again.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} ends at byte {offset + len(data):,}, and {offset + count:,} were expected.",
+                remedy="Restore the file or build the index again.",
+            )
         data += more
     return data
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from telerag_cli.generation.base import Generation, Message
-from telerag_cli.generation.shapes import Shape
+from telerag_cli.llm.base import Generation, Message
+from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 
@@ -38,9 +38,17 @@ class Rag(Protocol):
         """Move what a query like this one will need while the block runs, and on until something is retrieved."""
 
     async def generate(
-        self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
-        shape: Shape | None = None, logprobs: bool = False, refining: Ahead | None = None, expect: Expect | None = None,
-    ) -> Generation:  # fmt: skip
+        self,
+        stage: str,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        shape: Shape | None = None,
+        logprobs: bool = False,
+        refining: Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Generation:
         """Let the LLM write.
 
         Args:
@@ -58,9 +66,17 @@ class Rag(Protocol):
         """The best passages for these queries together, best first, each once."""
 
     async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = ANSWER, prompt: Prompt = answer_prompt,
-        max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: Ahead | None = None, expect: Expect | None = None,
-    ) -> Answer:  # fmt: skip
+        self,
+        question: str,
+        found: Sequence[Retrieved],
+        *,
+        stage: str = ANSWER,
+        prompt: Prompt = answer_prompt,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        refining: Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Answer:
         """Let the LLM answer from as many of the passages as its context holds, best first.
 
         ``max_tokens`` is what the user wants for an answer if not given; for the others see `generate`.

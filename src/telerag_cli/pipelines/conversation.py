@@ -8,24 +8,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from telerag_cli.generation.base import Message
-from telerag_cli.generation.shapes import Lines
+from telerag_cli.llm.base import Message
+from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Pipeline, Rag
 from telerag_cli.pipelines.found import Answer
 
-MOST_TURNS = 3
+MAX_TURNS = 3
 """Earlier turns that a question may lean on."""
-MOST_CHARACTERS = 400
+MAX_CHARACTERS = 400
 """Of an earlier question, and of an earlier answer."""
 REWRITE_TOKENS = 64
 STANDALONE = Lines(1)
 INSTRUCTION = "Write the follow-up question again as one complete question."
 EXAMPLES = (
-    (
-        "Q: What is the capital of France?\nA: Paris.",
-        "How many people live there?",
-        "How many people live in Paris?",
-    ),
+    ("Q: What is the capital of France?\nA: Paris.", "How many people live there?", "How many people live in Paris?"),
     (
         "Q: Who invented the telephone?\nA: Alexander Graham Bell, in 1876.",
         "And when did he die?",
@@ -57,7 +53,7 @@ def standalone_prompt(turns: Sequence[Turn], question: str) -> list[Message]:
 def recalled(
     turns: Sequence[Turn], question: str, room: int, count_tokens: Callable[[Sequence[Message]], int]
 ) -> Sequence[Turn]:
-    """The turns that a question is rewritten with: the last `MOST_TURNS`, or as many of them as fit.
+    """The turns that a question is rewritten with: the last `MAX_TURNS`, or as many of them as fit.
 
     Args:
         turns: all so far.
@@ -65,7 +61,7 @@ def recalled(
         room: tokens that the prompt may have.
         count_tokens: tokens of a prompt.
     """
-    recent = turns[-MOST_TURNS:]
+    recent = turns[-MAX_TURNS:]
     while recent and count_tokens(standalone_prompt(recent, question)) > room:
         recent = recent[1:]
     return recent
@@ -96,4 +92,4 @@ def _ask(said: str, question: str) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"

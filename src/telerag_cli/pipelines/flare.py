@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from telerag_cli.errors import ModelError
-from telerag_cli.generation.base import Generation, Message
-from telerag_cli.generation.shapes import Lines
+from telerag_cli.llm.base import Generation, Message
+from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer, Retrieved, merge
 from telerag_cli.pipelines.prompts import numbered
@@ -21,7 +21,7 @@ SENTENCE_TOKENS = 48
 QUERY_TOKENS = 32
 SENTENCE_ENDS = (". ", "! ", "? ", "\n")
 QUERY = Lines(1)
-MOST_DOUBTS = 3
+MAX_DOUBTS = 3
 """Stretches of a sentence that are asked about, the most doubtful ones."""
 
 
@@ -40,14 +40,13 @@ def asking(question: str, sentence: str, doubt: str) -> list[Message]:
     """The prompt for a question whose answer is the doubtful stretch."""
     return [
         Message(
-            "user",
-            f'Question: {question}\nSentence: {sentence}\nWrite one short question whose answer is "{doubt}".',
+            "user", f'Question: {question}\nSentence: {sentence}\nWrite one short question whose answer is "{doubt}".'
         )
     ]
 
 
 def doubts(sentence: Generation, threshold: float) -> list[str]:
-    """Stretches of tokens less probable than the threshold, the least probable ``MOST_DOUBTS``, in order."""
+    """Stretches of tokens less probable than the threshold, the least probable ``MAX_DOUBTS``, in order."""
     if sentence.text and not sentence.tokens:
         raise ModelError(
             "The generator does not tell how probable its tokens are, and flare asks about the improbable ones.",
@@ -62,15 +61,13 @@ def doubts(sentence: Generation, threshold: float) -> list[str]:
             stretches.append((start, token.end, min(least, token.logprob)))
         else:
             stretches.append((token.start, token.end, token.logprob))
-    chosen = sorted(sorted(stretches, key=lambda stretch: stretch[2])[:MOST_DOUBTS])
+    chosen = sorted(sorted(stretches, key=lambda stretch: stretch[2])[:MAX_DOUBTS])
     return [text for start, end, _least in chosen if (text := sentence.text[start:end].strip())]
 
 
 async def ask(rag: Rag, question: str, sentence: str, doubt: str) -> str:
     """A query for a doubtful stretch; the sentence itself if the model has none."""
-    written = await rag.generate(
-        "query", asking(question, sentence, doubt), max_tokens=QUERY_TOKENS, shape=QUERY
-    )
+    written = await rag.generate("query", asking(question, sentence, doubt), max_tokens=QUERY_TOKENS, shape=QUERY)
     return next(iter(QUERY.read(written.text)), sentence)
 
 
@@ -104,9 +101,7 @@ async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, senten
                 refining=ahead,
                 expect=partial(about, start),
             )
-            queries = await together(
-                ask(rag, question, draft.text, doubt) for doubt in doubts(draft, flare_threshold)
-            )
+            queries = await together(ask(rag, question, draft.text, doubt) for doubt in doubts(draft, flare_threshold))
         sentence = draft.text
         if queries:
             retrieved.append(await rag.retrieve(queries, ahead))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from telerag_cli.generation.base import Message
+from telerag_cli.llm.base import Message
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer
 
@@ -13,8 +13,7 @@ def hypothetical_passage(question: str) -> list[Message]:
     """The prompt for the passage; it need not be true, only like the ones that are."""
     return [
         Message(
-            "user",
-            f"Write a short, factual passage that answers the question.\n\nQuestion: {question}\n\nPassage:",
+            "user", f"Write a short, factual passage that answers the question.\n\nQuestion: {question}\n\nPassage:"
         )
     ]
 

@@ -13,11 +13,7 @@ async def iter_retgen(rag: Rag, question: str, *, rounds: int = 3) -> Answer:
     for number in range(1, rounds):
         async with rag.lookahead(query) as ahead:
             draft = await rag.answer(
-                question,
-                found,
-                stage=f"draft_{number}",
-                refining=ahead,
-                expect=lambda text: [f"{question} {text}"],
+                question, found, stage=f"draft_{number}", refining=ahead, expect=lambda text: [f"{question} {text}"]
             )
         query = f"{question} {draft.text}"
         found = await rag.retrieve([query], ahead)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from telerag_cli.generation.base import Message
-from telerag_cli.generation.shapes import Choice, Lines
+from telerag_cli.llm.base import Message
+from telerag_cli.llm.shapes import Choice, Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer, Retrieved, merge
 from telerag_cli.pipelines.prompts import answer_prompt
@@ -48,8 +48,7 @@ def judgement(question: str, steps: Sequence[Step]) -> list[Message]:
     """The prompt that asks whether the steps suffice."""
     return [
         Message(
-            "user",
-            f"{known(steps)}\n\nQuestion: {question}\nIs this enough to answer the question? Say yes or no.",
+            "user", f"{known(steps)}\n\nQuestion: {question}\nIs this enough to answer the question? Say yes or no."
         )
     ]
 
@@ -67,20 +66,14 @@ async def iterative(rag: Rag, question: str, *, rounds: int = 3) -> Answer:
     for number in range(1, rounds + 1):
         async with rag.lookahead(query) as ahead:
             written = await rag.generate(
-                f"query_{number}",
-                next_query(question, steps),
-                max_tokens=QUERY_TOKENS,
-                shape=QUERY,
-                refining=ahead,
+                f"query_{number}", next_query(question, steps), max_tokens=QUERY_TOKENS, shape=QUERY, refining=ahead
             )
         query = next(iter(QUERY.read(written.text)), question)
         retrieved.append(await rag.retrieve([query], ahead))
         step = await rag.answer(query, retrieved[-1], stage=f"step_{number}")
         steps.append(Step(query, step.text))
         if number < rounds:
-            verdict = await rag.generate(
-                f"judge_{number}", judgement(question, steps), max_tokens=2, shape=VERDICT
-            )
+            verdict = await rag.generate(f"judge_{number}", judgement(question, steps), max_tokens=2, shape=VERDICT)
             if verdict.text == "yes":
                 break
     return await rag.answer(question, merge(*retrieved), prompt=partial(final_prompt, steps=steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from telerag_cli.generation.base import Message
+from telerag_cli.llm.base import Message
 from telerag_cli.pipelines.found import Retrieved
 
 INSTRUCTION = (
@@ -23,7 +23,4 @@ def answer_prompt(question: str, found: Sequence[Retrieved]) -> list[Message]:
     """Instruction, numbered passages, question; without passages, the question by itself."""
     if not found:
         return [Message("system", BRIEFLY), Message("user", question)]
-    return [
-        Message("system", INSTRUCTION),
-        Message("user", f"{numbered(found)}\n\nQuestion: {question}"),
-    ]
+    return [Message("system", INSTRUCTION), Message("user", f"{numbered(found)}\n\nQuestion: {question}")]

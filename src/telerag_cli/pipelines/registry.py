@@ -51,11 +51,7 @@ PIPELINES: dict[PipelineName, Callable[..., Any]] = {
 def options(name: PipelineName) -> dict[str, Any]:
     """A pipeline's options and their defaults."""
     parameters = inspect.signature(PIPELINES[name]).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
 def make_pipeline(name: PipelineName, **given: Any) -> Pipeline:

@@ -5,8 +5,8 @@ The paper trains a model to write its judgements as special tokens; here an inst
 
 from __future__ import annotations
 
-from telerag_cli.generation.base import Message
-from telerag_cli.generation.shapes import Choice
+from telerag_cli.llm.base import Message
+from telerag_cli.llm.shapes import Choice
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.together import together
@@ -19,8 +19,7 @@ def need(question: str) -> list[Message]:
     """The prompt that asks whether to retrieve at all."""
     return [
         Message(
-            "user",
-            f"Would looking something up help to answer this question? Say yes or no.\n\nQuestion: {question}",
+            "user", f"Would looking something up help to answer this question? Say yes or no.\n\nQuestion: {question}"
         )
     ]
 
@@ -39,9 +38,7 @@ def critique(question: str, hit: Retrieved, answer: str) -> list[Message]:
 async def attempt(rag: Rag, question: str, hit: Retrieved, number: int) -> tuple[int, Answer]:
     """An answer from one passage, and its rating; 0 if the critic says nothing."""
     answer = await rag.answer(question, [hit], stage=f"answer_{number}")
-    rating = await rag.generate(
-        f"critique_{number}", critique(question, hit, answer.text), max_tokens=2, shape=RATING
-    )
+    rating = await rag.generate(f"critique_{number}", critique(question, hit, answer.text), max_tokens=2, shape=RATING)
     return int(rating.text or 0), answer
 
 

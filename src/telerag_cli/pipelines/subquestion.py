@@ -6,8 +6,8 @@ LlamaIndex's sub-question query engine does.
 
 from __future__ import annotations
 
-from telerag_cli.generation.base import Message
-from telerag_cli.generation.shapes import Lines
+from telerag_cli.llm.base import Message
+from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer
 

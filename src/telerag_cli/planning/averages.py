@@ -48,13 +48,9 @@ class Averages:
         try:
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"{raw['format']} version {raw['version']}")
-            self._known = {
-                key: Average(float(value), int(count)) for key, (value, count) in raw["averages"].items()
-            }
+            self._known = {key: Average(float(value), int(count)) for key, (value, count) in raw["averages"].items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path} holds no averages of this version: {error}.", remedy="Remove it."
-            ) from error
+            raise ArtifactError(f"{path} holds no averages of this version: {error}.", remedy="Remove it.") from error
 
     def get(self, key: str, default: float) -> float:
         """The average, or the default if nothing is known."""

@@ -52,14 +52,11 @@ def errors_of(lines: Iterable[bytes], path: Path) -> list[Error]:
                 f"{path}:{number} is no line of a run: {error}.", remedy="Name what telerag run -o wrote."
             ) from error
     if not pairs:
-        raise ArtifactError(f"{path} holds no prediction: the run had no profile, or no lookahead.",
-                            remedy="Run it again without --profile none and --lookahead off.")  # fmt: skip
-    order = [
-        ("prefill_s", "given"),
-        ("decode_s", "given"),
-        *((name, "ahead") for name in AHEAD),
-        ("join_s", "given"),
-    ]
+        raise ArtifactError(
+            f"{path} holds no prediction: the run had no profile, or no lookahead.",
+            remedy="Run it again without --profile none and --lookahead off.",
+        )
+    order = [("prefill_s", "given"), ("decode_s", "given"), *((name, "ahead") for name in AHEAD), ("join_s", "given")]
     return [_error(*key, pairs[key]) for key in order if key in pairs]
 
 
@@ -86,7 +83,12 @@ def _error(function: str, kind: str, pairs: list[tuple[float, float]]) -> Error:
     ratios = [predicted / measured - 1 for predicted, measured in pairs if measured]
     errors = [abs(ratio) for ratio in ratios] or [0.0]
     return Error(
-        function, kind, len(pairs), statistics.median(predicted for predicted, _ in pairs),
-        statistics.median(measured for _, measured in pairs), statistics.median(errors), max(errors),
+        function,
+        kind,
+        len(pairs),
+        statistics.median(predicted for predicted, _ in pairs),
+        statistics.median(measured for _, measured in pairs),
+        statistics.median(errors),
+        max(errors),
         statistics.median(ratios) if ratios else 0.0,
-    )  # fmt: skip
+    )

@@ -10,15 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from telerag_cli.planning.profile import (
-    HitCurve,
-    IndexFigures,
-    Joins,
-    LinkPoint,
-    LlmRates,
-    Moving,
-    ScoringRate,
-)
+from telerag_cli.planning.profile import HitCurve, IndexFigures, Joins, LinkPoint, LlmRates, Moving, ScoringRate
 
 
 def transfer_cost_s(points: Sequence[LinkPoint]) -> float:
@@ -58,8 +50,9 @@ def step_s(llm: LlmRates, width: float) -> float:
 def decode_s(llm: LlmRates, tokens: float, width: float, prompt_tokens: float) -> float:
     """Seconds from the first to the last of so many tokens after a prompt, in each of ``width`` texts.
 
-    ``(tokens - 1) * (step_s(width) + width * a * (prompt + tokens / 2 - context))``, where ``a`` is what a token of context
-    adds, and ``context`` what there was when the steps were measured: attention is linear in what it looks back on.
+    ``(tokens - 1) * (step_s(width) + width * a * (prompt + tokens / 2 - context))``, where ``a`` is what a token of
+    context adds, and ``context`` what there was when the steps were measured: attention is linear in what it looks back
+    on.
     """
     longer = prompt_tokens + tokens / 2 - llm.decode_context
     return max(tokens - 1, 0.0) * max(step_s(llm, width) + width * llm.context_step_s * longer, 0.0)
@@ -68,8 +61,9 @@ def decode_s(llm: LlmRates, tokens: float, width: float, prompt_tokens: float) -
 def window_s(prefill: float, decode: float, slowed: float, embedding: float, beginning: float) -> float:
     """Seconds for which lookahead may move lists before the query is there.
 
-    ``prefill + decode * slowed + embedding - beginning``: all that the LLM does before the retrieval, its decoding as slow as
-    moving makes it, and embedding the query; less the sketch of the question, which comes before the first list is moved.
+    ``prefill + decode * slowed + embedding - beginning``: all that the LLM does before the retrieval, its decoding as
+    slow as moving makes it, and embedding the query; less the sketch of the question, which comes before the first list
+    is moved.
     """
     return max(prefill + decode * slowed + embedding - beginning, 0.0)
 
@@ -77,7 +71,8 @@ def window_s(prefill: float, decode: float, slowed: float, embedding: float, beg
 def budget_bytes(bytes_per_s: float, window: float, most_bytes: float) -> float:
     """Bytes that lookahead can move: ``rate * window``, at most what the arena holds or the user allows.
 
-    Source: TeleRAG, arXiv 2502.20969: the prefetch budget is the link's bandwidth times the expected time of generation.
+    Source: TeleRAG, arXiv 2502.20969: the prefetch budget is the link's bandwidth times the expected time of
+        generation.
     """
     return min(bytes_per_s * window, most_bytes)
 
@@ -92,17 +87,12 @@ def probed_bytes(index: IndexFigures, nprobe: int) -> float:
 
 def hit_share(curve: HitCurve, budget: float) -> float:
     """Share of the probed bytes in fast memory when the query arrives; ``budget`` as a multiple of the probed bytes."""
-    return min(
-        _along([(0.0, 0.0), *((point.budget, point.hit) for point in curve.points)], budget, beyond=False),
-        1.0,
-    )
+    return min(_along([(0.0, 0.0), *((point.budget, point.hit) for point in curve.points)], budget, beyond=False), 1.0)
 
 
 def moved_share(curve: HitCurve, budget: float) -> float:
     """Bytes that lookahead moves, as ``budget`` a multiple of the probed bytes: less than it where no more is worth moving."""
-    return _along(
-        [(0.0, 0.0), *((point.budget, point.moved) for point in curve.points)], budget, beyond=False
-    )
+    return _along([(0.0, 0.0), *((point.budget, point.moved) for point in curve.points)], budget, beyond=False)
 
 
 def score_s(rate: ScoringRate, nbytes: float) -> float:
@@ -118,9 +108,10 @@ def move_s(bytes_per_s: float, nbytes: float) -> float:
 def join_s(joins: Joins, hit_bytes: float, missed_bytes: float) -> float:
     """Seconds from a query's arrival to its results.
 
-    ``fixed + max(hits, misses) + loss * min(hits, misses)``, with ``hits = bytes / rate`` of what is scored in fast memory, and
-    ``misses`` likewise of what is dealt with otherwise meanwhile. Source: TeleRAG, arXiv 2502.20969, whose retrieval is the larger
-    of both; the loss is ours, for ends that share cores and memory, linear in the share missed between those measured.
+    ``fixed + max(hits, misses) + loss * min(hits, misses)``, with ``hits = bytes / rate`` of what is scored in fast
+    memory, and ``misses`` likewise of what is dealt with otherwise meanwhile. Source: TeleRAG, arXiv 2502.20969, whose
+    retrieval is the larger of both; the loss is ours, for ends that share cores and memory, linear in the share missed
+    between those measured.
     """
     hits_s, misses_s = hit_bytes / joins.hit_bytes_per_s.value, missed_bytes / joins.missed_bytes_per_s.value
     share = missed_bytes / max(hit_bytes + missed_bytes, 1.0)
@@ -141,8 +132,8 @@ def overlap_loss(hits_s: float, misses_s: float, both_s: float) -> float:
 def break_even_bytes(link_bytes_per_s: float, arena: ScoringRate, in_place: ScoringRate) -> float:
     """Bytes of misses from which moving and scoring them is as quick as scoring them in place; infinite if it never is.
 
-    ``(latency_m - latency_p) / (1 / rate_p - 1 / link)``, where ``m`` is scoring what was moved, at least as fast as the link,
-    and ``p`` scoring in place.
+    ``(latency_m - latency_p) / (1 / rate_p - 1 / link)``, where ``m`` is scoring what was moved, at least as fast as
+    the link, and ``p`` scoring in place.
     """
     moved_s = 1 / min(link_bytes_per_s, arena.bytes_per_s.value)
     gain_s = 1 / in_place.bytes_per_s.value - moved_s

@@ -48,13 +48,7 @@ class Planner:
     """Puts the formulas together. Holds no state but the averages, which it reads; who measures teaches them."""
 
     def __init__(
-        self,
-        profile: Profile,
-        averages: Averages,
-        *,
-        nprobe: int,
-        arena_bytes: int,
-        most_bytes: int | None = None,
+        self, profile: Profile, averages: Averages, *, nprobe: int, arena_bytes: int, most_bytes: int | None = None
     ) -> None:
         """Get ready.
 
@@ -76,9 +70,7 @@ class Planner:
         assert self.profile.index is not None
         return formulas.probed_bytes(self.profile.index, self.nprobe)
 
-    def text(
-        self, prompt_tokens: float, known_tokens: float, tokens: float, width: float = 1
-    ) -> ExpectedText:
+    def text(self, prompt_tokens: float, known_tokens: float, tokens: float, width: float = 1) -> ExpectedText:
         """Reading a prompt, some of whose tokens are known, and writing so many, beside ``width - 1`` other texts."""
         llm = self.profile.llm
         assert llm is not None
@@ -91,8 +83,12 @@ class Planner:
         assert profile.embedding is not None
         assert profile.moving is not None
         plain_s = formulas.window_s(
-            sum(text.prefill_s for text in texts), sum(text.decode_s for text in texts), profile.moving.decoding_slowed,
-            profile.embedding.query_s.value, profile.embedding.sketch_s.value)  # fmt: skip
+            sum(text.prefill_s for text in texts),
+            sum(text.decode_s for text in texts),
+            profile.moving.decoding_slowed,
+            profile.embedding.query_s.value,
+            profile.embedding.sketch_s.value,
+        )
         return plain_s * self.averages.get(window_key(stage), 1.0)
 
     def outlook(self, window_s: float, lookahead: str, known: Circumstances = Circumstances()) -> Outlook:
@@ -106,7 +102,9 @@ class Planner:
         missed = absent * (1 - formulas.hit_share(curve, share))
         worth = absent * formulas.moved_share(curve, share) * self.averages.get(moved_key(known.stage), 1.0)
         moved = min(worth, budget)
-        return Outlook(window_s, budget, moved, 1 - missed / probed if probed else 1.0, self.join_s(probed - missed, missed))  # fmt: skip
+        return Outlook(
+            window_s, budget, moved, 1 - missed / probed if probed else 1.0, self.join_s(probed - missed, missed)
+        )
 
     def link_bytes_per_s(self, stage: str) -> float:
         """The link beside the LLM, as the profile has it and as it turned out in this stage's windows before."""

@@ -30,9 +30,7 @@ class Measured:
     def of(cls, values: Sequence[float]) -> Measured:
         """From at least one measurement."""
         several = [*values, *values]  # one value alone has no quartiles
-        low, middle, high = statistics.quantiles(
-            several if len(values) == 1 else values, n=4, method="inclusive"
-        )
+        low, middle, high = statistics.quantiles(several if len(values) == 1 else values, n=4, method="inclusive")
         return cls(middle, low, high, len(values))
 
 
@@ -53,9 +51,7 @@ class Identity:
 
     def differences(self, other: Identity) -> list[tuple[str, str, str]]:
         """(what, this one's, the other's) for everything in which they differ."""
-        pairs = (
-            (entry.name, getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self)
-        )
+        pairs = ((entry.name, getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self))
         return [(name, _shown(ours), _shown(theirs)) for name, ours, theirs in pairs if ours != theirs]
 
 
@@ -273,15 +269,19 @@ class Profile:
         raw = read_json(path)
         found = (raw.get("format"), raw.get("version")) if isinstance(raw, dict) else (None, None)
         if found != (FORMAT, VERSION):
-            raise ArtifactError(f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
-                                remedy="Make it again with telerag profile.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
+                remedy="Make it again with telerag profile.",
+            )
         try:
             return TypeAdapter(cls).validate_python(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(f"{path} is no valid profile: {where}: {first['msg'].lower()}.",
-                                remedy="Make it again with telerag profile.") from error  # fmt: skip
+            raise ArtifactError(
+                f"{path} is no valid profile: {where}: {first['msg'].lower()}.",
+                remedy="Make it again with telerag profile.",
+            ) from error
 
     def check(self, identity: Identity, path: Path) -> None:
         """Refuse a profile of something else.
@@ -290,8 +290,10 @@ class Profile:
             ArtifactError: it differs in anything; names both sides.
         """
         for what, theirs, ours in self.identity.differences(identity):
-            raise ArtifactError(f"{path} was measured with {what} {theirs}, and here it is {ours}.",
-                                remedy="Measure this one with telerag profile, or leave out --profile.")  # fmt: skip
+            raise ArtifactError(
+                f"{path} was measured with {what} {theirs}, and here it is {ours}.",
+                remedy="Measure this one with telerag profile, or leave out --profile.",
+            )
 
 
 def kept_in(identity: Identity, versions: dict[str, str]) -> Path:

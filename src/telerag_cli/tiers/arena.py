@@ -110,8 +110,10 @@ class Arena:
 
     def slots(self) -> list[tuple[int, int, int]]:
         """(offset, bytes, owner) of every slot, in address order."""
-        return [(start, end - start, owner)
-                for start, end, owner in zip(self._starts, self._ends, self._owners, strict=True)]  # fmt: skip
+        return [
+            (start, end - start, owner)
+            for start, end, owner in zip(self._starts, self._ends, self._owners, strict=True)
+        ]
 
     def check_integrity(self) -> None:
         """Assert that slots are aligned, lie inside the block, do not overlap and add up."""

@@ -34,7 +34,7 @@ class Prefetched:
 
 
 @dataclass(frozen=True)
-class Claim:
+class PinResult:
     """What became of lists that a query needs; all but ``refused`` are referenced until released."""
 
     hits: list[int]
@@ -86,8 +86,7 @@ class JoinRates:
     def rates(self) -> tuple[Rate, Rate, Rate]:
         """Link, in place and moved, to go on from."""
         one, two, three = (
-            Rate(self.WEIGHT_BYTES, self.WEIGHT_BYTES / each)
-            for each in (self.link, self.in_place, self.moved)
+            Rate(self.WEIGHT_BYTES, self.WEIGHT_BYTES / each) for each in (self.link, self.in_place, self.moved)
         )
         return one, two, three
 
@@ -116,7 +115,7 @@ class FastTier(Protocol):
     arena_bytes: int
     depth: int
     """Moves that lookahead keeps under way."""
-    extents: IntArray
+    list_bytes: IntArray
     """Bytes each list takes, shape (nlist,)."""
     notes: list[str]
     """What a user should know about the link, if anything."""
@@ -133,18 +132,18 @@ class FastTier(Protocol):
         """Which lists are neither in the arena nor on their way, shape (nlist,)."""
 
     def prefetch(
-        self, lists: Sequence[int], stay: Stay, worth: npt.NDArray[np.float64], arrived: ListsArrived
+        self, lists: Sequence[int], protected: Stay, priority: npt.NDArray[np.float64], arrived: ListsArrived
     ) -> Prefetched:
         """Start moving lists that nobody waits for, in this order, until there is no room for one.
 
         Args:
             lists: numbers of lists.
-            stay: asked only when something must leave.
-            worth: added to each list's heat when choosing what to evict, shape (nlist,).
+            protected: asked only when something must leave.
+            priority: added to each list's heat when choosing what to evict, shape (nlist,).
             arrived: called once for each list started.
         """
 
-    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
+    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> PinResult:
         """Reference lists for scoring, and start what is absent if ``move``; ``arrived`` is called for each coming or started one."""
 
     def release(self, lists: Sequence[int]) -> None:

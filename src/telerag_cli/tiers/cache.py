@@ -105,9 +105,9 @@ class Hotness:
 class Frequency:
     """The list probed least often leaves first: heat counts the rounds in which it was probed, each worth less as it ages.
 
-    It differs from `Hotness` in three things. Uses are remembered for some fifty rounds instead of two, and beyond a list's
-    stay, so that one that comes again is as hot as its uses were: this is nearly all that it gains. Nothing is kept from
-    lookahead, which needs the room more. And arriving is worth nothing: what was moved in vain leaves first.
+    It differs from `Hotness` in three things. Uses are remembered for some fifty rounds instead of two, and beyond a
+    list's stay, so that one that comes again is as hot as its uses were: this is nearly all that it gains. Nothing is
+    kept from lookahead, which needs the room more. And arriving is worth nothing: what was moved in vain leaves first.
     Source: the measurement by scripts/cache_study.py.
     """
 

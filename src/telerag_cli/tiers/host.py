@@ -18,8 +18,15 @@ from telerag_cli.tracing import Tracer
 TransportFactory = Callable[[Path, npt.NDArray[np.uint8]], Transport]
 
 
-def open_host_tier(index: Index, coarse: Coarse, arena_bytes: int, *, cache: CacheKind = CacheKind.FREQUENCY,
-                   transport: TransportFactory = DirectReader, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
+def open_host_tier(
+    index: Index,
+    coarse: Coarse,
+    arena_bytes: int,
+    *,
+    cache: CacheKind = CacheKind.FREQUENCY,
+    transport: TransportFactory = DirectReader,
+    tracer: Tracer | None = None,
+) -> ArenaTier:
     """Allocate an arena in RAM and open the link to the disk.
 
     Args:

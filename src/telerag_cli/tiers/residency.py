@@ -50,23 +50,21 @@ class Residency:
     Lists being moved or referenced are never evicted. Empty lists are resident from the start and take no room.
     """
 
-    def __init__(
-        self, extents: IntArray, arena: Arena, policy: CachePolicy, evicted: Callable[[int], None]
-    ) -> None:
+    def __init__(self, list_bytes: IntArray, arena: Arena, policy: CachePolicy, evicted: Callable[[int], None]) -> None:
         """Begin with an empty arena.
 
         Args:
-            extents: bytes each list takes, shape (nlist,), multiples of 4 KiB.
+            list_bytes: bytes each list takes, shape (nlist,), multiples of 4 KiB.
             arena: the block to account for.
             policy: what to evict first.
             evicted: called with each list that leaves, before its bytes are given to another.
         """
-        self.extents = extents
+        self.list_bytes = list_bytes
         self.arena = arena
         self.policy = policy
         self._evicted = evicted
-        nlist = len(extents)
-        self.state: npt.NDArray[np.int8] = np.where(extents == 0, RESIDENT, ABSENT).astype(np.int8)
+        nlist = len(list_bytes)
+        self.state: npt.NDArray[np.int8] = np.where(list_bytes == 0, RESIDENT, ABSENT).astype(np.int8)
         self.offset: IntArray = np.full(nlist, -1, np.int64)
         self.references: npt.NDArray[np.int32] = np.zeros(nlist, np.int32)
 
@@ -82,39 +80,37 @@ class Residency:
         self.policy.new_round()
         if not self.policy.keeps:
             self._evict_all()
-        kept: BoolArray = np.zeros(len(self.extents), np.bool_)
-        hot = np.flatnonzero(
-            (self.state == RESIDENT) & (self.extents > 0) & (self.policy.heat >= self.policy.hot)
-        )
+        kept: BoolArray = np.zeros(len(self.list_bytes), np.bool_)
+        hot = np.flatnonzero((self.state == RESIDENT) & (self.list_bytes > 0) & (self.policy.heat >= self.policy.hot))
         hot = hot[np.argsort(-self.policy.heat[hot], kind="stable")]
-        kept[hot[np.cumsum(self.extents[hot]) <= cache_fraction * self.arena.nbytes]] = True
+        kept[hot[np.cumsum(self.list_bytes[hot]) <= cache_fraction * self.arena.nbytes]] = True
         return kept
 
     def reserve(
         self,
         lists: Sequence[int],
         *,
-        stay: Callable[[int], BoolArray] | None = None,
-        worth: npt.NDArray[np.float64] | None = None,
+        protected: Callable[[int], BoolArray] | None = None,
+        priority: npt.NDArray[np.float64] | None = None,
     ) -> list[int]:
         """Take room for lists that are ABSENT, evicting the coldest runs where there is none; they become MOVING.
 
         Args:
             lists: the lists, best first.
-            stay: asked, if something must leave, for the mask of lists that may not be evicted for one.
-            worth: added to the heat when choosing what leaves.
+            protected: asked, if something must leave, for the mask of lists that may not be evicted for one.
+            priority: added to the heat when choosing what leaves.
 
         Returns:
             The slots' byte offsets, of as many lists from the first as find room.
         """
         offsets: list[int] = []
-        for place, (list_no, nbytes) in enumerate(zip(lists, self.extents[lists].tolist(), strict=True)):
+        for place, (list_no, nbytes) in enumerate(zip(lists, self.list_bytes[lists].tolist(), strict=True)):
             assert self.state[list_no] == ABSENT
             offset = self.arena.allocate(nbytes, list_no)
             if offset is None:
                 # Looking through the arena takes longer than a fast link takes to move a list, so once for several.
                 rest = lists[place : place + TOGETHER]
-                if not (self._make_room(rest, stay, worth) or self._make_room(rest[:1], stay, worth)):
+                if not (self._make_room(rest, protected, priority) or self._make_room(rest[:1], protected, priority)):
                     break
                 offset = self.arena.allocate(nbytes, list_no)
                 assert offset is not None
@@ -154,16 +150,21 @@ class Residency:
     def occupancy(self) -> Occupancy:
         """What the arena holds; cheap enough to be asked each second."""
         moving = np.flatnonzero(self.state == MOVING)
-        moving_bytes = int(self.extents[moving].sum())
-        return Occupancy(self.arena.used_bytes - moving_bytes, moving_bytes, len(self.arena) - len(moving), len(moving),
-                         int(self.references.sum()))  # fmt: skip
+        moving_bytes = int(self.list_bytes[moving].sum())
+        return Occupancy(
+            self.arena.used_bytes - moving_bytes,
+            moving_bytes,
+            len(self.arena) - len(moving),
+            len(moving),
+            int(self.references.sum()),
+        )
 
     def check_integrity(self) -> None:
         """Assert that the slot table and the arena agree about every list."""
         self.arena.check_integrity()
         slots = {owner: (offset, nbytes) for offset, nbytes, owner in self.arena.slots()}
-        for list_no in range(len(self.extents)):
-            if self.extents[list_no] == 0:
+        for list_no in range(len(self.list_bytes)):
+            if self.list_bytes[list_no] == 0:
                 assert self.state[list_no] == RESIDENT
                 assert list_no not in slots
             elif self.state[list_no] == ABSENT:
@@ -171,24 +172,28 @@ class Residency:
                 assert self.offset[list_no] == -1
                 assert self.references[list_no] == 0, "an absent list is referenced"
             else:
-                assert slots[list_no] == (self.offset[list_no], self.extents[list_no])
+                assert slots[list_no] == (self.offset[list_no], self.list_bytes[list_no])
         assert (self.references >= 0).all()
         assert (self.policy.heat >= 0).all()
 
     def _evictable(self) -> BoolArray:
-        mask: BoolArray = (self.state == RESIDENT) & (self.references == 0) & (self.extents > 0)
+        mask: BoolArray = (self.state == RESIDENT) & (self.references == 0) & (self.list_bytes > 0)
         return mask
 
-    def _make_room(self, lists: Sequence[int], stay: Callable[[int], BoolArray] | None,
-                   worth: npt.NDArray[np.float64] | None) -> bool:  # fmt: skip
+    def _make_room(
+        self,
+        lists: Sequence[int],
+        protected: Callable[[int], BoolArray] | None,
+        priority: npt.NDArray[np.float64] | None,
+    ) -> bool:
         """Evict what makes room for the first of the lists, and for others as far as that is possible; whether it was."""
         evictable = self._evictable()
-        if stay is not None:
-            evictable &= ~stay(lists[-1])  # who may not leave for the last may not for any before it
-        heat = self.policy.heat if worth is None else self.policy.heat + worth
+        if protected is not None:
+            evictable &= ~protected(lists[-1])  # who may not leave for the last may not for any before it
+        heat = self.policy.heat if priority is None else self.policy.heat + priority
         # One unit in a million per slot: of two equally cold runs the one with fewer lists goes.
         cost = np.where(evictable, heat + 1e-6, np.inf)
-        runs = self.arena.cheapest_runs(int(self.extents[lists].max()), cost, len(lists))
+        runs = self.arena.cheapest_runs(int(self.list_bytes[lists].max()), cost, len(lists))
         for run in runs:
             for owner in run:
                 self._evict(owner)

@@ -1,7 +1,8 @@
 """The slow tier of the ``cuda`` link: the whole of ``lists.bin`` in host memory, read once and shared by this user's processes.
 
-The memory is an anonymous file (memfd), so that another process finds it under ``/proc`` and maps the same pages; it is gone
-with the last process that has it, however that ended. A lock on ``lists.bin`` lets one process read and the others wait.
+The memory is an anonymous file (memfd), so that another process finds it under ``/proc`` and maps the same pages; it is
+gone with the last process that has it, however that ended. A lock on ``lists.bin`` lets one process read and the others
+wait.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import explain
+from telerag_cli.files import wrap_os_error
 from telerag_cli.index.artifact import Index
 from telerag_cli.tiers.transport import DirectReader, Move, available_bytes, move_all
 
@@ -56,13 +57,13 @@ class SlowTier:
             ResourceError: there is not that much memory.
             ArtifactError: the file cannot be read to its end.
         """
-        self.nbytes = max(int(index.extents.sum()), PAGE_BYTES)
+        self.nbytes = max(int(index.list_bytes.sum()), PAGE_BYTES)
         path = index.paths.lists
         name = _name(path)
         try:
             lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise explain(error, path) from error
+            raise wrap_os_error(error, path) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = _find(name)
@@ -70,14 +71,12 @@ class SlowTier:
             """Whether another process had them."""
             self._file = self._make(name) if found is None else found
             self._map = mmap.mmap(self._file, self.nbytes)
-            with contextlib.suppress(
-                OSError
-            ):  # a kernel without huge pages still works, with more page-table walks
+            with contextlib.suppress(OSError):  # a kernel without huge pages still works, with more page-table walks
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
             if found is None:
                 try:
-                    self._read(path, int(index.extents.sum()), advance)
+                    self._read(path, int(index.list_bytes.sum()), advance)
                 except BaseException:
                     self.close()
                     raise
@@ -97,15 +96,20 @@ class SlowTier:
     def _make(self, name: str) -> int:
         available = available_bytes()
         if self.nbytes > available:
-            raise ResourceError(f"The index's lists take {format_bytes(self.nbytes)} of host memory, and {format_bytes(available)} are "
-                                "free.", remedy="Use --tier host, which reads them from the disk.")  # fmt: skip
+            raise ResourceError(
+                f"The index's lists take {format_bytes(self.nbytes)} of host memory, and {format_bytes(available)} are "
+                "free.",
+                remedy="Use --tier host, which reads them from the disk.",
+            )
         file = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(file, self.nbytes)
         return file
 
     def _read(self, path: Path, nbytes: int, advance: Advance) -> None:
-        moves = [Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
-                 for number, begin in enumerate(range(0, nbytes, READ_BYTES))]  # fmt: skip
+        moves = [
+            Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
+            for number, begin in enumerate(range(0, nbytes, READ_BYTES))
+        ]
         told = 0
 
         def progress(ended: int) -> None:
@@ -126,7 +130,7 @@ def _name(path: Path) -> str:
     try:
         status = path.stat()
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
     return f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
 

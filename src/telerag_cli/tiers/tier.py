@@ -14,7 +14,7 @@ from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
 from telerag_cli.tiers.arena import Arena
-from telerag_cli.tiers.base import Claim, InPlace, ListsArrived, Prefetched, Stay
+from telerag_cli.tiers.base import InPlace, ListsArrived, PinResult, Prefetched, Stay
 from telerag_cli.tiers.cache import make_policy
 from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Occupancy, Residency
 from telerag_cli.tiers.transport import Move, Transport
@@ -40,8 +40,8 @@ def size_arena(index: Index, nbytes: int, option: str) -> Arena:
     Raises:
         UsageError: it is smaller than the largest list.
     """
-    largest = int(index.extents.max(initial=0))
-    arena = Arena(min(nbytes, max(int(index.extents.sum()), 1)))
+    largest = int(index.list_bytes.max(initial=0))
+    arena = Arena(min(nbytes, max(int(index.list_bytes.sum()), 1)))
     if arena.nbytes < largest:
         raise UsageError(
             f"Fast memory of {format_bytes(nbytes)} is smaller than the largest list, {format_bytes(largest)}.",
@@ -53,9 +53,19 @@ def size_arena(index: Index, nbytes: int, option: str) -> Arena:
 class ArenaTier:
     """A `FastTier`. One lock guards the accounting; callbacks are made outside it."""
 
-    def __init__(self, index: Index, arena: Arena, transport: Transport, scorer: Scorer, *, cache: CacheKind = CacheKind.FREQUENCY,
-                 in_place: InPlace | None = None, notes: Sequence[str] = (), closing: Callable[[], None] = lambda: None,
-                 tracer: Tracer | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        index: Index,
+        arena: Arena,
+        transport: Transport,
+        scorer: Scorer,
+        *,
+        cache: CacheKind = CacheKind.FREQUENCY,
+        in_place: InPlace | None = None,
+        notes: Sequence[str] = (),
+        closing: Callable[[], None] = lambda: None,
+        tracer: Tracer | None = None,
+    ) -> None:
         """Begin with an empty arena.
 
         Args:
@@ -69,7 +79,7 @@ class ArenaTier:
             closing: called last by `close`.
             tracer: where moves are recorded.
         """
-        self.extents = index.extents
+        self.list_bytes = index.list_bytes
         self.nlist = index.manifest.nlist
         self.arena_bytes = arena.nbytes
         self.depth = transport.depth
@@ -80,7 +90,7 @@ class ArenaTier:
         self._tracer = tracer or Tracer(enabled=False)
         self._scorer = scorer
         self._transport = transport
-        self._residency = Residency(self.extents, arena, make_policy(cache, self.nlist), self._forget)
+        self._residency = Residency(self.list_bytes, arena, make_policy(cache, self.nlist), self._forget)
         self._waiting: dict[int, list[ListsArrived]] = {}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -99,16 +109,16 @@ class ArenaTier:
             return mask
 
     def prefetch(
-        self, lists: Sequence[int], stay: Stay, worth: npt.NDArray[np.float64], arrived: ListsArrived
+        self, lists: Sequence[int], protected: Stay, priority: npt.NDArray[np.float64], arrived: ListsArrived
     ) -> Prefetched:
         """See `FastTier`."""
         with self._lock:
             absent = [list_no for list_no in lists if self._residency.state[list_no] == ABSENT]
-            moves = [] if self._closing else self._reserve(absent, arrived, stay, worth)
+            moves = [] if self._closing else self._reserve(absent, arrived, protected, priority)
         self._submit(moves)
         return Prefetched([move.list_no for move in moves], full=len(moves) < len(absent))
 
-    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> Claim:
+    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> PinResult:
         """See `FastTier`."""
         wanted = np.asarray(lists, np.int64)
         with self._lock:
@@ -122,7 +132,7 @@ class ArenaTier:
             started = absent[: len(moves)]
             self._residency.hold(started)
         self._submit(moves)
-        return Claim(hits, coming, started, absent[len(moves) :])
+        return PinResult(hits, coming, started, absent[len(moves) :])
 
     def release(self, lists: Sequence[int]) -> None:
         """See `FastTier`."""
@@ -147,7 +157,7 @@ class ArenaTier:
         """See `FastTier`."""
         with self._lock:
             self._residency.check_integrity()
-            resident = (self._residency.state == RESIDENT) & (self.extents > 0)
+            resident = (self._residency.state == RESIDENT) & (self.list_bytes > 0)
             table = self._scorer.table
             assert (table[~resident] == 0).all(), "the scorer can see a list that is not there"
             assert (table[resident, :2] == self._shape[resident, :2]).all()
@@ -182,18 +192,16 @@ class ArenaTier:
         self,
         lists: Sequence[int],
         arrived: ListsArrived,
-        stay: Stay | None = None,
-        worth: npt.NDArray[np.float64] | None = None,
+        protected: Stay | None = None,
+        priority: npt.NDArray[np.float64] | None = None,
     ) -> list[Move]:
         """Moves of as many lists, from the first, as there is room for."""
         if not lists:
             return []
-        targets = self._residency.reserve(lists, stay=stay, worth=worth)
+        targets = self._residency.reserve(lists, protected=protected, priority=priority)
         started = lists[: len(targets)]
         self._waiting.update((list_no, [arrived]) for list_no in started)
-        return list(
-            map(Move, started, self._source[started].tolist(), targets, self.extents[started].tolist())
-        )
+        return list(map(Move, started, self._source[started].tolist(), targets, self.list_bytes[started].tolist()))
 
     def _submit(self, moves: Sequence[Move]) -> None:
         if not moves:

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
-from telerag_cli.files import explain
-from telerag_cli.processor import give_way
+from telerag_cli.files import wrap_os_error
+from telerag_cli.system import give_way
 
 LINK_NICENESS = 10
 
@@ -54,9 +54,7 @@ class Transport(Protocol):
         """Wait for moves under way, then let go of threads and files."""
 
 
-def move_all(
-    link: Transport, moves: Sequence[Move], progress: Callable[[int], None] = lambda _ended: None
-) -> None:
+def move_all(link: Transport, moves: Sequence[Move], progress: Callable[[int], None] = lambda _ended: None) -> None:
     """Start moves and wait for all of them.
 
     Args:
@@ -96,13 +94,17 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     """
     available = available_bytes()
     if nbytes > available:
-        raise ResourceError(f"The arena of {format_bytes(nbytes)} does not fit: {format_bytes(available)} of memory are free.",
-                            remedy="Choose a smaller --fast-memory.")  # fmt: skip
+        raise ResourceError(
+            f"The arena of {format_bytes(nbytes)} does not fit: {format_bytes(available)} of memory are free.",
+            remedy="Choose a smaller --fast-memory.",
+        )
     try:
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise ResourceError(f"The arena of {format_bytes(nbytes)} was refused: {error.strerror}.",
-                            remedy="Choose a smaller --fast-memory.") from error  # fmt: skip
+        raise ResourceError(
+            f"The arena of {format_bytes(nbytes)} was refused: {error.strerror}.",
+            remedy="Choose a smaller --fast-memory.",
+        ) from error
     with contextlib.suppress(OSError):  # a kernel without huge pages still works, with more page-table walks
         block.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(block, np.uint8)
@@ -138,7 +140,7 @@ def reads_directly(path: Path) -> bool:
             file.flush()
             return reads_directly(Path(file.name))
     except OSError as error:
-        raise explain(error, path) from error
+        raise wrap_os_error(error, path) from error
 
 
 class DirectReader:
@@ -148,9 +150,7 @@ class DirectReader:
     without ``O_DIRECT`` (tmpfs) are read through it; ``note`` then says so.
     """
 
-    def __init__(
-        self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2, direct: bool = True
-    ) -> None:
+    def __init__(self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2, direct: bool = True) -> None:
         """Open the file.
 
         Args:
@@ -168,9 +168,7 @@ class DirectReader:
         self._memory = memoryview(memory)  # type: ignore[arg-type]
         self._file = self._open() if direct else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._jobs: SimpleQueue[tuple[Move, Arrived] | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"link {i}", daemon=True) for i in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._work, name=f"link {i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -210,14 +208,16 @@ class DirectReader:
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
-            self.note = f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
+            self.note = (
+                f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
+            )
             return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise explain(error, self._path) from error
+            raise wrap_os_error(error, self._path) from error
 
     def _work(self) -> None:
-        # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it takes a
-        # core from the LLM, whose other threads then wait for that one at their next barrier.
+        # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it
+        # takes a core from the LLM, whose other threads then wait for that one at their next barrier.
         give_way(LINK_NICENESS)
         while (job := self._jobs.get()) is not None:
             move, arrived = job
@@ -225,7 +225,7 @@ class DirectReader:
             try:
                 self._read(move)
             except OSError as trouble:
-                error = explain(trouble, self._path)
+                error = wrap_os_error(trouble, self._path)
             except TeleragError as trouble:
                 error = trouble
             arrived([move], error)
@@ -236,6 +236,9 @@ class DirectReader:
             target = self._memory[move.target + done : move.target + move.nbytes]
             count = os.preadv(self._file, [target], move.source + done)
             if count == 0:
-                raise ArtifactError(f"{self._path} ends at byte {move.source + done:,}, and list {move.list_no} reaches to byte "
-                                    f"{move.source + move.nbytes:,}.", remedy="Restore the file or build the index again.")  # fmt: skip
+                raise ArtifactError(
+                    f"{self._path} ends at byte {move.source + done:,}, and list {move.list_no} reaches to byte "
+                    f"{move.source + move.nbytes:,}.",
+                    remedy="Restore the file or build the index again.",
+                )
             done += count

@@ -82,9 +82,7 @@ class Device:
         if turn != self._turn:
             return
         self._go_on()
-        self._served = max(
-            self._served, self._waiting[0][0]
-        )  # rounding must not leave a rest that takes no time
+        self._served = max(self._served, self._waiting[0][0])  # rounding must not leave a rest that takes no time
         while self._waiting and self._waiting[0][0] <= self._served * (1 + 1e-12):
             heapq.heappop(self._waiting)[2].succeed()
         self._wait()

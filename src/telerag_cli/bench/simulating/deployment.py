@@ -14,9 +14,9 @@ from telerag_cli.bench.simulating.clocks import Busy
 from telerag_cli.bench.simulating.rates import Host, Rates
 from telerag_cli.bench.simulating.replica import Replica, SharedHost, Tier
 from telerag_cli.bench.simulating.work import Question
+from telerag_cli.engine.dispatch import Dispatcher, MicroBatch, ReplicaState
+from telerag_cli.engine.placement import PlacementName, make_placement
 from telerag_cli.index.artifact import Index
-from telerag_cli.scheduling.dispatch import Dispatcher, MicroBatch, ReplicaState
-from telerag_cli.scheduling.placement import PlacementName, make_placement
 
 
 class Bottleneck(StrEnum):
@@ -128,16 +128,12 @@ def simulate(deployment: Deployment, questions: Sequence[Question], batches: Seq
     Raises:
         UsageError: an arena is smaller than the largest list.
     """
-    assert sorted(place for groups in batches for group in groups for place in group) == list(
-        range(len(questions))
-    )
+    assert sorted(place for groups in batches for group in groups for place in group) == list(range(len(questions)))
     return _Run(deployment, questions, batches).result()
 
 
 class _Run:
-    def __init__(
-        self, deployment: Deployment, questions: Sequence[Question], batches: Sequence[Groups]
-    ) -> None:
+    def __init__(self, deployment: Deployment, questions: Sequence[Question], batches: Sequence[Groups]) -> None:
         self._deployment = deployment
         self._questions = questions
         self._batches = list(batches)
@@ -145,21 +141,13 @@ class _Run:
         self._env = env = simpy.Environment()
         per_host = deployment.host.replicas
         self._hosts = [
-            SharedHost(env, deployment.host, deployment.rates)
-            for _ in range(-(-deployment.replicas // per_host))
+            SharedHost(env, deployment.host, deployment.rates) for _ in range(-(-deployment.replicas // per_host))
         ]
         self._replicas = [
-            Replica(
-                env,
-                number,
-                deployment.index,
-                deployment.rates,
-                deployment.tier,
-                self._hosts[number // per_host],
-            )
+            Replica(env, number, deployment.index, deployment.rates, deployment.tier, self._hosts[number // per_host])
             for number in range(deployment.replicas)
         ]
-        self._dispatcher = Dispatcher(deployment.index.extents, make_placement(deployment.placement))
+        self._dispatcher = Dispatcher(deployment.index.list_bytes, make_placement(deployment.placement))
         self._under_way: list[list[MicroBatch]] = [[] for _ in self._replicas]
         self._said = [replica.resident for replica in self._replicas]
         """What each held when it answered last."""
@@ -180,13 +168,18 @@ class _Run:
         used = self._used(took_s)
         counts = [replica.counts for replica in self._replicas]
         return Simulated(
-            replicas=len(self._replicas), hosts=len(self._hosts), took_s=took_s,
+            replicas=len(self._replicas),
+            hosts=len(self._hosts),
+            took_s=took_s,
             answered_s=tuple(self._answered_s[number] for number in range(len(self._questions))),
-            bottleneck=self._bottleneck(used), used=used,
+            bottleneck=self._bottleneck(used),
+            used=used,
             micro_batches=tuple(replica.micro_batches for replica in self._replicas),
-            **{name: sum(getattr(each, name) for each in counts) for name in
-               ("lists_wanted", "lists_hit", "bytes_wanted", "bytes_moved", "bytes_missed", "bytes_linked")},
-        )  # fmt: skip
+            **{
+                name: sum(getattr(each, name) for each in counts)
+                for name in ("lists_wanted", "lists_hit", "bytes_wanted", "bytes_moved", "bytes_missed", "bytes_linked")
+            },
+        )
 
     def _schedule(self) -> ProcessGenerator:
         """Make micro-batches and give them out until all are answered, as `telerag_cli.engine.batch` does it."""
@@ -229,9 +222,7 @@ class _Run:
 
     def _states(self) -> list[ReplicaState]:
         return [
-            ReplicaState(
-                number, (self._deployment.at_once - members) // self._size, replica.resident, tuple(under_way)
-            )
+            ReplicaState(number, (self._deployment.at_once - members) // self._size, replica.resident, tuple(under_way))
             for number, (replica, members, under_way) in enumerate(
                 zip(self._replicas, self._members, self._under_way, strict=True)
             )
@@ -240,9 +231,7 @@ class _Run:
     def _run(self, number: int, batch: MicroBatch) -> ProcessGenerator:
         yield self._env.timeout(self._deployment.handing_s)
         members = [self._questions[place] for place in batch.members]
-        yield self._env.process(
-            self._replicas[number].run(members, lambda question: self._note(number, question))
-        )
+        yield self._env.process(self._replicas[number].run(members, lambda question: self._note(number, question)))
         self._under_way[number].remove(batch)
 
     def _note(self, replica: int, question: int) -> None:
@@ -264,9 +253,7 @@ class _Run:
             awaiting=share([replica.awaiting for replica in replicas]),
             slow_tier=float(np.mean([host.slow.used_share(took_s) for host in hosts])),
             scoring=share([replica.scoring for replica in replicas]),
-            shared_scoring=float(
-                np.mean([host.scoring.used_share(took_s) if host.scoring else 0.0 for host in hosts])
-            ),
+            shared_scoring=float(np.mean([host.scoring.used_share(took_s) if host.scoring else 0.0 for host in hosts])),
             scheduler=share([self._scheduling]),
             idle=max(1.0 - share([replica.answering for replica in replicas]), 0.0),
         )

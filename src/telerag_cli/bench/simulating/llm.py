@@ -13,7 +13,7 @@ from simpy.events import ProcessGenerator
 from telerag_cli.bench.simulating.clocks import Busy, Device
 from telerag_cli.bench.simulating.rates import Rates
 from telerag_cli.bench.simulating.work import Text
-from telerag_cli.generation.batcher import Batcher, Part
+from telerag_cli.llm.batcher import Batcher, Part
 
 OnPick = Callable[[int], None]
 """Told how many tokens of a text are chosen."""
@@ -62,12 +62,7 @@ class _Job:
     cancelled = False
 
     def __init__(
-        self,
-        text: Text,
-        prompt: list[int],
-        done: simpy.Event,
-        told: list[Callable[[], object]],
-        on_pick: OnPick,
+        self, text: Text, prompt: list[int], done: simpy.Event, told: list[Callable[[], object]], on_pick: OnPick
     ) -> None:
         self.prompt = prompt
         self._text = text
@@ -76,7 +71,7 @@ class _Job:
         self._on_pick = on_pick
         self._count = 0
 
-    def begin(self, taken_over: int) -> None:
+    def begin(self, cached_tokens: int) -> None:
         """See `batcher.Task`."""
 
     def pick(self, _output: Any) -> int | None:

@@ -17,15 +17,15 @@ from telerag_cli.engine.refiner import AWAITED
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.engine.scheduler import LOOKED_DOWN
 from telerag_cli.engine.session import Session
-from telerag_cli.generation.base import Generation, Message
-from telerag_cli.generation.shapes import Shape
 from telerag_cli.index.artifact import FloatArray, IntArray
-from telerag_cli.lookahead.order import CHECKPOINTS, blend, reach
-from telerag_cli.lookahead.retriever import Retriever
+from telerag_cli.llm.base import Generation, Message
+from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines import base
 from telerag_cli.pipelines.base import Expect, Pipeline, Prompt, Rag
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
+from telerag_cli.prefetch.order import CHECKPOINTS, blend, prefetch_depth
+from telerag_cli.retrieval.retriever import Retriever
 
 Order = Callable[[FloatArray], IntArray]
 
@@ -103,13 +103,29 @@ class _Noting:
             yield ahead
 
     async def generate(
-        self, stage: str, messages: Sequence[Message], *, max_tokens: int, stop: tuple[str, ...] = (),
-        shape: Shape | None = None, logprobs: bool = False, refining: base.Ahead | None = None, expect: Expect | None = None,
-    ) -> Generation:  # fmt: skip
+        self,
+        stage: str,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        shape: Shape | None = None,
+        logprobs: bool = False,
+        refining: base.Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Generation:
         """See `Rag`."""
         from_s = time.perf_counter()
-        generation = await self._session.generate(stage, messages, max_tokens=max_tokens, stop=stop, shape=shape, logprobs=logprobs,
-                                                  refining=refining, expect=expect)  # fmt: skip
+        generation = await self._session.generate(
+            stage,
+            messages,
+            max_tokens=max_tokens,
+            stop=stop,
+            shape=shape,
+            logprobs=logprobs,
+            refining=refining,
+            expect=expect,
+        )
         self._wrote(from_s, refining, expect)
         return generation
 
@@ -121,13 +137,29 @@ class _Noting:
         return found
 
     async def answer(
-        self, question: str, found: Sequence[Retrieved], *, stage: str = "answer", prompt: Prompt = answer_prompt,
-        max_tokens: int | None = None, stop: tuple[str, ...] = (), refining: base.Ahead | None = None, expect: Expect | None = None,
-    ) -> Answer:  # fmt: skip
+        self,
+        question: str,
+        found: Sequence[Retrieved],
+        *,
+        stage: str = "answer",
+        prompt: Prompt = answer_prompt,
+        max_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        refining: base.Ahead | None = None,
+        expect: Expect | None = None,
+    ) -> Answer:
         """See `Rag`."""
         from_s = time.perf_counter()
-        answer = await self._session.answer(question, found, stage=stage, prompt=prompt, max_tokens=max_tokens, stop=stop,
-                                            refining=refining, expect=expect)  # fmt: skip
+        answer = await self._session.answer(
+            question,
+            found,
+            stage=stage,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            stop=stop,
+            refining=refining,
+            expect=expect,
+        )
         self._wrote(from_s, refining, expect)
         return answer
 
@@ -142,12 +174,7 @@ class Translator:
     """From what was noted to what is simulated."""
 
     def __init__(
-        self,
-        embedder: QueryEmbedder,
-        retriever: Retriever,
-        nprobe: int,
-        lookahead: Lookahead,
-        noted: Sequence[Noted],
+        self, embedder: QueryEmbedder, retriever: Retriever, nprobe: int, lookahead: Lookahead, noted: Sequence[Noted]
     ) -> None:
         """Look at all of it first: lengths of texts are expected as they are on average.
 
@@ -166,14 +193,9 @@ class Translator:
         by_stage: dict[str, list[Generation]] = {}
         for text in texts:
             by_stage.setdefault(text.stage, []).append(text.generation)
-        self._expected = {
-            stage: mean(each.completion_tokens for each in some) for stage, some in by_stage.items()
-        }
+        self._expected = {stage: mean(each.completion_tokens for each in some) for stage, some in by_stage.items()}
         # What most prompts of a stage could take over from others is how they begin.
-        known = {
-            stage: [each.cached_tokens for each in some if each.cached_tokens]
-            for stage, some in by_stage.items()
-        }
+        known = {stage: [each.cached_tokens for each in some if each.cached_tokens] for stage, some in by_stage.items()}
         self._common = {stage: round(median(some)) if some else 0 for stage, some in known.items()}
 
     def question(self, number: int, noted: Noted) -> Question:
@@ -184,31 +206,25 @@ class Translator:
         likely = np.zeros(nlist, np.bool_)
         likely[ranked[: self._nprobe]] = True
         steps: list[Ahead | tuple[Call, ...]] = []
-        begun = (
-            sorted(noted.begun, key=lambda each: each.at_s) if self._lookahead is not Lookahead.OFF else []
-        )
+        begun = sorted(noted.begun, key=lambda each: each.at_s) if self._lookahead is not Lookahead.OFF else []
         latest = vector
         for calls in _together(noted.called):
             while begun and begun[0].at_s <= calls[0].from_s:
                 first = begun.pop(0)
                 own = first.query == noted.question
-                latest = vector if own else self._embedder.sketch([first.query])[0]
+                latest = vector if own else self._embedder.embed_approx([first.query])[0]
                 refining = self._lookahead is Lookahead.REFINED
-                steps.append(Ahead(self._order([latest]), reach(self._nprobe, 0.0, refining=refining), own))
+                steps.append(Ahead(self._order([latest]), prefetch_depth(self._nprobe, 0.0, refining=refining), own))
             steps.append(tuple(self._call(call, latest) for call in calls))
         return Question(number, ranked, likely, tuple(steps))
 
     def _call(self, call: Wrote | Searched, began_with: FloatArray) -> Call:
         if isinstance(call, Searched):
-            return Lookup(
-                tuple(self._retriever.nearest(self._embedder.encode_queries(call.queries), self._nprobe))
-            )
+            return Lookup(tuple(self._retriever.nearest(self._embedder.encode_queries(call.queries), self._nprobe)))
         made = call.generation
         # A text that ends by itself ends with a token that is none of it.
         picks = made.completion_tokens + (made.finish_reason == "stop" and made.stopped_by is None)
-        follows = (
-            self._follows(call, began_with) if call.expect and self._lookahead is Lookahead.REFINED else ()
-        )
+        follows = self._follows(call, began_with) if call.expect and self._lookahead is Lookahead.REFINED else ()
         return Text(call.stage, max(made.prompt_tokens, 1), self._common[call.stage], max(picks, 1), follows)
 
     def _follows(self, text: Wrote, began_with: FloatArray) -> tuple[Follow, ...]:
@@ -224,11 +240,11 @@ class Translator:
             queries = text.expect(written[: len(written) * at_tokens // tokens])
             fraction = min(at_tokens / expected, 1.0)
             if queries:
-                mixed = [blend(began_with, vector, fraction) for vector in self._embedder.sketch(queries)]
+                mixed = [blend(began_with, vector, fraction) for vector in self._embedder.embed_approx(queries)]
                 order, likely = self._order(mixed), len(mixed) * self._nprobe
             else:
                 order, likely = self._order([began_with]), AWAITED * self._nprobe
-            follows.append(Follow(at_tokens, fraction, order, reach(likely, fraction, refining=True)))
+            follows.append(Follow(at_tokens, fraction, order, prefetch_depth(likely, fraction, refining=True)))
         return tuple(follows)
 
     def _order(self, vectors: Sequence[FloatArray]) -> IntArray:

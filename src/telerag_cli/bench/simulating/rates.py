@@ -64,9 +64,9 @@ class Rates:
     def step_s(self, contexts: Sequence[int], parts: Sequence[tuple[int, int]]) -> float:
         """Seconds for one step of the LLM: a token for each text, and parts of prompts.
 
-        ``step(width) + prompts + a * (contexts - width * context)``, and the pass over the weights if there are only prompts. A
-        text's row costs beside a chunk what it costs alone, because it alone needs an output; attention is linear in what it
-        looks back on, see `formulas.decode_s`.
+        ``step(width) + prompts + a * (contexts - width * context)``, and the pass over the weights if there are only
+        prompts. A text's row costs beside a chunk what it costs alone, because it alone needs an output; attention is
+        linear in what it looks back on, see `formulas.decode_s`.
 
         Args:
             contexts: tokens that each text looks back on.
@@ -92,9 +92,20 @@ class Host:
 
 
 def rates_of(
-    llm: LlmRates, moving: Moving, joins: Joins, *, slots: int, chunk: int, llm_apart: bool, another_query: float,
-    scores_in_place: bool, query_s: float, sketch_s: float, transfer_s: float = 0.0, mean_list_bytes: float = 1.0,
-) -> Rates:  # fmt: skip
+    llm: LlmRates,
+    moving: Moving,
+    joins: Joins,
+    *,
+    slots: int,
+    chunk: int,
+    llm_apart: bool,
+    another_query: float,
+    scores_in_place: bool,
+    query_s: float,
+    sketch_s: float,
+    transfer_s: float = 0.0,
+    mean_list_bytes: float = 1.0,
+) -> Rates:
     """A replica by what `telerag profile` measures of one.
 
     Args:
@@ -113,9 +124,18 @@ def rates_of(
     """
     link = moving.alone.value
     return Rates(
-        llm=llm, slots=slots, chunk=chunk, llm_apart=llm_apart, link_bytes_per_s=1 / (1 / link - transfer_s / mean_list_bytes),
-        beside_llm=min(moving.while_decoding.value / link, 1.0), transfer_s=transfer_s, decoding_slowed=moving.decoding_slowed,
-        scored_bytes_per_s=joins.hit_bytes_per_s.value, another_query=another_query,
+        llm=llm,
+        slots=slots,
+        chunk=chunk,
+        llm_apart=llm_apart,
+        link_bytes_per_s=1 / (1 / link - transfer_s / mean_list_bytes),
+        beside_llm=min(moving.while_decoding.value / link, 1.0),
+        transfer_s=transfer_s,
+        decoding_slowed=moving.decoding_slowed,
+        scored_bytes_per_s=joins.hit_bytes_per_s.value,
+        another_query=another_query,
         in_place_bytes_per_s=max(joins.missed_bytes_per_s.value - link, 0.0) if scores_in_place else 0.0,
-        join_s=joins.fixed_s, query_s=query_s, sketch_s=sketch_s,
-    )  # fmt: skip
+        join_s=joins.fixed_s,
+        query_s=query_s,
+        sketch_s=sketch_s,
+    )

@@ -1,7 +1,8 @@
 """One replica in simulated time: its LLM, link, arena and the thread that retrieves.
 
-What is moved, kept, evicted and found is decided by the product's own `Mover`, `Plan`, `ArenaTier` and `Residency`; what a
-text waits for in the LLM, by its own `Batcher`. Here are only the clocks, and the way of a join without its threads.
+What is moved, kept, evicted and found is decided by the product's own `Prefetcher`, `PrefetchQueue`, `ArenaTier` and `Residency`;
+what a text waits for in the LLM, by its own `Batcher`. Here are only the clocks, and the way of a join without its
+threads.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from telerag_cli.bench.simulating.llm import Llm
 from telerag_cli.bench.simulating.rates import Host, Rates
 from telerag_cli.bench.simulating.work import Ahead, Call, Follow, Lookup, Question, Text
 from telerag_cli.config import CacheKind
-from telerag_cli.engine.retrieval import MOST_SEARCHES
-from telerag_cli.engine.sketcher import ALLOWANCE_S, SHARE
+from telerag_cli.engine.refinement_embedder import ALLOWANCE_S, SHARE
+from telerag_cli.engine.retrieval import MAX_SEARCHES
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import FloatArray, Index, IntArray
-from telerag_cli.lookahead.order import PATIENT_CHECKPOINTS, due
-from telerag_cli.lookahead.plan import Plan
-from telerag_cli.lookahead.retriever import RETRY_S
-from telerag_cli.lookahead.round import Mover, Round
+from telerag_cli.prefetch.order import PATIENT_CHECKPOINTS, due
+from telerag_cli.prefetch.prefetcher import Prefetch, Prefetcher
+from telerag_cli.prefetch.queue import PrefetchQueue
+from telerag_cli.retrieval.retriever import RETRY_S
 from telerag_cli.tiers.residency import BoolArray
 from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tiers.transport import Arrived, Move
@@ -73,13 +74,7 @@ class Link:
     note: str | None = None
 
     def __init__(
-        self,
-        env: simpy.Environment,
-        rates: Rates,
-        depth: int,
-        slow: Device,
-        moving: Busy,
-        writing: Callable[[], bool],
+        self, env: simpy.Environment, rates: Rates, depth: int, slow: Device, moving: Busy, writing: Callable[[], bool]
     ) -> None:
         self.depth = depth
         self._env = env
@@ -130,7 +125,7 @@ class _NoScorer:
 class _Rounds:
     """The lookahead of one question that has not been retrieved from."""
 
-    begun: list[Round] = field(default_factory=list)
+    begun: list[Prefetch] = field(default_factory=list)
     wanted: bool = True
     """Whether what has not begun yet still should."""
 
@@ -138,7 +133,7 @@ class _Rounds:
 @dataclass(frozen=True, eq=False)
 class _Asked:
     lookup: Lookup
-    rounds: Sequence[Round]
+    rounds: Sequence[Prefetch]
     done: simpy.Event
 
 
@@ -173,7 +168,7 @@ class Replica:
         self._link = Link(env, rates, tier.depth, host.slow, self.moving, lambda: self.llm.writing.now)
         arena = size_arena(index, tier.arena_bytes, "--fast-memory")
         self._tier = ArenaTier(index, arena, self._link, _NoScorer(index.manifest.nlist), cache=tier.cache)
-        self._mover = Mover(self._tier)
+        self._mover = Prefetcher(self._tier)
         self._nlist = index.manifest.nlist
         self._asked: simpy.Store = simpy.Store(env)
         self._sketches = _Sketches(env, self._processor, rates.sketch_s)
@@ -207,14 +202,17 @@ class Replica:
         self.answering.enter()
         self.micro_batches += 1
         ahead = [_Rounds() for _ in questions]
-        first = [(rounds, step) for rounds, question in zip(ahead, questions, strict=True)
-                 if question.steps and isinstance(step := question.steps[0], Ahead) and step.with_others]  # fmt: skip
+        first = [
+            (rounds, step)
+            for rounds, question in zip(ahead, questions, strict=True)
+            if question.steps and isinstance(step := question.steps[0], Ahead) and step.with_others
+        ]
         if first:
             self._begin(first)
         members = [
             self._env.process(self._question(question, rounds, answered, began=any(rounds is one for one, _ in first)))
             for question, rounds in zip(questions, ahead, strict=True)
-        ]  # fmt: skip
+        ]
         yield self._env.all_of(members)
         self.answering.leave()
 
@@ -247,10 +245,10 @@ class Replica:
         kept = self._tier.new_round(self._tier_options.cache_fraction)
         for rounds, _step in together:
             rounds.begun.append(
-                self._mover.start(Plan(self._tier.extents, kept, self._tier_options.budget_bytes))
+                self._mover.start(PrefetchQueue(self._tier.list_bytes, kept, self._tier_options.budget_bytes))
             )
         for rounds, step in together:
-            rounds.begun[-1].plan.reorder(step.order, step.reach)
+            rounds.begun[-1].plan.reorder(step.order, step.prefetch_depth)
         self._mover.fill()
 
     def _begin_alone(self, rounds: _Rounds, step: Ahead) -> ProcessGenerator:
@@ -277,7 +275,7 @@ class Replica:
         """One retrieval after the other; what is asked while one runs is the next."""
         while True:
             batch: list[_Asked] = [(yield self._asked.get())]
-            while self._asked.items and len(batch) < MOST_SEARCHES:
+            while self._asked.items and len(batch) < MAX_SEARCHES:
                 batch.append((yield self._asked.get()))
             queries = sum(len(asked.lookup.probes) for asked in batch)
             self.scoring.enter()
@@ -298,10 +296,9 @@ class Replica:
         yield self._processor.serve(queries * self._rates.join_s)
         self.scoring.leave()
         times = np.bincount(
-            np.concatenate([probes for asked in batch for probes in asked.lookup.probes]),
-            minlength=self._nlist,
+            np.concatenate([probes for asked in batch for probes in asked.lookup.probes]), minlength=self._nlist
         )
-        wanted: IntArray = np.flatnonzero((times > 0) & (tier.extents > 0))
+        wanted: IntArray = np.flatnonzero((times > 0) & (tier.list_bytes > 0))
         came: simpy.Store = simpy.Store(self._env)
 
         def told(lists: Sequence[int], error: TeleragError | None) -> None:
@@ -312,19 +309,15 @@ class Replica:
         missed = claim.started + claim.absent
         for asked in batch:
             own = np.unique(np.concatenate(asked.lookup.probes))
-            own = own[tier.extents[own] > 0]
+            own = own[tier.list_bytes[own] > 0]
             gone = np.isin(own, missed)
             counts.lists_wanted += len(own)
             counts.lists_hit += len(own) - int(np.isin(own, missed + claim.coming).sum())
-            counts.bytes_wanted += int(tier.extents[own].sum())
-            counts.bytes_missed += int(tier.extents[own[gone]].sum())
+            counts.bytes_wanted += int(tier.list_bytes[own].sum())
+            counts.bytes_missed += int(tier.list_bytes[own[gone]].sum())
         counts.bytes_moved += sum(each.bytes_moved for each in rounds)
         absent, in_place = self._share(claim.absent)
-        beside = (
-            self._env.process(self._score(in_place, times, self._rates.in_place_bytes_per_s))
-            if in_place
-            else None
-        )
+        beside = self._env.process(self._score(in_place, times, self._rates.in_place_bytes_per_s)) if in_place else None
         coming = len(claim.coming) + len(claim.started)
         here = list(claim.hits)
         while here or coming or absent:
@@ -357,14 +350,14 @@ class Replica:
         link, place = self._rates.link_bytes_per_s, self._rates.in_place_bytes_per_s
         if not place or not absent:
             return absent, []
-        ends = np.cumsum(self._tier.extents[absent])
+        ends = np.cumsum(self._tier.list_bytes[absent])
         count = int(np.searchsorted(ends, ends[-1] * link / (link + place), side="right"))
         return absent[:count], absent[count:]
 
     def _score(self, lists: Sequence[int], times: IntArray, rate: float) -> ProcessGenerator:
         """Score lists for the queries that probe them, on this replica's processor and in what the host shares."""
         queries = 1 + self._rates.another_query * (times[list(lists)] - 1)
-        nbytes = float((self._tier.extents[list(lists)] * queries).sum())
+        nbytes = float((self._tier.list_bytes[list(lists)] * queries).sum())
         self.scoring.enter()
         waits = [self._processor.serve(nbytes / rate)]
         if self._host.scoring is not None:
@@ -384,7 +377,7 @@ class _Following:
 
 
 class _Sketches:
-    """The thread that embeds what is written so far, never more than a share of the time; see `Sketcher`."""
+    """The thread that embeds what is written so far, never more than a share of the time; see `RefinementEmbedder`."""
 
     def __init__(self, env: simpy.Environment, processor: Device, sketch_s: float) -> None:
         self._env = env
@@ -421,4 +414,4 @@ class _Sketches:
             following.followed = follow.fraction
             yield self._processor.serve(self._sketch_s)
             self._credit_s -= self._sketch_s
-            begun[-1].follow(follow.order, follow.reach)
+            begun[-1].follow(follow.order, follow.prefetch_depth)

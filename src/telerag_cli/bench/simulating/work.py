@@ -23,7 +23,7 @@ class Follow:
     """Of the text's expected length."""
     order: IntArray
     """All lists, best first, shape (nlist,)."""
-    reach: int
+    prefetch_depth: int
     """How many of them are worth moving."""
 
 
@@ -33,7 +33,7 @@ class Ahead:
 
     order: IntArray
     """All lists, best first, shape (nlist,)."""
-    reach: int
+    prefetch_depth: int
     with_others: bool
     """Whether it is the question's own, which begins for a whole micro-batch at once; another is embedded first."""
 
@@ -82,16 +82,17 @@ class Question:
         return [call for step in self.steps if not isinstance(step, Ahead) for call in step]
 
 
-def copies(questions: Sequence[Question], count: int, extents: IntArray, seed: int) -> list[Question]:
+def copies(questions: Sequence[Question], count: int, list_bytes: IntArray, seed: int) -> list[Question]:
     """Questions until there are ``count``: themselves first, then again and again as questions of other topics.
 
-    A copy writes the same lengths, and its lists are others of nearly the same sizes. All copies of one turn have their lists
-    changed in the same way, so that they are as similar and share as much as the originals, and little with others.
+    A copy writes the same lengths, and its lists are others of nearly the same sizes. All copies of one turn have their
+    lists changed in the same way, so that they are as similar and share as much as the originals, and little with
+    others.
 
     Args:
         questions: at least one.
         count: how many are wanted.
-        extents: bytes of each list, shape (nlist,).
+        list_bytes: bytes of each list, shape (nlist,).
         seed: of the choice of lists.
     """
     random = np.random.default_rng(seed)
@@ -101,16 +102,16 @@ def copies(questions: Sequence[Question], count: int, extents: IntArray, seed: i
         if not made:
             made += some
             continue
-        others = _others(extents, random)
+        others = _others(list_bytes, random)
         made += [_changed(each, others) for each in some]
     return [replace(each, number=number) for number, each in enumerate(made)]
 
 
-def _others(extents: IntArray, random: np.random.Generator) -> IntArray:
+def _others(list_bytes: IntArray, random: np.random.Generator) -> IntArray:
     """For each list another one of nearly its size; every list once. Empty ones stay."""
-    others: IntArray = np.arange(len(extents), dtype=np.int64)
-    ranked = np.argsort(extents, kind="stable")
-    ranked = ranked[extents[ranked] > 0]
+    others: IntArray = np.arange(len(list_bytes), dtype=np.int64)
+    ranked = np.argsort(list_bytes, kind="stable")
+    ranked = ranked[list_bytes[ranked] > 0]
     for start in range(0, len(ranked), SAME_SIZE):
         block = ranked[start : start + SAME_SIZE]
         others[block] = random.permutation(block)
@@ -124,11 +125,10 @@ def _changed(question: Question, others: IntArray) -> Question:
     def call(each: Call) -> Call:
         if isinstance(each, Lookup):
             return Lookup(tuple(others[probes] for probes in each.probes))
-        return replace(
-            each, follows=tuple(replace(follow, order=others[follow.order]) for follow in each.follows)
-        )
+        return replace(each, follows=tuple(replace(follow, order=others[follow.order]) for follow in each.follows))
 
     steps = tuple(
-        replace(step, order=others[step.order]) if isinstance(step, Ahead) else tuple(map(call, step)) for step in question.steps
-    )  # fmt: skip
+        replace(step, order=others[step.order]) if isinstance(step, Ahead) else tuple(map(call, step))
+        for step in question.steps
+    )
     return replace(question, ranked=others[question.ranked], likely=likely, steps=steps)

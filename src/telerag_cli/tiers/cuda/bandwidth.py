@@ -12,7 +12,7 @@ import torch
 from telerag_cli.tiers.cuda.gpu import Copy, Gpu, Stream
 
 BATCH_BYTES = 16 << 20
-MOST_COPIES = 256
+MAX_COPIES = 256
 DEPTH = 32
 OPTION = "--gpu-memory"
 
@@ -57,8 +57,10 @@ def passages(gpu: Gpu, sizes: Sequence[int], repeats: int) -> Iterator[Passage]:
                     (f"{kind}, from the GPU", device, host),
                 ):
                     for nbytes in sizes:
-                        copies = [Copy(source[i * nbytes : (i + 1) * nbytes], target[i * nbytes : (i + 1) * nbytes])
-                                  for i in range(min(most // nbytes, MOST_COPIES))]  # fmt: skip
+                        copies = [
+                            Copy(source[i * nbytes : (i + 1) * nbytes], target[i * nbytes : (i + 1) * nbytes])
+                            for i in range(min(most // nbytes, MAX_COPIES))
+                        ]
                         for depth in sorted({1, min(DEPTH, len(copies))}):
                             times = [_pass(stream, copies, depth) for _ in range(repeats + 1)]
                             yield Passage(way, nbytes, depth, len(copies), times[1:])

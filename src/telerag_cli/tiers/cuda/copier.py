@@ -65,9 +65,7 @@ class Copier:
                 events = self._stream.copy([self._copy(run) for run in runs])
             except TeleragError as error:
                 events = [_Refused(error)] * len(runs)
-            self._jobs.extend(
-                _Job(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True)
-            )
+            self._jobs.extend(_Job(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True))
             self._changed.notify()
 
     def close(self) -> None:
@@ -81,7 +79,9 @@ class Copier:
 
     def _copy(self, run: Sequence[Move]) -> Copy:
         first, nbytes = run[0], sum(move.nbytes for move in run)
-        return Copy(self._source[first.source : first.source + nbytes], self._arena[first.target : first.target + nbytes])  # fmt: skip
+        return Copy(
+            self._source[first.source : first.source + nbytes], self._arena[first.target : first.target + nbytes]
+        )
 
     def _work(self) -> None:
         idle_since_s = 0.0
@@ -95,15 +95,11 @@ class Copier:
                 self._jobs[0].event.wait()
             except TeleragError as trouble:
                 error = trouble
-            # Only this thread takes away. What has passed meanwhile is told in the same breath, if it is told to the same.
+            # Only this thread takes away. What has passed meanwhile is told in the same breath, if it is told to the
+            # same.
             first = self._jobs.popleft()
             moves = list(first.moves)
-            while (
-                error is None
-                and self._jobs
-                and self._jobs[0].arrived is first.arrived
-                and _passed(self._jobs[0])
-            ):
+            while error is None and self._jobs and self._jobs[0].arrived is first.arrived and _passed(self._jobs[0]):
                 moves += self._jobs.popleft().moves
             ended_s = time.perf_counter()
             if error is None:

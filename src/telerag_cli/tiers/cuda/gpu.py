@@ -91,12 +91,12 @@ def translated(doing: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"The GPU ran out of memory while {doing}.", remedy="Lower --gpu-memory."
-        ) from error
+        raise ResourceError(f"The GPU ran out of memory while {doing}.", remedy="Lower --gpu-memory.") from error
     except RuntimeError as error:  # torch's class for what CUDA reports
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResourceError(f"The GPU failed while {doing}: {reason}.", remedy="Use --tier host if it goes on.") from error  # fmt: skip
+        raise ResourceError(
+            f"The GPU failed while {doing}: {reason}.", remedy="Use --tier host if it goes on."
+        ) from error
 
 
 class CudaGpu:
@@ -120,8 +120,10 @@ class CudaGpu:
                 raise torch.OutOfMemoryError
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
-            raise ResourceError(f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
-                                remedy=f"Choose a smaller {option}.") from error  # fmt: skip
+            raise ResourceError(
+                f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
+                remedy=f"Choose a smaller {option}.",
+            ) from error
 
     def lock(self, memory: Bytes) -> str | None:
         """See `Gpu`."""
@@ -195,7 +197,9 @@ def gpu_number(device: str) -> int | None:
         return None
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if not match:
-        raise UsageError(f"--device is '{device}', which names no GPU.", remedy="Write cuda:0 or auto, or use --tier host.")  # fmt: skip
+        raise UsageError(
+            f"--device is '{device}', which names no GPU.", remedy="Write cuda:0 or auto, or use --tier host."
+        )
     return int(match[1] or 0)
 
 
@@ -211,6 +215,8 @@ def find_gpu(device: str) -> CudaGpu:
     if number >= count:
         build = f"torch {torch.__version__}" + ("" if torch.version.cuda else ", a build without CUDA,")
         found = f"{count} GPUs" if count else "no GPU"
-        raise ResourceError(f"GPU {number} was asked for, and {build} finds {found}.",
-                            remedy="Use --tier host, or install the driver and a torch with CUDA.")  # fmt: skip
+        raise ResourceError(
+            f"GPU {number} was asked for, and {build} finds {found}.",
+            remedy="Use --tier host, or install the driver and a torch with CUDA.",
+        )
     return CudaGpu(number)

@@ -1,7 +1,7 @@
 """The scoring kernel: one launch over all (query, list) pairs, a program for each tile of a list's vectors.
 
-It writes a *bound* for each vector: its score, made better by as much as rounding can have made it worse (`reference` says by
-how much and why). What is best by its bound is scored again by Faiss, so that rounding decides nothing.
+It writes a *bound* for each vector: its score, made better by as much as rounding can have made it worse (`reference`
+says by how much and why). What is best by its bound is scored again by Faiss, so that rounding decides nothing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,24 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Numbers that change from search to search must not make Triton compile again.
 @triton.jit(do_not_specialize=["count", "width", "relative"])
 def _score(
-    vectors, queries, low, step, pairs, count, first_tile_of, pair_of_tile, bounds, width, relative, absolute,
-    DIMENSION: tl.constexpr, INT8: tl.constexpr, L2: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    vectors,
+    queries,
+    low,
+    step,
+    pairs,
+    count,
+    first_tile_of,
+    pair_of_tile,
+    bounds,
+    width,
+    relative,
+    absolute,
+    DIMENSION: tl.constexpr,
+    INT8: tl.constexpr,
+    L2: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     tile = tl.program_id(0).to(tl.int64)
     pair = tl.load(pair_of_tile + tile)
     query = tl.load(pairs + pair)
@@ -68,8 +83,22 @@ def launch(work: Launch) -> None:
     ends = torch.cumsum(tiles, 0)
     pair_of_tile = torch.repeat_interleave(tiles, output_size=work.tiles(ROWS))
     _score[(len(pair_of_tile),)](
-        work.vectors, work.queries, work.low, work.step, work.pairs, work.pairs.shape[1], ends - tiles, pair_of_tile,
-        work.bounds, work.bounds.stride(0), work.relative, work.absolute,
-        DIMENSION=work.queries.shape[1], INT8=work.vectors.dtype == torch.uint8, L2=work.l2, ROWS=ROWS, COLUMNS=COLUMNS,
+        work.vectors,
+        work.queries,
+        work.low,
+        work.step,
+        work.pairs,
+        work.pairs.shape[1],
+        ends - tiles,
+        pair_of_tile,
+        work.bounds,
+        work.bounds.stride(0),
+        work.relative,
+        work.absolute,
+        DIMENSION=work.queries.shape[1],
+        INT8=work.vectors.dtype == torch.uint8,
+        L2=work.l2,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
         **OPTIONS,
-    )  # fmt: skip
+    )

@@ -1,10 +1,11 @@
 """The scoring kernel's contract and its plain form in torch: the reference, and what runs where there is no Triton.
 
-Rounding. A sum of D products in float32 is off by at most ``D u / (1 - D u)`` times the sum of their magnitudes, whatever the
-order of summation, with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Both this sum and
-Faiss's are, so their difference is at most twice that; `RELATIVE` has some to spare for the last steps. All terms of a squared
-distance are positive, so there the magnitudes are the sum itself. An ``int8`` code is decoded as Faiss's ``SQ8`` does,
-``low + (code + 0.5) / 255 * step``, each decoding off by a few u of ``|low| + |step|``.
+Rounding. A sum of D products in float32 is off by at most ``D u / (1 - D u)`` times the sum of their magnitudes,
+whatever the order of summation, with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+Both this sum and Faiss's are, so their difference is at most twice that; `RELATIVE` has some to spare for the last
+steps. All terms of a squared distance are positive, so there the magnitudes are the sum itself. An ``int8`` code is
+decoded as Faiss's ``SQ8`` does, ``low + (code + 0.5) / 255 * step``, each decoding off by a few u of ``|low| +
+|step|``.
 """
 
 from __future__ import annotations

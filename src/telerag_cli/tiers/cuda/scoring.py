@@ -1,8 +1,8 @@
 """Scoring lists in the arena on the GPU: bounds for all vectors, the best of them by bound, and those once more by Faiss.
 
-Only the places of some ``2 k`` candidates a query come back. Faiss scores them in the slow tier, where they lie too, and a result
-is given when the k-th score is better than the bound of the best vector that is no candidate. So the result is Faiss's, bit for
-bit, whatever the device rounds.
+Only the places of some ``2 k`` candidates a query come back. Faiss scores them in the slow tier, where they lie too,
+and a result is given when the k-th score is better than the bound of the best vector that is no candidate. So the
+result is Faiss's, bit for bit, whatever the device rounds.
 """
 
 from __future__ import annotations
@@ -31,8 +31,15 @@ def workspace_bytes(index: Index) -> int:
 class GpuScorer:
     """A `Scorer` over an arena on a GPU."""
 
-    def __init__(self, gpu: Gpu, index: Index, arena: torch.Tensor, exact: ListScorer, launch: Callable[[Launch], None],
-                 workspace: torch.Tensor) -> None:  # fmt: skip
+    def __init__(
+        self,
+        gpu: Gpu,
+        index: Index,
+        arena: torch.Tensor,
+        exact: ListScorer,
+        launch: Callable[[Launch], None],
+        workspace: torch.Tensor,
+    ) -> None:
         """Begin with nothing in the arena.
 
         Args:
@@ -112,7 +119,9 @@ class GpuScorer:
             for position, query in enumerate(undecided.tolist()):
                 known = places[position][places[position] < totals[query]]
                 which = np.searchsorted(columns[query], known, side="right") - 1
-                exact, exact_rows = self._exact.score_some(queries[query], lists[query, which], known - columns[query, which])  # fmt: skip
+                exact, exact_rows = self._exact.score_some(
+                    queries[query], lists[query, which], known - columns[query, which]
+                )
                 one = nothing(1, k, self._metric)
                 one = merge(one, (exact[None], exact_rows[None]), k, self._metric)
                 scores[query], rows[query] = one[0][0], one[1][0]
@@ -138,8 +147,11 @@ class GpuScorer:
         bounds.fill_(-torch.inf)
         asked = torch.from_numpy(queries).to(device)
         l2 = self._metric is Metric.L2
-        absolute = (decoding_error(asked, self._low, self._step, l2=l2) if self._quantized
-                    else torch.zeros(len(queries), device=device))  # fmt: skip
+        absolute = (
+            decoding_error(asked, self._low, self._step, l2=l2)
+            if self._quantized
+            else torch.zeros(len(queries), device=device)
+        )
         work = Launch(self._vectors, asked, self._low, self._step, pairs, bounds, absolute, l2, host_sizes)
         self._launch(work)
         return bounds

@@ -1,7 +1,7 @@
 """A GPU made of threads and host memory: the same tier, link and scoring without the device.
 
-It is what ``--tier simulated`` uses, and tests, which choose its delays and failures. It shows what the cuda tier does and
-is no measure of how fast it does it.
+It is what ``--tier simulated`` uses, and tests, which choose its delays and failures. It shows what the cuda tier does
+and is no measure of how fast it does it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,17 @@ class SimulatedGpu:
     name = "simulated GPU"
     device = torch.device("cpu")
 
-    def __init__(self, *, memory_bytes: int | None = None, bytes_per_s: float | None = None, longest_s: float = 0.0, seed: int = 0,
-                 copy_fails: Fails = lambda: False, work_fails: Fails = lambda: False,
-                 lock_refused: str | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        memory_bytes: int | None = None,
+        bytes_per_s: float | None = None,
+        longest_s: float = 0.0,
+        seed: int = 0,
+        copy_fails: Fails = lambda: False,
+        work_fails: Fails = lambda: False,
+        lock_refused: str | None = None,
+    ) -> None:
         """A device whose troubles are chosen.
 
         Args:
@@ -62,8 +70,10 @@ class SimulatedGpu:
         """See `Gpu`."""
         free = self.free_bytes()
         if nbytes > free:
-            raise ResourceError(f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
-                                remedy=f"Choose a smaller {option}.")  # fmt: skip
+            raise ResourceError(
+                f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
+                remedy=f"Choose a smaller {option}.",
+            )
         self._taken_bytes += nbytes
         return torch.empty(nbytes, dtype=torch.uint8)
 
@@ -109,9 +119,7 @@ class _ThreadEvent:
 class _ThreadStream:
     """One thread that copies in order."""
 
-    def __init__(
-        self, bytes_per_s: float | None, longest_s: float, dice: random.Random, fails: Fails
-    ) -> None:
+    def __init__(self, bytes_per_s: float | None, longest_s: float, dice: random.Random, fails: Fails) -> None:
         self._bytes_per_s, self._longest_s, self._dice, self._fails = bytes_per_s, longest_s, dice, fails
         self._jobs: SimpleQueue[tuple[Copy, _ThreadEvent] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="simulated link", daemon=True)
@@ -134,7 +142,7 @@ class _ThreadStream:
             count = len(each.target)
             if self._fails():
                 count //= 2
-                event.error = ResourceError("The simulated GPU failed while moving lists.", remedy="It was told to.")  # fmt: skip
+                event.error = ResourceError("The simulated GPU failed while moving lists.", remedy="It was told to.")
             each.target[:count].copy_(each.source[:count])
             wanted_s = self._dice.random() * self._longest_s
             if self._bytes_per_s:

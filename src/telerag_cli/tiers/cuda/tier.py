@@ -27,25 +27,36 @@ RESERVE_BYTES = 1 << 30
 """Left free by ``auto``: for the embedder's and the top-k's passing needs, and what others on the device may ask for."""
 TRIAL_BYTES = 64 << 20
 """Moved and scored at the start to know how fast that goes."""
-MOST_LISTS_TRIED = 256
+MAX_LISTS_TRIED = 256
 
 
-def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | None, *, require_pinned: bool = False,
-                   cache: CacheKind = CacheKind.FREQUENCY, advance: Advance = lambda _count: None,
-                   lists: HostLists | None = None, rates: JoinRates | None = None, tracer: Tracer | None = None) -> ArenaTier:  # fmt: skip
+def open_cuda_tier(
+    index: Index,
+    coarse: Coarse,
+    gpu: Gpu,
+    arena_bytes: int | None,
+    *,
+    require_pinned: bool = False,
+    cache: CacheKind = CacheKind.FREQUENCY,
+    advance: Advance = lambda _count: None,
+    lists: HostLists | None = None,
+    rates: JoinRates | None = None,
+    tracer: Tracer | None = None,
+) -> ArenaTier:
     """Read the index into host memory, take the arena, and measure link and scoring.
 
     Args:
         index: the opened index.
         coarse: its coarse quantizer.
         gpu: the device.
-        arena_bytes: size of the arena; None for what is free on the device, less a reserve. An index smaller than that takes
-            only what it needs.
+        arena_bytes: size of the arena; None for what is free on the device, less a reserve. An index smaller than that
+            takes only what it needs.
         require_pinned: refuse to go on with host memory that is not page-locked.
         cache: what stays between queries.
         advance: told of bytes as they are read.
         lists: the lists, if they are in host memory already; they are closed with the tier.
-        rates: of link and scoring, if they were measured before; what a profile says of many repeats is better than one.
+        rates: of link and scoring, if they were measured before; what a profile says of many repeats is better than
+            one.
         tracer: where moves are recorded.
 
     Raises:
@@ -78,14 +89,23 @@ def open_cuda_tier(index: Index, coarse: Coarse, gpu: Gpu, arena_bytes: int | No
         link = trial.move(stream, source, arena)
         scorer, note = _open_scorer(gpu, index, arena, in_place, workspace, trial)
         choice = _choice(in_place, scorer, link, trial, rates)
-        copier = Copier(stream, source, arena, choice.link, index.extents.mean())
+        copier = Copier(stream, source, arena, choice.link, index.list_bytes.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
-    return ArenaTier(index, accounts, copier, scorer, cache=cache, in_place=choice, notes=[*notes, *note],
-                     closing=closing, tracer=tracer)  # fmt: skip
+    return ArenaTier(
+        index,
+        accounts,
+        copier,
+        scorer,
+        cache=cache,
+        in_place=choice,
+        notes=[*notes, *note],
+        closing=closing,
+        tracer=tracer,
+    )
 
 
-def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, known: JoinRates | None) -> InPlace:  # fmt: skip
+def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, known: JoinRates | None) -> InPlace:
     if known is None:
         return InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
     known_link, known_in_place, known_moved = known.rates()
@@ -109,12 +129,15 @@ def what_is_left(gpu: Gpu, index: Index) -> int:
     Raises:
         ResourceError: that is less than the largest list.
     """
-    free, largest = gpu.free_bytes(), int(index.extents.max(initial=0))
+    free, largest = gpu.free_bytes(), int(index.list_bytes.max(initial=0))
     left = free - RESERVE_BYTES - workspace_bytes(index)
     if left < largest:
         needed = largest + RESERVE_BYTES + workspace_bytes(index)
-        raise ResourceError(f"{gpu.name} has {format_bytes(free)} free, and the smallest arena with its reserve takes "
-                            f"{format_bytes(needed)}.", remedy=f"Free some of it, or give {OPTION}, which has no reserve.")  # fmt: skip
+        raise ResourceError(
+            f"{gpu.name} has {format_bytes(free)} free, and the smallest arena with its reserve takes "
+            f"{format_bytes(needed)}.",
+            remedy=f"Free some of it, or give {OPTION}, which has no reserve.",
+        )
     return left
 
 
@@ -123,7 +146,8 @@ def _open_scorer(
 ) -> tuple[GpuScorer, list[str]]:
     """A scorer that has scored: by the kernel where it runs, else by its reference, with a word about it.
 
-    The kernel is compiled now, and not while the first question waits; compiling needs a C compiler, which may be missing.
+    The kernel is compiled now, and not while the first question waits; compiling needs a C compiler, which may be
+    missing.
     """
     note = []
     if isinstance(gpu, CudaGpu):
@@ -144,20 +168,25 @@ class _Trial:
 
     def __init__(self, index: Index, most_bytes: int) -> None:
         """Choose lists that are not empty, as they lie; at least one if there is one."""
-        lists = np.flatnonzero(index.extents > 0)[:MOST_LISTS_TRIED]
-        ends = np.cumsum(index.extents[lists])
+        lists = np.flatnonzero(index.list_bytes > 0)[:MAX_LISTS_TRIED]
+        ends = np.cumsum(index.list_bytes[lists])
         count = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
         self.lists: IntArray = lists[:count]
-        self.nbytes = max(1.0, float(index.extents[self.lists].sum()))
+        self.nbytes = max(1.0, float(index.list_bytes[self.lists].sum()))
         self._index = index
-        self._targets: IntArray = np.cumsum(index.extents[self.lists]) - index.extents[self.lists]
+        self._targets: IntArray = np.cumsum(index.list_bytes[self.lists]) - index.list_bytes[self.lists]
 
     def move(self, stream: Stream, source: torch.Tensor, arena: torch.Tensor) -> Rate:
         """Move them to the arena's beginning, as lookahead would."""
-        places = zip(self._index.offsets[self.lists].tolist(), self._targets.tolist(),
-                     self._index.extents[self.lists].tolist(), strict=True)  # fmt: skip
-        copies = [Copy(source[begin : begin + nbytes], arena[target : target + nbytes])
-                  for begin, target, nbytes in places]  # fmt: skip
+        places = zip(
+            self._index.offsets[self.lists].tolist(),
+            self._targets.tolist(),
+            self._index.list_bytes[self.lists].tolist(),
+            strict=True,
+        )
+        copies = [
+            Copy(source[begin : begin + nbytes], arena[target : target + nbytes]) for begin, target, nbytes in places
+        ]
 
         def move() -> None:
             for event in stream.copy(copies):

@@ -1,0 +1,142 @@
+"""``telerag build-index``."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from telerag_cli.cli import console
+from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
+from telerag_cli.config import KeptType, Metric, Storage, format_bytes, parse_bytes
+from telerag_cli.errors import UsageError
+
+COLUMNS = ("what", "value")
+
+if TYPE_CHECKING:
+    from telerag_cli.index.artifact import Manifest
+    from telerag_cli.index.build import BuildPlan
+
+
+def build_index(
+    embeddings: Annotated[Path, typer.Argument(help="Folder made by telerag embed, or Parquet with a vector column.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.")],
+    nlist: Annotated[
+        str, typer.Option(help="Number of lists, or auto: about 4 * sqrt(vectors), a power of two.")
+    ] = "auto",
+    metric: Annotated[Metric, typer.Option(help="Inner product or squared L2.")] = Metric.IP,
+    storage: Annotated[Storage, typer.Option(help="How vectors are kept in the lists.")] = Storage.FLOAT32,
+    keep_vectors: Annotated[
+        KeptType | None,
+        typer.Option(
+            help="Keep the vectors in row order too: searches then score their best candidates again from them.  \\[default: not kept]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.", min=0)] = 0,
+    memory: Annotated[str, typer.Option(help="For the training sample and blocks of vectors.")] = "2GiB",
+    device: Annotated[str, typer.Option(help="Where k-means runs: auto, cpu, cuda or cuda:N.")] = "auto",
+    column: Annotated[str | None, typer.Option(help="The vector column, if there are several.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index, or a build begun otherwise.")
+    ] = False,
+    ray: RayOption = False,
+    ray_address: RayAddressOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Build an IVF index from embeddings, out of core; an interrupted build resumes.
+
+    Prints the index's path on stdout; sizes, list balance and recall@10 on stderr.
+    """
+    count = _list_count(nlist)
+    memory_bytes = parse_bytes(memory)
+
+    from telerag_cli.corpus.embeddings import Embeddings
+    from telerag_cli.index.build import BuildOptions, build, finished, plan_build
+    from telerag_cli.index.scoring import faiss_threads
+    from telerag_cli.index.train import find_gpu
+
+    with console.stdout_reserved():
+        gpu = find_gpu(device)
+        if ray or ray_address is not None:  # workers need not have this process's working folder
+            embeddings, root = embeddings.absolute(), output.absolute()
+        else:
+            root = output
+        source = Embeddings.open(embeddings, column)
+        options = BuildOptions(count, metric, storage, seed, memory_bytes, gpu, str(keep_vectors or ""))
+        plan = plan_build(source, root, options)
+        kept = finished(plan) and not overwrite
+        if kept:
+            console.say(f"{output} is already built from these embeddings with these options.")
+        else:
+            _show_plan(plan)
+            if device == "auto" and gpu is not None:
+                console.say(f"k-means runs on cuda:{gpu}, which Faiss finds; --device cpu keeps it off.")
+        # The scores of Faiss differ in their last bit with its threads: workers have as many as this process.
+        with contextlib.ExitStack() as stack:
+            pool = None if kept else stack.enter_context(ray_pool(ray, ray_address, workers, threads=faiss_threads()))
+            index = build(source, root, options, overwrite=overwrite, progress=console.progress, plan=plan, pool=pool)
+        console.table("", COLUMNS, index_rows(index.manifest))
+    console.emit(str(output))
+
+
+def _list_count(text: str) -> int | None:
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"--nlist is '{text}', which is neither a number nor auto.", remedy="Write 4096 or auto."
+        ) from None
+
+
+def _show_plan(plan: BuildPlan) -> None:
+    import os
+
+    memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = [
+        ("training sample", "memory", plan.sample_bytes),
+        ("block of vectors", "memory", plan.block_bytes),
+        ("lists", "disk", plan.lists_bytes),
+        ("passages (estimate)", "disk", plan.passages_bytes),
+        *([("kept vectors", "disk", plan.vectors_bytes)] if plan.vectors_bytes else []),
+        ("assignments, centroids", "disk", plan.work_bytes),
+    ]
+    title = f"{plan.rows:,} vectors of {plan.dimension} dimensions into {plan.training.nlist:,} lists of {plan.parameters['storage']}"
+    console.table(
+        title, ["what", "where", "bytes"], [(what, where, format_bytes(size)) for what, where, size in needed]
+    )
+    resumed = (
+        f" A build of the same was begun and goes on; {format_bytes(plan.on_disk_bytes)} are there."
+        if plan.begun
+        else ""
+    )
+    console.say(f"Free: {format_bytes(memory_bytes)} of memory, {format_bytes(plan.free_disk_bytes)} of disk.{resumed}")
+
+
+def index_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a person wants to know of an index, line by line."""
+    even = manifest.balance
+    recall = ", ".join(
+        f"{value:.3f} at {nprobe}"
+        for nprobe, value in sorted(manifest.recall_at_10.items(), key=lambda item: int(item[0]))
+    )
+    # An index that was imported, or made for measuring, had no training here, and no queries held out.
+    trained = f"seed {manifest.seed}, trained on {manifest.training_rows:,} vectors ({manifest.trained_on})"
+    measured = f"{recall} ({manifest.recall_queries} held-out queries)" if recall else "too few vectors to measure"
+    return [
+        ("vectors", f"{manifest.ntotal:,} of {manifest.dimension} dimensions, {manifest.storage}, {manifest.metric}"),
+        ("lists", f"{manifest.nlist:,}, {trained if manifest.training_rows else 'trained elsewhere'}"),
+        (
+            "vectors per list",
+            f"least {even['min']:,.0f}, median {even['median']:,.0f}, most {even['max']:,.0f}; "
+            f"{even['empty']:,.0f} empty; imbalance {even['imbalance']:.2f}",
+        ),
+        ("bytes", ", ".join(f"{name} {format_bytes(info.bytes)}" for name, info in sorted(manifest.files.items()))),
+        ("kept vectors", f"{manifest.kept_vectors}, in row order" if manifest.kept_vectors else "none"),
+        ("embedder", manifest.embedder.model or "unknown"),
+        ("recall@10 at nprobe", measured if manifest.training_rows else "not measured"),
+    ]

@@ -1,0 +1,63 @@
+"""``telerag chat``: questions and answers in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from telerag_cli.cli import console
+from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
+from telerag_cli.cli.options import PipelineOption, check_trace
+from telerag_cli.errors import EXIT_PARTIAL
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+
+
+def chat(
+    search: SearchOptions,
+    pipelines: PipelineOptions,
+    llm: LlmOptionsGiven,
+    pipeline: PipelineOption = PipelineName.HYDE,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a Chrome trace of the conversation, for Perfetto.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Ask questions in a terminal, one leaning on another; /help says what else can be typed.
+
+    From a pipe, each line is a question.
+    """
+    given = pipelines.given
+    make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
+    check_trace(trace)
+    with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:
+        from telerag_cli.cli.chat_input import Piped, Typed
+        from telerag_cli.cli.chat_screen import Screen
+        from telerag_cli.cli.chat_session import COMMANDS, Chat, converse
+        from telerag_cli.cli.opening import open_answering
+        from telerag_cli.tracing import Tracer
+
+        tracer = Tracer()
+        if trace:
+            opened_here.callback(tracer.save, trace)
+        interactive = sys.stdin.isatty()
+        screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
+        engine, _at_once = opened_here.enter_context(
+            open_answering(
+                search.searching, llm.answering(search.lookahead, 1), tracer, screen.warn, planned=search.planned()
+            )
+        )
+        talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
+        if interactive:
+            screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")
+            words = {name: command.words for name, command in COMMANDS.items()}
+            failed = converse(talk, Typed(words, screen.warn), screen)
+        else:
+            failed = converse(talk, Piped(sys.stdin.buffer), screen)
+    if failed and not interactive:
+        raise typer.Exit(EXIT_PARTIAL)

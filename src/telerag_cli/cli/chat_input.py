@@ -1,0 +1,182 @@
+"""Where a chat's lines come from: a person at a terminal, or a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol
+
+from telerag_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import CompleteEvent, Completer
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+Note = Callable[[str], None]
+
+
+class Lines(Protocol):
+    """A source of questions and commands."""
+
+    interactive: bool
+    """Whether somebody sits there who can ask again."""
+
+    def read(self, runner: asyncio.Runner) -> str | None:
+        """The next one, without white space around it; None at the end.
+
+        Args:
+            runner: may run what waits for it.
+
+        Raises:
+            InputError: it is no text; the next one may be.
+        """
+
+
+class Piped:
+    """Each line is one; a backslash at its end joins the next line to it."""
+
+    interactive = False
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._number = 0
+
+    def read(self, runner: asyncio.Runner) -> str | None:
+        """See `Lines`. The wait is outside of the event loop, where Ctrl-C ends it."""
+        parts: list[str] = []
+        while raw := self._stream.readline():
+            line = self._text(raw)
+            if not line.endswith("\\"):
+                return "\n".join([*parts, line]).strip()
+            parts.append(line[:-1])
+        return "\n".join(parts).strip() if parts else None
+
+    def _text(self, raw: bytes) -> str:
+        self._number += 1
+        try:
+            return raw.decode("utf-8-sig" if self._number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"<stdin>:{self._number} is not UTF-8: {error.reason} at byte {error.start}.", remedy="Convert it."
+            ) from error
+
+
+class Typed:
+    """A prompt, on stderr if that is a terminal, with editing, history and completion of commands."""
+
+    interactive = True
+
+    def __init__(self, arguments: Mapping[str, Sequence[str]], note: Note) -> None:
+        """Open the history.
+
+        Args:
+            arguments: the commands, and the words that each may be followed by.
+            note: is told, once, if the history cannot be kept.
+        """
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.output import create_output
+        from prompt_toolkit.shortcuts import CompleteStyle
+
+        self._session: PromptSession[str] = PromptSession(
+            "\n> ",
+            multiline=True,
+            prompt_continuation="  ",
+            history=_history(history_path(), note),
+            completer=_completer(arguments),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            key_bindings=_keys(),
+            output=create_output(sys.stderr if sys.stderr.isatty() else sys.stdout),
+        )
+
+    def read(self, runner: asyncio.Runner) -> str | None:
+        """See `Lines`."""
+        try:
+            return runner.run(self._session.prompt_async()).strip()
+        except EOFError:
+            return None
+
+
+def history_path() -> Path:
+    """Where what was typed is kept."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "telerag" / "chat_history"
+
+
+def _history(path: Path, note: Note) -> History:
+    """The history in this file; if it cannot be written, one that ends with the program."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    def lost(error: OSError) -> None:
+        note(f"What you type is not kept for next time: {path} cannot be written ({error.strerror}).")
+
+    class Kept(FileHistory):
+        told = False
+
+        def store_string(self, string: str) -> None:
+            try:
+                super().store_string(string)
+            except OSError as error:  # a disk that has filled up is no reason to end
+                if not self.told:
+                    lost(error)
+                self.told = True
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Questions can be private: for the user alone.
+        os.close(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))
+    except OSError as error:
+        lost(error)
+        return InMemoryHistory()
+    return Kept(path)
+
+
+def _completer(arguments: Mapping[str, Sequence[str]]) -> Completer:
+    from prompt_toolkit.completion import Completer, Completion
+
+    class Commands(Completer):
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            return self._fitting(document.text_before_cursor)
+
+        def _fitting(self, text: str) -> Iterator[Completion]:
+            command, space, argument = text.partition(" ")
+            words, begun = (arguments.get(command, ()), argument) if space else (tuple(arguments), command)
+            if text.startswith("/"):
+                yield from (Completion(word, -len(begun)) for word in words if word.startswith(begun))
+
+    return Commands()
+
+
+def _keys() -> KeyBindings:
+    """Enter sends; Alt+Enter, or Enter after a backslash, begins a line; Ctrl-C clears what is typed."""
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not searching the history
+
+    @keys.add("enter", filter=typing)
+    def send(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.is_cursor_at_the_end and buffer.text.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c", filter=typing)
+    @keys.add("<sigint>", filter=typing)
+    def clear(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
+    return keys

@@ -1,0 +1,275 @@
+"""``telerag data``: public datasets, fetched and turned into what the other commands read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from telerag_cli.cli import console
+from telerag_cli.cli.guard import guarded
+from telerag_cli.config import format_bytes
+from telerag_cli.errors import ArtifactError, InputError, UsageError
+
+if TYPE_CHECKING:
+    from telerag_cli.datasets.cache import Cached
+    from telerag_cli.datasets.catalogue import Dataset
+
+SHOWN_BAD = 3
+"""Entries that could not be used, named in a warning."""
+
+
+app = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    help="Public datasets: fetch them, check them, and prepare them for the other commands.",
+)
+
+NamesArgument = Annotated[
+    list[str],
+    typer.Argument(help="Datasets by name, or TOML files that describe others.", metavar="NAME", show_default=False),
+]
+CacheDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Where datasets are kept, a folder each.  \\[default: telerag/datasets in the user's cache]",
+        show_default=False,
+    ),
+]
+
+
+def list_datasets(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Only these, by name or as TOML files that describe others.", metavar="NAME", show_default=False
+        ),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the datasets, their licences and sizes, and what of them is here."""
+    from telerag_cli.datasets import catalogue
+
+    found = _described(names or catalogue.names(), cache_dir)
+    if as_json:
+        console.emit_json([_as_json(cached) for cached in found], indent=2)
+        return
+    rows = [
+        (each.dataset.name, each.dataset.what, each.dataset.licence, _size(each.dataset), each.state())
+        for each in found
+    ]
+    console.table("", ("name", "what", "licence", "size", "state"), rows, data=True)
+
+
+def fetch(
+    names: NamesArgument,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Fetch only what this split needs: train, dev or test.  \\[default: all files]",
+            show_default=False,
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="ADDRESS|PATH",
+            help="Take one dataset from here: the address of a file or of the folder above it, or a local file or folder.",
+            show_default=False,
+        ),
+    ] = None,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|DIR",
+            help="Take datasets from here instead of their publishers: each lies below in a folder of its name.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+) -> None:
+    """Fetch datasets into the cache; what was interrupted goes on where it stopped. Prints the files."""
+    _one_at_a_time(names, "--from", source)
+    from telerag_cli.datasets.fetch import Copies, fetch_files
+
+    def progress(description: str, total: int | None) -> Any:
+        return console.progress(description, total, unit="bytes")
+
+    chosen = [(cached, cached.dataset.files_of(split)) for cached in _described(names, cache_dir)]
+    for cached, files in chosen:
+        console.say(f"{cached.dataset.name}: {cached.dataset.title}; licence: {cached.dataset.licence}.")
+        for file, fetched in fetch_files(cached, files, Copies(source, mirror), progress=progress, notice=console.warn):
+            known = cached.sources()[file.name]
+            size = format_bytes(known.bytes)
+            if not fetched:
+                console.say(f"{file.name} is there already ({size}, fetched {known.date}).")
+            elif file.sha256 or file.md5:
+                console.say(f"Fetched {file.name}: {size}, and its checksum is the one published.")
+            else:
+                console.say(
+                    f"Fetched {file.name}: {size}; there is no published checksum, it has sha256 {known.sha256}."
+                )
+            console.emit(str(cached.path(file)))
+
+
+def prepare(
+    names: NamesArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Folder for the files.  \\[default: beside what was fetched, where the dataset's name finds them]",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Whose questions: train, dev or test.  \\[default: the one that is customary for the dataset]",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The first questions only, or the first passages of a dataset without questions.",
+            show_default=False,
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out entries that cannot be used, and count them.")
+    ] = False,
+    cache_dir: CacheDirOption = None,
+) -> None:
+    """Turn what was fetched into corpus.jsonl, questions.jsonl and qrels.tsv. Prints their folder."""
+    _one_at_a_time(names, "--output", output)
+    for cached in _described(names, cache_dir):
+        _prepare(cached, split, limit, output, skip_bad)
+
+
+def check(
+    names: NamesArgument,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Where it was prepared.  \\[default: beside what was fetched]",
+            show_default=False,
+        ),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Read all that was fetched and prepared, and compare it with what it should be."""
+    _one_at_a_time(names, "--output", output)
+    _check(_described(names, cache_dir), output, as_json)
+
+
+app.command("list")(guarded(list_datasets))
+for command in (fetch, prepare, check):
+    app.command()(guarded(command))
+
+
+def _described(names: list[str], cache_dir: Path | None) -> list[Cached]:
+    from telerag_cli.datasets.cache import Cached
+    from telerag_cli.datasets.catalogue import describe
+
+    return [Cached.of(describe(name), cache_dir) for name in names]
+
+
+def _one_at_a_time(names: list[str], flag: str, given: object) -> None:
+    if given is not None and len(names) > 1:
+        raise UsageError(f"{flag} is for one dataset, and {len(names)} are named.", remedy="Give them one at a time.")
+
+
+def _as_json(cached: Cached) -> dict[str, Any]:
+    dataset = cached.dataset
+    return {
+        "name": dataset.name,
+        "title": dataset.title,
+        "what": dataset.what,
+        "homepage": dataset.homepage,
+        "licence": dataset.licence,
+        "kind": dataset.kind,
+        "split": dataset.split,
+        "splits": dataset.splits,
+        "bytes": dataset.size,
+        "exact": all(file.bytes is not None for file in dataset.files),
+        "unknown": dataset.unknown,
+        "files": [file.address for file in dataset.files],
+        "folder": str(cached.root),
+        "state": cached.state(),
+    }
+
+
+def _size(dataset: Dataset) -> str:
+    if dataset.size is None:
+        return "unknown"
+    rounded = any(file.bytes is None for file in dataset.files)
+    return f"{'about ' if rounded else ''}{format_bytes(dataset.size)}"
+
+
+def _prepare(cached: Cached, split: str | None, limit: int | None, output: Path | None, skip_bad: bool) -> None:
+    from telerag_cli.datasets.prepare import Wanted, as_it_is, prepare
+
+    if limit is None and output is None and (file := as_it_is(cached)):
+        console.say(
+            f"Nothing to prepare: telerag embed reads {file.name} as it is. With -o, passages are written as JSON lines."
+        )
+        console.emit(str(file))
+        return
+    bad: list[InputError] = []
+    left_out = 0
+
+    def on_bad(error: InputError) -> None:
+        nonlocal left_out
+        left_out += 1
+        if len(bad) < SHOWN_BAD:
+            bad.append(error)
+
+    folder = output or cached.prepared
+    try:
+        with console.progress(f"Preparing {cached.dataset.name}", None, unit="entries") as advance:
+            made = prepare(cached, Wanted(split, limit), folder, advance, on_bad if skip_bad else None)
+    finally:
+        if left_out:
+            examples = "; ".join(error.message.rstrip(".") for error in bad)
+            more = " ..." * (left_out > len(bad))
+            console.warn(f"left out {left_out:,} bad entr{'ies' if left_out > 1 else 'y'}: {examples}{more}")
+    if empty := made.left_out - left_out:
+        console.say(
+            f"{empty:,} passage{'s have' if empty > 1 else ' has'} no text and {'are' if empty > 1 else 'is'} left out."
+        )
+    counts = ", ".join(f"{file.rows:,} in {name}" for name, file in made.files.items())
+    console.say(f"Prepared {cached.dataset.name}{f', {made.split}' if made.split else ''}: {counts}.")
+    console.emit(str(folder))
+
+
+def _check(found: list[Cached], output: Path | None, as_json: bool) -> None:
+    from telerag_cli.datasets.check import bytes_to_read, check
+
+    wrong: list[str] = []
+    rows: list[tuple[str, str, str]] = []
+    for cached in found:
+        folder = output or cached.prepared
+        with console.progress(f"Reading {cached.dataset.name}", bytes_to_read(cached, folder), unit="bytes") as advance:
+            findings = check(cached, folder, advance)
+        rows += [(cached.dataset.name, each.file, each.says) for each in findings]
+        wrong += [f"{cached.dataset.name}: {each.file} {each.says}" for each in findings if each.wrong]
+    if as_json:
+        console.emit_json([{"dataset": name, "file": file, "says": says} for name, file, says in rows], indent=2)
+    else:
+        console.table("", ("dataset", "file", "found"), rows, data=True)
+    if wrong:
+        raise ArtifactError(f"{'; '.join(wrong)}.", remedy="Remove what is wrong, and fetch or prepare it again.")

@@ -1,0 +1,89 @@
+"""``telerag import-index``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from telerag_cli.cli import console
+from telerag_cli.cli.build_index import COLUMNS, index_rows
+from telerag_cli.config import format_bytes
+
+if TYPE_CHECKING:
+    from telerag_cli.index.faiss_import import ImportPlan
+
+
+def import_index(
+    index: Annotated[
+        Path,
+        typer.Argument(
+            help="A file made by faiss.write_index: IndexIVFFlat, or IndexIVFScalarQuantizer of fp16 or 8bit without residuals.",
+            metavar="FAISS",
+            show_default=False,
+        ),
+    ],
+    passages: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="JSONL, TSV, CSV or Parquet files, or folders of them: passage number i is that of Faiss's id i. "
+            "Give it again for further files.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|PATH",
+            help="The model that made the vectors, which then embeds questions.  \\[default: not recorded]",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index, or an import begun otherwise.")
+    ] = False,
+) -> None:
+    """Make an index folder of a Faiss index and its passages, in bounded memory; an interrupted import resumes.
+
+    Prints the folder's path on stdout; sizes and list balance on stderr.
+    """
+    from telerag_cli.corpus.readers import find_sources
+
+    sources = find_sources(passages)
+    with console.stdout_reserved():
+        from telerag_cli.index.faiss_file import read_faiss
+        from telerag_cli.index.faiss_import import import_index as run
+        from telerag_cli.index.faiss_import import plan_import
+        from telerag_cli.index.partial import finished
+
+        plan = plan_import(read_faiss(index), sources, output, model)
+        if finished(plan) and not overwrite:
+            console.say(f"{output} is already imported from these files with these options.")
+        else:
+            _show_plan(plan)
+        made = run(plan, overwrite=overwrite, progress=console.progress)
+        console.table("", COLUMNS, index_rows(made.manifest))
+        if model is None:
+            console.say("Which model made the vectors is not recorded; name it with --embedder when you search.")
+    console.emit(str(output))
+
+
+def _show_plan(plan: ImportPlan) -> None:
+    file = plan.file
+    rows = [
+        ("lists", "disk", format_bytes(plan.lists_bytes)),
+        ("passages (estimate)", "disk", format_bytes(plan.passages_bytes)),
+        ("centroids", "memory and disk", format_bytes(file.centroids.nbytes)),
+        ("ids to check", "memory", format_bytes(file.ntotal)),
+    ]
+    title = f"{file.ntotal:,} vectors of {file.dimension} dimensions in {file.nlist:,} lists of {file.storage}, {file.metric}"
+    console.table(title, ["what", "where", "bytes"], rows)
+    resumed = (
+        f" An import of the same was begun and goes on; {format_bytes(plan.on_disk_bytes)} are there."
+        if plan.begun
+        else ""
+    )
+    console.say(f"Free: {format_bytes(plan.free_disk_bytes)} of disk.{resumed}")

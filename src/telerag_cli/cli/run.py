@@ -1,0 +1,109 @@
+"""``telerag run``: answer a file of questions."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from telerag_cli.cli import console
+from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
+from telerag_cli.cli.options import PipelineOption, check_trace
+from telerag_cli.cli.scheduling import SchedulingOptions, open_workers
+from telerag_cli.cli.search import no_question, open_lines
+from telerag_cli.errors import EXIT_PARTIAL
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+
+
+def run(
+    search: SearchOptions,
+    pipelines: PipelineOptions,
+    llm: LlmOptionsGiven,
+    scheduling: SchedulingOptions,
+    questions: Annotated[
+        str,
+        typer.Option(
+            "--questions",
+            "-q",
+            help="Questions, one a line, JSONL or OpenAI Batch lines; - is stdin.",
+            metavar="FILE|-",
+        ),
+    ] = "-",
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Where answers go, one JSON line each; - is stdout.", metavar="FILE|-")
+    ] = "-",
+    pipeline: PipelineOption = PipelineName.HYDE,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the plan before starting.", rich_help_panel="The plan")
+    ] = False,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Questions that each replica answers at once.  \\[default: what memory holds contexts for, at most 16; 8 with a server]",
+            show_default=False,
+        ),
+    ] = None,
+    ordered: Annotated[bool, typer.Option("--ordered", help="Write answers in the order of the questions.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the output file: skip what it has answered.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write a Chrome trace of the run, for Perfetto.", metavar="FILE", show_default=False),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep every prompt, text, query and length, as JSON lines.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            help="Give the texts of a recording, in the time the model takes for as many tokens.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer questions with an LLM and the passages it needs, moved while it writes."""
+    how = make_pipeline(pipeline, **pipelines.given)
+    check_trace(trace)
+    with console.stdout_reserved(), open_lines(questions) as (lines, name), contextlib.ExitStack() as opened_here:
+        from telerag_cli.engine.batch import LineForm, Outputs, answer_all
+        from telerag_cli.engine.lines import RunFile
+        from telerag_cli.engine.questions import read_questions
+        from telerag_cli.tracing import Tracer
+
+        file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
+        recording = opened_here.enter_context(RunFile(record, resume=resume)) if record else None
+        tracer = Tracer(enabled=trace is not None)
+        if trace:
+            opened_here.callback(tracer.save, trace)
+        answering = llm.answering(search.lookahead, concurrency, replay)
+        planned = search.planned(explain=explain, pipeline=how, name=pipeline.value)
+        workers, scheduler = opened_here.enter_context(
+            open_workers(search.searching, answering, scheduling, how, pipeline.value, tracer, planned)
+        )
+        with console.progress("answering", None, unit="questions") as advance:
+            write = file.append if file else console.emit_json
+            summary = answer_all(
+                workers,
+                scheduler,
+                read_questions(lines, name),
+                Outputs(write, recording.append if recording else None, console.fail, advance),
+                LineForm(pipeline, search.lookahead),
+                answered=file.answered if file else set(),
+                ordered=ordered,
+            )
+    for line in summary.lines():
+        console.say(line)
+    if trace:
+        console.say(f"Trace: {trace} (open it at ui.perfetto.dev)")
+    if not summary.asked and not summary.skipped:
+        raise no_question(name)
+    if summary.failed:
+        raise typer.Exit(EXIT_PARTIAL)

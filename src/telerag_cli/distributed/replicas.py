@@ -1,0 +1,298 @@
+"""Replicas as Ray actors: each an LLM with an embedder and an arena of its own, on one machine or on many.
+
+Ray starts them, places them, begins a dead one again and has it do again what it was doing; what a replica answered
+comes back once. The process that starts them holds an index's centroids and an embedder, to schedule, and no LLM and no
+lists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from telerag_cli.config import format_bytes
+from telerag_cli.distributed.session import Cluster, unwrapped
+from telerag_cli.engine.assemble import Planning, open_engine, open_index
+from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
+from telerag_cli.engine.session import Settings
+from telerag_cli.engine.tier_plan import TierOptions, plan_tier
+from telerag_cli.engine.workers import Local, Together
+from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.index.artifact import Index
+from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.tiers.residency import BoolArray
+
+RETRIES = 1
+"""Times that a question is asked again because its replica died: one that dies of it would otherwise die for ever."""
+CALLS_BESIDE = 8
+"""Calls that a replica takes beside the questions under way."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one replica has of its machine."""
+
+    cpus: float
+    gpus: int
+    on_its_machine: int
+    """Replicas that it shares the machine's memory with, itself included."""
+
+    @property
+    def threads(self) -> int:
+        """Of the LLM, of scoring and of embedding."""
+        return max(1, int(self.cpus))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a replica has opened."""
+
+    worker: Local
+    tier: str
+
+
+class Opens(Protocol):
+    """What a replica is made from. It travels to where the replica is."""
+
+    @property
+    def at_once(self) -> int | None:
+        """Questions that a replica answers at once, if that is known."""
+
+    def open(self, share: Share) -> Opened:
+        """Take the memory and be ready.
+
+        Raises:
+            TeleragError: a part cannot be opened.
+        """
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a replica opens and how it answers, as options."""
+
+    index: Path
+    embedder: str | None
+    tier: TierOptions
+    llm: LlmOptions
+    settings: Settings
+    pipeline: Pipeline
+    name: str
+    """Of the pipeline."""
+    at_once: int | None = None
+    """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
+    rescore: int | None = None
+    budget_bytes: int | None = None
+    """That lookahead may move in one round."""
+
+    def open(self, share: Share) -> Opened:
+        """See `Opens`."""
+        import faiss
+        import torch
+
+        faiss.omp_set_num_threads(share.threads)
+        torch.set_num_threads(share.threads)
+        index = Index.open(self.index)
+        tier = plan_tier(index, self.tier)
+        options = replace(self.llm, threads=self.llm.threads or share.threads)
+        llm = plan_llm(
+            options, self.at_once, tier, lambda _notice: None, self.tier.device, sharers=share.on_its_machine
+        )
+        opened = open_index(index, self.embedder, self.tier.device)
+        engine = open_engine(
+            opened,
+            llm.open,
+            tier,
+            self.settings,
+            rescore=self.rescore,
+            planning=Planning(budget_bytes=self.budget_bytes),
+        )
+        return Opened(Local(engine, self.pipeline, self.name, llm.concurrency), tier.name)
+
+
+@dataclass(frozen=True)
+class About:
+    """A replica that is ready."""
+
+    host: str
+    pid: int
+    at_once: int
+    arena_bytes: int
+    tier: str
+    notes: tuple[str, ...]
+
+
+def share_of(cluster: Cluster, replicas: int | None) -> tuple[int, Share]:
+    """How many replicas there will be, and what each has.
+
+    Args:
+        cluster: what there is.
+        replicas: how many; None for one on each GPU, or one on each machine if there is none.
+
+    Raises:
+        UsageError: there are GPUs, and fewer than replicas.
+    """
+    count = replicas or cluster.gpus or cluster.nodes
+    if cluster.gpus and count > cluster.gpus:
+        raise UsageError(
+            f"--replicas is {count} and the cluster has {cluster.gpus} GPUs.",
+            remedy=f"Choose at most {cluster.gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES=.",
+        )
+    cpus = cluster.cpus / count
+    # Ray takes whole processors, or parts of one.
+    whole = float(int(cpus)) if cpus >= 1 else int(cpus * 1e4) / 1e4
+    return count, Share(whole, 1 if cluster.gpus else 0, -(-count // cluster.nodes))
+
+
+class Replica:
+    """The actor: a `Local` in a process of its own.
+
+    It opens what it needs with its first call, so that what goes wrong then is told like any other error.
+    """
+
+    def __init__(self, recipe: Opens, share: Share) -> None:
+        self._recipe = recipe
+        self._share = share
+
+    async def open(self) -> About:
+        """Be ready."""
+        worker, tier = self._opened.worker, self._opened.worker.engine.retriever.tier
+        host = socket.gethostname()
+        return About(host, os.getpid(), worker.at_once, tier.arena_bytes, self._opened.tier, tuple(tier.notes))
+
+    async def answer(self, together: Together, place: int) -> tuple[Answered, bytes]:
+        """An answer, and the residency as bits."""
+        worker = self._opened.worker
+        answered = await worker.answer(together, place)
+        return answered, np.packbits(worker.resident()).tobytes()
+
+    @cached_property
+    def _opened(self) -> Opened:
+        return self._recipe.open(self._share)
+
+
+class Remote:
+    """A replica, seen from the driver: a `Worker`."""
+
+    def __init__(self, actor: Any, about: About, nlist: int) -> None:
+        self.about = about
+        self.at_once = about.at_once
+        self._actor = actor
+        self._resident: BoolArray = np.zeros(nlist, np.bool_)
+
+    async def answer(self, together: Together, place: int) -> Answered:
+        """See `Worker`."""
+        with unwrapped():
+            answered, bits = await self._actor.answer.remote(together, place)
+        # As of the last answer, so it is stale by what has moved since: a round at most.
+        self._resident = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._resident)).astype(np.bool_)
+        return answered  # type: ignore[no-any-return]
+
+    def resident(self) -> BoolArray:
+        """See `Worker`."""
+        return self._resident
+
+    def pid(self) -> int:
+        """Of its process now: one that died was begun again as another.
+
+        Raises:
+            TeleragError: it cannot be opened any more.
+        """
+        about: About = _get([self._actor.open.remote()])[0]
+        return about.pid
+
+
+@contextlib.contextmanager
+def open_replicas(
+    recipe: Opens,
+    replicas: int | None,
+    cluster: Cluster,
+    nlist: int,
+    opening: Callable[[int], None] = lambda _count: None,
+) -> Iterator[list[Remote]]:
+    """Replicas that are ready, ended with the block.
+
+    Args:
+        recipe: what each is.
+        replicas: how many; None for one on each GPU, or one on each machine if there is none.
+        cluster: that this process has joined.
+        nlist: of the index.
+        opening: told of each replica that is ready.
+
+    Raises:
+        UsageError: there cannot be so many.
+        TeleragError: one cannot be opened.
+    """
+    count, share = share_of(cluster, replicas)
+    actors = _start(recipe, count, share)
+    try:
+        yield [Remote(actor, about, nlist) for actor, about in zip(actors, _ready(actors, opening), strict=True)]
+    finally:
+        _end(actors)
+
+
+def _start(recipe: Opens, count: int, share: Share) -> list[Any]:
+    import ray
+
+    calls = CALLS_BESIDE + (recipe.at_once or 4 * CALLS_BESIDE)
+    actor = ray.remote(Replica).options(
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+        max_restarts=-1,
+        max_task_retries=RETRIES,
+        max_concurrency=calls,
+        scheduling_strategy="SPREAD",
+    )
+    return [actor.remote(recipe, share) for _ in range(count)]
+
+
+def _ready(actors: Sequence[Any], opening: Callable[[int], None]) -> list[About]:
+    import ray
+
+    coming = [actor.open.remote() for actor in actors]
+    left = list(coming)
+    while left:
+        done, left = ray.wait(left)
+        _get(done)
+        opening(len(done))
+    return _get(coming)
+
+
+def _get(references: Sequence[Any]) -> list[Any]:
+    """Their values; raises the error itself where there is one."""
+    import ray
+
+    with unwrapped():
+        values: list[Any] = ray.get(list(references))
+    return values
+
+
+def _end(actors: Sequence[Any]) -> None:
+    """Of a cluster that lives on, too: an actor lives as long as somebody may call it."""
+    import ray
+
+    for actor in actors:
+        with contextlib.suppress(Exception):  # it is dead, or Ray is
+            ray.kill(actor)
+
+
+def check_memory(index: Index, options: TierOptions, replicas: int, free_bytes: int) -> None:
+    """Refuse arenas that this machine's memory does not hold together.
+
+    Raises:
+        ResourceError: they are larger.
+    """
+    tier = plan_tier(index, options)
+    if tier.gpu is None and replicas * tier.ram_bytes > free_bytes:
+        raise ResourceError(
+            f"{replicas} arenas of {format_bytes(tier.ram_bytes)} do not fit: {format_bytes(free_bytes)} of memory are free.",
+            remedy="Choose a smaller --fast-memory, or fewer --replicas.",
+        )

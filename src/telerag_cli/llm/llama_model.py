@@ -1,0 +1,324 @@
+"""A GGUF model and its context, over the low-level API of llama-cpp-python. `sampling` calls its samplers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from telerag_cli.errors import ModelError, ResourceError, UsageError
+from telerag_cli.llm.base import Message
+from telerag_cli.llm.batcher import Part
+
+Logits = npt.NDArray[np.float32]
+
+PADDING = 256
+"""llama.cpp rounds a context up to a multiple of so many tokens."""
+CHUNK, WIDE_CHUNK, GPU_CHUNK = 64, 256, 512
+"""Prompt tokens in a step: where texts are reproducible, where they are not, and on a GPU, which wants many. Where they are, a
+CPU is no quicker with more at a time."""
+REPRODUCIBLE_TYPES = {"2", "3", "7"}
+"""llama.cpp's numbers of the file types Q4_0, Q4_1 and Q8_0: the product of such weights with a row is the same bits, whatever
+other rows are multiplied beside it. Source: scripts/bench_weights.py."""
+_F16, _BF16 = 1, 30
+"""ggml's numbers for the types."""
+_META_BYTES = 256
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
+def _no_log(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
+    """llama.cpp tells about every tensor; what matters comes back as a null pointer or a status."""
+
+
+class LlamaModel:
+    """Weights, vocabulary and chat template. The weights are mapped from the file, not read."""
+
+    def __init__(self, path: Path, *, gpu_layers: int = 0, gpu: int | None = None) -> None:
+        """Load the model.
+
+        Args:
+            path: a GGUF file.
+            gpu_layers: layers to put on a GPU, -1 for all. With none, the model does not touch a GPU at all: by itself,
+                llama.cpp would send it the products of long prompts, over the link and with other roundings.
+            gpu: the one that they go to; None for all there are.
+
+        Raises:
+            ModelError: the file cannot be loaded or has no chat template.
+            ResourceError: no GPU where layers were to go.
+        """
+        if gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            raise ResourceError(
+                f"{gpu_layers} layers were to go to a GPU and this build of llama.cpp has none.",
+                remedy="Install llama-cpp-python with CUDA, or leave out --n-gpu-layers.",
+            )
+        llama_cpp.llama_log_set(_no_log, ctypes.c_void_p(0))
+        self.name = path.stem
+        self.gpu_layers = gpu_layers
+        settings = llama_cpp.llama_model_default_params()
+        settings.n_gpu_layers = gpu_layers
+        no_devices = (ctypes.c_void_p * 1)(None)  # a list that ends where it begins
+        if not gpu_layers:
+            settings.devices = ctypes.addressof(no_devices)
+        elif gpu is not None:
+            settings.split_mode = llama_cpp.LLAMA_SPLIT_MODE_NONE
+            settings.main_gpu = gpu
+        self.handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
+        if not self.handle:
+            raise ModelError(
+                f"llama.cpp cannot load {path}.",
+                remedy="Check that the file is whole and its architecture is known to llama.cpp.",
+            )
+        self.vocab = llama_cpp.llama_model_get_vocab(self.handle)
+        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.trained_tokens: int = llama_cpp.llama_model_n_ctx_train(self.handle)
+        self.weights_bytes: int = llama_cpp.llama_model_size(self.handle)
+        self.can_cut = not (
+            llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle)
+        )
+        """Whether a sequence may be cut back to a prefix: a recurrent state cannot."""
+        try:
+            self._template = self._chat_template(path)
+        except BaseException:
+            self.close()
+            raise
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.int64]:
+        """Tokens that end a generation."""
+        return np.array([token for token in range(self.vocab_size) if self.is_eog(token)], np.int64)
+
+    @cached_property
+    def marks(self) -> npt.NDArray[np.int64]:
+        """Tokens that are neither text nor end one, such as the one that begins a turn."""
+        is_control = llama_cpp.llama_vocab_is_control
+        return np.array(
+            [token for token in range(self.vocab_size) if is_control(self.vocab, token) and not self.is_eog(token)],
+            np.int64,
+        )
+
+    @cached_property
+    def reproducible(self) -> bool:
+        """Whether a text can be kept from depending on what is decoded beside it; see `LlamaDecoder`."""
+        return not self.gpu_layers and self._meta("general.file_type") in REPRODUCIBLE_TYPES
+
+    def is_eog(self, token: int) -> bool:
+        """Whether a token ends a generation."""
+        return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
+
+    def context_bytes(self, tokens: int) -> int:
+        """What the keys and values of one sequence of so many tokens take, in 16-bit numbers, rounded up as llama.cpp does.
+
+        By the numbers of the first layer, and as if every layer had attention: so more than is taken where some have
+        none.
+        """
+        heads: int = llama_cpp.llama_model_n_head(self.handle)
+        length: int = llama_cpp.llama_model_n_embd(self.handle) // max(heads, 1)
+        numbers = self._number("attention.key_length", length) + self._number("attention.value_length", length)
+        rows: int = llama_cpp.llama_model_n_layer(self.handle) * llama_cpp.llama_model_n_head_kv(self.handle)
+        return padded(tokens) * rows * numbers * 2
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of a text in which special tokens are written out, as templates do."""
+        raw = text.encode()
+        room = len(raw) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, True)
+        assert count >= 0
+        return list(tokens[:count])
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation by the model's own chat template."""
+        turns: Any = [{"role": message.role, "content": message.content} for message in messages]
+        return self.tokenize(self._template(messages=turns).prompt)
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of a token; a character may span several."""
+        buffer = ctypes.create_string_buffer(_META_BYTES)
+        length = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:length] if length > 0 else b""
+
+    def close(self) -> None:
+        """Free the weights."""
+        if self.handle:
+            llama_cpp.llama_model_free(self.handle)
+            self.handle = None
+
+    def _number(self, key: str, default: int) -> int:
+        """A number of the model's metadata, by its key without the architecture."""
+        architecture = self._meta("general.architecture")
+        with contextlib.suppress(ValueError):
+            return int(self._meta(f"{architecture}.{key}"))
+        return default
+
+    def _meta(self, key: str) -> str:
+        buffer = ctypes.create_string_buffer(_META_BYTES)
+        length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode(errors="replace") if length >= 0 else ""
+
+    def _chat_template(self, path: Path) -> Jinja2ChatFormatter:
+        raw = llama_cpp.llama_model_chat_template(self.handle, None)
+        if not raw:
+            raise ModelError(
+                f"{path.name} has no chat template, so it is no instruct model.",
+                remedy="Choose an instruct or chat model.",
+            )
+        ends = {
+            f"{name}_token": self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+            for name, token in (
+                ("bos", llama_cpp.llama_vocab_bos(self.vocab)),
+                ("eos", llama_cpp.llama_vocab_eos(self.vocab)),
+            )
+        }
+        return Jinja2ChatFormatter(raw.decode(), **ends)
+
+
+def padded(tokens: int) -> int:
+    """Tokens rounded up to what llama.cpp allocates."""
+    return -(-tokens // PADDING) * PADDING
+
+
+class LlamaDecoder:
+    """The context: the keys and values of ``slots`` sequences, and the step that extends them. A `batcher.Decoder`.
+
+    Each slot is a stream of its own. On a CPU, keys are kept as bfloat16 and values as float16. With that pair, and
+    with streams apart, llama.cpp computes attention in one way whatever else is in the batch, so that a token's logits
+    are the same bits for any number of rows beside it. With equal types it has further ways, for a sequence that is
+    alone and for long chunks, and their roundings differ; so do those of a cache that all sequences share. The products
+    with the weights keep to it as well if these are Q4_0, Q4_1 or Q8_0, and not if they are float16 or of the K types,
+    which have a way of their own for several rows: see ``scripts/bench_weights.py``. With those, on a GPU, and where it
+    is not wanted, both are float16 and prompts are read in larger chunks, which is quicker by half; equality is then up
+    to rounding.
+    """
+
+    def __init__(
+        self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool = True
+    ) -> None:
+        """Take the memory.
+
+        Args:
+            model: what decodes.
+            slots: sequences.
+            tokens: of each.
+            threads: CPU threads; by default one a core.
+            reproducible: keep a text from depending on what is decoded beside it, if the model's weights let us.
+
+        Raises:
+            ResourceError: there is not enough memory.
+            UsageError: llama.cpp does not take so many sequences.
+        """
+        most: int = llama_cpp.llama_max_parallel_sequences()
+        if slots > most:
+            raise UsageError(
+                f"{slots} requests were to be answered at a time and llama.cpp takes {most}.",
+                remedy="Lower --concurrency.",
+            )
+        self.reproducible = reproducible and model.reproducible
+        self.chunk = GPU_CHUNK if model.gpu_layers else CHUNK if self.reproducible else WIDE_CHUNK
+        self.can_cut = model.can_cut
+        self._model = model
+        settings = self._settings(slots, tokens)
+        settings.n_threads = settings.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        self._context = llama_cpp.llama_init_from_model(model.handle, settings)
+        if not self._context:
+            raise ResourceError(
+                f"There is no memory for {slots} contexts of {tokens:,} tokens.",
+                remedy="Lower --concurrency or --ctx-size.",
+            )
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = _Batch(slots + self.chunk)
+
+    def decode(self, parts: Sequence[Part]) -> list[Logits]:
+        """See `batcher.Decoder`; the outputs are logits of shape (vocab_size,). Raises ModelError."""
+        outputs = self._batch.fill(parts)
+        status = llama_cpp.llama_decode(self._context, self._batch.struct)
+        if status:
+            raise ModelError(
+                f"llama.cpp failed to evaluate {self._batch.struct.n_tokens} tokens (status {status}).",
+                remedy="Try a smaller --ctx-size or --concurrency.",
+            )
+        shape = (self._model.vocab_size,)
+        return [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, row), shape) for row in outputs]
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """See `batcher.Decoder`."""
+        # Between streams only the whole can be copied; the bytes follow with the next call of `decode`.
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.cut(target, tokens)
+
+    def cut(self, slot: int, tokens: int) -> None:
+        """See `batcher.Decoder`."""
+        done = llama_cpp.llama_memory_seq_rm(self._memory, slot, tokens, -1)
+        assert done, f"slot {slot} cannot be cut to {tokens} tokens"
+
+    def length(self, slot: int) -> int:
+        """See `batcher.Decoder`."""
+        last: int = llama_cpp.llama_memory_seq_pos_max(self._memory, slot)
+        return last + 1
+
+    def close(self) -> None:
+        """Free the context."""
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context = None
+
+    def _settings(self, slots: int, tokens: int) -> Any:
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = slots * padded(tokens)
+        settings.n_seq_max = slots
+        settings.n_batch = settings.n_ubatch = slots + self.chunk
+        settings.n_outputs_max = slots
+        settings.kv_unified = False
+        settings.swa_full = True  # a beginning may be taken over only if none of it was dropped
+        settings.flash_attn_type = 1
+        settings.type_k = _BF16 if self.reproducible else _F16
+        settings.type_v = _F16
+        return settings
+
+
+class _Batch:
+    """llama.cpp's ``llama_batch`` over arrays of NumPy, which are filled a part at a time."""
+
+    def __init__(self, rows: int) -> None:
+        self._tokens, self._positions, self._slots = (np.zeros(rows, np.int32) for _ in range(3))
+        self._wanted = np.zeros(rows, np.int8)
+        self._ones = np.ones(rows, np.int32)
+        # Each row points to the one slot it belongs to.
+        self._pointers = self._slots.ctypes.data + 4 * np.arange(rows, dtype=np.uintp)
+        self.struct = llama_cpp.llama_batch(
+            0,
+            _pointer(self._tokens, ctypes.c_int32),
+            None,
+            _pointer(self._positions, ctypes.c_int32),
+            _pointer(self._ones, ctypes.c_int32),
+            _pointer(self._pointers, ctypes.POINTER(ctypes.c_int32)),
+            _pointer(self._wanted, ctypes.c_int8),
+        )
+
+    def fill(self, parts: Sequence[Part]) -> list[int]:
+        """Take the parts; returns the rows whose outputs are wanted."""
+        wanted = []
+        end = 0
+        for part in parts:
+            begin, end = end, end + len(part.tokens)
+            self._tokens[begin:end] = part.tokens
+            self._positions[begin:end] = range(part.start, part.start + len(part.tokens))
+            self._slots[begin:end] = part.slot
+            self._wanted[begin:end] = 0
+            if part.wants_output:
+                self._wanted[end - 1] = 1
+                wanted.append(end - 1)
+        self.struct.n_tokens = end
+        return wanted
+
+
+def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))

@@ -1,0 +1,315 @@
+"""llama.cpp as a generator: many requests at once, decoded together by one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from telerag_cli.config import DEFAULT_CTX_SIZE
+from telerag_cli.errors import ModelError
+from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, context_exceeded
+from telerag_cli.llm.batcher import Batcher
+from telerag_cli.llm.llama_model import LlamaDecoder, LlamaModel, Logits
+from telerag_cli.llm.sampling import Sampler, log_probability
+from telerag_cli.llm.writing import Writing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generator is doing and has done; tokens are counted from the start."""
+
+    running: int
+    """Requests with a slot."""
+    waiting: int
+    computed_tokens: int
+    """Of prompts, computed."""
+    cached_tokens: int
+    """Of prompts, computed for another request before."""
+    written_tokens: int
+    """All but the last of each text."""
+
+
+class LlamaCpp:
+    """A GGUF model that answers ``parallel`` requests at a time; more of them wait.
+
+    On a CPU, and with weights of the right type, a request's text does not depend on what is decoded beside it, nor on
+    what was computed before: see `LlamaDecoder`. Prompts go through the model's own chat template. Safe to use from
+    several threads and event loops.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        context_tokens: int = DEFAULT_CTX_SIZE,
+        parallel: int = 1,
+        threads: int | None = None,
+        reproducible: bool = True,
+    ) -> None:
+        """Take the memory for the contexts, and the model, which is freed by `close`.
+
+        Args:
+            model: the model.
+            context_tokens: tokens that a prompt and its answer may have together; at most what the model was trained
+                for.
+            parallel: requests at a time.
+            threads: CPU threads; by default one a core.
+            reproducible: see `LlamaDecoder`.
+
+        Raises:
+            ResourceError: there is not enough memory.
+            UsageError: llama.cpp does not take so many requests at a time.
+        """
+        self.name = model.name
+        self.context_tokens = min(context_tokens, model.trained_tokens)
+        self.parallel = parallel
+        self.context_bytes = parallel * model.context_bytes(self.context_tokens)
+        """What the contexts take."""
+        self._model = model
+        self._decoder = LlamaDecoder(model, parallel, self.context_tokens, threads, reproducible=reproducible)
+        self._batcher = Batcher(self._decoder, parallel, self._decoder.chunk)
+        # What the worker is to do between two steps; None to end.
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Once there is one, nothing is ordered any more, and nobody comes near the model: see `_open`.
+        self._refusal: ModelError | None = None
+        self._entrance = threading.Lock()
+        self._worker = threading.Thread(target=self._work, name="llm", daemon=True)
+        self._worker.start()
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Tokens of a prompt, chat template included; raises ModelError after `close`."""
+        with self._open():
+            return len(self._model.prompt(messages))
+
+    async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
+        """See `Generator`.
+
+        What ``on_text`` raises ends this request, and comes out of here.
+
+        Raises:
+            InputError: the prompt and ``max_tokens`` exceed the context, or the shape's grammar is none.
+            ModelError: llama.cpp failed, or the model was closed.
+        """
+        job = self._submit(request, on_text)
+        future = asyncio.wrap_future(job.result)
+        try:
+            generation = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            job.cancelled = True
+            await _settled(future)
+            raise
+        assert generation is not None
+        return generation
+
+    def stats(self) -> Stats:
+        """What goes on now."""
+        batcher, counts = self._batcher, self._batcher.counts
+        waiting = batcher.waiting + self._orders.qsize()
+        return Stats(batcher.running, waiting, counts.computed_tokens, counts.cached_tokens, counts.written)
+
+    def forget(self) -> None:
+        """Drop what is kept of earlier prompts, so that the next ones are computed whole: for measuring."""
+        self.between_steps(self._batcher.forget)
+
+    def check_integrity(self) -> None:
+        """Assert the accounting's invariants."""
+        self.between_steps(self._batcher.check_integrity)
+
+    def between_steps(self, function: Callable[[], T]) -> T:
+        """Have the thread that decodes call a function, and wait for what it returns or raises; ModelError after `close`.
+
+        Not from ``on_text``, which is called by that thread.
+        """
+        done: Future[T] = Future()
+
+        def order() -> None:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        with self._open():
+            self._orders.put(order)
+        return done.result()
+
+    def close(self) -> None:
+        """End what is under way, with an error to those who wait for it, and free the model."""
+        with self._entrance:
+            if self._refusal is None:
+                self._refusal = _closed()
+                self._orders.put(None)
+        self._worker.join()
+        self._decoder.close()
+        self._model.close()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        """Keep the model from being closed meanwhile; raises ModelError if it has been."""
+        with self._entrance:
+            if self._refusal is not None:
+                raise self._refusal
+            yield
+
+    def _submit(self, request: Request, on_text: OnText | None) -> _Job:
+        with self._open():
+            prompt = self._model.prompt(request.messages)
+            if len(prompt) + request.max_tokens > self.context_tokens:
+                raise context_exceeded(len(prompt), request.max_tokens, self.context_tokens)
+            job = _Job(prompt, request, on_text, self._model)
+            self._orders.put(lambda: self._batcher.submit(job))
+        return job
+
+    def _work(self) -> None:
+        try:
+            while self._obey():
+                self._batcher.step()
+            end = _closed()
+        except Exception as error:  # a bug; whatever it is, nobody may wait for ever
+            end = ModelError(f"The thread that decodes broke: {error!r}.", remedy="Report it.")
+            end.__cause__ = error
+        with self._entrance:
+            self._refusal = end
+        while not self._orders.empty():
+            if order := self._orders.get():
+                order()
+        self._batcher.fail_all(end)
+
+    def _obey(self) -> bool:
+        """Carry out what was ordered; waits for an order if there is nothing else to do. False at the end."""
+        wait = self._batcher.idle
+        while True:
+            try:
+                order = self._orders.get(block=wait)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+            wait = False
+
+
+def _closed() -> ModelError:
+    return ModelError("The model was closed.", remedy="Open it again.")
+
+
+async def _settled(future: asyncio.Future[Any]) -> None:
+    """Wait for a future, however often that is cancelled, and let its error go."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([future])
+    future.exception()
+
+
+class _Job:
+    """A request under way: a `batcher.Task` that samples, writes and answers who asked."""
+
+    def __init__(self, prompt: list[int], request: Request, on_text: OnText | None, model: LlamaModel) -> None:
+        self.prompt = prompt
+        self.cancelled = False
+        self.result: Future[Generation | None] = Future()
+        """None if it was cancelled."""
+        self.result.set_running_or_notify_cancel()  # only the worker ends it
+        self._request = request
+        self._on_text = on_text
+        self._model = model
+        self._sampler = Sampler(model, request)
+        self._writing = Writing(request.stop)
+        self._told = ("", 0)
+        self._outcome: Generation | Exception | None = None
+        self._cached_tokens = 0
+        self._came_s = self._began_s = time.perf_counter()
+        self._first_s: float | None = None
+
+    def begin(self, cached_tokens: int) -> None:
+        """See `batcher.Task`."""
+        self._began_s = time.perf_counter()
+        self._cached_tokens = cached_tokens
+
+    def sample(self, output: Logits) -> int | None:
+        """See `batcher.Task`."""
+        try:
+            return self._write(output)
+        except Exception as error:  # it is this request's alone: its grammar, or what listens to it
+            self._outcome = error
+            return None
+
+    def end(self) -> None:
+        """See `batcher.Task`."""
+        if isinstance(self._outcome, Exception):
+            self.fail(self._outcome)
+        else:
+            self._answer(self._outcome)
+
+    def fail(self, error: Exception) -> None:
+        """See `batcher.Task`."""
+        self.close()
+        self.result.set_exception(error)
+
+    def drop(self) -> None:
+        """See `batcher.Task`."""
+        self._answer(None)
+
+    def close(self) -> None:
+        """Free what llama.cpp holds for it."""
+        self._sampler.close()
+
+    def _write(self, logits: Logits) -> int | None:
+        """Choose a token and add it to the text; None if the text has ended."""
+        token = self._sampler.sample(logits)
+        self._first_s = self._first_s or time.perf_counter()
+        reason = self._add(token, logits)
+        if reason is not None:
+            self._finish(reason)
+            return None
+        self._tell(self._writing.shown)
+        return token
+
+    def _add(self, token: int, logits: Logits) -> FinishReason | None:
+        """Add a token to the text; why it has ended, if it has."""
+        writing, request = self._writing, self._request
+        if self._model.is_eog(token):
+            return "stop"
+        if writing.count < request.max_tokens:
+            self._sampler.accept(token)
+            logprob = log_probability(logits, token) if request.logprobs else None
+            writing.add(self._model.piece(token), logprob)
+        if writing.stopped_by is not None:
+            return "stop"
+        return "length" if writing.count >= request.max_tokens else None
+
+    def _tell(self, text: str) -> None:
+        news = (text, self._writing.count)
+        if self._on_text and news != self._told:
+            self._told = news
+            self._on_text(*news)
+
+    def _finish(self, reason: FinishReason) -> None:
+        ended_s = time.perf_counter()
+        self._tell(self._writing.text)
+        first_s = self._first_s or ended_s
+        text, tokens = self._writing.finished()
+        self._outcome = Generation(
+            text,
+            reason,
+            len(self.prompt),
+            self._writing.count,
+            prefill_s=first_s - self._began_s,
+            decode_s=ended_s - first_s,
+            queue_s=self._began_s - self._came_s,
+            cached_tokens=self._cached_tokens,
+            stopped_by=self._writing.stopped_by,
+            tokens=tokens,
+        )
+
+    def _answer(self, generation: Generation | None) -> None:
+        self.close()
+        self.result.set_result(generation)

@@ -1,0 +1,132 @@
+"""What a text must look like, so that a program can read it whatever model wrote it.
+
+A model that samples by a grammar gets it as GBNF, llama.cpp's notation. An endpoint gets a JSON schema of the same
+content, and its reply is turned into the text that the grammar would have given, so that readers know one form only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+_NUMBERING = re.compile(r"^(?:\d{1,2}[.):]|[-*•])(?:\s+|$)")
+_STRING = re.compile(r'"((?:[^"\\]|\\.)*)(?:"|\Z)', re.DOTALL)
+
+
+class Shape(Protocol):
+    """A constraint on a text."""
+
+    @property
+    def grammar(self) -> str:
+        """The constraint in GBNF; its first rule is ``root``."""
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """A JSON schema for the same content, an object at the top; None if there is no such thing."""
+
+    def plain(self, reply: str) -> str:
+        """A reply made by the schema, or the beginning of one, as the grammar would have it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    options: tuple[str, ...]
+
+    @property
+    def grammar(self) -> str:
+        """See `Shape`."""
+        return "root ::= " + " | ".join(json.dumps(option) for option in self.options)
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """See `Shape`."""
+        return _object("choice", {"type": "string", "enum": list(self.options)})
+
+    def plain(self, reply: str) -> str:
+        """See `Shape`."""
+        return next(iter(_values(reply)), "")
+
+
+@dataclass(frozen=True)
+class Lines:
+    """At least one line and at most ``most``, none of them empty. A text that is cut short is still one."""
+
+    most: int
+
+    @property
+    def grammar(self) -> str:
+        """See `Shape`."""
+        rest = f' ("\\n" line){{0,{self.most - 1}}}' if self.most > 1 else ""
+        return f"root ::= line{rest}\nline ::= [^ \\t\\r\\n] [^\\r\\n]*"
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """See `Shape`."""
+        return _object("lines", {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": self.most})
+
+    def plain(self, reply: str) -> str:
+        """See `Shape`."""
+        return "\n".join(" ".join(value.split()) for value in _values(reply))
+
+    def read(self, text: str) -> list[str]:
+        """The lines, each once, without numbers or bullets before them."""
+        lines = (_NUMBERING.sub("", line.strip()).strip() for line in text.splitlines())
+        return list(dict.fromkeys(line for line in lines if line))[: self.most]
+
+    def finished(self, text: str) -> list[str]:
+        """Of a text that is still being written, the lines that have ended."""
+        return self.read(text[: text.rfind("\n") + 1])
+
+
+@dataclass(frozen=True)
+class Json:
+    """JSON of a schema."""
+
+    schema: Mapping[str, Any]
+
+    @property
+    def grammar(self) -> str:
+        """See `Shape`."""
+        from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+        gbnf: str = json_schema_to_gbnf(json.dumps(self.schema))
+        return gbnf
+
+    def plain(self, reply: str) -> str:
+        """See `Shape`."""
+        return reply
+
+
+@dataclass(frozen=True)
+class Gbnf:
+    """A grammar in GBNF; endpoints cannot take it."""
+
+    grammar: str
+    schema: None = None
+
+    def plain(self, reply: str) -> str:
+        """See `Shape`."""
+        return reply
+
+
+def _object(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
+
+
+def _values(reply: str) -> list[str]:
+    """The strings after the first colon of an object with one key, the last one perhaps unfinished."""
+    _key, colon, rest = reply.partition(":")
+    if not colon:
+        return []
+    values = []
+    for match in _STRING.finditer(rest):
+        try:
+            values.append(str(json.loads(f'"{match[1]}"', strict=False)))
+        except ValueError:  # cut within an escape
+            values.append(str(json.loads(f'"{match[1].rpartition(chr(92))[0]}"', strict=False)))
+    return values

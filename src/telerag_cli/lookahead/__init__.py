@@ -1,1 +1,0 @@
-"""Policy: which lists to move, in what order, until the query arrives."""

@@ -1,0 +1,164 @@
+"""What lookahead would have found: questions replayed against the index's centroids, with a link of any speed. No bytes move."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.config import Lookahead
+from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.errors import ArtifactError
+from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.passages import Passages
+from telerag_cli.index.scoring import Coarse
+from telerag_cli.planning.profile import HitCurve, HitPoint, IndexFigures, Probed
+from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, prefetch_depth
+from telerag_cli.tiers.residency import BoolArray
+
+Bytes = npt.NDArray[np.float64]
+
+BUDGETS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+"""As multiples of the bytes that a query probes."""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A question, and the text that was searched for in the end."""
+
+    question: str
+    text: str
+
+
+def from_recording(lines: Sequence[dict[str, object]], path: Path) -> list[Replayed]:
+    """The questions and first queries of what ``telerag run --record`` wrote.
+
+    Raises:
+        ArtifactError: none of its lines holds any.
+    """
+    found = []
+    for line in lines:
+        match line:
+            case {"question": str(question), "retrievals": [{"queries": [str(text), *_]}, *_]}:
+                found.append(Replayed(question, text))
+    if not found:
+        raise ArtifactError(
+            f"{path} holds no question with its queries.", remedy="Name what telerag run --record wrote."
+        )
+    return found
+
+
+def from_passages(passages: Passages, count: int) -> list[Replayed]:
+    """Passages spread over the index: each with its first sentence in the question's place."""
+    rows = np.linspace(0, len(passages) - 1, min(count, len(passages))).astype(np.int64)
+    texts = [passage.text for passage in passages[rows.tolist()]]
+    return [Replayed(first_sentence(text), text) for text in texts if text.strip()]
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first end of a sentence, at most twelve words."""
+    sentence = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
+    return " ".join(sentence.split()[:12])
+
+
+def index_figures(
+    index: Index,
+    encoder: Encoder,
+    replayed: Sequence[Replayed],
+    source: str,
+    nprobe: int,
+    advance: Callable[[int], None],
+) -> IndexFigures:
+    """Bytes probed, and hits against budget for both kinds of lookahead.
+
+    Args:
+        index: the index.
+        encoder: what embeds its queries.
+        replayed: at least one.
+        source: where they are from, for the reader.
+        nprobe: lists that a query probes.
+        advance: told of each question.
+    """
+    coarse = Coarse(index.centroids, index.manifest.metric)
+    kinds = (Lookahead.QUESTION, Lookahead.REFINED)
+    sums = {kind: np.zeros((len(BUDGETS), 2)) for kind in kinds}
+    list_bytes = index.list_bytes.astype(np.float64)
+    counts = sorted({nprobe, index.manifest.nlist, *(2**power for power in range(index.manifest.nlist.bit_length()))})
+    probed = np.zeros(len(counts))
+    for each in replayed:
+        query = encoder.encode_queries([each.text])[0]
+        ranking = coarse.rank(query)
+        probed += np.cumsum(list_bytes[ranking])[np.array(counts) - 1]
+        wanted = np.zeros(index.manifest.nlist, np.bool_)
+        wanted[ranking[:nprobe]] = True
+        for kind in kinds:
+            orders = _orders(coarse, encoder, each, nprobe, kind)
+            sums[kind] += [_replay(list_bytes, orders, wanted, budget) for budget in BUDGETS]
+        advance(1)
+    curves = tuple(
+        HitCurve(
+            kind.value,
+            tuple(
+                HitPoint(budget, *(share / len(replayed)).tolist())
+                for budget, share in zip(BUDGETS, sums[kind], strict=True)
+            ),
+        )
+        for kind in kinds
+    )
+    means = tuple(Probed(count, float(nbytes)) for count, nbytes in zip(counts, probed / len(replayed), strict=True))
+    mean_bytes = float(list_bytes[list_bytes > 0].mean())
+    return IndexFigures(index.manifest.nlist, mean_bytes, nprobe, len(replayed), source, means, curves)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """An order that lookahead follows from some share of the window on."""
+
+    since: float
+    patient: bool
+    """Followed even when the link has nothing left to move."""
+    best: IntArray
+
+
+def _orders(coarse: Coarse, encoder: Encoder, each: Replayed, nprobe: int, kind: Lookahead) -> list[_Order]:
+    refining = kind is Lookahead.REFINED
+    question = encoder.embed_approx([each.question])[0]
+    orders = [_Order(0.0, True, coarse.rank(question)[: prefetch_depth(nprobe, 0.0, refining=refining)])]
+    if not refining:
+        return orders
+    words = each.text.split()
+    texts = [" ".join(words[: max(1, round(share * len(words)))]) for share in CHECKPOINTS]
+    vectors: FloatArray = encoder.embed_approx(texts)
+    for share, vector in zip(CHECKPOINTS, vectors, strict=True):
+        ranking = coarse.rank(blend(question, vector, share))
+        orders.append(
+            _Order(share, share in PATIENT_CHECKPOINTS, ranking[: prefetch_depth(nprobe, share, refining=True)])
+        )
+    return orders
+
+
+def _replay(list_bytes: Bytes, orders: Sequence[_Order], wanted: BoolArray, budget: float) -> tuple[float, float]:
+    """Shares of the probed bytes that are hits, and that were moved, with a link of a steady rate."""
+    probed_bytes = float(list_bytes[wanted].sum())
+    moved = np.zeros(len(list_bytes), np.bool_)
+    used, idle = 0.0, False
+    for number, order in enumerate(orders):
+        until = orders[number + 1].since if number + 1 < len(orders) else 1.0
+        if idle and not order.patient:
+            used = until * budget * probed_bytes
+            continue
+        left = until * budget * probed_bytes - used
+        rest = order.best[~moved[order.best]]
+        ends = np.cumsum(list_bytes[rest])
+        count = int(np.searchsorted(ends, left, side="right"))
+        moved[rest[:count]] = True
+        idle = count == len(rest)
+        # What an idle link did not move in its time it does not move later.
+        used = until * budget * probed_bytes if idle else used + (float(ends[count - 1]) if count else 0.0)
+    if not probed_bytes:
+        return 1.0, 0.0
+    return float(list_bytes[moved & wanted].sum()) / probed_bytes, float(list_bytes[moved].sum()) / probed_bytes

@@ -1,0 +1,1 @@
+"""Which lists to move to fast memory while the LLM writes, and moving them."""

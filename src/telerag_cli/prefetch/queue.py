@@ -1,0 +1,88 @@
+"""The plan of one round: what to move next, and what may not make room for it. Pure integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from telerag_cli.index.artifact import IntArray
+from telerag_cli.tiers.residency import BoolArray
+
+
+class PrefetchQueue:
+    """Hands out lists from best to worst; a new order starts again from its best.
+
+    The budget is elastic: there is no number of bytes to move unless the user gives one, only an order, followed until
+    the query arrives. Two things bound it. A list may evict only what the order ranks behind it and the cache does not
+    keep, so a full arena ends it. And each order says how far down it is worth following.
+    """
+
+    def __init__(self, list_bytes: IntArray, kept: BoolArray, budget_bytes: int | None = None) -> None:
+        """Begin with nothing to move.
+
+        Args:
+            list_bytes: bytes each list takes, shape (nlist,).
+            kept: lists that the cache keeps through this round, shape (nlist,).
+            budget_bytes: of lists that may be handed out in all orders together.
+        """
+        self._kept = kept
+        self._extents = list_bytes
+        self._nlist = nlist = len(list_bytes)
+        self._left_bytes = budget_bytes
+        self._order: IntArray = np.empty(0, np.int64)
+        self._rank: IntArray = np.full(nlist, nlist, np.int64)
+        self.priority: npt.NDArray[np.float64] = np.zeros(nlist)
+        """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
+        self.wanted: BoolArray = np.zeros(nlist, np.bool_)
+        """The lists that are worth moving, whether they have been moved or not."""
+        self._next = 0
+
+    def reorder(self, order: IntArray, prefetch_depth: int) -> None:
+        """Follow the ``prefetch_depth`` best of ``order`` (distinct lists, best first) from now on; all of it ranks."""
+        self._order = order[:prefetch_depth]
+        self._rank = np.full(self._nlist, self._nlist, np.int64)
+        self._rank[order] = np.arange(len(order))
+        self.priority = 1.0 - self._rank / self._nlist
+        self.wanted = self._rank < prefetch_depth
+        self._next = 0
+
+    def take(self, absent: BoolArray, count: int) -> list[int]:
+        """The best lists not handed out in this order and absent, at most ``count``; none at the end.
+
+        Args:
+            absent: which lists are neither in fast memory nor on their way, shape (nlist,).
+            count: at least 1.
+        """
+        rest = self._order[self._next :]
+        places = np.flatnonzero(absent[rest])[:count]
+        if self._left_bytes is not None:
+            ends = np.cumsum(self._extents[rest[places]])
+            places = places[ends <= self._left_bytes]
+            self._left_bytes -= int(ends[len(places) - 1]) if len(places) else 0
+        if not len(places):
+            self.end()
+            return []
+        self._next += int(places[-1]) + 1
+        taken: list[int] = rest[places].tolist()
+        return taken
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing more to hand out of this order."""
+        return self._next >= len(self._order)
+
+    def end(self) -> None:
+        """Hand out nothing more of this order."""
+        self._next = len(self._order)
+
+    def protected(self) -> Callable[[int], BoolArray]:
+        """Says which lists may not be evicted for one: those that this order ranks before it and those kept, shape (nlist,)."""
+        rank, kept = self._rank, self._kept
+
+        def before(list_no: int) -> BoolArray:
+            mask: BoolArray = (rank < rank[list_no]) | kept
+            return mask
+
+        return before

@@ -1,1 +1,0 @@
-"""Measures what planning needs, on this machine, index and model."""

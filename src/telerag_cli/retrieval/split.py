@@ -1,0 +1,193 @@
+"""Who deals with a query's misses: the link from one end of their row, the processor in place from the other. Integers and times."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+Seconds = npt.NDArray[np.float64]
+
+
+class Ends(Enum):
+    """Which ends deal with a row of misses."""
+
+    BOTH = "both"
+    LINK = "link"
+    IN_PLACE = "in place"
+
+
+class ContentionEstimate:
+    """How much longer both ends take side by side than the rate of each alone promises: they share memory, and perhaps cores.
+
+    It is learned from the joins in which both worked. While they do not, what was learned fades, so that they are tried
+    again.
+    """
+
+    LEARNED = 0.5
+    KEPT = 0.98
+    """Of what it says above 1, by each join in which one end works alone: some fifty of those between two attempts."""
+
+    def __init__(self, slowdown: float = 1.0) -> None:
+        """Begin with what was learned before."""
+        self._slowdown = slowdown
+        self._lock = threading.Lock()
+
+    @property
+    def slowdown(self) -> float:
+        """Measured seconds to expected ones."""
+        return self._slowdown
+
+    def observe(self, expected_s: float, took_s: float) -> None:
+        """Both have worked."""
+        with self._lock:
+            self._slowdown += self.LEARNED * (took_s / max(expected_s, 1e-9) - self._slowdown)
+
+    def fade(self) -> None:
+        """One has worked alone."""
+        with self._lock:
+            self._slowdown = 1.0 + self.KEPT * (self._slowdown - 1.0)
+
+
+def end_with_share_s(link_s: Seconds, in_place_s: Seconds, link_busy_s: float, in_place_busy_s: float) -> Seconds:
+    """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,); see `share_of_link`."""
+    link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
+    in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
+    ends_s: Seconds = np.maximum(link_ends_s, in_place_ends_s)
+    return ends_s
+
+
+def share_of_link(link_s: Seconds, in_place_s: Seconds, link_busy_s: float = 0.0, in_place_busy_s: float = 0.0) -> int:
+    """How many lists, from the first, the link should take so that the later of both ends is done soonest.
+
+    Args:
+        link_s: seconds the link needs for each list, shape (n,).
+        in_place_s: seconds that scoring each in place needs, shape (n,).
+        link_busy_s: seconds until the link is done with what it has.
+        in_place_busy_s: seconds until scoring in place is done with what it has.
+
+    Returns:
+        0 to n; the least of several that are as good.
+    """
+    return int(end_with_share_s(link_s, in_place_s, link_busy_s, in_place_busy_s).argmin())
+
+
+class Misses:
+    """Absent lists in a row. Each end takes what it should by what both are expected to need, until they meet.
+
+    Between two ends nothing is committed before it is taken, so a wrong expectation costs at most what an end has taken
+    last. Both may be called from different threads.
+    """
+
+    def __init__(
+        self,
+        lists: Sequence[int],
+        link_s: Seconds,
+        in_place_s: Seconds,
+        grain: int,
+        latency_s: float = 0.0,
+        slowdown: float = 1.0,
+        link_share: float | None = None,
+    ) -> None:
+        """Put the lists in a row.
+
+        Args:
+            lists: the lists; where moving is cheap beside scoring in place comes first.
+            link_s: seconds the link's end needs for each, shape (n,).
+            in_place_s: seconds to score each in place, shape (n,).
+            grain: lists that scoring in place should take at a time, for all its threads to have work.
+            latency_s: what the link's end needs beside, once.
+            slowdown: how much longer both take side by side than these seconds say. If one of them alone is done sooner
+                than that, it gets everything.
+            link_share: share of the lists that the link takes, whatever is expected; for measuring.
+        """
+        order = np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")
+        self._row: list[int] = np.asarray(lists, np.int64)[order].tolist()
+        self._link_s, self._in_place_s = link_s[order], in_place_s[order]
+        self._grain = grain
+        self._latency_s = latency_s
+        self.expected_s = float(end_with_share_s(self._link_s, self._in_place_s, latency_s, 0.0).min())
+        """Seconds of both ends together, if neither slowed the other."""
+        alone_s = {Ends.IN_PLACE: float(in_place_s.sum()), Ends.LINK: latency_s + float(link_s.sum())}
+        better = min(alone_s, key=alone_s.__getitem__)
+        self.ends = better if alone_s[better] <= slowdown * self.expected_s else Ends.BOTH
+        """Who takes from the row. What cannot be moved is scored in place all the same."""
+        self._link_takes = None if link_share is None else round(link_share * len(lists))
+        if link_share is not None:
+            self.ends = {0.0: Ends.IN_PLACE, 1.0: Ends.LINK}.get(link_share, Ends.BOTH)
+        self._front, self._back = 0, len(lists)
+        self._failed: list[int] = []
+        self._lock = threading.Lock()
+        self._link_busy_s = 0.0
+        self._in_place_busy_s = 0.0
+        self._room = True
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._back - self._front + len(self._failed)
+
+    def for_link(self, most: int) -> list[int]:
+        """Take at most ``most`` lists from the front, as far as the link should go; say `moved` when they have come."""
+        with self._lock:
+            count = min(most, self._share_of_link())
+            taken = slice(self._front, self._front + count)
+            self._front += count
+            self._link_busy_s += float(self._link_s[taken].sum())
+            return self._row[taken]
+
+    def moved(self, busy: bool) -> None:
+        """Some that the link took have ended; whether it still has others."""
+        with self._lock:
+            self._link_busy_s = self._link_busy_s / 2 if busy else 0.0
+
+    def refused(self, lists: Sequence[int]) -> None:
+        """There was no room for these of what the link took last: they are scored in place, unless room comes before."""
+        with self._lock:
+            for list_no in reversed(lists):
+                # Back to the front; what did find room changes places with it, and so stays out of the row.
+                self._front -= 1
+                place = self._row.index(list_no, 0, self._front + 1)
+                for row in (self._row, self._link_s, self._in_place_s):
+                    row[place], row[self._front] = row[self._front], row[place]
+            self._room = False
+
+    def room(self) -> None:
+        """There may be room again."""
+        with self._lock:
+            self._room = True
+
+    def failed(self, lists: Sequence[int]) -> None:
+        """These could not be moved; they are scored in place."""
+        with self._lock:
+            self._failed.extend(lists)
+
+    def in_place(self) -> list[int]:
+        """Take half of what scoring in place should do, from the back; when that is scored, ask again.
+
+        All of it, if the link gets nothing, or could not even begin in that time.
+        """
+        with self._lock:
+            self._in_place_busy_s = 0.0
+            share = self._back - self._front - self._share_of_link()
+            rest_s = float(self._in_place_s[self._front : self._back].sum())
+            at_once = self.ends is Ends.IN_PLACE or rest_s <= self._latency_s
+            count = share if at_once else min(share, max(self._grain, -(-share // 2)))
+            taken = slice(self._back - count, self._back)
+            self._back -= count
+            self._in_place_busy_s = float(self._in_place_s[taken].sum())
+            failed, self._failed = self._failed, []
+            return self._row[taken] + failed
+
+    def _share_of_link(self) -> int:
+        if not self._room or self.ends is Ends.IN_PLACE:
+            return 0
+        if self.ends is Ends.LINK:
+            return self._back - self._front
+        if self._link_takes is not None:
+            return max(min(self._link_takes, self._back) - self._front, 0)
+        rest = slice(self._front, self._back)
+        link_busy_s = self._latency_s + self._link_busy_s
+        return share_of_link(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s)

@@ -1,1 +1,0 @@
-"""Scheduling: which queries run together, in what order, and on which replica."""

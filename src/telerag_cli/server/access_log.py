@@ -1,0 +1,208 @@
+"""The server's log: a line for each request, each failure, and each warning of a library, as text or as JSON.
+
+Nothing that a client wrote can end a line or change how a terminal shows it. Questions, answers and query strings are
+not in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", "/telerag/state", "/page/{name}"})
+"""Asked for every few seconds by machines, or many times by the page; a line each would bury the rest."""
+
+MAX_VALUE = 400
+"""Characters of a value in a request's line; a path can be as long as a client likes."""
+
+CLIENT_CLOSED = 499
+"""The status that is logged where the client left before it had one; it never goes over the wire."""
+
+_BEFORE_TRACE = "    | "
+"""Begins a traceback's lines in text, so that an error's message cannot pass for a line of the log."""
+
+
+class LogFormat(StrEnum):
+    """How a line looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class Outcome(StrEnum):
+    """How a request ended."""
+
+    DONE = "done"
+    REFUSED = "refused"
+    """It was not begun: it is wrong, not allowed, or there is no room for it now."""
+    CANCELLED = "cancelled"
+    """The client left."""
+    TIMEOUT = "timeout"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A request that has ended."""
+
+    request_id: str
+    client: str
+    """Its address, without the port."""
+    method: str
+    path: str
+    """The route's template; for what no route answered, the path. Never with a query string."""
+    status: int
+    duration_s: float
+    outcome: Outcome | str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What its route notes: counts and times, nothing that was asked or answered."""
+
+
+class AccessLog:
+    """Writes lines; from any thread, as far as ``write`` can."""
+
+    def __init__(
+        self, write: Callable[[str], None], form: LogFormat = LogFormat.TEXT, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Begin.
+
+        Args:
+            write: takes one entry without its last line end. It must write it as a whole, because threads log too.
+            form: how a line looks.
+            clock: seconds since 1970.
+        """
+        self._write = write
+        self._form = form
+        self._clock = clock
+        self.messages: logging.Handler = _Messages(self)
+        """Takes what libraries log, from warnings up; see `capturing`."""
+
+    def request(self, served: Served) -> None:
+        """Note a request; one to `QUIET_PATHS` only if it failed, and that the server is not ready yet is no failure."""
+        if served.path in QUIET_PATHS and (served.status < 400 or served.status == 503):
+            return
+        entry = {
+            "request_id": served.request_id,
+            "client": served.client,
+            "method": served.method,
+            "path": served.path,
+            "status": served.status,
+            "duration_s": served.duration_s,
+            "outcome": str(served.outcome),
+        }
+        more = {name: value for name, value in served.details.items() if name not in entry}
+        entry = {name: _short(value) for name, value in (entry | more).items()}
+        level = _LEVELS.get(served.outcome, "info") if served.status != 503 else "warning"
+        if self._form is LogFormat.JSON:
+            self._json(level, "request", entry)
+            return
+        bare = ("request_id", "client", "method", "path", "status")
+        head = " ".join(_shown(entry.pop(name)) for name in bare)
+        took = f"{entry.pop('duration_s'):.3f}s"
+        tail = " ".join(f"{escaped(name)}={_shown(value)}" for name, value in entry.items() if value is not None)
+        self._text(level, f"{head} {took} {tail}")
+
+    def failure(self, request_id: str, error: BaseException) -> None:
+        """Note an error that nobody expected, with its traceback."""
+        entry = {"request_id": request_id, "message": f"{type(error).__name__}: {error}"}
+        self._told("error", "failure", request_id, entry, _trace(error))
+
+    def message(self, record: logging.LogRecord) -> None:
+        """Note what a library logs."""
+        entry = {"logger": record.name, "message": record.getMessage().rstrip()}
+        error = record.exc_info[1] if record.exc_info else None
+        self._told(record.levelname.lower(), "log", record.name, entry, _trace(error) if error else "")
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """While the block runs, what libraries log and warn of comes here: uvicorn's messages and Python's warnings among them."""
+        root = logging.getLogger()
+        root.addHandler(self.messages)
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            root.removeHandler(self.messages)
+
+    def _told(self, level: str, event: str, whose: str, entry: dict[str, Any], trace: str) -> None:
+        if self._form is LogFormat.JSON:
+            self._json(level, event, entry | ({"traceback": trace} if trace else {}))
+            return
+        lines = [f"{escaped(whose)}: {escaped(entry['message'])}"]
+        lines += [_BEFORE_TRACE + escaped(line) for line in trace.splitlines()]
+        self._text(level, "\n".join(lines))
+
+    def _json(self, level: str, event: str, entry: Mapping[str, Any]) -> None:
+        # In ASCII, so that all that could move a terminal is escaped.
+        head = {"time": self._now(), "level": level, "event": event}
+        self._out(
+            json.dumps({**head, **entry, **head}, default=str)
+        )  # what a route notes takes the place of none of these
+
+    def _text(self, level: str, line: str) -> None:
+        self._out(f"{self._now()} {level.upper():7} {line}")
+
+    def _now(self) -> str:
+        now = datetime.fromtimestamp(self._clock(), UTC)
+        return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    def _out(self, line: str) -> None:
+        # Nobody reads the log any more, and there is no other place to say so; requests go on.
+        with contextlib.suppress(OSError):
+            self._write(line)
+
+
+class _Messages(logging.Handler):
+    """Hands log records to the log."""
+
+    def __init__(self, log: AccessLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._log.message(record)
+        except Exception:
+            self.handleError(record)
+
+
+_LEVELS: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
+
+
+def escaped(text: str) -> str:
+    r"""A text on one line and without effect on a terminal: ``\n`` for a line end, ``\\`` for ``\``. Different texts stay different."""
+    return "".join(
+        char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _short(value: Any) -> Any:
+    """A value as a line holds it: numbers to a microsecond, texts not too long."""
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if value is None or isinstance(value, int):  # bool too
+        return value
+    text = str(value)
+    return text if len(text) <= MAX_VALUE else text[: MAX_VALUE - 1] + "…"
+
+
+def _shown(value: Any) -> str:
+    """A value in a line of text: in quotes if it has spaces, quotes or ``=`` in it."""
+    text = escaped(str(value).lower() if isinstance(value, bool) else str(value))
+    if text and not set(text) & {" ", '"', "="}:
+        return text
+    return '"' + text.replace('"', '\\"') + '"'
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()

@@ -1,0 +1,197 @@
+"""A server's life: it listens, loads, answers, drains and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from enum import StrEnum
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.scheduler import Scheduler
+from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.server.service import Service
+
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are taken."""
+KEPT_S = 5
+"""For which a connection may be idle between two requests."""
+
+
+class Ended(StrEnum):
+    """Why a server has ended."""
+
+    INTERRUPTED = "interrupted"
+    """By Ctrl-C."""
+    TERMINATED = "terminated"
+    """By a service manager."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a server answers with."""
+
+    engine: Engine
+    scheduler: Scheduler
+    at_once: int
+
+
+Load = Callable[[], AbstractContextManager[Loaded]]
+"""Opens everything; called and entered in a thread, and left in the main one."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, that does not listen yet; port 0 is any that is free.
+
+    Raises:
+        UsageError: the host is none of this machine.
+        ResourceError: the port is taken, or not for this user.
+    """
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise UsageError(
+            f"--host {host} is no address: {error.strerror}.",
+            remedy="Give an address of this machine, like 127.0.0.1 or 0.0.0.0.",
+        ) from error
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise ResourceError(
+            f"{host} port {port} cannot be listened at: {(error.strerror or str(error)).lower()}.",
+            remedy="Choose another --port or --host; --port 0 takes any that is free.",
+        ) from error
+    return made
+
+
+def address_of(listening: socket.socket) -> str:
+    """The server's address for a browser on this machine."""
+    host, port = listening.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+class Serving:
+    """One run of a server, from listening to the end."""
+
+    def __init__(
+        self, app: ASGIApp, service: Service, load: Load, *, drain_s: float, tell: Callable[[str], None]
+    ) -> None:
+        """Get ready.
+
+        Args:
+            app: what answers requests.
+            service: is opened once everything is loaded.
+            load: opens everything.
+            drain_s: for which requests under way may go on once the server is to end.
+            tell: takes what somebody who waits for the server wants to know.
+        """
+        self._service = service
+        self._load = load
+        self._tell = tell
+        self._drain_s = drain_s
+        self._ended: Ended | None = None
+        self._server = uvicorn_server(app, drain_s)
+
+    def run(self, listening: socket.socket) -> Ended:
+        """Serve until a signal says otherwise. A first one drains, a second one ends at once.
+
+        Raises:
+            TeleragError: something could not be loaded.
+        """
+        with ExitStack() as opened:
+            asyncio.run(self._live(listening, opened))
+        assert self._ended
+        return self._ended
+
+    async def _live(self, listening: socket.socket, opened: ExitStack) -> None:
+        listening.listen(BACKLOG)
+        with self._signals():
+            serving = asyncio.create_task(self._server.serve([listening]))
+            try:
+                # Not to be interrupted half way: what is opened must be closed.
+                loaded = await asyncio.to_thread(opened.enter_context, self._load())
+                if self._ended is None:
+                    await self._service.warm_up(loaded.engine)
+                    self._service.open(loaded.engine, loaded.scheduler, loaded.at_once)
+                    self._tell(f"Ready at {address_of(listening)}")
+                    notify("READY=1")
+                await serving
+            finally:
+                self._server.should_exit = True
+                await asyncio.gather(serving, return_exceptions=True)
+                await self._service.close()
+
+    def end(self, why: Ended) -> None:
+        """Begin to end, or end at once if that has begun; from the event loop's thread."""
+        if self._ended is not None:
+            self._tell("Ending at once.")
+            self._server.force_exit = True
+            return
+        self._ended = why
+        notify("STOPPING=1")
+        self._service.draining = True
+        self._server.should_exit = True
+        if under_way := self._service.under_way:
+            self._tell(
+                f"Stopping: {under_way} requests under way have {self._drain_s:g} s to end; once more ends them now."
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        meanings = {signal.SIGINT: Ended.INTERRUPTED, signal.SIGTERM: Ended.TERMINATED}
+        for number, why in meanings.items():
+            loop.add_signal_handler(number, self.end, why)
+        try:
+            yield
+        finally:
+            for number in meanings:
+                loop.remove_signal_handler(number)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which leaves signals to us: it would raise them again at the end, and so choose the exit code."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override, unused-ignore]
+        yield
+
+
+def uvicorn_server(app: ASGIApp, drain_s: float) -> uvicorn.Server:
+    """A server that has not begun, and that gives requests under way so many seconds once it is to end."""
+    return _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=KEPT_S,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=max(round(drain_s), 1),
+        )
+    )
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it is what started this process; see sd_notify(3)."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.connect("\0" + address[1:] if address.startswith("@") else address)
+        channel.sendall(state.encode())

@@ -1,0 +1,406 @@
+"""What stands behind the routes: the engine once it is there, the desk before it, and how one question is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+from telerag_cli.config import Lookahead
+from telerag_cli.engine.company import Company
+from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.lines import answer_body
+from telerag_cli.engine.scheduler import Scheduler
+from telerag_cli.engine.session import Settings
+from telerag_cli.engine.snapshot import snapshot
+from telerag_cli.errors import UsageError
+from telerag_cli.llm.base import Message, Request
+from telerag_cli.pipelines.base import ANSWER, Pipeline, Rag
+from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, in_conversation, recalled
+from telerag_cli.pipelines.found import Answer
+from telerag_cli.pipelines.observed import Listener, with_events
+from telerag_cli.pipelines.registry import PipelineName, make_pipeline, options
+from telerag_cli.server.admission import AdmissionQueue, QueueFullError
+from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError
+from telerag_cli.server.metrics import Metrics, State
+from telerag_cli.server.protocol import shortened
+from telerag_cli.server.timeline import timeline
+from telerag_cli.tracing import Span
+
+T = TypeVar("T")
+
+WITHOUT_LOOKAHEAD = PipelineName.NAIVE
+"""It writes nothing before it retrieves."""
+REMEMBERED = 32
+"""Answers whose times say how long those who wait will probably wait."""
+MAX_RETRY_S = 60
+"""OpenAI's clients heed no longer one."""
+LOADING_RETRY_S = 5
+RATES_S = 10.0
+
+
+class Status(StrEnum):
+    """Where a server is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a server takes on."""
+
+    queue: int = 64
+    """Requests that may wait."""
+    request_s: float = 300.0
+    """That one may take, waiting included."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and how it is to be answered."""
+
+    pipeline: PipelineName
+    question: str
+    settings: Settings
+    turns: Sequence[Turn] = ()
+    """Said before it."""
+    wants_timeline: bool = False
+    fresh: bool = False
+    """Whether it is to find nothing that is kept of earlier questions."""
+
+
+class Watcher(Listener, Protocol):
+    """Is told, in the event loop, what becomes of a question; `wrote` is called from any thread."""
+
+    def queued(self, before: int) -> None:
+        """It waits, and so many were there before it."""
+
+    def wrote(self, stage: str, text: str) -> None:
+        """All that a stage has written so far; must return quickly."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer, and how it came about as JSON."""
+
+    answered: Answered
+    about: dict[str, Any]
+    waited_s: float
+    first_s: float
+    """Until the answer's first text, from when the request came."""
+
+
+@dataclass(frozen=True)
+class _Open:
+    """What there is when everything is loaded."""
+
+    engine: Engine
+    desk: AdmissionQueue
+
+
+@dataclass
+class Service:
+    """One server's engine and everything about it. For one event loop."""
+
+    pipelines: dict[PipelineName, Pipeline]
+    limits: Limits
+    metrics: Metrics
+    version: str
+    draining: bool = False
+    started_s: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+    _open: _Open | None = None
+    _beside: int = 0
+    """Requests under way that need no seat."""
+    _took_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+
+    def __post_init__(self) -> None:
+        self.metrics.watch(self._watched)
+
+    # What there is
+
+    @property
+    def status(self) -> Status:
+        """Where it is in its life."""
+        if self.draining:
+            return Status.DRAINING
+        return Status.READY if self._open else Status.LOADING
+
+    def require_ready(self) -> None:
+        """Refuse a request that cannot be taken on now; raises ApiError with status 503."""
+        self._opened()
+
+    @property
+    def engine(self) -> Engine:
+        """What answers; raises ApiError with status 503 as long as it is not there."""
+        return self._opened().engine
+
+    @property
+    def embedder_name(self) -> str:
+        """The embedder as a model's name."""
+        return _embedder_name(self.engine)
+
+    @property
+    def models(self) -> list[str]:
+        """Names that requests may give: the pipelines, and the embedder."""
+        return [*(name.model for name in self.pipelines), self.embedder_name]
+
+    def pipeline_of(self, model: str) -> PipelineName:
+        """The pipeline that a model's name stands for; raises ApiError as OpenAI does for a model that is none."""
+        for name in self.pipelines:
+            if model == name.model:
+                return name
+        if model == self.embedder_name:
+            raise ApiError(
+                404, f"The model `{model}` makes embeddings and does not answer.", param="model", code="model_not_found"
+            )
+        raise no_model(model)
+
+    # Its life
+
+    async def warm_up(self, engine: Engine) -> None:
+        """Have the LLM read and write, and the index searched, once, so that the first question finds all pages in memory."""
+        await engine.generator.generate(Request([Message("user", "Hello")], max_tokens=1))
+        await engine.shared.retrievals.find(["warm up"], [])
+
+    def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
+        """Begin to answer."""
+        self._open = _Open(engine, AdmissionQueue(scheduler, at_once, self.limits.queue))
+
+    async def close(self) -> None:
+        """Take no more requests. The engine stays the caller's."""
+        self.draining = True
+        if self._open:
+            await self._open.desk.close()
+
+    @property
+    def under_way(self) -> int:
+        """Questions that are being answered, or wait."""
+        return self._open.desk.running + self._open.desk.waiting if self._open else 0
+
+    def state(self) -> dict[str, Any]:
+        """What a person who watches wants to know."""
+        rates = self.metrics.rates(RATES_S)
+        made: dict[str, Any] = {
+            "status": self.status.value,
+            "version": self.version,
+            "uptime_s": round(time.monotonic() - self.started_s, 1),
+            "model": None,
+            "embedder": None,
+            "queue": None,
+            "llm": None,
+            "index": None,
+            "arena": None,
+            "lookahead": None,
+            "rates": {
+                "window_s": RATES_S,
+                "requests_per_s": rates.requests_per_s,
+                "tokens_per_s": rates.tokens_per_s,
+                "link_bytes_per_s": rates.link_bytes_per_s,
+                "hit_ratio": rates.hit_ratio,
+            },
+        }
+        if self._open is None:
+            return made
+        engine, desk = self._open.engine, self._open.desk
+        now, index = snapshot(engine), engine.retriever.index
+        return made | {
+            "model": engine.generator.name,
+            "embedder": _embedder_name(engine),
+            "queue": {"running": desk.running, "waiting": desk.waiting, "limit": desk.limit, "at_once": desk.at_once},
+            "llm": {"slots": now.slots, "running": now.running, "waiting": now.waiting},
+            "index": {
+                "passages": index.manifest.ntotal,
+                "lists": index.manifest.nlist,
+                "bytes": int(index.list_bytes.sum()),
+            },
+            "arena": {
+                "bytes": now.arena_bytes,
+                "resident_bytes": now.resident_bytes,
+                "moving_bytes": now.moving_bytes,
+                "lists_resident": now.lists_resident,
+                "lists_moving": now.lists_moving,
+                "references": now.references,
+            },
+            "lookahead": {"rounds": now.rounds},
+        }
+
+    # Its work
+
+    async def answer(self, asked: Asked, watcher: Watcher) -> Outcome:
+        """Answer a question. If cancelled, nothing of it is left in the engine.
+
+        Raises:
+            ApiError: the queue is full, the time is over, or the server is not ready.
+            TeleragError: it cannot be answered.
+        """
+        opened = self._opened()
+        engine, desk = opened.engine, opened.desk
+        came_s = time.perf_counter()
+        try:
+            async with asyncio.timeout(self.limits.request_s) as limit:
+                groups = asked.settings.lookahead is not Lookahead.OFF and (
+                    bool(asked.turns) or asked.pipeline is not WITHOUT_LOOKAHEAD
+                )
+                watcher.queued(desk.waiting)
+                with contextlib.ExitStack() as listening:
+                    # From before the seat: lookahead for this question may begin with that of others beside it.
+                    spans = listening.enter_context(engine.tracer.listening()) if asked.wants_timeline else []
+                    async with desk.seat(asked.question, groups=groups) as seat:
+                        outcome = await self._ask(engine, asked, watcher, seat.company, came_s, spans)
+        except QueueFullError:
+            self.metrics.rejected("queue")
+            raise self._busy(desk) from None
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._too_late() from None
+        except asyncio.CancelledError:
+            self.metrics.ended("cancelled")
+            raise
+        except Exception:
+            self.metrics.ended("failed")
+            raise
+        took_s = time.perf_counter() - came_s
+        self._took_s.append(took_s - outcome.waited_s)
+        self.metrics.answered(
+            asked.pipeline.model,
+            outcome.answered,
+            waited_s=outcome.waited_s,
+            first_token_s=outcome.first_s,
+            took_s=took_s,
+            finish_reason=outcome.answered.finish_reason,
+        )
+        return outcome
+
+    async def within(self, work: Coroutine[Any, Any, T]) -> T:
+        """What the work of a request that needs no seat gives, in the time that a request may take.
+
+        Raises:
+            ApiError: the time is over, or as many such requests are under way as questions may wait.
+        """
+        desk = self._opened().desk
+        if self._beside >= max(self.limits.queue, 1):
+            work.close()
+            self.metrics.rejected("queue")
+            raise self._busy(desk)
+        self._beside += 1
+        try:
+            async with asyncio.timeout(self.limits.request_s) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise self._too_late() from None
+        finally:
+            self._beside -= 1
+
+    async def _ask(
+        self, engine: Engine, asked: Asked, watcher: Watcher, company: Company, came_s: float, spans: Sequence[Span]
+    ) -> Outcome:
+        standalone = asked.question
+        first_s: float | None = None
+
+        def watch(stage: str, text: str) -> None:
+            nonlocal first_s
+            if first_s is None and stage == ANSWER and text.strip():
+                first_s = time.perf_counter() - came_s
+            watcher.wrote(stage, text)
+
+        async def understood(rag: Rag, question: str) -> Answer:
+            nonlocal standalone
+            standalone = question
+            return await self.pipelines[asked.pipeline](rag, question)
+
+        room = engine.generator.context_tokens - REWRITE_TOKENS
+        turns = recalled(asked.turns, asked.question, room, engine.generator.count_tokens)
+        pipeline = with_events(in_conversation(understood, turns), watcher)
+        if asked.fresh:
+            await asyncio.to_thread(engine.forget)
+        began_s = time.perf_counter()
+        answered = await engine.ask(
+            pipeline, asked.question, watch, name=asked.pipeline.value, company=company, settings=asked.settings
+        )
+        ended_s = time.perf_counter()
+        about: dict[str, Any] = {
+            "question": asked.question,
+            **({"standalone": standalone} if standalone != asked.question else {}),
+            **answer_body(answered, asked.pipeline, asked.settings.lookahead),
+        }
+        for passage, hit in zip(about["passages"], answered.found, strict=True):
+            passage["title"] = hit.passage.name
+        if asked.wants_timeline:
+            about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
+        return Outcome(answered, about, began_s - came_s, first_s if first_s is not None else ended_s - came_s)
+
+    def _opened(self) -> _Open:
+        if self._open and not self.draining:
+            return self._open
+        self.metrics.rejected("not_ready")
+        code, message = (
+            ("stopping", "The server is stopping and takes no more requests.")
+            if self.draining
+            else ("loading", "The server is still loading its model and index.")
+        )
+        raise ApiError(503, message, OVERLOADED, code=code, headers={"Retry-After": str(LOADING_RETRY_S)})
+
+    def _too_late(self) -> ApiError:
+        self.metrics.ended("timeout")
+        return ApiError(
+            504,
+            f"The answer was not ready within {self.limits.request_s:g} seconds.",
+            TIMEOUT,
+            code="timeout",
+            headers=DO_NOT_RETRY,
+        )
+
+    def _busy(self, desk: AdmissionQueue) -> ApiError:
+        """What is said when the queue is full; the wait is what those before it will probably take."""
+        mean_s = sum(self._took_s) / len(self._took_s) if self._took_s else 1.0
+        wait_s = min(max(math.ceil(desk.waiting * mean_s / desk.at_once), 1), MAX_RETRY_S)
+        return ApiError(
+            503,
+            f"As many requests are waiting as may, {self.limits.queue}; try again in {wait_s} s.",
+            OVERLOADED,
+            code="queue_full",
+            headers={"Retry-After": str(wait_s)},
+        )
+
+    def _watched(self) -> State | None:
+        if self._open is None:
+            return None
+        return State(self._open.desk.running, self._open.desk.waiting, snapshot(self._open.engine))
+
+
+def _embedder_name(engine: Engine) -> str:
+    """The last part of the embedder's path or repository: a path would tell of the file system."""
+    name = engine.retriever.index.manifest.embedder.model or "embedder"
+    return name.rstrip("/").rpartition("/")[2]
+
+
+def no_model(model: str) -> ApiError:
+    """OpenAI's answer to a model that does not exist."""
+    return ApiError(404, f"The model `{shortened(model)}` does not exist.", param="model", code="model_not_found")
+
+
+def all_pipelines(given: dict[str, Any]) -> dict[PipelineName, Pipeline]:
+    """Every pipeline, with those of these options that it has; None means its own default.
+
+    Raises:
+        UsageError: no pipeline has such an option.
+    """
+    for name, value in given.items():
+        if value is not None and not any(name in options(each) for each in PipelineName):
+            raise UsageError(f"No pipeline has the option {name}.")
+    return {
+        name: make_pipeline(name, **{option: given.get(option) for option in options(name)}) for name in PipelineName
+    }

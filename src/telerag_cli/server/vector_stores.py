@@ -1,0 +1,155 @@
+"""``/v1/vector_stores``: the index as OpenAI's one vector store, whose files are its passages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from telerag_cli.config import Metric
+from telerag_cli.corpus.passages import Passage
+from telerag_cli.engine.retrieval import Retrievals
+from telerag_cli.index.artifact import FloatArray
+from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.server.errors import INVALID, ApiError
+from telerag_cli.server.filters import attributes, passes
+from telerag_cli.server.protocol import (
+    VectorSearchRequest,
+    VectorStore,
+    VectorStoreList,
+    VectorStoreSearchPage,
+    shortened,
+)
+from telerag_cli.server.replies import json_response, note
+from telerag_cli.server.service import Service
+from telerag_cli.server.streams import until_gone
+
+STORE = "vs_telerag"
+DEEPER = 4
+"""How many times as deep each further look goes."""
+PIECE = 128
+"""Passages read at once; others search between two pieces."""
+StoreId = Annotated[str, Path(json_schema_extra={"enum": [STORE]})]
+
+
+def router(service: Service) -> APIRouter:
+    """The routes."""
+    routes = APIRouter(tags=["Retrieval"])
+
+    @routes.get("/v1/vector_stores", response_model=VectorStoreList)
+    async def list_vector_stores(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: str | None = None,
+        before: str | None = None,
+    ) -> dict[str, Any]:
+        """All vector stores: there is one, and nothing before or after it."""
+        service.require_ready()
+        stores = [] if after or before else [_described(service)]
+        only = STORE if stores else None
+        return {"object": "list", "data": stores, "first_id": only, "last_id": only, "has_more": False}
+
+    @routes.get("/v1/vector_stores/{vector_store_id}", response_model=VectorStore)
+    async def retrieve_vector_store(vector_store_id: StoreId) -> dict[str, Any]:
+        """One of them."""
+        service.require_ready()
+        _check_store(vector_store_id)
+        return _described(service)
+
+    @routes.post("/v1/vector_stores/{vector_store_id}/search", response_model=VectorStoreSearchPage)
+    async def search_vector_store(vector_store_id: StoreId, body: VectorSearchRequest, request: Request) -> Response:
+        """Find the passages nearest to a text. Only passages of the lists that the index probes for it are looked at.
+
+        With filters, so many candidates of these lists are looked at until enough have passed or none are left;
+        passages of other lists are not found, even if they pass and nothing else does. A score is the inner product, or
+        1 / (1 + d) where the index compares by squared distance d.
+        """
+        service.require_ready()
+        _check_store(vector_store_id)
+        engine = service.engine
+        finder = engine.shared.retrievals
+        assert isinstance(finder, Retrievals)
+        found = await until_gone(request, service.within(search(finder, engine.retriever.index.manifest.metric, body)))
+        note(request, outcome="done")
+        page = {
+            "object": "vector_store.search_results.page",
+            "search_query": body.queries,
+            "data": list(map(_result, found)),
+            "has_more": False,
+            "next_page": None,
+        }
+        return json_response(page)
+
+    return routes
+
+
+async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) -> list[Retrieved]:
+    """The best passages for a request that pass its filter and threshold, with scores as clients see them.
+
+    Raises:
+        TeleragError: a list or a passage could not be read.
+    """
+    options = body.ranking_options
+    threshold = options.score_threshold if options else None
+    passing: dict[int, Passage | None] = {}
+    """Of the rows that were read: the passage if it passes."""
+    k = body.max_num_results
+    while True:
+        ranking = await finder.rank(body.queries, k)
+        scores = shown_scores(ranking.scores, metric)
+        near = len(scores) if threshold is None else int((scores >= threshold).sum())
+        hits = list(zip(ranking.rows[:near].tolist(), scores[:near].tolist(), strict=True))
+        found: list[Retrieved] = []
+        for start in range(0, near, PIECE):
+            piece = hits[start : start + PIECE]
+            if new := [row for row, _score in piece if row not in passing]:
+                for row, read in zip(new, await finder.read(new), strict=True):
+                    passing[row] = read if passes(body.filters, attributes(read.metadata)) else None
+            found += [Retrieved(passage, *hit) for hit in piece if (passage := passing[hit[0]]) is not None]
+            if len(found) >= body.max_num_results:
+                return found[: body.max_num_results]
+        if len(scores) < k or near < len(scores):
+            return found
+        k *= DEEPER
+
+
+def shown_scores(scores: FloatArray, metric: Metric) -> npt.NDArray[np.float64]:
+    """Scores of which larger is nearer: inner products as they are, squared distances d as 1 / (1 + d)."""
+    exact = scores.astype(np.float64)
+    return exact if metric is Metric.IP else 1 / (1 + np.maximum(exact, 0))
+
+
+def _result(hit: Retrieved) -> dict[str, Any]:
+    passage = hit.passage
+    return {
+        "file_id": passage.id,
+        "filename": passage.name,
+        "score": hit.score,
+        "attributes": attributes(passage.metadata),
+        "content": [{"type": "text", "text": passage.text}],
+    }
+
+
+def _check_store(name: str) -> None:
+    if name != STORE:
+        raise ApiError(404, f"No vector store found with id '{shortened(name)}'.", INVALID)
+
+
+def _described(service: Service) -> dict[str, Any]:
+    index = service.engine.retriever.index
+    passages = index.manifest.ntotal
+    return {
+        "id": STORE,
+        "object": "vector_store",
+        "created_at": int(service.started_at),
+        "name": "telerag",
+        "usage_bytes": int(index.list_bytes.sum()),
+        "status": "completed",
+        "expires_after": None,
+        "expires_at": None,
+        "file_counts": {"in_progress": 0, "completed": passages, "failed": 0, "cancelled": 0, "total": passages},
+        "last_active_at": None,
+        "metadata": {},
+    }
