@@ -8,6 +8,7 @@
     ├── ModelError               exit 1: a model cannot be found, loaded or used for this
     └── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
 
+Every class has a stable ``code`` for programs: library callers, output lines and tests.
 A message is one sentence with both values (what was found, what was expected); ``remedy`` is what to do.
 `assert` is for our own invariants and never for what a user can cause.
 """
@@ -25,6 +26,7 @@ class TeleragError(Exception):
     """Base of all errors shown to a user without a traceback."""
 
     exit_code = EXIT_FAILED
+    code = "failed"
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
         super().__init__(message)
@@ -39,23 +41,34 @@ class UsageError(TeleragError):
     """The options contradict each other or the data."""
 
     exit_code = EXIT_USAGE
+    code = "usage"
 
 
 class InputError(TeleragError):
     """A source file, a line of it, or a question cannot be used."""
 
+    code = "input"
+
 
 class ContextError(InputError):
     """A prompt and its answer are longer than the LLM's context."""
+
+    code = "context_length"
 
 
 class ArtifactError(TeleragError):
     """An artifact on disk is missing, incomplete, damaged or does not belong here."""
 
+    code = "artifact"
+
 
 class ModelError(TeleragError):
     """A model is missing, cannot be loaded, or does not fit the artifact."""
 
+    code = "model"
+
 
 class ResourceError(TeleragError):
     """Memory, disk or a device is short of what was asked for."""
+
+    code = "resource"

@@ -22,14 +22,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import typer
-from golden_world import QUESTIONS, documents, fingerprint, language_model, long_text
 from typer.testing import CliRunner
+
+from golden_world import QUESTIONS, documents, fingerprint, language_model, long_text
 
 pytestmark = pytest.mark.model
 
 # All that these tests know of the program's inside.
 PROGRAM = [sys.executable, "-m", "telerag_cli"]
-APP = ("telerag_cli.app", "app")
+APP = ("telerag_cli.cli.app", "app")
 
 GOLDENS = Path(__file__).parent / "goldens"
 UPDATE = os.environ.get("TELERAG_UPDATE_GOLDENS") == "1"
@@ -65,10 +66,7 @@ def telerag(*arguments, stdin=None, code=0):
 def lasting(value):
     """What differs from run to run is there and nothing more; numbers are rounded."""
     if isinstance(value, dict):
-        return {
-            name: "#" if name.endswith("_s") or name in TIMELY else lasting(item)
-            for name, item in value.items()
-        }
+        return {name: "#" if name.endswith("_s") or name in TIMELY else lasting(item) for name, item in value.items()}
     if isinstance(value, list):
         return [lasting(item) for item in value]
     return round(value, 5) if isinstance(value, float) else value
@@ -98,9 +96,7 @@ def check(name, found, close=CLOSE):
     path = GOLDENS / name
     if UPDATE:
         GOLDENS.mkdir(exist_ok=True)
-        path.write_text(
-            found if isinstance(found, str) else json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-        )
+        path.write_text(found if isinstance(found, str) else json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     wanted = path.read_text()
     if isinstance(found, str):
         assert found == wanted
@@ -350,14 +346,7 @@ def test_the_program_runs_as_a_module():
 
 
 def test_there_is_no_golden_file_that_nothing_checks():
-    known = {
-        "bytes.json",
-        "bytes-everywhere.json",
-        "chat.txt",
-        "chat-saved.json",
-        "chat-saved.md",
-        "commands.json",
-    }
+    known = {"bytes.json", "bytes-everywhere.json", "chat.txt", "chat-saved.json", "chat-saved.md", "commands.json"}
     known |= {"descriptions.json", "http.json", "openapi.json", "passages.json", "sizes.json", "vectors.npy"}
     known |= {f"search-{name}.json" for name in INDEXES} | {f"run-{name}.json" for name in PIPELINES}
     assert {path.name for path in GOLDENS.iterdir()} == known

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from telerag_cli import __version__, console
+from telerag_cli import __version__
+from telerag_cli.cli import console
 from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
 from telerag_cli.cli.options import MaxWaitOption
 from telerag_cli.cli.scheduling import Together

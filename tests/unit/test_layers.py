@@ -163,7 +163,7 @@ def test_only_what_opens_a_tier_knows_of_devices():
         for _line, name in imports(ast.parse(path.read_text()))
         if name.startswith("telerag_cli.tiers.cuda")
     }
-    assert users == {"engine/placement.py", "engine/llm.py", "engine/survey.py"}
+    assert users == {"engine/tier_plan.py", "engine/llm_plan.py", "engine/survey.py"}
 
 
 def test_click_is_never_imported():

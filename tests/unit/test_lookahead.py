@@ -20,7 +20,6 @@ from telerag_cli.prefetch.order import (
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tiers.arena import Arena
-from telerag_cli.tiers.base import Prefetched
 from telerag_cli.tiers.cache import make_policy
 from telerag_cli.tiers.residency import Residency, State
 
@@ -82,28 +81,7 @@ def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     assert priority[3] == priority.min()
 
 
-class StubTier:
-    """Starts moves and leaves their end to the test."""
-
-    def __init__(self, nlist, depth, full=False):
-        self.nlist, self.depth, self.full = nlist, depth, full
-        self.list_bytes = np.full(nlist, PAGE_BYTES)
-        self.gone = np.ones(nlist, np.bool_)
-        self.started = []
-
-    def absent(self):
-        return self.gone
-
-    def prefetch(self, lists, protected, priority, arrived):
-        if self.full:
-            return Prefetched([], full=True)
-        self.gone[lists] = False
-        self.started.extend((list_no, arrived) for list_no in lists)
-        return Prefetched(list(lists), full=False)
-
-    def finish(self, position):
-        list_no, arrived = self.started[position]
-        arrived([list_no], None)
+from doubles import StubTier
 
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():

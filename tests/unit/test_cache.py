@@ -1,16 +1,14 @@
 """Cache policies by themselves, in the accounting, in the study that compares them, and in ``bench cache``."""
 
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from animals import TEXTS, WordHashes, World
-from cache_study import STAY, TRACES, Counted, bound, candidates, replay, trace
 from telerag_cli.bench.answering import Ask
 from telerag_cli.bench.caching import cache, sequence
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
@@ -22,13 +20,10 @@ from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions
 from telerag_cli.errors import EXIT_USAGE, UsageError
 from telerag_cli.index.passages import Passages
-from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
-from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import Frequency, make_policy
-from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.residency import Residency, State
 
 KEEPING = [kind for kind in CacheKind if kind is not CacheKind.NONE]
@@ -122,108 +117,6 @@ def rounds(draw):
     orders = [np.array(order) for order, _lists in asked]
     some = [place for place, lists in enumerate(wanted) if len(lists)]
     return list_bytes, pages * PAGE_BYTES, [orders[place] for place in some], [wanted[place] for place in some]
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    made=rounds(), kind=st.sampled_from(CacheKind), fraction=st.floats(0, 1), budget=st.sampled_from([0.0, 0.5, 2.0])
-)
-def test_rounds_keep_the_accounts_whatever_the_policy(made, kind, fraction, budget):
-    list_bytes, arena_bytes, orders, probes = made
-    if not probes:
-        return
-
-    class Checked(type(make_policy(kind, 1))):
-        """Checks the accounts of all that happened since the last round."""
-
-        def new_round(self):
-            super().new_round()
-            held[-1].check_integrity()
-            assert not held[-1].references.any()
-            assert not (held[-1].state == State.MOVING).any()
-            assert held[-1].arena.used_bytes <= arena_bytes
-
-    held = []
-
-    class Watched(Residency):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            held.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cache_study.Residency", Watched)
-        counts = replay(list_bytes, Checked(len(list_bytes)), fraction, orders, probes, arena_bytes, budget)
-    held[-1].check_integrity()
-    assert (counts.hits <= counts.wanted).all()
-    assert (counts.hit_bytes <= counts.wanted_bytes).all()
-    assert (counts.ahead_bytes <= np.round(budget * counts.wanted_bytes)).all()
-    if kind is CacheKind.NONE and not budget:
-        assert counts.hits.sum() == 0
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 999), pages=st.integers(3, 14), name=st.sampled_from(sorted(candidates())))
-def test_no_policy_beats_knowing_the_future(seed, pages, name):
-    random = np.random.default_rng(seed)
-    list_bytes = np.full(15, PAGE_BYTES)
-    probes = [np.sort(random.choice(15, 3, replace=False)) for _ in range(30)]
-    orders = [random.permutation(15) for _ in range(30)]
-    make, fraction = candidates()[name]
-    found = replay(list_bytes, make(list_bytes), fraction, orders, probes, pages * PAGE_BYTES, 0.0)
-    assert found.hits.sum() <= bound(list_bytes, orders, probes, pages * PAGE_BYTES, 0.0).hits.sum()
-
-
-def test_the_bound_is_right_where_it_can_be_counted():
-    list_bytes = np.full(4, PAGE_BYTES)
-    probes = [np.array([number]) for number in (0, 1, 2, 0, 1, 3, 0)]
-    orders = [np.arange(4)] * len(probes)
-    # With room for two, 0 and 1 stay and 2 and 3 pass through.
-    assert bound(list_bytes, orders, probes, 2 * PAGE_BYTES, 0.0).hits.tolist() == [0, 0, 0, 1, 1, 0, 1]
-
-
-def test_the_candidate_without_changes_is_the_products_policy():
-    random = np.random.default_rng(3)
-    list_bytes = random.integers(1, 9, 60) * PAGE_BYTES
-    probes = [np.sort(random.choice(60, 8, replace=False)) for _ in range(40)]
-    orders = [random.permutation(60) for _ in range(40)]
-    arguments = (0.5, orders, probes, int(list_bytes.sum() // 3), 0.7)
-    ours, theirs = (
-        replay(list_bytes, policy, *arguments) for policy in (Counted(list_bytes), make_policy(CacheKind.FREQUENCY, 60))
-    )
-    np.testing.assert_array_equal(ours.hits, theirs.hits)
-    np.testing.assert_array_equal(ours.ahead_bytes, theirs.ahead_bytes)
-
-
-@pytest.mark.parametrize("kind", CacheKind)
-def test_the_studys_rounds_are_the_retrievers(tmp_path, kind):
-    world = World(tmp_path / "index")
-    coarse = Coarse(world.index.centroids, world.index.manifest.metric)
-    arena_bytes = int(world.index.list_bytes.sum() // 2)
-    queries = WordHashes().encode_queries(TEXTS[::11])
-    tier = open_host_tier(world.index, coarse, arena_bytes, cache=kind)
-    with closing(Retriever(world.index, coarse, tier)) as retriever:
-        reports = [retriever.search(query[None], 3, 4).report for query in queries]
-    probes = [np.sort(row) for row in coarse.probe(queries, 4)[1]]
-    orders = [coarse.rank(query) for query in queries]
-    counts = replay(
-        world.index.list_bytes, make_policy(kind, world.index.manifest.nlist), 0.5, orders, probes, arena_bytes, 0.0
-    )
-    assert [report.lists_hit for report in reports] == counts.hits.tolist()
-    assert (counts.hits.sum() > 0) == (kind in KEEPING)
-
-
-def test_traces_are_what_they_say():
-    topic = np.arange(200) % 10
-    asked = {name: trace(name, topic, 400, 1) for name in TRACES}
-    assert all(each.shape == (400,) and 0 <= each.min() <= each.max() < 200 for each in asked.values())
-    assert asked["recorded"].tolist() == [number % 200 for number in range(400, 800)]
-    distinct = [len(set(asked[f"zipf {exponent}"].tolist())) for exponent in ("0.6", "1.0", "1.4")]
-    assert distinct == sorted(distinct, reverse=True)
-    bursts = topic[asked["bursts"]]
-    assert (bursts[1:] == bursts[:-1]).mean() == pytest.approx(STAY + (1 - STAY) / 10, abs=0.08)
-    frequent = [np.bincount(topic[part], minlength=10).argmax() for part in np.split(asked["drift"], 4)]
-    assert len(set(frequent)) > 1
-    np.testing.assert_array_equal(asked["topics"], trace("topics", topic, 400, 1))
 
 
 def test_a_skew_draws_the_first_questions_more_often():

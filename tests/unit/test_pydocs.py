@@ -8,7 +8,7 @@ import pytest
 from telerag_cli.corpus import pydocs
 from telerag_cli.errors import InputError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCE = '''"""A module that says of itself what it is good for."""
 
 def plain(a, *, b: int = 2) -> str:

@@ -10,7 +10,7 @@ import pytest
 from telerag_cli.bench.results import Cell, Ratio, SuiteResult
 from telerag_cli.bench_record import record
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name):

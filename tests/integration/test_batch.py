@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from animals import ANIMALS, WordHashes
-from doubles import ChosenLink, answer_in_order, answer_with
+from doubles import ChosenLink, StubTier, answer_in_order, answer_with
 from telerag_cli.config import Lookahead, ScheduleName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.lines import trace_line
@@ -22,7 +22,6 @@ from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tracing import Tracer
-from test_lookahead import StubTier
 
 
 class Taken:

@@ -125,9 +125,7 @@ def reply_to(body):
     chosen = words[number % len(words)]
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
     if not schema:
-        more = "".join(
-            f" Others tell it in {ways} other ways, all of them longer." for ways in range(number % 3)
-        )
+        more = "".join(f" Others tell it in {ways} other ways, all of them longer." for ways in range(number % 3))
         return (
             f"What is known of {chosen} comes from {words[0]} [{number % 3 + 1}]. It has to do with "
             f"{' and '.join(words[:3])} in {number % 97 + 2} ways [{number % 5 + 1}].{more}"
@@ -152,9 +150,7 @@ def cut(text, body):
 class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._begin("application/json")
-        self.wfile.write(
-            json.dumps({"object": "list", "data": [{"id": "golden", "object": "model"}]}).encode()
-        )
+        self.wfile.write(json.dumps({"object": "list", "data": [{"id": "golden", "object": "model"}]}).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -183,13 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._event(choices=[{"index": 0, "delta": delta, "finish_reason": reason, **more}])
 
     def _event(self, **more):
-        chunk = {
-            "id": "chunk",
-            "object": "chat.completion.chunk",
-            "created": 0,
-            "model": "golden",
-            **more,
-        }
+        chunk = {"id": "chunk", "object": "chat.completion.chunk", "created": 0, "model": "golden", **more}
         self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
         self.wfile.flush()
 

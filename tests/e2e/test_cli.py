@@ -12,11 +12,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from telerag_cli import __version__, console, errors
+from telerag_cli import __version__, errors
+from telerag_cli.cli import console
 from telerag_cli.cli.app import app
 from telerag_cli.cli.guard import DEBUG_VARIABLE, guarded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "quickstart",
     "embed",

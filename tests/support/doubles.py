@@ -6,12 +6,13 @@ import time
 
 import numpy as np
 
-from telerag_cli.config import ScheduleName
+from telerag_cli.config import PAGE_BYTES, ScheduleName
 from telerag_cli.engine.batch import LineForm, answer_all
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError
 from telerag_cli.pipelines.registry import make_pipeline
+from telerag_cli.tiers.base import Prefetched
 
 
 def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, answered=(), ordered=False):
@@ -64,3 +65,27 @@ class ChosenLink:
     def close(self):
         for thread in self._threads:
             thread.join()
+
+
+class StubTier:
+    """Starts moves and leaves their end to the test."""
+
+    def __init__(self, nlist, depth, full=False):
+        self.nlist, self.depth, self.full = nlist, depth, full
+        self.list_bytes = np.full(nlist, PAGE_BYTES)
+        self.gone = np.ones(nlist, np.bool_)
+        self.started = []
+
+    def absent(self):
+        return self.gone
+
+    def prefetch(self, lists, protected, priority, arrived):
+        if self.full:
+            return Prefetched([], full=True)
+        self.gone[lists] = False
+        self.started.extend((list_no, arrived) for list_no in lists)
+        return Prefetched(list(lists), full=False)
+
+    def finish(self, position):
+        list_no, arrived = self.started[position]
+        arrived([list_no], None)

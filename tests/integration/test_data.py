@@ -18,7 +18,7 @@ from telerag_cli.datasets.catalogue import Kind, describe, names
 from telerag_cli.datasets.questions import load_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 program = typer.Typer()
 program.add_typer(data.app)

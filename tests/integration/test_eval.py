@@ -20,7 +20,7 @@ from telerag_cli.evaluation.judgements import trec_id
 from telerag_cli.evaluation.passages import measures, score_passages
 from telerag_cli.evaluation.records import Found, Record, names_of, read_asked
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTHON_QA = ROOT / "datasets" / "python_qa.jsonl"
 CAPITALS = [
     ("France", "Paris"),
