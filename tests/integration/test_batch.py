@@ -13,10 +13,11 @@ from doubles import ChosenLink, StubTier, answer_in_order, answer_with
 from telerag_cli.config import Lookahead, ScheduleName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.lines import trace_line
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.question_reader import QuestionReader
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, micro_batch_size
-from telerag_cli.engine.workers import Local, Together
+from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
@@ -169,12 +170,12 @@ MIXED = [f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for ani
 def test_similar_questions_run_together_and_every_question_once(engine_of):
     engine = engine_of(echo)
     embedder = watched(engine)
-    companies = []
+    batches = []
     usual = engine.ask
 
-    def ask(pipeline, question, *, name, company):
-        companies.append(company)
-        return usual(pipeline, question, name=name, company=company)
+    def ask(pipeline, question, *, name, batch):
+        batches.append(batch)
+        return usual(pipeline, question, name=name, batch=batch)
 
     engine.ask = ask
     taken = Taken()
@@ -182,7 +183,7 @@ def test_similar_questions_run_together_and_every_question_once(engine_of):
     summary = answer_with(engine, PipelineName.HYDE, questions_of(*MIXED), taken.outputs, schedule, concurrency=2)
     assert sorted(line["question"] for line in taken.lines) == sorted(MIXED)
     assert (summary.asked, summary.failed) == (6, 0)
-    groups = {tuple(sorted(company._questions)) for company in companies}
+    groups = {tuple(sorted(batch.questions)) for batch in batches}
     assert groups == {tuple(sorted((MIXED[n], MIXED[n + 3]))) for n in range(3)}
     # The scheduler's embeddings serve lookahead too.
     assert sorted(embedder.exact) == sorted(MIXED)
@@ -231,10 +232,10 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
         return await rag.answer(question, found)
 
     worker = Local(engine, other_question, "", 3)
-    together = Together(0, ("Where do cats live?", "Where do owls live?", "Where do cats live?"), None)
+    batch = MicroBatch(("Where do cats live?", "Where do owls live?", "Where do cats live?"))
 
     async def all_members():
-        return await asyncio.gather(*(worker.answer(together, place) for place in range(3)), return_exceptions=True)
+        return await asyncio.gather(*(worker.answer(batch, place) for place in range(3)), return_exceptions=True)
 
     results = asyncio.run(all_members())
     assert [isinstance(result, ModelError) for result in results] == [False, True, False]
@@ -243,7 +244,6 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
     while engine.retriever.rounds and time.monotonic() < deadline_s:
         time.sleep(0.005)
     assert engine.retriever.rounds == 0
-    assert not worker._companies
 
 
 def test_questions_that_come_soon_after_each_other_are_gathered_and_others_not_waited_for():

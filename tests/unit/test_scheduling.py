@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from telerag_cli.config import PlacementName
 from telerag_cli.engine import micro_batches
-from telerag_cli.engine.dispatch import LOOKED_AT, Dispatcher, MicroBatch, ReplicaState
+from telerag_cli.engine.dispatch import LOOKED_AT, Dispatcher, ReplicaState
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.micro_batches import arrival, greedy, likely, similar
 from telerag_cli.engine.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
 
@@ -175,7 +176,7 @@ def test_likely_lists_are_compared_by_their_bytes():
 def batch_of(number, lists=()):
     mask = np.zeros(NLIST, np.bool_)
     mask[list(lists)] = True
-    return MicroBatch(number, (number,), mask)
+    return MicroBatch(number=number, members=(number,), lists=mask)
 
 
 def mask_of(*lists):

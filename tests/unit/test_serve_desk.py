@@ -64,7 +64,7 @@ def test_similar_questions_that_come_together_share_a_company(engine):
         questions = ["cats number 3 live", "bees number 9 eat", "cats number 3 eat", "bees number 9 live"]
         tasks = [asyncio.create_task(sit(desk, each, release, seen=seen)) for each in questions]
         await until(lambda: len(seen) == 4)
-        companies = {question: id(seat.company) for question, seat in seen}
+        companies = {question: id(seat.batch) for question, seat in seen}
         assert companies[questions[0]] == companies[questions[2]]
         assert companies[questions[1]] == companies[questions[3]]
         assert len(set(companies.values())) == 2

@@ -22,12 +22,13 @@ from telerag_cli.bench.simulating.work import Question, copies
 from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.config import CacheKind, Lookahead
 from telerag_cli.engine.batch import LineForm, Outputs, answer_all
-from telerag_cli.engine.dispatch import Dispatcher, MicroBatch, ReplicaState
+from telerag_cli.engine.dispatch import Dispatcher, ReplicaState
 from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.questions import Question as Asked
 from telerag_cli.engine.scheduler import Grouping, Schedule, Scheduler
-from telerag_cli.engine.workers import Local, Together, Worker
+from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index, IntArray
 from telerag_cli.pipelines.base import Pipeline
@@ -141,11 +142,11 @@ class _Noting:
         """The answer to each question, and what it took."""
         self._inside = inside
 
-    async def answer(self, together: Together, place: int) -> Answered:
+    async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
         began_s = time.perf_counter()
-        answered = await self._inside.answer(together, place)
-        self.kept[together.questions[place]] = answered, time.perf_counter() - began_s
+        answered = await self._inside.answer(batch, place)
+        self.kept[batch.questions[place]] = answered, time.perf_counter() - began_s
         return answered
 
     def resident(self) -> BoolArray:
@@ -255,9 +256,8 @@ def assign_s(recorded: Recorded, index: Index, replicas: int) -> float:
     count = max(replicas, 1)
     batches = [
         MicroBatch(
-            number,
-            (number,),
-            np.logical_or.reduce([likely[(number * size + place) % len(likely)] for place in range(size)]),
+            number=number,
+            lists=np.logical_or.reduce([likely[(number * size + place) % len(likely)] for place in range(size)]),
         )
         for number in range(count)
     ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -23,11 +24,12 @@ from telerag_cli.distributed.session import Cluster, unwrapped
 from telerag_cli.engine.assemble import Planning, open_engine, open_index
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions, plan_tier
-from telerag_cli.engine.workers import Local, Together
+from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.index.artifact import Index
+from telerag_cli.index.artifact import FloatArray, Index
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.tiers.residency import BoolArray
 
@@ -161,6 +163,8 @@ class Replica:
     def __init__(self, recipe: Opens, share: Share) -> None:
         self._recipe = recipe
         self._share = share
+        self._batches: WeakValueDictionary[int, MicroBatch] = WeakValueDictionary()
+        """Those that have members here."""
 
     async def open(self) -> About:
         """Be ready."""
@@ -168,10 +172,13 @@ class Replica:
         host = socket.gethostname()
         return About(host, os.getpid(), worker.at_once, tier.arena_bytes, self._opened.tier, tuple(tier.notes))
 
-    async def answer(self, together: Together, place: int) -> tuple[Answered, bytes]:
-        """An answer, and the residency as bits."""
+    async def answer(
+        self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
+    ) -> tuple[Answered, bytes]:
+        """Answer one question of the micro-batch of this number; also return the residency as bits."""
         worker = self._opened.worker
-        answered = await worker.answer(together, place)
+        batch = self._batches.setdefault(number, MicroBatch(questions, vectors, number))
+        answered = await worker.answer(batch, place)
         return answered, np.packbits(worker.resident()).tobytes()
 
     @cached_property
@@ -188,10 +195,10 @@ class Remote:
         self._actor = actor
         self._resident: BoolArray = np.zeros(nlist, np.bool_)
 
-    async def answer(self, together: Together, place: int) -> Answered:
+    async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
         with unwrapped():
-            answered, bits = await self._actor.answer.remote(together, place)
+            answered, bits = await self._actor.answer.remote(batch.number, batch.questions, batch.vectors, place)
         # As of the last answer, so it is stale by what has moved since: a round at most.
         self._resident = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._resident)).astype(np.bool_)
         return answered  # type: ignore[no-any-return]

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from telerag_cli.config import Lookahead
-from telerag_cli.engine.dispatch import MicroBatch, ReplicaState
+from telerag_cli.engine.dispatch import ReplicaState
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.question_reader import QuestionReader
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Scheduler
-from telerag_cli.engine.workers import Together, Worker
+from telerag_cli.engine.workers import Worker
 from telerag_cli.errors import InputError, TeleragError
 from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.retrieval.retriever import JoinReport
@@ -184,7 +185,6 @@ class _Run:
         self._done = take
         self._count = 0
         self._asked: dict[int, Question] = {}
-        self._together: dict[int, Together] = {}
         self._members = [0] * len(workers)
         """Questions under way, by worker."""
         self._left: dict[int, int] = {}
@@ -226,9 +226,7 @@ class _Run:
                 self._done(number, question, InputError(question.problem))
         if new:
             texts = [self._asked[number].text for number in new]
-            made = await asyncio.to_thread(self._scheduler.cut, texts, new)
-            self._together.update((batch.number, together) for batch, together in made)
-            self._scheduler.queue.add(batch for batch, _together in made)
+            self._scheduler.queue.add(await asyncio.to_thread(self._scheduler.cut, texts, new))
 
     def _start(self) -> set[asyncio.Task[None]]:
         """Give the workers as many micro-batches as they can take."""
@@ -246,17 +244,14 @@ class _Run:
             self._under_way[worker][batch.number] = batch
             self._members[worker] += len(batch.members)
             self._left[batch.number] = len(batch.members)
-            together = self._together.pop(batch.number)
-            started |= {
-                asyncio.create_task(self._answer(worker, batch, together, place)) for place in range(len(batch.members))
-            }
+            started |= {asyncio.create_task(self._answer(worker, batch, place)) for place in range(len(batch.members))}
         return started
 
-    async def _answer(self, worker: int, batch: MicroBatch, together: Together, place: int) -> None:
+    async def _answer(self, worker: int, batch: MicroBatch, place: int) -> None:
         number = batch.members[place]
         outcome: Outcome
         try:
-            outcome = await self._workers[worker].answer(together, place)
+            outcome = await self._workers[worker].answer(batch, place)
         except TeleragError as error:
             outcome = error
         finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.placement import Offer, Placement
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.tiers.residency import BoolArray
@@ -16,18 +17,6 @@ LOOKED_AT = 6
 yet where they should go. Source: scripts/schedule_study.py, which hardly changes from 4 to 8."""
 MAX_WAITS = 16
 """Rounds in which a micro-batch may be passed over for a younger one."""
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Queries that run together."""
-
-    number: int
-    """Its own among all."""
-    members: tuple[int, ...]
-    """The queries' places or numbers; whatever the caller knows them by."""
-    lists: BoolArray
-    """Lists that its members will probably probe, shape (nlist,)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
-from telerag_cli.engine.company import Company
 from telerag_cli.engine.forecast import Forecast, Prediction
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
@@ -130,7 +130,7 @@ class Engine:
         watch: Watch | None = None,
         *,
         name: str = "",
-        company: Company | None = None,
+        batch: MicroBatch | None = None,
         settings: Settings | None = None,
     ) -> Answered:
         """Answer one question.
@@ -140,7 +140,7 @@ class Engine:
             question: the question.
             watch: is told what each stage writes, as it writes.
             name: of the pipeline: what is learned of its stages is kept under it.
-            company: the questions that it is answered together with, itself included.
+            batch: the questions that it is answered together with, itself included.
             settings: how to answer this one; ``k`` and ``nprobe`` stay the engine's.
 
         Raises:
@@ -148,12 +148,9 @@ class Engine:
         """
         forecast = Forecast(self.shared.averages, self.shared.planner, name)
         shared = replace(self.shared, settings=settings) if settings else self.shared
-        session = Session(shared, forecast, company or Company([question]), watch)
         started_s = time.perf_counter()
-        try:
+        with batch or MicroBatch((question,)) as together, Session(shared, forecast, together, watch) as session:
             answer = await pipeline(session, question)
-        finally:
-            session.end()
         session.timings["total_s"] = time.perf_counter() - started_s
         text = _before_stop(answer.text, shared.settings.stop)
         return Answered(

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from telerag_cli.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_WAIT_S, DEFAULT_MICRO_BATCH, PlacementName, ScheduleName
-from telerag_cli.engine.dispatch import Dispatcher, MicroBatch
+from telerag_cli.engine.dispatch import Dispatcher
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.micro_batches import HORIZON, arrival, likely, similar
 from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.retrieval import QueryEmbedder
-from telerag_cli.engine.workers import Together
 from telerag_cli.errors import UsageError
 from telerag_cli.index.artifact import FloatArray, IntArray
 
@@ -155,7 +155,7 @@ class Scheduler:
         retriever = engine.retriever
         return cls(schedule, engine.embedder, retriever.nearest, retriever.tier.list_bytes, engine.settings.nprobe, 1)
 
-    def cut(self, questions: Sequence[str], members: Sequence[int]) -> list[tuple[MicroBatch, Together]]:
+    def cut(self, questions: Sequence[str], members: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches of these questions; takes milliseconds for each of them, so not for an event loop.
 
         Args:
@@ -163,7 +163,7 @@ class Scheduler:
             members: the caller's numbers of them.
 
         Returns:
-            Micro-batches in the order in which they should run, and what to tell a worker of each.
+            Micro-batches in the order in which they should run.
         """
         vectors = self._embed(questions) if self._looks else None
         ranked = None if vectors is None else self._rank(vectors, self._grouping.depth)
@@ -172,9 +172,14 @@ class Scheduler:
             lists = np.zeros(len(self._extents), np.bool_)
             if ranked is not None:
                 lists[ranked[some, : self._nprobe].ravel()] = True
-            batch = MicroBatch(self._number, tuple(members[place] for place in some), lists)
-            texts = tuple(questions[place] for place in some)
-            made.append((batch, Together(self._number, texts, None if vectors is None else vectors[some])))
+            batch = MicroBatch(
+                tuple(questions[place] for place in some),
+                None if vectors is None else vectors[some],
+                self._number,
+                tuple(members[place] for place in some),
+                lists,
+            )
+            made.append(batch)
             self._number += 1
         return made
 

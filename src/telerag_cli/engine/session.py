@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Self
 
 from telerag_cli.config import Lookahead
-from telerag_cli.engine.company import Company, give_up
 from telerag_cli.engine.forecast import Forecast, Prediction
+from telerag_cli.engine.micro_batch import MicroBatch, give_up
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.refiner import PrefetchHandle, Refiner
@@ -113,7 +114,7 @@ class Session:
 
     shared: Shared
     forecast: Forecast
-    company: Company
+    batch: MicroBatch
     watch: Watch | None = None
     stages: list[Stage] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
@@ -138,7 +139,7 @@ class Session:
             each = [vector[None] for vector in vectors]
             return shared.retriever.begin_each(each, shared.settings.nprobe, refining=refining)
 
-        begun = self.company.lookahead(query, begin, shared.refinement_embedder)
+        begun = self.batch.lookahead(query, begin, shared.refinement_embedder)
         self._begun.append(begun)
         self.forecast.lookahead_begins()
         yield _Ahead(begun)
@@ -222,7 +223,10 @@ class Session:
         )
         return Answer(generation.text, found)
 
-    def end(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         """Stop lookahead that nothing retrieved from."""
         for begun in self._begun:
             give_up(begun)

@@ -16,20 +16,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from telerag_cli.engine.company import Company
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
 
 
 class QueueFullError(Exception):
     """As many wait as may."""
-
-
-@dataclass(eq=False)
-class _Group:
-    """Requests that share a company, and how many of them have not ended."""
-
-    company: Company
-    members: int
 
 
 @dataclass(eq=False)
@@ -39,8 +31,8 @@ class _Entry:
     question: str
     groups: bool
     came_s: float
-    seat: asyncio.Future[_Group] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    group: _Group | None = None
+    seat: asyncio.Future[MicroBatch] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    batch: MicroBatch | None = None
     """Once it was looked at."""
 
 
@@ -48,7 +40,7 @@ class _Entry:
 class Permit:
     """The right to be answered now."""
 
-    company: Company
+    batch: MicroBatch
     waited_s: float
 
 
@@ -95,10 +87,8 @@ class AdmissionQueue:
         entry = _Entry(question, groups, time.perf_counter())
         self._new.append(entry)
         self._wake()
-        group: _Group | None = None
         try:
-            group = await entry.seat
-            yield Permit(group.company, time.perf_counter() - entry.came_s)
+            yield Permit(await entry.seat, time.perf_counter() - entry.came_s)
         finally:
             self._leave(entry)
 
@@ -127,10 +117,8 @@ class AdmissionQueue:
             self._new.remove(entry)
         if entry in self._ordered:
             self._ordered.remove(entry)
-        if entry.group:
-            entry.group.members -= 1
-            if not entry.group.members:
-                entry.group.company.end()
+        if entry.batch:
+            entry.batch.__exit__()
         self._wake()
 
     async def _work(self) -> None:
@@ -159,9 +147,9 @@ class AdmissionQueue:
         while self._ordered and self.running < self.at_once:
             entry = self._ordered.popleft()
             if not entry.seat.done():  # it may have been given up a moment ago
-                assert entry.group
+                assert entry.batch
                 self.running += 1
-                entry.seat.set_result(entry.group)
+                entry.seat.set_result(entry.batch)
 
     async def _company_comes(self) -> None:
         """Wait until a micro-batch is there, or its first has waited long enough; nobody who gains nothing from it waits."""
@@ -179,12 +167,12 @@ class AdmissionQueue:
                 return
 
     async def _look_at(self, some: Sequence[_Entry]) -> None:
-        """Put these in order, similar ones together, and give each its company."""
+        """Put these in order, similar ones together, and give each its micro-batch."""
         alone = [entry for entry in some if not entry.groups]
         together = [entry for entry in some if entry.groups]
         if len(together) == 1 or self._scheduler.schedule.micro_batch == 1:
             alone, together = list(some), []
-        groups = [([entry], Company([entry.question])) for entry in alone]
+        groups = [([entry], MicroBatch((entry.question,))) for entry in alone]
         if together:
             questions = [entry.question for entry in together]
             try:
@@ -192,16 +180,11 @@ class AdmissionQueue:
             except Exception as error:  # whoever asks next may have more luck
                 self._refuse(together, error)
                 made = []
-            groups += [
-                ([together[place] for place in batch.members], Company(told.questions, told.vectors))
-                for batch, told in made
-            ]
-        for entries, company in groups:
-            # Some may have left while the others were compared; lookahead that nobody asks for ends with the company.
-            present = [entry for entry in entries if entry in self._new and not entry.seat.done()]
-            group = _Group(company, len(present))
-            for entry in present:
-                entry.group = group
+            groups += [([together[place] for place in batch.members], batch) for batch in made]
+        for entries, batch in groups:
+            # Some may have left while the others were compared; lookahead that nobody asks for ends with the batch.
+            for entry in [entry for entry in entries if entry in self._new and not entry.seat.done()]:
+                entry.batch = batch.__enter__()
                 self._new.remove(entry)
                 self._ordered.append(entry)
 

@@ -13,9 +13,9 @@ from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 from telerag_cli.config import Lookahead
-from telerag_cli.engine.company import Company
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
+from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.snapshot import snapshot
@@ -256,7 +256,7 @@ class Service:
                     # From before the seat: lookahead for this question may begin with that of others beside it.
                     spans = listening.enter_context(engine.tracer.listening()) if asked.wants_timeline else []
                     async with desk.seat(asked.question, groups=groups) as seat:
-                        outcome = await self._ask(engine, asked, watcher, seat.company, came_s, spans)
+                        outcome = await self._ask(engine, asked, watcher, seat.batch, came_s, spans)
         except QueueFullError:
             self.metrics.rejected("queue")
             raise self._busy(desk) from None
@@ -305,7 +305,7 @@ class Service:
             self._beside -= 1
 
     async def _ask(
-        self, engine: Engine, asked: Asked, watcher: Watcher, company: Company, came_s: float, spans: Sequence[Span]
+        self, engine: Engine, asked: Asked, watcher: Watcher, batch: MicroBatch, came_s: float, spans: Sequence[Span]
     ) -> Outcome:
         standalone = asked.question
         first_s: float | None = None
@@ -328,7 +328,7 @@ class Service:
             await asyncio.to_thread(engine.forget)
         began_s = time.perf_counter()
         answered = await engine.ask(
-            pipeline, asked.question, watch, name=asked.pipeline.value, company=company, settings=asked.settings
+            pipeline, asked.question, watch, name=asked.pipeline.value, batch=batch, settings=asked.settings
         )
         ended_s = time.perf_counter()
         about: dict[str, Any] = {

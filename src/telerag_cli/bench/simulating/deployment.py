@@ -14,8 +14,10 @@ from telerag_cli.bench.simulating.clocks import Busy
 from telerag_cli.bench.simulating.rates import Host, Rates
 from telerag_cli.bench.simulating.replica import Replica, SharedHost, Tier
 from telerag_cli.bench.simulating.work import Question
-from telerag_cli.engine.dispatch import Dispatcher, MicroBatch, ReplicaState
-from telerag_cli.engine.placement import PlacementName, make_placement
+from telerag_cli.config import PlacementName
+from telerag_cli.engine.dispatch import Dispatcher, ReplicaState
+from telerag_cli.engine.micro_batch import MicroBatch
+from telerag_cli.engine.placement import make_placement
 from telerag_cli.index.artifact import Index
 
 
@@ -212,9 +214,9 @@ class _Run:
         self._scheduling.leave()
         self._dispatcher.add(
             MicroBatch(
-                self._cut + number,
-                tuple(group),
-                np.logical_or.reduce([self._questions[place].likely for place in group]),
+                number=self._cut + number,
+                members=tuple(group),
+                lists=np.logical_or.reduce([self._questions[place].likely for place in group]),
             )
             for number, group in enumerate(groups)
         )
