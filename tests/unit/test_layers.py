@@ -46,7 +46,6 @@ HEAVY = [
     "jinja2",
     "lancedb",
     "lance",
-    "torchmetrics",
     "ir_measures",
     "pytrec_eval",
     "ray",

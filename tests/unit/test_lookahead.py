@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from doubles import StubTier
 from telerag_cli.config import PAGE_BYTES, CacheKind
 from telerag_cli.prefetch.order import (
     CHECKPOINTS,
@@ -79,9 +80,6 @@ def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     priority = plan.priority
     assert priority[4] == priority.max()
     assert priority[3] == priority.min()
-
-
-from doubles import StubTier
 
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telerag_cli.errors import ResourceError, TeleragError, UsageError
+from telerag_cli.errors import ResourceError, TeleragError, UsageError, needs_extra
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a Ray started here: what passes through it is small, what is large goes through files."""
@@ -168,12 +168,8 @@ def _first_sentence(error: BaseException) -> str:
 def _ray() -> Any:
     hook = sys.excepthook
     try:
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise ResourceError(
-            "Working on several processes or machines needs the package ray, which is not installed.",
-            remedy="Install it with: pip install 'telerag-cli[ray]'",
-        ) from error
+        with needs_extra("ray", "Working on several processes or machines"):
+            return importlib.import_module("ray")
     finally:
         sys.excepthook = hook  # Ray's would send a traceback to a cluster that is gone by then
 

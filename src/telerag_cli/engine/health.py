@@ -26,7 +26,7 @@ from telerag_cli.files import read_json
 
 MIN_BYTES = 2 << 30
 """Of memory, in which the bundled models and the default arena fit."""
-ASIDE = {"matplotlib", "nvidia-ml-py", "openai", "prompt-toolkit"}
+ASIDE = {"openai", "prompt-toolkit"}
 """Required packages without which embed, build-index and run with their defaults work."""
 UNLIMITED_BYTES = 1 << 60
 """A control group without a limit says about 2^63."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.config import PlacementName
+from telerag_cli.errors import needs_extra
 from telerag_cli.index.artifact import IntArray
 from telerag_cli.tiers.residency import BoolArray
 
@@ -118,7 +119,8 @@ def _cost(offer: Offer) -> Floats:
 
 def _assignment(cost: Floats) -> tuple[IntArray, IntArray]:
     """Rows and columns of the pairs with the least sum, as many as there can be."""
-    from scipy.optimize import linear_sum_assignment
+    with needs_extra("ray", "Placement by what caches hold"):
+        from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(cost)
     return rows, columns

@@ -1,15 +1,15 @@
-"""Scores of one answer. What counts as the same text is decided by torchmetrics' SQuAD metric alone."""
+"""Scores of one answer as SQuAD's official evaluation script computes them (Rajpurkar et al., arXiv 1606.05250)."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# The normalisation has no public name. It is taken from there, as a copy could come to differ from the metric's own.
-from torchmetrics.functional.text.squad import _normalize_text, squad
-
-DECIMALS = 6
-"""The metric computes in float32."""
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,26 @@ class AnswerScores:
 
 def normalized(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    return str(_normalize_text(text))
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def contains(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of ``answers`` stands in ``text`` as whole words. Both are normalised already."""
+    """Whether one of ``answers`` occurs in ``text`` as whole words. Both are normalised already."""
     padded = f" {text} "
     # An article alone normalises to nothing, which every text contains.
     return any(f" {answer} " in padded for answer in answers if answer)
 
 
 def score_answer(answer: str, gold: Sequence[str]) -> AnswerScores:
-    """Compare an answer with the gold answers; the best of them counts.
+    """Compare an answer with the gold answers, at least one; the best of them counts."""
+    text, wanted = normalized(answer), [normalized(each) for each in gold]
+    f1 = max(_f1(text.split(), each.split()) for each in wanted)
+    return AnswerScores(float(text in wanted), f1, float(contains(text, wanted)))
 
-    Args:
-        answer: the text.
-        gold: at least one.
-    """
-    scores = squad(
-        {"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(gold), "answer_start": []}}
-    )
-    exact, f1 = (round(float(scores[name]) / 100, DECIMALS) for name in ("exact_match", "f1"))
-    return AnswerScores(exact, f1, float(contains(normalized(answer), [normalized(each) for each in gold])))
+
+def _f1(words: list[str], gold: list[str]) -> float:
+    """``2PR / (P + R)`` of the words that both have, each as often as both have it."""
+    if not words or not gold:
+        return float(words == gold)
+    shared = (Counter(words) & Counter(gold)).total()
+    return 2 * shared / (len(words) + len(gold))

@@ -210,7 +210,6 @@ def _answer_scores(run: Run, gold: Mapping[str, tuple[str, ...]], advance: Calla
     """Measures of answers, for questions with gold answers; none for a run that only retrieved."""
     if not gold or not (run.answers or run.failed == len(run.records)):
         return {}
-    # Loading torch and torchmetrics takes seconds, which a comparison without gold answers does not need.
     from telerag_cli.evaluation.answers import AnswerScores, score_answer
 
     found: Scores = {"exact_match": {}, "f1": {}, "contains_answer": {}}

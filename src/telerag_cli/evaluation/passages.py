@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import ir_measures
-
+from telerag_cli.errors import needs_extra
 from telerag_cli.evaluation.judgements import Judgements, trec_id
 from telerag_cli.evaluation.records import Found, Record
+
+with needs_extra("eval", "Measuring retrieved passages"):
+    import ir_measures
 
 NDCG_CUTOFF = 10
 

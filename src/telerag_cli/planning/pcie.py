@@ -13,8 +13,10 @@ def slot_of(number: int) -> Pcie | None:
 
     An idle GPU may report a lower generation than it uses under load, so this belongs right after a transfer.
     """
-    import pynvml
-
+    try:
+        import pynvml
+    except ModuleNotFoundError:  # it is part of the extra gpu
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

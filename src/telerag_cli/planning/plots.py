@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from telerag_cli.config import format_bytes
-from telerag_cli.errors import UsageError
+from telerag_cli.errors import UsageError, needs_extra
 from telerag_cli.files import writing
 from telerag_cli.planning import formulas
 from telerag_cli.planning.planner import Planner
@@ -34,10 +34,11 @@ def plot(profile: Profile, planner: Planner | None, window_s: float, path: Path)
         UsageError: the format is unknown.
     """
     kind = check_format(path)
-    import matplotlib
+    with needs_extra("bench", "A plot"):
+        import matplotlib
+        from matplotlib import pyplot
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     drawings = [_draw_links] if planner is None else [_draw_links, _draw_times, _draw_hits]
     figure, axes = pyplot.subplots(
