@@ -41,17 +41,19 @@ import numpy as np
 import torch
 
 from synthetic_store import Block, Datastore, Material, make_material, packed, read_material, uniform
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench_record import record
 from telerag_cli.config import CacheKind, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer, best, empty_ivf, flat
 from telerag_cli.llm.models import resolve_model
 from telerag_cli.prefetch.order import blend
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.retrieval.retriever import Found, Retriever
+from telerag_cli.system import available_bytes
 from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
@@ -60,7 +62,6 @@ from telerag_cli.tiers.cuda.reference import Launch, decoding_error
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.tier import ArenaTier, size_arena
-from telerag_cli.tiers.transport import available_bytes
 
 REFINED_AT = (0.25, 0.5, 0.75)
 K = 10

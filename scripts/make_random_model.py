@@ -18,8 +18,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ModelError, ResourceError, TeleragError
 from telerag_cli.files import writing
@@ -158,7 +158,7 @@ def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
     return target.stat().st_size
 
 
-def repeated(block: npt.NDArray[np.uint8], begin: int, size: int) -> npt.NDArray[np.uint8]:
+def repeated(block: ByteArray, begin: int, size: int) -> ByteArray:
     """``size`` bytes of an endless repetition of the block, from ``begin`` on."""
     begin %= len(block)
     return np.resize(np.roll(block, -begin), size)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.config import format_bytes, parse_bytes
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT, Embeddings
 from telerag_cli.errors import TeleragError, UsageError
@@ -31,7 +31,7 @@ SHARD_ROWS = 65536
 DICTIONARY_BYTES = 256 << 20
 
 
-def load(path: Path) -> tuple[npt.NDArray[np.float32], pa.Array, pa.Array, dict[str, Any]]:
+def load(path: Path) -> tuple[FloatArray, pa.Array, pa.Array, dict[str, Any]]:
     """Base vectors, texts, metadata, and what made the vectors."""
     if path.suffix == ".npy":
         vectors = np.load(path).astype(np.float32)

@@ -32,7 +32,6 @@ from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -40,18 +39,16 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from make_synthetic import load
 from synthetic_store import Block, unit
+from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.files import wrap_os_error, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
-    FloatArray,
     Index,
     IndexPaths,
-    IntArray,
     Manifest,
-    TableArray,
     code_size,
     extent_bytes,
     lay_out,
@@ -165,7 +162,7 @@ class Lists:
                 block[out] = unit(home + way[:, None] * (block[out] - home))
             yield start, block
 
-    def fill(self, number: int, out: npt.NDArray[np.uint8]) -> None:
+    def fill(self, number: int, out: ByteArray) -> None:
         """Write one list as it stands in ``lists.bin``; ``out`` has the bytes that it takes there."""
         size, capacity, _ = self.table[number].tolist()
         code_bytes = code_size(self.base.shape[1], self.storage)
@@ -322,7 +319,7 @@ def write_lists(lists: Lists, path: Path, advance: Callable[[int], None]) -> tup
     buffers = [Block(int(list_bytes.max())) for _ in range(LISTS_UNDER_WAY)]
     under_way: deque[tuple[int, Block, Future[None]]] = deque()
 
-    def make(number: int, out: npt.NDArray[np.uint8]) -> None:
+    def make(number: int, out: ByteArray) -> None:
         lists.fill(number, out)
         sums[number] = xxhash.xxh3_64_intdigest(out.data)
         write_at(descriptor, out.data, int(lists.table[number, 2]))

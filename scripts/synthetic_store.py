@@ -14,19 +14,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError
-from telerag_cli.index.artifact import (
-    ID_BYTES,
-    EmbedderInfo,
-    FloatArray,
-    Index,
-    IndexPaths,
-    IntArray,
-    Manifest,
-    code_size,
-    lay_out,
-)
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, code_size, lay_out
 from telerag_cli.index.scoring import Coarse
 
 SHARES = (0.25, 0.5, 0.75, 1.0)

@@ -1,4 +1,4 @@
-"""The processor of this machine: what the system says of it, and how a thread leaves it to others."""
+"""The processor and the memory of this machine: what the system says of them, and how a thread leaves the processor to others."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import os
 import platform
 import threading
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of processors that multiply bfloat16 themselves; emulated, it is slower than float32."""
+
+UNLIMITED_BYTES = 1 << 60
+"""A control group's limit from here on is none."""
 
 
 @cache
@@ -43,6 +47,19 @@ def computes_bfloat16() -> bool:
     return bool(NATIVE_BFLOAT16 & flags())
 
 
+def available_bytes() -> int:
+    """Memory that can be had without swapping, in bytes, as the kernel and this process's control groups see it."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, StopIteration, ValueError), Path("/proc/meminfo").open(encoding="utf-8") as lines:
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return max(0, min([available, *(limit - used for limit, used in _memory_limits())]))
+
+
+def memory_limit_bytes() -> int | None:
+    """The least limit on memory of this process's control groups, in bytes; None if there is none."""
+    return min((limit for limit, _used in _memory_limits()), default=None)
+
+
 def give_way(niceness: int) -> None:
     """Let this thread's work yield to that of less nice ones, where the system allows it."""
     with contextlib.suppress(OSError):
@@ -70,3 +87,23 @@ def bound_kernel_caches() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "32")
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """(limit, use) in bytes of each control group with a limit that holds this process; file cache is not counted as use."""
+    root = Path("/sys/fs/cgroup")
+    groups: list[str] = []
+    with contextlib.suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    for _number, controllers, group in (line.split(":", 2) for line in groups):
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit_name, use_name, cache_name = names if controllers else ("memory.max", "memory.current", "inactive_file")
+        for folder in {top, top / group.lstrip("/")}:
+            with contextlib.suppress(OSError, ValueError):  # none there, or "max"
+                limit = int((folder / limit_name).read_text())
+                if limit < UNLIMITED_BYTES:
+                    figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                    yield limit, int((folder / use_name).read_text()) - int(figures.get(cache_name, 0))

@@ -12,9 +12,10 @@ from typing import Any
 import faiss
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.errors import ModelError, ResourceError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, empty_ivf
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch

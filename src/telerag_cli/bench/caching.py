@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import Ask, Outcome, only_retrieval, questions_of, warmups_of
 from telerag_cli.bench.measure import Work, take_turns
@@ -22,9 +23,8 @@ from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.engine.assemble import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.retrieval.retriever import JoinReport, Retriever
-from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.system import available_bytes
 
 
 @dataclass(frozen=True)

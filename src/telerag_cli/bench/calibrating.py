@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench.simulating.rates import Host, Rates, rates_of
 from telerag_cli.distributed.replicas import Opened, Opens, Share
 from telerag_cli.errors import ResourceError, TeleragError
-from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.lists import bring, joins_of, moving_rates
 from telerag_cli.planning.llm import llm_rates

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench.baselines import Plain
 from telerag_cli.config import Metric, Storage
 from telerag_cli.engine.assemble import Opened
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import read_json, wrap_os_error, write_json
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, Index, IntArray
+from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.build import Progress
 from telerag_cli.index.partial import Advance, check_disk, partial_of
 from telerag_cli.index.scoring import faiss_threads, nothing

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import DoubleArray
 from telerag_cli.errors import UsageError
 
 METRICS = {
@@ -115,7 +115,7 @@ def _number(text: str, option: str, most: float) -> float:
     return value
 
 
-def arrivals_s(count: int, rate: float, burstiness: float, seed: int) -> npt.NDArray[np.float64]:
+def arrivals_s(count: int, rate: float, burstiness: float, seed: int) -> DoubleArray:
     """When requests are sent, in seconds from the start: vLLM's arrivals.
 
     The times between them are gamma distributed with shape ``burstiness`` and mean ``1 / rate``: 1 is a Poisson
@@ -136,7 +136,7 @@ def arrivals_s(count: int, rate: float, burstiness: float, seed: int) -> npt.NDA
     if math.isinf(burstiness):
         return np.arange(1, count + 1) / rate
     draw = np.random.default_rng((seed, ARRIVAL_STREAM))
-    times: npt.NDArray[np.float64] = np.cumsum(draw.gamma(burstiness, 1 / (rate * burstiness), count))
+    times: DoubleArray = np.cumsum(draw.gamma(burstiness, 1 / (rate * burstiness), count))
     # A very small burstiness can draw nothing but zeros.
     return times * (count / rate / times[-1]) if times[-1] else times
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.measure import Advance
@@ -27,11 +28,11 @@ from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.embedding.encoder import Encoder, min_cosine, model_path
 from telerag_cli.errors import InputError, TeleragError
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, Index, code_size
+from telerag_cli.index.artifact import ID_BYTES, Index, code_size
 from telerag_cli.index.build import partial_of
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.train import ITERATIONS, TrainingPlan, draw_rows
-from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.system import available_bytes
 
 TELERAG, PLAIN, FAISS = "telerag", "sentence-transformers", "faiss-memory"
 LEAST_COSINE = 0.999

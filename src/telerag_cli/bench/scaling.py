@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from telerag_cli.arrays import BoolArray, IntArray
 from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.calibrating import Calibration, host_of
 from telerag_cli.bench.results import Cell, Check, Ratio
@@ -30,10 +31,9 @@ from telerag_cli.engine.questions import Question as Asked
 from telerag_cli.engine.scheduler import Grouping, Schedule, Scheduler
 from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import PipelineName
-from telerag_cli.tiers.residency import BoolArray
 
 REPLICAS, SIMULATED = "replicas", "simulated"
 """The two systems."""

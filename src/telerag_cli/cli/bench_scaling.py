@@ -254,7 +254,7 @@ def _schedule(
 
 def _check_memory(index: Index, recipe: Recipe, extent: Extent) -> None:
     from telerag_cli.distributed.replicas import check_memory
-    from telerag_cli.tiers.transport import available_bytes
+    from telerag_cli.system import available_bytes
 
     check_memory(index, recipe.tier, max((*extent.calibrated, *extent.measured)), available_bytes())
 

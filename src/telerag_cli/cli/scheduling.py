@@ -142,7 +142,7 @@ def _open_replicas(
     from telerag_cli.index.artifact import Index
     from telerag_cli.index.scoring import Coarse
     from telerag_cli.retrieval.retriever import check_search
-    from telerag_cli.tiers.transport import available_bytes
+    from telerag_cli.system import available_bytes
 
     index = Index.open(searching.index)
     k, nprobe = searching.k or default_k(index), searching.nprobe or default_nprobe(index)

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import checksum, read_json, wrap_os_error
 
@@ -28,8 +29,6 @@ BUFFER_BYTES = 1 << 20
 FINGERPRINT_BYTES = 1 << 20
 PASSAGE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "text", "metadata")])
 
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 T = TypeVar("T")
 
 

@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from telerag_cli.arrays import BoolArray, FloatArray
 from telerag_cli.config import format_bytes
 from telerag_cli.distributed.session import Cluster, unwrapped
 from telerag_cli.engine.assemble import Planning, open_engine, open_index
@@ -29,9 +30,8 @@ from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions, plan_tier
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.index.artifact import FloatArray, Index
+from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.base import Pipeline
-from telerag_cli.tiers.residency import BoolArray
 
 RETRIES = 1
 """Times that a question is asked again because its replica died: one that dies of it would otherwise die for ever."""

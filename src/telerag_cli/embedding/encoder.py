@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from telerag_cli import system
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.errors import ModelError, ResourceError, UsageError
@@ -24,8 +24,6 @@ from telerag_cli.errors import ModelError, ResourceError, UsageError
 Advance = Callable[[int], None]
 Forward = Callable[[dict[str, Any]], dict[str, Any]]
 """Features of a batch to features with ``sentence_embedding``."""
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 MIN_COSINE = 0.999

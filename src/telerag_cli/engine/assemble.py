@@ -20,8 +20,8 @@ from telerag_cli.llm.base import Generator
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
 from telerag_cli.retrieval.retriever import Retriever, check_search
+from telerag_cli.system import available_bytes
 from telerag_cli.tiers.base import JoinRates
-from telerag_cli.tiers.transport import available_bytes
 from telerag_cli.tracing import Tracer
 
 

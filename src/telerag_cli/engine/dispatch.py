@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telerag_cli.arrays import BoolArray, IntArray
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.placement import Offer, Placement
-from telerag_cli.index.artifact import IntArray
-from telerag_cli.tiers.residency import BoolArray
 
 LOOKED_AT = 6
 """Micro-batches per replica, oldest first, that one assignment looks at. Few: of those further back nothing in an arena says

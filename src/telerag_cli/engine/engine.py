@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.citations import Citation, cite
 from telerag_cli.engine.forecast import Forecast, Prediction
@@ -13,7 +14,6 @@ from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.base import FinishReason, Generator, find_stop
 from telerag_cli.pipelines.base import Pipeline

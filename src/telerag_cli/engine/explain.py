@@ -11,7 +11,7 @@ from telerag_cli.engine.tier_plan import Row
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.planning import formulas
 from telerag_cli.planning.planner import Circumstances, Planner, cached_key, prompt_key, tokens_key, window_key
-from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.system import available_bytes
 
 
 def explain(engine: Engine, planner: Planner, pipeline: Pipeline, name: str) -> list[Row]:

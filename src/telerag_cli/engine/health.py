@@ -23,13 +23,12 @@ from telerag_cli import __version__
 from telerag_cli.config import DEFAULT_EMBEDDER, DEFAULT_GENERATOR, format_bytes
 from telerag_cli.errors import TeleragError
 from telerag_cli.files import read_json
+from telerag_cli.system import available_bytes, memory_limit_bytes
 
 MIN_BYTES = 2 << 30
 """Of memory, in which the bundled models and the default arena fit."""
 ASIDE = {"openai", "prompt-toolkit"}
 """Required packages without which embed, build-index and run with their defaults work."""
-UNLIMITED_BYTES = 1 << 60
-"""A control group without a limit says about 2^63."""
 
 
 @dataclass(frozen=True)
@@ -261,11 +260,9 @@ def _slot(pynvml: Any, gpu: Any) -> str:
 
 
 def _memory() -> Iterator[Finding]:
-    from telerag_cli.tiers.transport import available_bytes
-
     cores = len(os.sched_getaffinity(0))
     yield Finding("cores", f"{cores} of {os.cpu_count()}" if cores != os.cpu_count() else str(cores))
-    available, limit = available_bytes(), _group_limit()
+    available, limit = available_bytes(), memory_limit_bytes()
     swap = _kibibytes("SwapTotal")
     value = (
         f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(swap)}, "
@@ -289,21 +286,6 @@ def _total_bytes() -> int:
 def _kibibytes(name: str) -> int:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
-
-
-def _group_limit() -> int | None:
-    """The least limit on memory of this process's control group and of the root that it sees, in bytes."""
-    groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
-    limits = []
-    for _number, controllers, group in groups:
-        root, name = Path("/sys/fs/cgroup"), "memory.max"
-        if controllers:
-            root, name = root / controllers, "memory.limit_in_bytes"
-        for folder in (root, root / group.lstrip("/")) if controllers in ("", "memory") else ():
-            with contextlib.suppress(OSError, ValueError):  # none there, or "max"
-                limits.append(int((folder / name).read_text()))
-    least = min(limits, default=UNLIMITED_BYTES)
-    return least if least < UNLIMITED_BYTES else None
 
 
 def _locked_memory(has_gpu: bool) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from telerag_cli.engine.tier_plan import PlannedTier, Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import memory_left_bytes
-from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.system import available_bytes
 
 ALL_LAYERS = -1
 MIN_SLOTS = 4

@@ -9,11 +9,10 @@ from typing import Self
 
 import numpy as np
 
+from telerag_cli.arrays import BoolArray, FloatArray
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.refiner import PrefetchHandle, PrefetchStart
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.tiers.residency import BoolArray
 
 Begin = Callable[[FloatArray], Sequence[Prefetch]]
 """Starts lookahead for queries with these embeddings, shape (n, dimension): a prefetch for each."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from telerag_cli.index.artifact import FloatArray, IntArray
-
-Floats = npt.NDArray[np.float64]
+from telerag_cli.arrays import DoubleArray, FloatArray, IntArray
 
 FADING = 0.65
 """What sharing with the micro-batch before is worth, as a share of what sharing within one is; with the one before that, the
@@ -163,13 +160,13 @@ def _change_places(near: FloatArray, order: IntArray, ran: int, size: int) -> In
     return settled
 
 
-def _closeness(apart: IntArray) -> Floats:
+def _closeness(apart: IntArray) -> DoubleArray:
     """What it is worth that two queries are so many micro-batches apart."""
-    worth: Floats = np.where(np.abs(apart) <= HORIZON, FADING ** np.abs(apart).astype(np.float64), 0.0)
+    worth: DoubleArray = np.where(np.abs(apart) <= HORIZON, FADING ** np.abs(apart).astype(np.float64), 0.0)
     return worth
 
 
-def _improve(near: Floats, places: IntArray, closeness: Floats, pull: Floats) -> IntArray:
+def _improve(near: DoubleArray, places: IntArray, closeness: DoubleArray, pull: DoubleArray) -> IntArray:
     """Exchange the two queries that gain most by it, until none do.
 
     Args:

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 from telerag_cli.config import PlacementName
 from telerag_cli.errors import needs_extra
-from telerag_cli.index.artifact import IntArray
-from telerag_cli.tiers.residency import BoolArray
 
 __all__ = ["CacheAware", "Greedy", "Offer", "Placement", "PlacementName", "RoundRobin", "make_placement"]
 
-Floats = npt.NDArray[np.float64]
 Pairs = list[tuple[int, int]]
 """Places of a replica and of a micro-batch; neither comes twice."""
 
@@ -25,9 +22,9 @@ Pairs = list[tuple[int, int]]
 class Offer:
     """What a placement chooses from: some replicas, and the micro-batches that have waited longest, oldest first."""
 
-    to_move: Floats
+    to_move: DoubleArray
     """Bytes that each replica would have to move for each micro-batch, shape (replicas, batches)."""
-    load: Floats
+    load: DoubleArray
     """Bytes that were still to come to each replica for what it was given, when it last said what it has, shape (replicas,)."""
     free: BoolArray
     """Which replicas can take one, shape (replicas,)."""
@@ -97,7 +94,7 @@ class CacheAware:
         shares = [(replica, np.flatnonzero(owner == replica)) for replica in np.flatnonzero(offer.free).tolist()]
         return [(replica, self.next_of(share, offer.to_move[replica])) for replica, share in shares if len(share)]
 
-    def next_of(self, share: IntArray, _to_move: Floats) -> int:
+    def next_of(self, share: IntArray, _to_move: DoubleArray) -> int:
         """Which of the micro-batches of its share, oldest first, a replica takes; it would move so much for each of all."""
         return int(share[0])
 
@@ -111,13 +108,13 @@ class CacheAware:
         return [(int(free[row]), int(column)) for row, column in zip(rows, columns, strict=True)]
 
 
-def _cost(offer: Offer) -> Floats:
+def _cost(offer: Offer) -> DoubleArray:
     """Bytes to move, and those on their way: where replicas cannot all get the same, the least loaded ones get more."""
-    cost: Floats = offer.to_move + offer.load[:, None]
+    cost: DoubleArray = offer.to_move + offer.load[:, None]
     return cost
 
 
-def _assignment(cost: Floats) -> tuple[IntArray, IntArray]:
+def _assignment(cost: DoubleArray) -> tuple[IntArray, IntArray]:
     """Rows and columns of the pairs with the least sum, as many as there can be."""
     with needs_extra("ray", "Placement by what caches hold"):
         from scipy.optimize import linear_sum_assignment

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from telerag_cli.index.artifact import FloatArray
+from telerag_cli.arrays import FloatArray
 from telerag_cli.system import give_way
 
 SHARE = 0.03

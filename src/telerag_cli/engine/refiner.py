@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.pipelines.base import Expect
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, due
 from telerag_cli.prefetch.prefetcher import Prefetch

@@ -12,10 +12,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import Metric
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.index.passages import Passages
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_WAIT_S, DEFAULT_MICRO_BATCH, PlacementName, ScheduleName
 from telerag_cli.engine.dispatch import Dispatcher
 from telerag_cli.engine.engine import Engine
@@ -15,7 +16,6 @@ from telerag_cli.engine.micro_batches import HORIZON, arrival, likely, similar
 from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.errors import UsageError
-from telerag_cli.index.artifact import FloatArray, IntArray
 
 EMBEDDED_TOGETHER = 32
 """Questions embedded in one call: an LLM that decodes on the same cores waits for it."""

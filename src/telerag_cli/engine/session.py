@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
+from telerag_cli.arrays import FloatArray
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch, give_up
@@ -19,7 +20,6 @@ from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.refiner import PrefetchHandle, Refiner
 from telerag_cli.engine.retrieval import Finder, Retrieval
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Prompt, is_answer

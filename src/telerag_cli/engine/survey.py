@@ -33,9 +33,9 @@ from telerag_cli.planning.profile import Identity, LinkPoint, Memory, Pcie, Prof
 from telerag_cli.planning.storages import MadeLists, make_index
 from telerag_cli.planning.timing import Effort, rate
 from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.system import available_bytes
 from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier
-from telerag_cli.tiers.transport import available_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu

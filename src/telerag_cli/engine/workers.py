@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from telerag_cli.arrays import BoolArray
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.pipelines.base import Pipeline
-from telerag_cli.tiers.residency import BoolArray
 
 
 class Worker(Protocol):

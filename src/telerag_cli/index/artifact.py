@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import read_json, write_json
@@ -34,10 +35,6 @@ from telerag_cli.files import read_json, write_json
 FORMAT = "telerag-index"
 VERSION = 1
 ID_BYTES = 8
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
-TableArray = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def code_size(dimension: int, storage: Storage) -> int:
     return dimension * {Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.INT8: 1}[storage]
 
 
-def lay_out(sizes: npt.NDArray[np.int64], code_bytes: int) -> tuple[TableArray, int]:
+def lay_out(sizes: IntArray, code_bytes: int) -> tuple[TableArray, int]:
     """Where lists of these sizes lie in ``lists.bin``.
 
     The capacity is the least one not below the size for which the row numbers are 8-byte aligned.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from telerag_cli import system
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import Metric
-from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.index.scoring import flat
 
 LANES = 64

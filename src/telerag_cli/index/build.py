@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli import __version__
+from telerag_cli.arrays import BoolArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage, format_bytes
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import UsageError
@@ -41,12 +42,9 @@ from telerag_cli.files import read_json, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
-    FloatArray,
     Index,
     IndexPaths,
-    IntArray,
     Manifest,
-    TableArray,
     code_size,
     lay_out,
     lay_out_vectors,
@@ -512,7 +510,7 @@ def _count(lists: npt.NDArray[np.int32], nlist: int, start: int, stop: int) -> I
     return counts
 
 
-def _drop(vectors: FloatArray, out: npt.NDArray[np.bool_]) -> FloatArray:
+def _drop(vectors: FloatArray, out: BoolArray) -> FloatArray:
     """The vectors not marked, moved together in place: a copy of the sample would double the memory."""
     kept = np.flatnonzero(~out)
     for low in range(0, len(kept), ASSIGN_ROWS):

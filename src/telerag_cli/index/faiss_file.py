@@ -31,10 +31,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, InputError
 from telerag_cli.files import CHUNK_BYTES, wrap_os_error
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, IntArray, TableArray, code_size
+from telerag_cli.index.artifact import ID_BYTES, code_size
 from telerag_cli.index.partial import write_at
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.verify import read_exactly

@@ -26,12 +26,13 @@ import pyarrow as pa
 import xxhash
 
 from telerag_cli import __version__
+from telerag_cli.arrays import TableArray
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import Kind, Source, read_passages
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import read_json, wrap_os_error, write_json, writing
-from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, TableArray, lay_out
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, lay_out
 from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list, ends_of
 from telerag_cli.index.partial import (
     Making,

@@ -20,10 +20,11 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import IntArray, TableArray
 from telerag_cli.config import Storage, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
-from telerag_cli.index.artifact import FileInfo, IndexPaths, IntArray, Manifest, TableArray
+from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
 
 Advance = Callable[[int], None]
 

@@ -11,8 +11,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, IntArray, TableArray
+from telerag_cli.index.artifact import ID_BYTES
 from telerag_cli.index.scoring import COARSE_BLOCK, Coarse, faiss_metric
 from telerag_cli.index.verify import read_exactly
 

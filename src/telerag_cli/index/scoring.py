@@ -11,8 +11,9 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, Index, IntArray, TableArray
+from telerag_cli.index.artifact import ID_BYTES, Index
 
 BLOCK_BYTES = 8 << 20
 """Of lists that several queries are scored against before the next ones: less than the last cache of processors with two cores
@@ -91,7 +92,7 @@ class ListScorer:
 
     def __init__(
         self,
-        memory: npt.NDArray[np.uint8],
+        memory: ByteArray,
         coarse: Coarse,
         metric: Metric,
         storage: Storage,
@@ -122,7 +123,7 @@ class ListScorer:
         self._scanning = threading.Lock()
 
     @classmethod
-    def over(cls, memory: npt.NDArray[np.uint8], index: Index, coarse: Coarse) -> ListScorer:
+    def over(cls, memory: ByteArray, index: Index, coarse: Coarse) -> ListScorer:
         """A scorer of an index's lists in some memory, none of which is there yet."""
         manifest = index.manifest
         return cls(memory, coarse, manifest.metric, manifest.storage, manifest.code_size, index.trained)

@@ -17,10 +17,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import InputError, ResourceError
-from telerag_cli.index.artifact import ID_BYTES, FloatArray, IndexPaths, IntArray, TableArray, lay_out_vectors
+from telerag_cli.index.artifact import ID_BYTES, IndexPaths, lay_out_vectors
 from telerag_cli.index.assign import Assigner
 from telerag_cli.index.partial import save_array, sized, write_at
 from telerag_cli.index.recall import Found, Nearest
@@ -32,7 +33,7 @@ MAX_BLOCKS = 64
 """Blocks of a span at most."""
 MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
-Encode = Callable[[FloatArray], npt.NDArray[np.uint8]]
+Encode = Callable[[FloatArray], ByteArray]
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from telerag_cli.arrays import TableArray
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import CHUNK_BYTES, checksum
-from telerag_cli.index.artifact import Index, TableArray, extent_bytes
+from telerag_cli.index.artifact import Index, extent_bytes
 
 Advance = Callable[[int], None]
 OnCodes = Callable[[int, int, bytes], None]

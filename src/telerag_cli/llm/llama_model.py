@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+from telerag_cli.arrays import IntArray
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 from telerag_cli.llm.base import Message
 from telerag_cli.llm.batcher import Part
@@ -92,12 +93,12 @@ class LlamaModel:
             raise
 
     @cached_property
-    def ends(self) -> npt.NDArray[np.int64]:
+    def ends(self) -> IntArray:
         """Tokens that end a generation."""
         return np.array([token for token in range(self.vocab_size) if self.is_eog(token)], np.int64)
 
     @cached_property
-    def marks(self) -> npt.NDArray[np.int64]:
+    def marks(self) -> IntArray:
         """Tokens that are neither text nor end one, such as the one that begins a turn."""
         is_control = llama_cpp.llama_vocab_is_control
         return np.array(

@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 from telerag_cli.config import Lookahead
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.errors import ArtifactError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.planning.profile import HitCurve, HitPoint, IndexFigures, Probed
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, prefetch_depth
-from telerag_cli.tiers.residency import BoolArray
-
-Bytes = npt.NDArray[np.float64]
 
 BUDGETS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 """As multiples of the bytes that a query probes."""
@@ -141,7 +138,7 @@ def _orders(coarse: Coarse, encoder: Encoder, each: Replayed, nprobe: int, kind:
     return orders
 
 
-def _replay(list_bytes: Bytes, orders: Sequence[_Order], wanted: BoolArray, budget: float) -> tuple[float, float]:
+def _replay(list_bytes: DoubleArray, orders: Sequence[_Order], wanted: BoolArray, budget: float) -> tuple[float, float]:
     """Shares of the probed bytes that are hits, and that were moved, with a link of a steady rate."""
     probed_bytes = float(list_bytes[wanted].sum())
     moved = np.zeros(len(list_bytes), np.bool_)

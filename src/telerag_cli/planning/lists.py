@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import overlap_loss
 from telerag_cli.planning.llm import write

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import Metric, Storage
 from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, code_size, lay_out
 
@@ -17,7 +17,7 @@ LIST_BYTES = 1 << 20
 class MadeLists:
     """A `HostLists` of vectors that nobody will search for."""
 
-    def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, memory: ByteArray) -> None:
         self.memory = memory
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from telerag_cli.index.artifact import FloatArray, IntArray
+from telerag_cli.arrays import FloatArray, IntArray
 
 CHECKPOINTS = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
 """Shares of the expected text at which it is embedded again. Source: the measurement by scripts/lookahead_study.py: on a busy

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import IntArray
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tiers.base import FastTier, Stay
-from telerag_cli.tiers.residency import BoolArray
 
 
 @dataclass(frozen=True)
@@ -234,7 +232,7 @@ class Prefetch:
         """Bytes of the lists moved so far."""
         return int(self._mover.tier.list_bytes[self.moved].sum()) if self.moved else 0
 
-    def arrivals(self) -> tuple[IntArray, npt.NDArray[np.float64]]:
+    def arrivals(self) -> tuple[IntArray, DoubleArray]:
         """The lists moved so far, and when each arrived in ``time.perf_counter`` seconds, both of shape (n,)."""
         with self._mover.lock:
             return np.array(self.moved, np.int64), np.array(self.arrived_s, np.float64)

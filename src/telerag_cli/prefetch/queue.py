@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from telerag_cli.index.artifact import IntArray
-from telerag_cli.tiers.residency import BoolArray
+from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 
 
 class PrefetchQueue:
@@ -33,7 +31,7 @@ class PrefetchQueue:
         self._left_bytes = budget_bytes
         self._order: IntArray = np.empty(0, np.int64)
         self._rank: IntArray = np.full(nlist, nlist, np.int64)
-        self.priority: npt.NDArray[np.float64] = np.zeros(nlist)
+        self.priority: DoubleArray = np.zeros(nlist)
         """What a list's rank adds to its heat when choosing what to evict: 1 for the best, 0 for the last."""
         self.wanted: BoolArray = np.zeros(nlist, np.bool_)
         """The lists that are worth moving, whether they have been moved or not."""

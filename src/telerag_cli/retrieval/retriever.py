@@ -11,18 +11,17 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 from telerag_cli.config import Metric
 from telerag_cli.errors import ResourceError, TeleragError, UsageError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, faiss_threads, merge, nothing, score_again
 from telerag_cli.prefetch.order import interleave, prefetch_depth
 from telerag_cli.prefetch.prefetcher import Order, Prefetch, Prefetcher, Window
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.retrieval.split import ContentionEstimate, Ends, Misses
 from telerag_cli.tiers.base import FastTier, InPlace, PinResult
-from telerag_cli.tiers.residency import BoolArray
 from telerag_cli.tracing import Tracer
 
 JOIN = "join"
@@ -50,12 +49,12 @@ class JoinTrace:
     """The distinct lists probed, empty ones aside, shape (lists_wanted,)."""
     moved: IntArray
     """Lists that its lookahead moved, in order of arrival for each of its rounds, shape (lists_moved,)."""
-    moved_s: npt.NDArray[np.float64]
+    moved_s: DoubleArray
     """When each of them arrived."""
     fetched: IntArray
     """Lists wanted that the join began to move because they were missed; others of those missed were scored in place or came
     with somebody's lookahead after all."""
-    scored_s: npt.NDArray[np.float64]
+    scored_s: DoubleArray
     """Begin and end of each call of a scorer that scored a list of this search, shape (n, 2)."""
     scored: IntArray
     """How many of its lists each of them scored, shape (n,)."""
@@ -485,7 +484,7 @@ class _Join:
         if self._tier.in_place and claim.absent:
             self._learn(claim, time.perf_counter() - began_s)
 
-    def pieces_with(self, wanted: IntArray) -> tuple[npt.NDArray[np.float64], IntArray, BoolArray]:
+    def pieces_with(self, wanted: IntArray) -> tuple[DoubleArray, IntArray, BoolArray]:
         """The calls of scorers that scored any of these lists: begin and end, how many of these, and whether in place."""
         counts = np.bincount(self._piece_of[wanted] + 1, minlength=len(self._pieces) + 1)[1:]
         there = np.flatnonzero(counts)

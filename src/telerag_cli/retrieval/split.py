@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from enum import Enum
 
 import numpy as np
-import numpy.typing as npt
 
-Seconds = npt.NDArray[np.float64]
+from telerag_cli.arrays import DoubleArray
 
 
 class Ends(Enum):
@@ -52,15 +51,19 @@ class ContentionEstimate:
             self._slowdown = 1.0 + self.KEPT * (self._slowdown - 1.0)
 
 
-def end_with_share_s(link_s: Seconds, in_place_s: Seconds, link_busy_s: float, in_place_busy_s: float) -> Seconds:
+def end_with_share_s(
+    link_s: DoubleArray, in_place_s: DoubleArray, link_busy_s: float, in_place_busy_s: float
+) -> DoubleArray:
     """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,); see `share_of_link`."""
     link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
     in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
-    ends_s: Seconds = np.maximum(link_ends_s, in_place_ends_s)
+    ends_s: DoubleArray = np.maximum(link_ends_s, in_place_ends_s)
     return ends_s
 
 
-def share_of_link(link_s: Seconds, in_place_s: Seconds, link_busy_s: float = 0.0, in_place_busy_s: float = 0.0) -> int:
+def share_of_link(
+    link_s: DoubleArray, in_place_s: DoubleArray, link_busy_s: float = 0.0, in_place_busy_s: float = 0.0
+) -> int:
     """How many lists, from the first, the link should take so that the later of both ends is done soonest.
 
     Args:
@@ -85,8 +88,8 @@ class Misses:
     def __init__(
         self,
         lists: Sequence[int],
-        link_s: Seconds,
-        in_place_s: Seconds,
+        link_s: DoubleArray,
+        in_place_s: DoubleArray,
         grain: int,
         latency_s: float = 0.0,
         slowdown: float = 1.0,

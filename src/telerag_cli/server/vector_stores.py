@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Path, Query, Request, Response
 
+from telerag_cli.arrays import DoubleArray, FloatArray
 from telerag_cli.config import Metric
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.engine.retrieval import Retrievals
-from telerag_cli.index.artifact import FloatArray
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.server.errors import INVALID, ApiError
 from telerag_cli.server.filters import attributes, passes
@@ -115,7 +114,7 @@ async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) 
         k *= DEEPER
 
 
-def shown_scores(scores: FloatArray, metric: Metric) -> npt.NDArray[np.float64]:
+def shown_scores(scores: FloatArray, metric: Metric) -> DoubleArray:
     """Scores of which larger is nearer: inner products as they are, squared distances d as 1 / (1 + d)."""
     exact = scores.astype(np.float64)
     return exact if metric is Metric.IP else 1 / (1 + np.maximum(exact, 0))

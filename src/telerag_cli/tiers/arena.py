@@ -6,8 +6,8 @@ from array import array
 from bisect import bisect_left, insort
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import DoubleArray
 from telerag_cli.config import PAGE_BYTES
 
 SPARE_RUNS = 4
@@ -64,7 +64,7 @@ class Arena:
         self._drop_gap(end, after)
         self._add_gap(before, after)
 
-    def cheapest_runs(self, nbytes: int, cost: npt.NDArray[np.float64], count: int) -> list[list[int]]:
+    def cheapest_runs(self, nbytes: int, cost: DoubleArray, count: int) -> list[list[int]]:
         """Owners of contiguous runs of slots, the removal of each of which leaves a gap of at least ``nbytes``.
 
         Args:
@@ -140,7 +140,7 @@ class Arena:
             del self._gaps[bisect_left(self._gaps, (end - begin, begin))]
 
 
-def _least(values: npt.NDArray[np.float64], count: int) -> list[int]:
+def _least(values: DoubleArray, count: int) -> list[int]:
     """Places of the least values, in ascending order of the values."""
     if count == 1:
         return [int(values.argmin())]

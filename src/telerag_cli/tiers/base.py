@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from telerag_cli.arrays import BoolArray, DoubleArray, FloatArray, IntArray
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import FloatArray, IntArray
-from telerag_cli.tiers.residency import BoolArray, Occupancy
+from telerag_cli.tiers.residency import Occupancy
 
 ListsArrived = Callable[[Sequence[int], TeleragError | None], None]
 """Called with the numbers of lists that are in the arena now, or with the error that kept them out; from any thread."""
@@ -132,7 +129,7 @@ class FastTier(Protocol):
         """Which lists are neither in the arena nor on their way, shape (nlist,)."""
 
     def prefetch(
-        self, lists: Sequence[int], protected: Stay, priority: npt.NDArray[np.float64], arrived: ListsArrived
+        self, lists: Sequence[int], protected: Stay, priority: DoubleArray, arrived: ListsArrived
     ) -> Prefetched:
         """Start moving lists that nobody waits for, in this order, until there is no room for one.
 

@@ -6,18 +6,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import DoubleArray, IntArray
 from telerag_cli.config import CacheKind
-from telerag_cli.index.artifact import IntArray
-
-Heat = npt.NDArray[np.float64]
 
 
 class CachePolicy(Protocol):
     """Keeps a heat per list; the coldest leave first."""
 
-    heat: Heat
+    heat: DoubleArray
     """What each list is worth keeping, shape (nlist,), never negative."""
     hot: float
     """Heat from which a list is kept through a round, within the cache's share of the arena."""
@@ -41,7 +38,7 @@ class NoCache:
     hot = np.inf
 
     def __init__(self, nlist: int) -> None:
-        self.heat: Heat = np.zeros(nlist)
+        self.heat: DoubleArray = np.zeros(nlist)
 
     def admitted(self, lists: IntArray) -> None:
         """No list is worth more than another."""
@@ -60,7 +57,7 @@ class LeastRecentlyUsed:
     hot = np.inf
 
     def __init__(self, nlist: int) -> None:
-        self.heat: Heat = np.zeros(nlist)
+        self.heat: DoubleArray = np.zeros(nlist)
         self._clock = 0
 
     def admitted(self, lists: IntArray) -> None:
@@ -87,7 +84,7 @@ class Hotness:
     probed in more than one of the last rounds."""
 
     def __init__(self, nlist: int) -> None:
-        self.heat: Heat = np.zeros(nlist)
+        self.heat: DoubleArray = np.zeros(nlist)
 
     def admitted(self, lists: IntArray) -> None:
         """Start at the base, or at what is left of an earlier stay."""
@@ -116,7 +113,7 @@ class Frequency:
     hot = np.inf
 
     def __init__(self, nlist: int) -> None:
-        self.heat: Heat = np.zeros(nlist)
+        self.heat: DoubleArray = np.zeros(nlist)
 
     def admitted(self, lists: IntArray) -> None:
         """Only a probe shows that a list was worth moving."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import CacheKind
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
@@ -15,7 +13,7 @@ from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tiers.transport import DirectReader, Transport, allocate
 from telerag_cli.tracing import Tracer
 
-TransportFactory = Callable[[Path, npt.NDArray[np.uint8]], Transport]
+TransportFactory = Callable[[Path, ByteArray], Transport]
 
 
 def open_host_tier(

@@ -9,11 +9,9 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
-from telerag_cli.index.artifact import IntArray
+from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import CachePolicy
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class State(IntEnum):
@@ -91,7 +89,7 @@ class Residency:
         lists: Sequence[int],
         *,
         protected: Callable[[int], BoolArray] | None = None,
-        priority: npt.NDArray[np.float64] | None = None,
+        priority: DoubleArray | None = None,
     ) -> list[int]:
         """Take room for lists that are ABSENT, evicting the coldest runs where there is none; they become MOVING.
 
@@ -181,10 +179,7 @@ class Residency:
         return mask
 
     def _make_room(
-        self,
-        lists: Sequence[int],
-        protected: Callable[[int], BoolArray] | None,
-        priority: npt.NDArray[np.float64] | None,
+        self, lists: Sequence[int], protected: Callable[[int], BoolArray] | None, priority: DoubleArray | None
     ) -> bool:
         """Evict what makes room for the first of the lists, and for others as far as that is possible; whether it was."""
         evictable = self._evictable()

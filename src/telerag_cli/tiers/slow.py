@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.index.artifact import Index
-from telerag_cli.tiers.transport import DirectReader, Move, available_bytes, move_all
+from telerag_cli.system import available_bytes
+from telerag_cli.tiers.transport import DirectReader, Move, move_all
 
 READ_BYTES = 16 << 20
 """A read: large enough for any disk's full rate, small enough for a progress bar."""
@@ -36,7 +37,7 @@ Advance = Callable[[int], None]
 class HostLists(Protocol):
     """Lists in host memory."""
 
-    memory: npt.NDArray[np.uint8]
+    memory: ByteArray
     """As they lie in ``lists.bin``, beginning on a page."""
 
     def close(self) -> None:
@@ -73,7 +74,7 @@ class SlowTier:
             self._map = mmap.mmap(self._file, self.nbytes)
             with contextlib.suppress(OSError):  # a kernel without huge pages still works, with more page-table walks
                 self._map.madvise(mmap.MADV_HUGEPAGE)
-            self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
+            self.memory: ByteArray = np.frombuffer(self._map, np.uint8)
             if found is None:
                 try:
                     self._read(path, int(index.list_bytes.sum()), advance)

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import BoolArray, DoubleArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import TeleragError, UsageError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.base import InPlace, ListsArrived, PinResult, Prefetched, Stay
 from telerag_cli.tiers.cache import make_policy
-from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, BoolArray, Occupancy, Residency
+from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, Occupancy, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer
 
@@ -109,7 +109,7 @@ class ArenaTier:
             return mask
 
     def prefetch(
-        self, lists: Sequence[int], protected: Stay, priority: npt.NDArray[np.float64], arrived: ListsArrived
+        self, lists: Sequence[int], protected: Stay, priority: DoubleArray, arrived: ListsArrived
     ) -> Prefetched:
         """See `FastTier`."""
         with self._lock:
@@ -193,7 +193,7 @@ class ArenaTier:
         lists: Sequence[int],
         arrived: ListsArrived,
         protected: Stay | None = None,
-        priority: npt.NDArray[np.float64] | None = None,
+        priority: DoubleArray | None = None,
     ) -> list[Move]:
         """Moves of as many lists, from the first, as there is room for."""
         if not lists:

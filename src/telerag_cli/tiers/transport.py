@@ -15,12 +15,12 @@ from queue import Empty, SimpleQueue
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.files import wrap_os_error
-from telerag_cli.system import give_way
+from telerag_cli.system import available_bytes, give_way
 
 LINK_NICENESS = 10
 
@@ -86,7 +86,7 @@ def move_all(link: Transport, moves: Sequence[Move], progress: Callable[[int], N
         raise errors[0]
 
 
-def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
+def allocate(nbytes: int) -> ByteArray:
     """A page-aligned block of memory, touched now so that reads into it never wait for the kernel to find pages.
 
     Raises:
@@ -110,17 +110,6 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     memory = np.frombuffer(block, np.uint8)
     memory[::PAGE_BYTES] = 0
     return memory
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping, in bytes, as the kernel and the control group see it."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, StopIteration, ValueError), Path("/proc/meminfo").open() as lines:
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        available = min(available, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    return available
 
 
 def reads_directly(path: Path) -> bool:
@@ -150,7 +139,7 @@ class DirectReader:
     without ``O_DIRECT`` (tmpfs) are read through it; ``note`` then says so.
     """
 
-    def __init__(self, path: Path, memory: npt.NDArray[np.uint8], *, threads: int = 2, direct: bool = True) -> None:
+    def __init__(self, path: Path, memory: ByteArray, *, threads: int = 2, direct: bool = True) -> None:
         """Open the file.
 
         Args:

@@ -11,13 +11,13 @@ from statistics import mean, median
 
 import numpy as np
 
+from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench.simulating.work import Ahead, Call, Follow, Lookup, Question, Text
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.refiner import AWAITED
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.engine.scheduler import LOOKED_DOWN
 from telerag_cli.engine.session import Session
-from telerag_cli.index.artifact import FloatArray, IntArray
 from telerag_cli.llm.base import Generation, Message
 from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines import base

@@ -14,6 +14,7 @@ import numpy as np
 import simpy
 from simpy.events import ProcessGenerator
 
+from telerag_cli.arrays import BoolArray, FloatArray, IntArray
 from telerag_cli.bench.simulating.clocks import Busy, Device
 from telerag_cli.bench.simulating.llm import Llm
 from telerag_cli.bench.simulating.rates import Host, Rates
@@ -22,12 +23,11 @@ from telerag_cli.config import CacheKind
 from telerag_cli.engine.refinement_embedder import ALLOWANCE_S, SHARE
 from telerag_cli.engine.retrieval import MAX_SEARCHES
 from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import FloatArray, Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.prefetch.order import PATIENT_CHECKPOINTS, due
 from telerag_cli.prefetch.prefetcher import Prefetch, Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.retrieval.retriever import RETRY_S
-from telerag_cli.tiers.residency import BoolArray
 from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tiers.transport import Arrived, Move
 

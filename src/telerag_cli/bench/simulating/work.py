@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from telerag_cli.index.artifact import IntArray
-from telerag_cli.tiers.residency import BoolArray
+from telerag_cli.arrays import BoolArray, IntArray
 
 SAME_SIZE = 64
 """Lists of neighbouring sizes among which a copy of a question finds others for its own."""

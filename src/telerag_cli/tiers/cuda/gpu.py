@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError, UsageError
 
-Bytes = npt.NDArray[np.uint8]
 PORTABLE = 1
 """``cudaHostRegisterPortable``: locked for every GPU and not only for the one at hand."""
 
@@ -72,10 +70,10 @@ class Gpu(Protocol):
             ResourceError: it does not fit.
         """
 
-    def lock(self, memory: Bytes) -> str | None:
+    def lock(self, memory: ByteArray) -> str | None:
         """Page-lock host memory so that the device reads it directly; the reason if that is refused, else None."""
 
-    def unlock(self, memory: Bytes) -> None:
+    def unlock(self, memory: ByteArray) -> None:
         """Undo `lock`."""
 
     def stream(self) -> Stream:
@@ -125,7 +123,7 @@ class CudaGpu:
                 remedy=f"Choose a smaller {option}.",
             ) from error
 
-    def lock(self, memory: Bytes) -> str | None:
+    def lock(self, memory: ByteArray) -> str | None:
         """See `Gpu`."""
         with torch.cuda.device(self.device):
             status = _cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE)
@@ -136,7 +134,7 @@ class CudaGpu:
             torch.zeros(1, device=self.device)
         return str(_cudart().cudaGetErrorString(status))
 
-    def unlock(self, memory: Bytes) -> None:
+    def unlock(self, memory: ByteArray) -> None:
         """See `Gpu`."""
         _cudart().cudaHostUnregister(memory.ctypes.data)
 

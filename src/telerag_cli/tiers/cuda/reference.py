@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from telerag_cli.index.artifact import IntArray
+from telerag_cli.arrays import IntArray
 
 U = 2.0**-24
 SPARE = 8

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import FloatArray, Index, IntArray, TableArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import ListScorer, merge, nothing
 from telerag_cli.tiers.cuda.gpu import Gpu
 from telerag_cli.tiers.cuda.reference import Launch, decoding_error

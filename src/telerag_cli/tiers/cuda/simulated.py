@@ -15,10 +15,11 @@ from queue import SimpleQueue
 
 import torch
 
+from telerag_cli.arrays import ByteArray
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError
-from telerag_cli.tiers.cuda.gpu import Bytes, Copy, Event, Stream
-from telerag_cli.tiers.transport import available_bytes
+from telerag_cli.system import available_bytes
+from telerag_cli.tiers.cuda.gpu import Copy, Event, Stream
 
 Fails = Callable[[], bool]
 
@@ -77,13 +78,13 @@ class SimulatedGpu:
         self._taken_bytes += nbytes
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def lock(self, memory: Bytes) -> str | None:
+    def lock(self, memory: ByteArray) -> str | None:
         """See `Gpu`."""
         if self._lock_refused is None:
             self.locked.add(memory.ctypes.data)
         return self._lock_refused
 
-    def unlock(self, memory: Bytes) -> None:
+    def unlock(self, memory: ByteArray) -> None:
         """See `Gpu`."""
         self.locked.remove(memory.ctypes.data)
 

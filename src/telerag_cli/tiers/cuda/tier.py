@@ -9,14 +9,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from telerag_cli.arrays import ByteArray, IntArray
 from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import ResourceError
-from telerag_cli.index.artifact import Index, IntArray
+from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.tiers.base import InPlace, JoinRates, Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
-from telerag_cli.tiers.cuda.gpu import Bytes, Copy, CudaGpu, Gpu, Stream
+from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Gpu, Stream
 from telerag_cli.tiers.cuda.scoring import GpuScorer, workspace_bytes
 from telerag_cli.tiers.slow import Advance, HostLists, SlowTier
 from telerag_cli.tiers.tier import ArenaTier, size_arena
@@ -112,7 +113,7 @@ def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, 
     return InPlace(in_place.score, known_in_place, known_link, known_moved, known.latency_s, known.slowdown)
 
 
-def _lock(gpu: Gpu, memory: Bytes, required: bool) -> list[str]:
+def _lock(gpu: Gpu, memory: ByteArray, required: bool) -> list[str]:
     """Page-lock memory; what to say if that is refused."""
     refused = gpu.lock(memory)
     if refused is None:
