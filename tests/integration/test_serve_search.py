@@ -24,16 +24,10 @@ from telerag_cli.index.passages import write_passages
 from telerag_cli.server import embeddings, vector_stores
 from telerag_cli.server.errors import ApiError
 from telerag_cli.server.filters import attributes, passes
-from telerag_cli.server.protocol import (
-    EmbeddingList,
-    ErrorBody,
-    VectorSearchRequest,
-    VectorStore,
-    VectorStoreList,
-    VectorStoreSearchPage,
-    invalid,
-)
+from telerag_cli.server.requests import VectorSearchRequest
+from telerag_cli.server.responses import EmbeddingList, ErrorBody, VectorStore, VectorStoreList, VectorStoreSearchPage
 from telerag_cli.server.streams import ClientGoneError
+from telerag_cli.server.validation import invalid_request
 from telerag_cli.server.vector_stores import search, shown_scores
 
 MAX_TOKENS = 12
@@ -131,7 +125,7 @@ def app_over(engine, *, ready=True):
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_request, error):
-        return invalid(error).response()
+        return invalid_request(error).response()
 
     @app.exception_handler(ClientGoneError)
     async def gone(_request, _error):
@@ -216,7 +210,7 @@ def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
     ],
 )
 def test_a_piece_is_short_in_texts_and_tokens(counts, expected):
-    assert list(embeddings.pieces(counts)) == expected
+    assert list(embeddings.batches(counts)) == expected
 
 
 @pytest.mark.parametrize(

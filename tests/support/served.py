@@ -12,8 +12,8 @@ from telerag_cli.config import ScheduleName
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.server.access_log import AccessLog, LogFormat
 from telerag_cli.server.app import make_app
-from telerag_cli.server.gates import LOOPBACK_HOSTS, GateOptions, with_gates
 from telerag_cli.server.metrics import Metrics
+from telerag_cli.server.middleware import LOOPBACK_HOSTS, AccessOptions, with_middleware
 from telerag_cli.server.server import address_of, bind, uvicorn_server
 from telerag_cli.server.service import Limits, Service, all_pipelines
 
@@ -65,8 +65,8 @@ def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=Non
     service = Service(all_pipelines({}), Limits(queue, request_s), metrics, "0")
     lines: list[str] = []
     log = AccessLog(lines.append, LogFormat.JSON)
-    gates = options or GateOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
-    server = uvicorn_server(with_gates(make_app(service), gates, log, metrics), 5.0)
+    access = options or AccessOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
+    server = uvicorn_server(with_middleware(make_app(service), access, log, metrics), 5.0)
     started = threading.Event()
     running: list[Running] = []
 

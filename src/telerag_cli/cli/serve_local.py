@@ -22,7 +22,7 @@ from telerag_cli.server.access_log import LogFormat
 from telerag_cli.system import bound_kernel_caches
 
 if TYPE_CHECKING:
-    from telerag_cli.server.gates import GateOptions
+    from telerag_cli.server.middleware import AccessOptions
     from telerag_cli.server.server import Loaded
 
 KEY_VARIABLE = "TELERAG_API_KEY"
@@ -145,8 +145,8 @@ def serve_local(
         from telerag_cli.engine.scheduler import Scheduler
         from telerag_cli.server.access_log import AccessLog
         from telerag_cli.server.app import make_app
-        from telerag_cli.server.gates import with_gates
         from telerag_cli.server.metrics import Metrics
+        from telerag_cli.server.middleware import with_middleware
         from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind
         from telerag_cli.server.service import Limits, Service, all_pipelines
         from telerag_cli.tracing import Tracer
@@ -156,7 +156,7 @@ def serve_local(
             all_pipelines(pipelines.given), Limits(limits.max_queue, limits.request_timeout), metrics, __version__
         )
         log = AccessLog(_write, server.log_format)
-        app = with_gates(make_app(service), _gates(server, limits, key), log, metrics)
+        app = with_middleware(make_app(service), _access(server, limits, key), log, metrics)
         listening = bind(server.host, server.port)
         answering = llm.answering(search.lookahead, limits.concurrency)
 
@@ -176,11 +176,13 @@ def serve_local(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _gates(server: ServerOptions, limits: LimitOptions, key: str | None) -> GateOptions:
-    from telerag_cli.server.gates import LOOPBACK_HOSTS, GateOptions
+def _access(server: ServerOptions, limits: LimitOptions, key: str | None) -> AccessOptions:
+    from telerag_cli.server.middleware import LOOPBACK_HOSTS, AccessOptions
 
     hosts = frozenset() if key else LOOPBACK_HOSTS | {server.host}
-    return GateOptions(key, hosts, origins=tuple(server.cors_origin or ()), max_body_bytes=parse_bytes(limits.max_body))
+    return AccessOptions(
+        key, hosts, origins=tuple(server.cors_origin or ()), max_body_bytes=parse_bytes(limits.max_body)
+    )
 
 
 def _write(line: str) -> None:

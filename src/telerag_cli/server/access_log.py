@@ -19,14 +19,11 @@ from enum import StrEnum
 from typing import Any
 
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics", "/telerag/state", "/page/{name}"})
-"""Asked for every few seconds by machines, or many times by the page; a line each would bury the rest."""
-
+"""Paths that machines ask for every few seconds, or the page many times; a line each would bury the rest."""
 MAX_VALUE = 400
 """Characters of a value in a request's line; a path can be as long as a client likes."""
-
 CLIENT_CLOSED = 499
 """The status that is logged where the client left before it had one; it never goes over the wire."""
-
 _BEFORE_TRACE = "    | "
 """Begins a traceback's lines in text, so that an error's message cannot pass for a line of the log."""
 
@@ -67,8 +64,8 @@ class Served:
     """What its route notes: counts and times, nothing that was asked or answered."""
 
 
-class AccessLog:
-    """Writes lines; from any thread, as far as ``write`` can."""
+class AccessLog(logging.Handler):
+    """Writes entries, from any thread; as a handler of `logging` it takes what libraries log, from warnings up."""
 
     def __init__(
         self, write: Callable[[str], None], form: LogFormat = LogFormat.TEXT, *, clock: Callable[[], float] = time.time
@@ -80,28 +77,20 @@ class AccessLog:
             form: how a line looks.
             clock: seconds since 1970.
         """
+        super().__init__(logging.WARNING)
         self._write = write
         self._form = form
         self._clock = clock
-        self.messages: logging.Handler = _Messages(self)
-        """Takes what libraries log, from warnings up; see `capturing`."""
 
     def request(self, served: Served) -> None:
-        """Note a request; one to `QUIET_PATHS` only if it failed, and that the server is not ready yet is no failure."""
+        """Log a request; one to `QUIET_PATHS` only if it failed, and that the server is not ready yet is no failure."""
         if served.path in QUIET_PATHS and (served.status < 400 or served.status == 503):
             return
-        entry = {
-            "request_id": served.request_id,
-            "client": served.client,
-            "method": served.method,
-            "path": served.path,
-            "status": served.status,
-            "duration_s": served.duration_s,
-            "outcome": str(served.outcome),
-        }
-        more = {name: value for name, value in served.details.items() if name not in entry}
-        entry = {name: _short(value) for name, value in (entry | more).items()}
-        level = _LEVELS.get(served.outcome, "info") if served.status != 503 else "warning"
+        own = {name: value for name, value in vars(served).items() if name != "details"}
+        # Nothing that a route notes replaces what is known of the request itself.
+        entry = {name: _rounded(value) for name, value in {**own, **served.details, **own}.items()}
+        levels: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
+        level = "warning" if served.status == 503 else levels.get(served.outcome, "info")
         if self._form is LogFormat.JSON:
             self._json(level, "request", entry)
             return
@@ -112,42 +101,44 @@ class AccessLog:
         self._text(level, f"{head} {took} {tail}")
 
     def failure(self, request_id: str, error: BaseException) -> None:
-        """Note an error that nobody expected, with its traceback."""
-        entry = {"request_id": request_id, "message": f"{type(error).__name__}: {error}"}
-        self._told("error", "failure", request_id, entry, _trace(error))
+        """Log an error that nobody expected, with its traceback."""
+        message = f"{type(error).__name__}: {error}"
+        self._message("error", "failure", {"request_id": request_id, "message": message}, error)
 
-    def message(self, record: logging.LogRecord) -> None:
-        """Note what a library logs."""
-        entry = {"logger": record.name, "message": record.getMessage().rstrip()}
-        error = record.exc_info[1] if record.exc_info else None
-        self._told(record.levelname.lower(), "log", record.name, entry, _trace(error) if error else "")
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log what a library logs."""
+        try:
+            entry = {"logger": record.name, "message": record.getMessage().rstrip()}
+            error = record.exc_info[1] if record.exc_info else None
+            self._message(record.levelname.lower(), "log", entry, error)
+        except Exception:
+            self.handleError(record)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
-        """While the block runs, what libraries log and warn of comes here: uvicorn's messages and Python's warnings among them."""
+        """While the block runs, take what libraries log and warn of, uvicorn and Python itself included."""
         root = logging.getLogger()
-        root.addHandler(self.messages)
+        root.addHandler(self)
         logging.captureWarnings(True)
         try:
             yield
         finally:
             logging.captureWarnings(False)
-            root.removeHandler(self.messages)
+            root.removeHandler(self)
 
-    def _told(self, level: str, event: str, whose: str, entry: dict[str, Any], trace: str) -> None:
+    def _message(self, level: str, event: str, entry: dict[str, Any], error: BaseException | None) -> None:
+        trace = "".join(traceback.format_exception(error)).rstrip() if error else ""
         if self._form is LogFormat.JSON:
             self._json(level, event, entry | ({"traceback": trace} if trace else {}))
             return
-        lines = [f"{escaped(whose)}: {escaped(entry['message'])}"]
+        lines = [": ".join(map(escaped, entry.values()))]
         lines += [_BEFORE_TRACE + escaped(line) for line in trace.splitlines()]
         self._text(level, "\n".join(lines))
 
     def _json(self, level: str, event: str, entry: Mapping[str, Any]) -> None:
-        # In ASCII, so that all that could move a terminal is escaped.
         head = {"time": self._now(), "level": level, "event": event}
-        self._out(
-            json.dumps({**head, **entry, **head}, default=str)
-        )  # what a route notes takes the place of none of these
+        # Nothing that a route notes replaces these. In ASCII, so that all that could move a terminal is escaped.
+        self._out(json.dumps({**head, **entry, **head}, default=str))
 
     def _text(self, level: str, line: str) -> None:
         self._out(f"{self._now()} {level.upper():7} {line}")
@@ -157,36 +148,19 @@ class AccessLog:
         return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
     def _out(self, line: str) -> None:
-        # Nobody reads the log any more, and there is no other place to say so; requests go on.
+        # If nobody reads the log any more, requests go on.
         with contextlib.suppress(OSError):
             self._write(line)
 
 
-class _Messages(logging.Handler):
-    """Hands log records to the log."""
-
-    def __init__(self, log: AccessLog) -> None:
-        super().__init__(logging.WARNING)
-        self._log = log
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            self._log.message(record)
-        except Exception:
-            self.handleError(record)
-
-
-_LEVELS: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
-
-
 def escaped(text: str) -> str:
-    r"""A text on one line and without effect on a terminal: ``\n`` for a line end, ``\\`` for ``\``. Different texts stay different."""
+    r"""Return a text on one line, harmless to a terminal and reversible: ``\n`` for a line end, ``\\`` for ``\``."""
     return "".join(
         char if char.isprintable() and char != "\\" else char.encode("unicode_escape").decode() for char in text
     )
 
 
-def _short(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
     """A value as a line holds it: numbers to a microsecond, texts not too long."""
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
@@ -202,7 +176,3 @@ def _shown(value: Any) -> str:
     if text and not set(text) & {" ", '"', "="}:
         return text
     return '"' + text.replace('"', '\\"') + '"'
-
-
-def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error)).rstrip()

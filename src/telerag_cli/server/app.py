@@ -12,16 +12,16 @@ from starlette.exceptions import HTTPException
 from telerag_cli.errors import TeleragError
 from telerag_cli.server import chat, completions, embeddings, models, site, vector_stores
 from telerag_cli.server.access_log import CLIENT_CLOSED
-from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, told
-from telerag_cli.server.gates import unhandled
-from telerag_cli.server.protocol import ErrorBody, invalid
+from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error, handle_uncaught
 from telerag_cli.server.replies import Documented, note
+from telerag_cli.server.responses import ErrorBody
 from telerag_cli.server.service import Service, Status
 from telerag_cli.server.streams import ClientGoneError
+from telerag_cli.server.validation import invalid_request
 
 DESCRIPTION = (
-    "Retrieval-augmented generation with lookahead, by OpenAI's protocol. Each pipeline is a model; the one vector store is the "
-    "index. Answers carry the passages they rest on, and what each stage took, in the field `telerag`."
+    "Retrieval-augmented generation with lookahead, by OpenAI's protocol. Each pipeline is a model; the one vector "
+    "store is the index. Answers carry the passages they rest on, and what each stage took, in the field `telerag`."
 )
 REASONS = {
     400: "What is asked for cannot be done.",
@@ -38,7 +38,7 @@ ERRORS: Documented = {status: {"model": ErrorBody, "description": words} for sta
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application. What every request passes before it is in `gates`."""
+    """Return the application; what every request passes before it is in `middleware`."""
     app = FastAPI(
         title="telerag",
         version=service.version,
@@ -47,20 +47,18 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
         responses=ERRORS,
+        exception_handlers=_HANDLERS,
     )
     for part in (chat, completions, embeddings, models, vector_stores):
         app.include_router(part.router(service))
-    app.include_router(_watching(service))
+    app.include_router(_monitoring(service))
     app.include_router(site.router())
-    app.openapi_schema = _described(app)
-    app.add_exception_handler(Exception, unhandled)
-    for kind, handler in _HANDLERS.items():
-        app.add_exception_handler(kind, handler)
+    app.openapi_schema = _openapi(app)
     return app
 
 
-def _described(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, without the status and the form of errors that FastAPI has for requests that are wrong: here it is 400."""
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document without FastAPI's own errors for malformed requests: here their status is 400."""
     made = app.openapi()
     for operations in made["paths"].values():
         for operation in operations.values():
@@ -70,30 +68,30 @@ def _described(app: FastAPI) -> dict[str, Any]:
     return made
 
 
-def _watching(service: Service) -> APIRouter:
-    """Routes for those who look after the server."""
+def _monitoring(service: Service) -> APIRouter:
+    """Return the routes for monitoring."""
     routes = APIRouter(tags=["Server"])
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
-        """Whether the process is there."""
+        """Say that the process is there."""
         return {"status": "ok"}
 
     @routes.get("/ready")
     async def ready() -> JSONResponse:
-        """Whether questions are answered: model and index are loaded and warm."""
+        """Say whether questions are answered: model and index are loaded and warm."""
         status = service.status
         return JSONResponse({"status": status.value}, 200 if status is Status.READY else 503)
 
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Return the metrics for Prometheus."""
         data, media_type = service.metrics.exposition()
         return Response(data, headers={"content-type": media_type})
 
     @routes.get("/telerag/state")
     async def state() -> dict[str, Any]:
-        """What the server is doing, for the page."""
+        """Return what the server is doing, for the page."""
         return service.state()
 
     return routes
@@ -104,36 +102,34 @@ async def _api_error(_request: Request, error: ApiError) -> Response:
 
 
 async def _telerag_error(request: Request, error: TeleragError) -> Response:
-    answer = told(error, request.state.request_id)
+    answer = as_api_error(error, request.state.request_id)
     if answer.status >= 500:
         note(request, outcome="failed", error=str(error))
     return answer.response()
 
 
-async def _invalid(_request: Request, error: RequestValidationError) -> Response:
-    return invalid(error).response()
+async def _invalid_request(_request: Request, error: RequestValidationError) -> Response:
+    return invalid_request(error).response()
 
 
-async def _http(request: Request, error: HTTPException) -> Response:
-    """Errors of the framework itself."""
-    words = {
-        404: f"There is nothing at {request.method} {request.url.path[:80]}.",
-        405: f"{request.method} is not allowed at {request.url.path[:80]}.",
-    }
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    """Answer after an error of the framework itself."""
+    path = request.url.path[:80]
+    words = {404: f"There is nothing at {request.method} {path}.", 405: f"{request.method} is not allowed at {path}."}
+    message = words.get(error.status_code, str(error.detail))
     kind = NOT_FOUND if error.status_code == 404 else INVALID
-    return ApiError(
-        error.status_code, words.get(error.status_code, str(error.detail)), kind, headers=error.headers
-    ).response()
+    return ApiError(error.status_code, message, kind, headers=error.headers or {}).response()
 
 
-async def _gone(_request: Request, _error: ClientGoneError) -> Response:
+async def _client_gone(_request: Request, _error: ClientGoneError) -> Response:
     return Response(status_code=CLIENT_CLOSED)
 
 
-_HANDLERS: dict[type[Exception], Any] = {
+_HANDLERS: dict[int | type[Exception], Any] = {
+    Exception: handle_uncaught,
     ApiError: _api_error,
     TeleragError: _telerag_error,
-    RequestValidationError: _invalid,
-    HTTPException: _http,
-    ClientGoneError: _gone,
+    RequestValidationError: _invalid_request,
+    HTTPException: _http_error,
+    ClientGoneError: _client_gone,
 }

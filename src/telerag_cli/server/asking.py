@@ -15,7 +15,7 @@ from telerag_cli.llm.shapes import Json, Shape
 from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.server.errors import ApiError
-from telerag_cli.server.protocol import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
+from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
 from telerag_cli.server.service import Asked, Service
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}

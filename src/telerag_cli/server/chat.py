@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from telerag_cli.pipelines.base import ANSWER
 from telerag_cli.server.asking import chat_asked
-from telerag_cli.server.protocol import ChatCompletion, ChatRequest
 from telerag_cli.server.replies import STREAMS_TOO, cited, event, json_response, note, note_outcomes, usage_of
+from telerag_cli.server.requests import ChatRequest
+from telerag_cli.server.responses import ChatCompletion
 from telerag_cli.server.service import Outcome, Service
 from telerag_cli.server.streaming import streamed
 from telerag_cli.server.streams import Growing, News, Silent, Text, until_gone

@@ -12,15 +12,16 @@ from fastapi import APIRouter, Request, Response
 
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.server.errors import ApiError
-from telerag_cli.server.protocol import EmbeddingList, EmbeddingRequest
 from telerag_cli.server.replies import note
+from telerag_cli.server.requests import EmbeddingRequest
+from telerag_cli.server.responses import EmbeddingList
 from telerag_cli.server.service import Service, no_model
 from telerag_cli.server.streams import until_gone
 
-PIECE = 32
-PIECE_TOKENS = 1024
-"""Texts embedded at once, and their tokens. Between two pieces others have their turn, questions too, and a request whose
-client is gone ends."""
+BATCH_SIZE = 32
+BATCH_TOKENS = 1024
+"""Texts embedded at once, and their tokens. Between two batches others have their turn, questions too, and a request
+whose client is gone ends."""
 
 
 class EncoderLimits(Protocol):
@@ -43,7 +44,7 @@ class Encoder(QueryEmbedder, Protocol):
 
 
 def router(service: Service) -> APIRouter:
-    """The route."""
+    """Return the route."""
     routes = APIRouter(tags=["Retrieval"])
     turns = asyncio.Lock()
 
@@ -52,101 +53,70 @@ def router(service: Service) -> APIRouter:
         """Embed texts as the index's questions are embedded; a text longer than the model sees is refused."""
         service.require_ready()
         _check_model(body, service)
-        texts = [body.input] if isinstance(body.input, str) else body.input
-        work = _Work(cast("Encoder", service.engine.embedder), texts, body, turns)
+        encoder = cast("Encoder", service.engine.embedder)
         note(request, model=body.model)
-        data = await until_gone(request, service.within(work.done()))
-        note(request, prompt_tokens=work.tokens, outcome="done")
+        data, tokens = await until_gone(request, service.within(_embedded(encoder, body, turns)))
+        note(request, prompt_tokens=tokens, outcome="done")
         return Response(data, media_type="application/json")
 
     return routes
 
 
 def _check_model(body: EmbeddingRequest, service: Service) -> None:
-    if body.model in service.models and body.model != service.embedder_name:
-        raise ApiError(
-            404,
-            f"The model `{body.model}` answers and makes no embeddings; `{service.embedder_name}` makes them.",
-            param="model",
-            code="model_not_found",
-        )
     if body.model != service.embedder_name:
-        raise no_model(body.model)
+        if body.model not in service.models:
+            raise no_model(body.model)
+        message = f"The model `{body.model}` answers and makes no embeddings; `{service.embedder_name}` makes them."
+        raise ApiError(404, message, param="model", code="model_not_found")
     dimension = service.engine.retriever.index.manifest.dimension
     if body.dimensions not in (None, dimension):
-        raise ApiError(
-            400,
-            f"Invalid 'dimensions': it is {body.dimensions} and the model makes vectors of {dimension}.",
-            param="dimensions",
-            code="invalid_value",
-        )
+        message = f"Invalid 'dimensions': it is {body.dimensions} and the model makes vectors of {dimension}."
+        raise ApiError(400, message, param="dimensions", code="invalid_value")
 
 
-class _Work:
-    """The embedding of one request's texts, a piece at a time."""
+async def _embedded(encoder: Encoder, body: EmbeddingRequest, turns: asyncio.Lock) -> tuple[str, int]:
+    """Return the response's JSON, written batch by batch as a large one would hold up the event loop, and its tokens.
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str], body: EmbeddingRequest, turns: asyncio.Lock) -> None:
-        self._counts: list[int] = []
-        self._encoder = encoder
-        self._texts = texts
-        self._body = body
-        self._turns = turns
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all texts."""
-        return sum(self._counts)
-
-    async def done(self) -> str:
-        """The response's JSON; it is written in pieces too, for a large one would hold up the event loop.
-
-        Raises:
-            ApiError: a text is longer than the model sees.
-        """
-        for start in range(0, len(self._texts), PIECE):
-            async with self._turns:
-                await asyncio.to_thread(self._count, start)
-        items = []
-        for start, end in pieces(self._counts):
-            async with self._turns:
-                items.append(await asyncio.to_thread(self._embed, start, end))
-        rest = {"model": self._body.model, "usage": {"prompt_tokens": self.tokens, "total_tokens": self.tokens}}
-        return f'{{"object":"list","data":[{",".join(items)}],{json.dumps(rest)[1:]}'
-
-    def _count(self, start: int) -> None:
-        most = self._encoder.info.max_tokens
-        for place, text in enumerate(self._texts[start : start + PIECE], start):
-            count = self._encoder.count_query_tokens(text)
-            if count > most:
-                param = "input" if isinstance(self._body.input, str) else f"input.{place}"
-                raise ApiError(
-                    400,
-                    f"Invalid '{param}': it has {count:,} tokens and the model sees {most:,}.",
-                    param=param,
-                    code="context_length_exceeded",
-                )
-            self._counts.append(count)
-
-    def _embed(self, start: int, end: int) -> str:
-        vectors = self._encoder.encode_queries(self._texts[start:end]).astype("<f4")
-        in_base64 = self._body.encoding_format == "base64"
-        return ",".join(
-            json.dumps(
-                {
-                    "object": "embedding",
-                    "index": place,
-                    "embedding": base64.b64encode(vector.tobytes()).decode() if in_base64 else vector.tolist(),
-                }
-            )
-            for place, vector in enumerate(vectors, start)
-        )
+    Raises:
+        ApiError: a text is longer than the model sees.
+    """
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    counts: list[int] = []
+    for start in range(0, len(texts), BATCH_SIZE):
+        async with turns:
+            counts += await asyncio.to_thread(_count, encoder, body, texts[start : start + BATCH_SIZE], start)
+    items = []
+    for start, end in batches(counts):
+        async with turns:
+            items.append(await asyncio.to_thread(_encode, encoder, body, texts[start:end], start))
+    rest = {"model": body.model, "usage": {"prompt_tokens": sum(counts), "total_tokens": sum(counts)}}
+    return f'{{"object":"list","data":[{",".join(items)}],{json.dumps(rest)[1:]}', sum(counts)
 
 
-def pieces(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Begin and end of each piece of texts that have so many tokens."""
+def _count(encoder: Encoder, body: EmbeddingRequest, texts: Sequence[str], start: int) -> list[int]:
+    max_tokens = encoder.info.max_tokens
+    counts = [encoder.count_query_tokens(text) for text in texts]
+    for place, count in enumerate(counts, start):
+        if count > max_tokens:
+            param = "input" if isinstance(body.input, str) else f"input.{place}"
+            message = f"Invalid '{param}': it has {count:,} tokens and the model sees {max_tokens:,}."
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+    return counts
+
+
+def _encode(encoder: Encoder, body: EmbeddingRequest, texts: Sequence[str], start: int) -> str:
+    vectors = encoder.encode_queries(texts).astype("<f4")
+    in_base64 = body.encoding_format == "base64"
+    values = [base64.b64encode(each.tobytes()).decode() if in_base64 else each.tolist() for each in vectors]
+    items = [{"object": "embedding", "index": place, "embedding": value} for place, value in enumerate(values, start)]
+    return ",".join(map(json.dumps, items))
+
+
+def batches(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each batch of texts that have so many tokens."""
     start = tokens = 0
     for place, count in enumerate(counts):
-        if place > start and (place - start == PIECE or tokens + count > PIECE_TOKENS):
+        if place > start and (place - start == BATCH_SIZE or tokens + count > BATCH_TOKENS):
             yield start, place
             start, tokens = place, 0
         tokens += count

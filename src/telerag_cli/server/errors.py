@@ -1,10 +1,12 @@
-"""Errors as OpenAI's API words them. Nothing of the file system or of other requests is in them; the log has the rest."""
+"""Errors as OpenAI's API words them, without a word about the file system or other requests; the log has the rest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from telerag_cli.errors import ContextError, InputError, TeleragError, UsageError
@@ -13,38 +15,28 @@ INVALID, NOT_FOUND = "invalid_request_error", "not_found_error"
 SERVER, OVERLOADED, TIMEOUT = "server_error", "overloaded_error", "timeout_error"
 DO_NOT_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients try again after most errors of a server; this header tells them not to."""
+MAX_SHOWN = 80
+"""Characters of a client's own text in an error."""
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """What a client is told when its request cannot be answered."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = INVALID,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """Say what is wrong.
+    status: int
+    """The HTTP status."""
+    message: str
+    kind: str = INVALID
+    """OpenAI's ``type`` of the error."""
+    param: str | None = field(default=None, kw_only=True)
+    """The field of the request that is wrong."""
+    code: str | None = field(default=None, kw_only=True)
+    """OpenAI's ``code``, for programs."""
+    headers: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """Further headers of the response."""
 
-        Args:
-            status: the HTTP status.
-            message: one sentence or two.
-            kind: OpenAI's ``type`` of the error.
-            param: the field of the request that is wrong, if it is one.
-            code: OpenAI's ``code``, for programs.
-            headers: further headers of the response.
-        """
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.kind = kind
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:
@@ -52,27 +44,29 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole response."""
+        """Return the whole response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def told(error: Exception, request_id: str) -> ApiError:
-    """What a client is told of an error in the engine: what is wrong with its request, or that it is not its fault."""
+def as_api_error(error: Exception, request_id: str) -> ApiError:
+    """Return what a client is told of any error: what is wrong with its request, or that the server is at fault."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextError):
+        return ApiError(400, error.message, param="messages", code="context_length_exceeded")
     if isinstance(error, InputError | UsageError):
-        context = isinstance(error, ContextError)
-        return ApiError(
-            400,
-            error.message,
-            param="messages" if context else None,
-            code="context_length_exceeded" if context else None,
-        )
+        return ApiError(400, error.message)
     kind = "failed" if isinstance(error, TeleragError) else "has a bug"
-    return ApiError(
-        500,
-        f"The server {kind}; its log says more under the request id {request_id}.",
-        SERVER,
-        code="internal_error",
-        headers=DO_NOT_RETRY,
-    )
+    message = f"The server {kind}; its log says more under the request id {request_id}."
+    return ApiError(500, message, SERVER, code="internal_error", headers=DO_NOT_RETRY)
+
+
+async def handle_uncaught(request: Request, error: Exception) -> Response:
+    """Answer after an error that nobody caught: the application's handler of ``Exception``."""
+    return as_api_error(error, request.state.request_id).response()
+
+
+def shortened(text: str) -> str:
+    """Return a client's own text as it is repeated: at most `MAX_SHOWN` characters, all of them valid."""
+    text = text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"
+    return text.encode(errors="backslashreplace").decode()

@@ -1,13 +1,83 @@
-"""OpenAI's filters over what is known of a passage."""
+"""OpenAI's filters over the attributes of passages."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
-from telerag_cli.server.protocol import Compound, Equality, Filter, Membership, Scalar
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from telerag_cli.server.fields import UNUSABLE, NotEmpty, StrictModel
+
+MAX_DEPTH = 8
+MAX_PARTS = 32
+MAX_CLAUSES = 256
+
+Scalar = str | bool | int | float
+"""What an attribute may be."""
+
+
+class Equality(StrictModel):
+    """Whether an attribute has this value; a passage without the attribute does not."""
+
+    type: Literal["eq", "ne"]
+    key: NotEmpty
+    value: Scalar
+
+
+class Order(StrictModel):
+    """How an attribute compares with this value: numbers by size, texts by their characters."""
+
+    type: Literal["gt", "gte", "lt", "lte"]
+    key: NotEmpty
+    value: str | int | float
+
+
+class Membership(StrictModel):
+    """Whether an attribute has one of these values."""
+
+    type: Literal["in", "nin"]
+    key: NotEmpty
+    value: Annotated[list[Scalar], Field(min_length=1)]
+
+
+class Compound(StrictModel):
+    """Whether all, or any, of these hold."""
+
+    type: Literal["and", "or"]
+    filters: Annotated[list[Filter], Field(min_length=1, max_length=MAX_PARTS)]
+
+
+Filter: TypeAlias = Annotated[Equality | Order | Membership | Compound, Field(discriminator="type")]
+
+
+def _clause_depths(some: Filter, depth: int = 1) -> Iterator[int]:
+    yield depth
+    if isinstance(some, Compound):
+        for each in some.filters:
+            yield from _clause_depths(each, depth + 1)
+
+
+def _check_bounds(some: Filter) -> Filter:
+    depths = list(_clause_depths(some))
+    if max(depths) > MAX_DEPTH or len(depths) > MAX_CLAUSES:
+        raise PydanticCustomError(
+            UNUSABLE,
+            "it has {clauses} clauses, {depth} deep; at most {most} clauses, {deepest} deep, are taken",
+            {"clauses": len(depths), "depth": max(depths), "most": MAX_CLAUSES, "deepest": MAX_DEPTH},
+        )
+    return some
+
+
+BoundedFilter = Annotated[
+    Filter,
+    AfterValidator(_check_bounds),
+    Field(description=f"On attributes; at most {MAX_CLAUSES} clauses, {MAX_DEPTH} deep."),
+]
+
 
 _COMPARE: Mapping[str, Callable[[Any, Any], bool]] = {
     "gt": operator.gt,

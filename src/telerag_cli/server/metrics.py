@@ -1,7 +1,7 @@
 """What a Prometheus server reads at ``/metrics``, and the rates that the page shows.
 
-Names are vLLM's where the thing is the same, with ``telerag_`` before them. Everything belongs to one `Metrics`;
-nothing is global, so that several servers may run in one process.
+Names are vLLM's where the thing is the same, with ``telerag_`` before them. Each `Metrics` has its own registry: several
+servers may run in one process.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -26,25 +35,25 @@ from telerag_cli.pipelines.base import is_answer
 from telerag_cli.retrieval.retriever import JoinReport
 
 Rejection = Literal["queue", "size", "key", "host", "not_ready"]
-"""Why a request was refused before any work: the queue is full, it is too large, without the key, under another host's name,
-or the model is not loaded."""
+"""Why a request was refused before any work: the queue is full, it is too large, has no key, names another host, or the
+model is not loaded."""
 Ending = Literal["cancelled", "timeout", "failed"]
 """Why a request that had begun has no answer."""
 
 HIT_WINDOW_S = 600.0
-"""Over which the ratio of hits is taken."""
+"""Seconds over which the ratio of hits is taken."""
 MAX_KEPT = 10_000
 """Requests and retrievals that are kept for rates; beyond it the window is shorter."""
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-"""Others are counted as ``other``: clients may send any word."""
+"""HTTP methods that are counted by name; clients may send any word, so others are counted as ``other``."""
 
 _TOKEN_TIMES_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 _JOINS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _TIMES_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 _TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
-HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
+_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "time_to_first_token_seconds": (_TIMES_S, "From a request's arrival to its answer's first text."),
     "inter_token_latency_seconds": (
         _TOKEN_TIMES_S,
@@ -60,32 +69,15 @@ HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "request_prompt_tokens": (_TOKENS, "Tokens of prompts, summed over a request's LLM calls."),
     "request_generation_tokens": (_TOKENS, "Tokens written, summed over a request's LLM calls."),
 }
-"""Of requests answered, by ``model_name``: bounds and meaning."""
+"""Buckets and meaning of the histograms by ``model_name``, of requests answered."""
 
-MODEL_COUNTERS = {
+_MODEL_COUNTERS = {
     "prompt_tokens": "Tokens of prompts of requests answered.",
     "generation_tokens": "Tokens written for requests answered.",
     "prefix_cache_queries": "Tokens of prompts that were looked for among those computed before.",
     "prefix_cache_hits": "Tokens of prompts that had been computed before.",
 }
-"""Of requests answered, by ``model_name``; their names end with ``_total``, like those of all counters."""
-
-COUNTERS = {
-    "lookahead_bytes": "Bytes of lists that lookahead moved.",
-    "missed_bytes": "Bytes of lists that a query needed and that were neither in fast memory nor on their way.",
-}
-
-REASONS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "lookahead_lists": (
-        "outcome",
-        ("hit", "wasted", "missed"),
-        "Lists by request: moved ahead and probed (hit), moved ahead and not probed (wasted), or neither in fast memory "
-        "nor on their way when the query came (missed). What was there for other requests is none of these.",
-    ),
-    "requests_rejected": ("reason", get_args(Rejection), "Requests refused before any work."),
-    "requests_ended": ("reason", get_args(Ending), "Requests that had begun and have no answer."),
-}
-"""Counters with a label, and all that the label may be; each is there at 0 from the start, so that the first is an increase."""
+"""Meaning of the counters by ``model_name``, of requests answered."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +93,14 @@ class State:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was finished within the last ``window_s`` seconds, by the second; what is still under way counts when it ends."""
+    """What was finished per second within the last ``window_s`` seconds; unfinished work counts when it ends."""
 
     window_s: float
     requests_per_s: float
     tokens_per_s: float
     """Written, in all stages of the requests answered."""
     link_bytes_per_s: float
-    """Of lists that lookahead moved or that were missed at the join. Those scored where they lie are counted though not moved."""
+    """Of lists that lookahead moved or that were missed at the join, even if they were scored in place."""
     hit_ratio: float | None
     """As the metric of this name, over this window; None without a retrieval."""
 
@@ -125,8 +117,8 @@ class _Done:
     lists_wanted: int = 0
 
 
-class Metrics:
-    """Counts what happens to requests; from any thread."""
+class Metrics(Collector):
+    """Counts what happens to requests, from any thread; collects the state of queue, LLM and arena when it is read."""
 
     def __init__(self, version: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with nothing counted.
@@ -140,44 +132,52 @@ class Metrics:
         self._done: deque[_Done] = deque(maxlen=MAX_KEPT)
         self._lock = threading.Lock()
         self._registry = registry = CollectorRegistry()
+        # When each series began is left out: it doubles the text, whose format has no place for it.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        counter = partial(Counter, namespace="telerag", registry=registry)
+        histogram = partial(Histogram, namespace="telerag", registry=registry)
         Info("telerag_build", "The program that is running.", registry=registry).info(
             {"version": version, "python_version": platform.python_version()}
         )
         ProcessCollector(registry=registry)
-
         self._histograms = {
-            name: Histogram(f"telerag_{name}", what, ["model_name"], registry=registry, buckets=buckets)
-            for name, (buckets, what) in HISTOGRAMS.items()
+            name: histogram(name, what, ["model_name"], buckets=buckets)
+            for name, (buckets, what) in _HISTOGRAMS.items()
         }
-        self._of_models = {
-            name: Counter(f"telerag_{name}", what, ["model_name"], registry=registry)
-            for name, what in MODEL_COUNTERS.items()
-        }
-        self._counters = {name: Counter(f"telerag_{name}", what, registry=registry) for name, what in COUNTERS.items()}
-        self._reasons: dict[str, Counter] = {}
-        for name, (label, values, what) in REASONS.items():
-            self._reasons[name] = Counter(f"telerag_{name}", what, [label], registry=registry)
+        self._model_counters = {name: counter(name, what, ["model_name"]) for name, what in _MODEL_COUNTERS.items()}
+        self._success = counter("request_success", "Requests answered.", ["model_name", "finished_reason"])
+        self._bytes_moved = counter("lookahead_bytes", "Bytes of lists that lookahead moved.")
+        self._bytes_missed = counter(
+            "missed_bytes", "Bytes of lists that a query needed and that were neither in fast memory nor on their way."
+        )
+        self._lists = counter(
+            "lookahead_lists",
+            "Lists by request: moved ahead and probed (hit), moved ahead and not probed (wasted), or neither in fast "
+            "memory nor on their way when the query came (missed). What was there for other requests is none of these.",
+            ["outcome"],
+        )
+        self._rejected = counter("requests_rejected", "Requests refused before any work.", ["reason"])
+        self._ended = counter("requests_ended", "Requests that had begun and have no answer.", ["reason"])
+        # Each series is there at 0 from the start, so that the first event is an increase.
+        for labelled, values in (
+            (self._lists, ("hit", "wasted", "missed")),
+            (self._rejected, get_args(Rejection)),
+            (self._ended, get_args(Ending)),
+        ):
             for value in values:
-                self._reasons[name].labels(value)
-        self._success = Counter(
-            "telerag_request_success", "Requests answered.", ["model_name", "finished_reason"], registry=registry
+                labelled.labels(value)
+        self._join_s = histogram(
+            "join_seconds", "From a query's arrival at the index to its results.", buckets=_JOINS_S
         )
-        self._join_s = Histogram(
-            "telerag_join_seconds",
-            "From a query's arrival at the index to its results.",
-            registry=registry,
-            buckets=_JOINS_S,
-        )
-        self._http = Counter(
-            "telerag_http_requests",
+        self._http = counter(
+            "http_requests",
             "HTTP requests by their route's template; status 499 where the client left first.",
             ["route", "method", "status"],
-            registry=registry,
         )
-        registry.register(_Now(self))
+        registry.register(self)
 
     def watch(self, state: Callable[[], State | None]) -> None:
-        """Ask this for the server's state whenever somebody reads the metrics; it says None while there is no engine."""
+        """Ask this for the server's state whenever somebody reads the metrics; None while there is no engine."""
         self._state = state
 
     def answered(
@@ -223,7 +223,7 @@ class Metrics:
             "prefix_cache_hits": sum(each.cached_tokens for each in generations),
         }
         for name, count in counted.items():
-            self._of_models[name].labels(model).inc(count)
+            self._model_counters[name].labels(model).inc(count)
         self._success.labels(model, finish_reason).inc()
         self._keep(requests=1, tokens=written_tokens)
         for join in answered.joins:
@@ -231,33 +231,29 @@ class Metrics:
 
     def joined(self, join: JoinReport) -> None:
         """Count a retrieval; those of `answered` are counted there."""
-        self._counters["lookahead_bytes"].inc(join.bytes_moved)
-        self._counters["missed_bytes"].inc(join.bytes_missed)
-        for outcome, lists in (
-            ("hit", join.lists_moved - join.lists_wasted),
-            ("wasted", join.lists_wasted),
-            ("missed", join.lists_missed),
-        ):
-            self._reasons["lookahead_lists"].labels(outcome).inc(lists)
+        self._bytes_moved.inc(join.bytes_moved)
+        self._bytes_missed.inc(join.bytes_missed)
+        self._lists.labels("hit").inc(join.lists_moved - join.lists_wasted)
+        self._lists.labels("wasted").inc(join.lists_wasted)
+        self._lists.labels("missed").inc(join.lists_missed)
         self._join_s.observe(join.join_s)
-        self._keep(
-            link_bytes=join.bytes_moved + join.bytes_missed, lists_hit=join.lists_hit, lists_wanted=join.lists_wanted
-        )
+        link_bytes = join.bytes_moved + join.bytes_missed
+        self._keep(link_bytes=link_bytes, lists_hit=join.lists_hit, lists_wanted=join.lists_wanted)
 
     def rejected(self, reason: Rejection) -> None:
         """Count a request that was refused before any work."""
-        self._reasons["requests_rejected"].labels(reason).inc()
+        self._rejected.labels(reason).inc()
 
     def ended(self, reason: Ending) -> None:
         """Count a request that had begun and has no answer."""
-        self._reasons["requests_ended"].labels(reason).inc()
+        self._ended.labels(reason).inc()
 
     def http(self, route: str, method: str, status: int) -> None:
-        """Count an HTTP request. The route is its template, never what the client wrote: each one is a series for ever."""
+        """Count an HTTP request by its route's template, never by what the client wrote: each is a series for ever."""
         self._http.labels(route, method if method in METHODS else "other", str(status)).inc()
 
     def rates(self, window_s: float = 10.0) -> Rates:
-        """What was finished lately."""
+        """Return what was finished lately."""
         done = list(self._since(window_s))
         return Rates(
             window_s,
@@ -268,38 +264,40 @@ class Metrics:
         )
 
     def exposition(self) -> tuple[bytes, str]:
-        """All metrics now, in Prometheus' text form, and its content type."""
-        return generate_latest(_Plain(self._registry)), CONTENT_TYPE_PLAIN_0_0_4
+        """Return all metrics now, in Prometheus' text form, and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
-    def current(self) -> Iterator[Metric]:
-        """What is read when somebody asks: the state of queue, LLM and arena, and the ratio of hits."""
-        state = self._state()
+    def describe(self) -> Iterable[Metric]:
+        """Return nothing, so that registering asks nobody for a state."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is known only at the moment of reading."""
         ratio = _hit_ratio(self._since(HIT_WINDOW_S))
         yield _gauge(
             "lookahead_hit_ratio",
-            f"Lists that were in fast memory when their query came, by lookahead or from before, per list probed: over the "
-            f"retrievals of the last {HIT_WINDOW_S:g} s, as far as they are among the last {MAX_KEPT:,} of them and of requests.",
-            {} if ratio is None else {"": ratio},
+            "Lists that were in fast memory when their query came, by lookahead or from before, per list probed: over "
+            f"the retrievals of the last {HIT_WINDOW_S:g} s, as far as they are among the last {MAX_KEPT:,} of them "
+            "and of requests.",
+            ratio if ratio is not None else {},
         )
+        state = self._state()
         if state is None:
             return
         now = state.snapshot
-        yield _gauge("num_requests_running", "Requests that are being answered.", {"": state.running})
-        yield _gauge("num_requests_waiting", "Requests in the server's queue.", {"": state.waiting})
-        yield _gauge("lookahead_rounds", "Lookahead rounds that have not ended.", {"": now.rounds})
-        yield _gauge("arena_references", "Uses of lists in fast memory that have not ended.", {"": now.references})
+        yield _gauge("num_requests_running", "Requests that are being answered.", state.running)
+        yield _gauge("num_requests_waiting", "Requests in the server's queue.", state.waiting)
+        yield _gauge("lookahead_rounds", "Lookahead rounds that have not ended.", now.rounds)
+        yield _gauge("arena_references", "Uses of lists in fast memory that have not ended.", now.references)
         yield _gauge(
             "arena_bytes",
             "Fast memory for lists: all of it, what lists in it hold, and what lists on their way will hold.",
             {"capacity": now.arena_bytes, "resident": now.resident_bytes, "moving": now.moving_bytes},
         )
-        yield _gauge(
-            "arena_lists",
-            "Lists in fast memory, and on their way to it.",
-            {"resident": now.lists_resident, "moving": now.lists_moving},
-        )
+        lists = {"resident": now.lists_resident, "moving": now.lists_moving}
+        yield _gauge("arena_lists", "Lists in fast memory, and on their way to it.", lists)
         yield _gauge("llm_slots", "Places for LLM calls.", {"busy": now.running, "free": now.slots - now.running})
-        yield _gauge("llm_calls_waiting", "LLM calls that wait for a place.", {"": now.waiting})
+        yield _gauge("llm_calls_waiting", "LLM calls that wait for a place.", now.waiting)
         tokens = CounterMetricFamily(
             "telerag_llm_tokens",
             "Tokens since the LLM was loaded, for requests without an answer too: of prompts computed "
@@ -323,45 +321,20 @@ class Metrics:
         return takewhile(lambda done: done.at_s > after_s, reversed(kept))
 
 
-class _Now(Collector):
-    """Reads at the moment of asking."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._metrics.current()
-
-    def describe(self) -> Iterable[Metric]:
-        return ()  # so that registering asks nobody for a state
-
-
-class _Plain(Collector):
-    """All of a registry, without the times at which its series began: they double the page, and the text form has no place for them."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._registry.collect():
-            family.samples = [sample for sample in family.samples if sample.name != f"{family.name}_created"]
-            yield family
-
-
-def _gauge(name: str, what: str, values: Mapping[str, float]) -> Metric:
-    """A gauge by ``state``; the state ``""`` stands for a gauge without labels."""
-    family = GaugeMetricFamily(f"telerag_{name}", what, labels=[] if "" in values else ["state"])
-    for state, value in values.items():
-        family.add_metric([state] if state else [], value)
+def _gauge(name: str, what: str, value: float | Mapping[str, float]) -> Metric:
+    """A gauge, or several by ``state``."""
+    if not isinstance(value, Mapping):
+        return GaugeMetricFamily(f"telerag_{name}", what, value)
+    family = GaugeMetricFamily(f"telerag_{name}", what, labels=["state"])
+    for state, each in value.items():
+        family.add_metric([state], each)
     return family
 
 
 def _hit_ratio(done: Iterable[_Done]) -> float | None:
-    hit = wanted = 0
-    for each in done:
-        hit += each.lists_hit
-        wanted += each.lists_wanted
-    return hit / wanted if wanted else None
+    done = list(done)
+    wanted = sum(each.lists_wanted for each in done)
+    return sum(each.lists_hit for each in done) / wanted if wanted else None
 
 
 def _token_s(answered: Answered) -> float | None:

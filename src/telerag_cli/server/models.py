@@ -6,28 +6,28 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from telerag_cli.server.protocol import Model, ModelList
+from telerag_cli.server.responses import Model, ModelList
 from telerag_cli.server.service import Service, no_model
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes = APIRouter(tags=["Models"])
     created = int(service.started_at)
 
-    def described(name: str) -> dict[str, Any]:
+    def describe(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "telerag"}
 
     @routes.get("/v1/models", response_model=ModelList)
     async def list_models() -> dict[str, Any]:
-        """Names that requests may give as their model."""
-        return {"object": "list", "data": [described(name) for name in service.models]}
+        """List the names that requests may give as their model."""
+        return {"object": "list", "data": [describe(name) for name in service.models]}
 
     @routes.get("/v1/models/{model}", response_model=Model)
     async def retrieve_model(model: str) -> dict[str, Any]:
-        """One of them."""
+        """Describe one of them."""
         if model not in service.models:
             raise no_model(model)
-        return described(model)
+        return describe(model)
 
     return routes

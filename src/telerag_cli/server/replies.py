@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.sse import format_sse_event
 
 from telerag_cli.engine.lines import usage
-from telerag_cli.server.errors import ApiError, told
+from telerag_cli.server.errors import ApiError, as_api_error
 from telerag_cli.server.service import Outcome
 
 Documented = dict[int | str, dict[str, Any]]
@@ -37,7 +37,7 @@ STREAMS_TOO: Documented = {
 
 def failed(request: Request, error: Exception) -> bytes:
     """An error inside a stream; whoever logs is told the rest."""
-    api_error = told(error, request.state.request_id)
+    api_error = as_api_error(error, request.state.request_id)
     note(request, outcome="failed", error=None if isinstance(error, ApiError) else repr(error))
     return event(api_error.body)
 

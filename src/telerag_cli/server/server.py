@@ -21,9 +21,9 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.server.service import Service
 
 BACKLOG = 2048
-"""Connections that the kernel keeps until they are taken."""
-KEPT_S = 5
-"""For which a connection may be idle between two requests."""
+"""Connections that the kernel keeps until they are accepted."""
+KEEP_ALIVE_S = 5
+"""Seconds for which a connection may be idle between two requests."""
 
 
 class Ended(StrEnum):
@@ -44,41 +44,36 @@ class Loaded:
     at_once: int
 
 
-Load = Callable[[], AbstractContextManager[Loaded]]
-"""Opens everything; called and entered in a thread, and left in the main one."""
-
-
 def bind(host: str, port: int) -> socket.socket:
-    """A socket at an address, that does not listen yet; port 0 is any that is free.
+    """Return a socket at an address that does not listen yet; port 0 is any that is free.
 
     Raises:
-        UsageError: the host is none of this machine.
-        ResourceError: the port is taken, or not for this user.
+        UsageError: this machine does not have the host.
+        ResourceError: the port is taken, or this user may not use it.
     """
     try:
-        family, kind, protocol, _name, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
         raise UsageError(
-            f"--host {host} is no address: {error.strerror}.",
+            f"--host {host} is not an address: {error.strerror}.",
             remedy="Give an address of this machine, like 127.0.0.1 or 0.0.0.0.",
         ) from error
-    made = socket.socket(family, kind, protocol)
+    family, kind, _protocol, _name, address = found[0]
+    made = socket.socket(family, kind)
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
     except OSError as error:
         made.close()
         raise ResourceError(
-            f"{host} port {port} cannot be listened at: {(error.strerror or str(error)).lower()}.",
+            f"The server cannot listen at {host} port {port}: {(error.strerror or str(error)).lower()}.",
             remedy="Choose another --port or --host; --port 0 takes any that is free.",
         ) from error
     return made
 
 
 def address_of(listening: socket.socket) -> str:
-    """The server's address for a browser on this machine."""
+    """Return the server's address for a browser on this machine."""
     host, port = listening.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
@@ -88,16 +83,22 @@ class Serving:
     """One run of a server, from listening to the end."""
 
     def __init__(
-        self, app: ASGIApp, service: Service, load: Load, *, drain_s: float, tell: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        service: Service,
+        load: Callable[[], AbstractContextManager[Loaded]],
+        *,
+        drain_s: float,
+        tell: Callable[[str], None],
     ) -> None:
         """Get ready.
 
         Args:
             app: what answers requests.
             service: is opened once everything is loaded.
-            load: opens everything.
-            drain_s: for which requests under way may go on once the server is to end.
-            tell: takes what somebody who waits for the server wants to know.
+            load: opens everything; called and entered in a thread, and left in the main one.
+            drain_s: seconds that requests under way have once the server is to end.
+            tell: takes messages for somebody who waits for the server.
         """
         self._service = service
         self._load = load
@@ -119,21 +120,25 @@ class Serving:
 
     async def _live(self, listening: socket.socket, opened: ExitStack) -> None:
         listening.listen(BACKLOG)
-        with self._signals():
-            serving = asyncio.create_task(self._server.serve([listening]))
-            try:
-                # Not to be interrupted half way: what is opened must be closed.
-                loaded = await asyncio.to_thread(opened.enter_context, self._load())
-                if self._ended is None:
-                    await self._service.warm_up(loaded.engine)
-                    self._service.open(loaded.engine, loaded.scheduler, loaded.at_once)
-                    self._tell(f"Ready at {address_of(listening)}")
-                    notify("READY=1")
-                await serving
-            finally:
-                self._server.should_exit = True
-                await asyncio.gather(serving, return_exceptions=True)
-                await self._service.close()
+        loop = asyncio.get_running_loop()
+        for number, why in ((signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)):
+            loop.add_signal_handler(number, self.end, why)
+        serving = asyncio.create_task(self._server.serve([listening]))
+        try:
+            # Not to be interrupted half way: what is opened must be closed.
+            loaded = await asyncio.to_thread(opened.enter_context, self._load())
+            if self._ended is None:
+                await self._service.warm_up(loaded.engine)
+                self._service.open(loaded.engine, loaded.scheduler, loaded.at_once)
+                self._tell(f"Ready at {address_of(listening)}")
+                notify("READY=1")
+            await serving
+        finally:
+            self._server.should_exit = True
+            await asyncio.gather(serving, return_exceptions=True)
+            await self._service.close()
+            loop.remove_signal_handler(signal.SIGINT)
+            loop.remove_signal_handler(signal.SIGTERM)
 
     def end(self, why: Ended) -> None:
         """Begin to end, or end at once if that has begun; from the event loop's thread."""
@@ -150,21 +155,9 @@ class Serving:
                 f"Stopping: {under_way} requests under way have {self._drain_s:g} s to end; once more ends them now."
             )
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        meanings = {signal.SIGINT: Ended.INTERRUPTED, signal.SIGTERM: Ended.TERMINATED}
-        for number, why in meanings.items():
-            loop.add_signal_handler(number, self.end, why)
-        try:
-            yield
-        finally:
-            for number in meanings:
-                loop.remove_signal_handler(number)
-
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us: it would raise them again at the end, and so choose the exit code."""
+    """uvicorn's server without its signal handling, which raises signals again and so chooses the exit code."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override, unused-ignore]
@@ -172,14 +165,14 @@ class _Server(uvicorn.Server):
 
 
 def uvicorn_server(app: ASGIApp, drain_s: float) -> uvicorn.Server:
-    """A server that has not begun, and that gives requests under way so many seconds once it is to end."""
+    """Return a server that has not begun, and that gives requests under way so many seconds once it is to end."""
     return _Server(
         uvicorn.Config(
             app,
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_keep_alive=KEPT_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(round(drain_s), 1),

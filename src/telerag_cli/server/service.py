@@ -27,9 +27,8 @@ from telerag_cli.pipelines.found import Answer
 from telerag_cli.pipelines.observed import Listener, with_events
 from telerag_cli.pipelines.registry import PipelineName, make_pipeline, options
 from telerag_cli.server.admission import AdmissionQueue, QueueFullError
-from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError
+from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError, shortened
 from telerag_cli.server.metrics import Metrics, State
-from telerag_cli.server.protocol import shortened
 from telerag_cli.server.timeline import timeline
 from telerag_cli.tracing import Span
 

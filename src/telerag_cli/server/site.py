@@ -1,9 +1,9 @@
-"""The page at ``/``, and the description of the API at ``/docs``: fixed files from packages, and no address outside."""
+"""The page at ``/``, and the description of the API at ``/docs``: fixed files from packages, nothing from outside."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 
@@ -11,41 +11,17 @@ from fastapi import APIRouter, Request, Response
 
 from telerag_cli.server.errors import NOT_FOUND, ApiError
 
-HTML, CSS, JS, ICON = "text/html", "text/css", "text/javascript", "image/svg+xml"
-OWN = {
-    "page.css": CSS,
-    "icon.svg": ICON,
-    **{
-        f"{stem}.js": JS
-        for stem in (
-            "answer",
-            "api",
-            "compare",
-            "conversation",
-            "docs",
-            "dom",
-            "format",
-            "main",
-            "passage",
-            "settings",
-            "state",
-            "store",
-            "theme",
-            "timeline",
-        )
-    },
-}
-"""What ``/page/`` serves of our own, and its media types."""
-SWAGGER = {"swagger-ui.css": CSS, "swagger-ui-bundle.js": JS}
-"""What it serves of Swagger UI, which the package ``fastapi-offline`` carries."""
+MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+SWAGGER = ("swagger-ui.css", "swagger-ui-bundle.js")
+"""What ``/page/`` serves of Swagger UI, which the package ``fastapi-offline`` carries."""
 
 STRICT = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Policy of the page: its own files, its own server, and nothing written into it."""
-DOCS = STRICT.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
-"""Swagger UI writes styles into the page."""
+"""Content security policy of the page: its own files, its own server, and nothing written into it."""
+WITH_STYLES = STRICT.replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
+"""Policy of ``/docs``: Swagger UI writes styles into the page."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +38,7 @@ class Asset:
         return f'"{hashlib.sha256(self.body).hexdigest()[:32]}"'
 
     def response(self, request: Request) -> Response:
-        """The file, or that the client's copy is still right. Kept copies are asked about each time, as a page is of one version."""
+        """Return the file, or that the client's copy is current; it asks each time, as a page is of one version."""
         headers = {"etag": self.tag, "cache-control": "no-cache", "content-security-policy": self.policy}
         known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
         if known & {self.tag, "*"}:
@@ -71,15 +47,18 @@ class Asset:
 
 
 def router() -> APIRouter:
-    """Routes ``/``, ``/page/{name}`` and ``/docs``, none of them in the description of the API."""
+    """Return the routes ``/``, ``/page/{name}`` and ``/docs``, none of them in the description of the API."""
     routes = APIRouter(include_in_schema=False)
-    page = _asset("index.html", HTML)
-    docs = _asset("docs.html", HTML, policy=DOCS)
-    assets = {name: _asset(name, media_type) for name, media_type in OWN.items()}
-    assets |= {
-        name: _asset(name, media_type, package="fastapi_offline", folder="static")
-        for name, media_type in SWAGGER.items()
+    own = resources.files(__package__) / "page"
+    swagger = resources.files("fastapi_offline") / "static"
+    files = [*own.iterdir(), *(swagger / name for name in SWAGGER)]
+    assets = {
+        file.name: Asset(file.read_bytes(), media_type)
+        for file in files
+        if (media_type := MEDIA_TYPES.get(f".{file.name.rpartition('.')[2]}"))
     }
+    page = assets.pop("index.html")
+    docs = replace(assets.pop("docs.html"), policy=WITH_STYLES)
 
     @routes.api_route("/", methods=["GET", "HEAD"])
     async def show_page(request: Request) -> Response:
@@ -96,9 +75,3 @@ def router() -> APIRouter:
         return assets[name].response(request)
 
     return routes
-
-
-def _asset(
-    name: str, media_type: str, *, policy: str = STRICT, package: str = __package__, folder: str = "page"
-) -> Asset:
-    return Asset(resources.files(package).joinpath(folder, name).read_bytes(), media_type, policy)

@@ -1,4 +1,4 @@
-"""What is drawn under an answer: when the LLM wrote, when which list moved, and whether it was needed. Pure functions.
+"""The timeline under an answer: when the LLM wrote, when which list moved, and whether it was needed. Pure functions.
 
 Only this request's own work is in it. What it shared with others, such as a batch of embeddings, is drawn as the time
 it took.
@@ -7,6 +7,7 @@ it took.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +18,10 @@ from telerag_cli.retrieval.retriever import JoinReport
 from telerag_cli.tracing import Span
 
 MAX_LANES = 8
-"""Of a kind. Where more than that overlap, a bar is drawn over others, in the lane that is free soonest."""
+"""Lanes of a kind. Where more bars than that overlap, one is drawn over others, in the lane that is free soonest."""
 MAX_BARS = 2000
-"""Of a kind. If there are more, those that begin in the same `SLICES`-th of the time and say the same become one."""
+"""Bars of a kind. If there are more, those that begin in the same `SLICES`-th of the time and say the same merge."""
 SLICES = 500
-HIT, WASTED, MISSED = "hit", "wasted", "missed"
 COUNTS = (
     "lists_hit",
     "lists_wanted",
@@ -34,7 +34,6 @@ COUNTS = (
     "bytes_missed",
 )
 _NAMES = {"llm": "LLM", "link": "link", "scoring": "scoring", "embedding": "embedding"}
-_FIND, _SCORE, _SCORE_IN_PLACE, _SCORE_AGAIN = "find lists", "score {}", "score {} in place", "score again"
 
 
 @dataclass(frozen=True)
@@ -47,46 +46,62 @@ class _Bar:
     """The stage, what became of a list, or what was done to lists."""
     figures: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        lists = self.figures.get("lists")
+        if lists is None:
+            return self.says
+        count = "1 list" if lists == 1 else f"{lists:,} lists"
+        if "list" not in self.figures:
+            return self.says.format(count)
+        return f"list {self.figures['list']}" if lists == 1 else count
 
-@dataclass(frozen=True)
-class _Transfer:
-    """A move as the link made it."""
 
-    start_s: float
-    end_s: float
-    nbytes: int
+class _Axis:
+    """Seconds from the beginning, within the request, to a microsecond."""
+
+    def __init__(self, began_s: float, ended_s: float) -> None:
+        self._began_s = began_s
+        self.total_s = round(max(ended_s - began_s, 0.0), 6)
+
+    def at(self, moment_s: float) -> float:
+        return round(min(max(moment_s - self._began_s, 0.0), self.total_s), 6)
 
 
 class _Link:
     """The link's own time, from the spans of everybody's moves.
 
-    A move is recorded from when it was asked for. On its way it is at most since the one before it had ended in the
+    A move is recorded from when it was asked for. It has been on its way at most since the one before it ended in the
     same lane, as a lane moves in turn; moves that end there at the same moment went together.
     """
 
     def __init__(self, spans: Iterable[Span]) -> None:
-        self._of: dict[int, list[_Transfer]] = {}
-        free_s: dict[str, tuple[float, float]] = {}
+        self._moves: defaultdict[int, list[_Bar]] = defaultdict(list)
+        ends_s: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (float("-inf"), float("-inf")))
         for span in sorted((span for span in spans if "list" in span.details), key=lambda span: span.end_s):
-            before_s, last_s = free_s.get(span.lane, (float("-inf"), float("-inf")))
+            before_s, last_s = ends_s[span.lane]
             if span.end_s > last_s:
                 before_s, last_s = last_s, span.end_s
-            free_s[span.lane] = before_s, last_s
-            transfer = _Transfer(max(span.start_s, before_s), span.end_s, span.details["bytes"])
-            self._of.setdefault(span.details["list"], []).append(transfer)
+            ends_s[span.lane] = before_s, last_s
+            number = span.details["list"]
+            figures = {"list": number, "lists": 1, "bytes": span.details["bytes"]}
+            self._moves[number].append(_Bar(max(span.start_s, before_s), span.end_s, "", figures))
 
-    def last(self, list_no: int, before_s: float, since_s: float = float("-inf")) -> _Transfer | None:
+    def last(self, number: int, outcome: str, before_s: float, since_s: float = float("-inf")) -> _Bar | None:
         """The last move of a list that ended between these times, if it was seen."""
-        transfers = self._of.get(list_no, [])
-        place = bisect_right(transfers, before_s, key=lambda transfer: transfer.end_s)
-        return transfers[place - 1] if place and transfers[place - 1].end_s >= since_s else None
+        moves = self._moves[number]
+        place = bisect_right(moves, before_s, key=lambda move: move.end_s)
+        if not place or moves[place - 1].end_s < since_s:
+            return None
+        move = moves[place - 1]
+        return _Bar(move.start_s, move.end_s, outcome, move.figures | {"outcome": outcome})
 
 
 def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s: float) -> dict[str, Any]:
-    """The timeline of one answered request, as JSON.
+    """Return the timeline of one answered request, as JSON.
 
-    The bars of the link need the spans of its moves, so whoever wants them listens to the tracer since before
-    ``began_s``. Without them all else is there, and ``counts.lists_undrawn`` says how many moves are not.
+    The bars of the link need the spans of its moves, so listen to the tracer since before ``began_s``. Without them all
+    else is there, and ``counts.lists_undrawn`` says how many moves are not.
 
     Args:
         answered: what was done.
@@ -100,10 +115,10 @@ def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s:
         it was moved for.
     """
     axis = _Axis(began_s, ended_s)
-    moves, undrawn = _moves(answered.joins, _Link(spans))
+    moves = list(_moves(answered.joins, _Link(spans)))
     bars = {
         "llm": list(_written(answered)),
-        "link": _thinned(_gathered(moves), axis),
+        "link": _thinned(_gathered(filter(None, moves)), axis),
         "scoring": _thinned([bar for join in answered.joins for bar in _scored(join)], axis),
         "embedding": list(_embedded(answered.retrievals)),
     }
@@ -112,19 +127,8 @@ def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s:
         "total_s": axis.total_s,
         "lanes": [lane for kind, of_kind in bars.items() for lane in _lanes(kind, of_kind, axis)],
         "marks": sorted(_marks(answered.retrievals, axis), key=lambda mark: mark["at_s"]),
-        "counts": counts | {"lists_undrawn": undrawn},
+        "counts": counts | {"lists_undrawn": moves.count(None)},
     }
-
-
-class _Axis:
-    """Seconds from the beginning, within the request, to a microsecond."""
-
-    def __init__(self, began_s: float, ended_s: float) -> None:
-        self._began_s = began_s
-        self.total_s = round(max(ended_s - began_s, 0.0), 6)
-
-    def at(self, moment_s: float) -> float:
-        return round(min(max(moment_s - self._began_s, 0.0), self.total_s), 6)
 
 
 def _written(answered: Answered) -> Iterator[_Bar]:
@@ -142,53 +146,42 @@ def _written(answered: Answered) -> Iterator[_Bar]:
         yield _Bar(stage.began_s, stage.began_s + stage.took_s, stage.name, figures)
 
 
-def _moves(joins: Iterable[JoinReport], link: _Link) -> tuple[list[_Bar], int]:
-    """What was moved ahead for these retrievals and by them, and how many moves were not seen."""
-    bars: list[_Bar] = []
-    undrawn = 0
+def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
+    """What was moved ahead for these retrievals and by them; None for a move that was not seen."""
     for course in (join.course for join in joins if join.course):
         wanted = set(course.wanted.tolist())
-        ahead = [
-            (number, HIT if number in wanted else WASTED, link.last(number, at_s))
-            for number, at_s in zip(course.moved.tolist(), course.moved_s.tolist(), strict=True)
-        ]
-        late = [
-            (number, MISSED, link.last(number, course.ended_s, course.arrived_s)) for number in course.fetched.tolist()
-        ]
-        for number, outcome, transfer in ahead + late:
-            if transfer is None:
-                undrawn += 1
-                continue
-            figures = {"list": number, "lists": 1, "bytes": transfer.nbytes, "outcome": outcome}
-            bars.append(_Bar(transfer.start_s, transfer.end_s, outcome, figures))
-    return bars, undrawn
+        for number, at_s in zip(course.moved.tolist(), course.moved_s.tolist(), strict=True):
+            yield link.last(number, "hit" if number in wanted else "wasted", at_s)
+        for number in course.fetched.tolist():
+            yield link.last(number, "missed", course.ended_s, course.arrived_s)
 
 
 def _scored(join: JoinReport) -> Iterator[_Bar]:
     course = join.course
     if course is None:
         return
-    yield _Bar(course.arrived_s, course.arrived_s + join.coarse_s, _FIND)
+    yield _Bar(course.arrived_s, course.arrived_s + join.coarse_s, "find lists")
     for (start_s, end_s), lists, in_place in zip(
         course.scored_s.tolist(), course.scored.tolist(), course.scored_in_place.tolist(), strict=True
     ):
-        yield _Bar(start_s, end_s, _SCORE_IN_PLACE if in_place else _SCORE, {"lists": lists})
+        yield _Bar(start_s, end_s, "score {} in place" if in_place else "score {}", {"lists": lists})
     if course.again_s:
-        yield _Bar(course.ended_s - course.again_s, course.ended_s, _SCORE_AGAIN)
+        yield _Bar(course.ended_s - course.again_s, course.ended_s, "score again")
 
 
 def _embedded(retrievals: Iterable[Retrieval]) -> Iterator[_Bar]:
     for retrieval in retrievals:
         if course := retrieval.join.course:
             # A retrieval embeds right before it searches.
-            yield _Bar(
-                course.arrived_s - retrieval.embed_s,
-                course.arrived_s,
-                "embed the query" if len(retrieval.queries) == 1 else f"embed {len(retrieval.queries)} queries",
-            )
+            start_s = course.arrived_s - retrieval.embed_s
+            count = len(retrieval.queries)
+            yield _Bar(start_s, course.arrived_s, "embed the query" if count == 1 else f"embed {count} queries")
 
 
 def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, Any]]:
+    def mark(moment_s: float, kind: str, label: str) -> dict[str, Any]:
+        return {"at_s": axis.at(moment_s), "kind": kind, "label": label}
+
     for number, retrieval in enumerate(retrievals, 1):
         course = retrieval.join.course
         if course is None:
@@ -196,34 +189,30 @@ def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, A
         which = f" {number}" if len(retrievals) > 1 else ""
         for order in course.orders:
             if order.fraction:
-                yield _mark(axis, order.at_s, "refinement", f"{100 * order.fraction:.0f} % of the text")
+                yield mark(order.at_s, "refinement", f"{100 * order.fraction:.0f} % of the text")
             else:
-                yield _mark(axis, order.at_s, "lookahead", f"lookahead{which} begins")
+                yield mark(order.at_s, "lookahead", f"lookahead{which} begins")
         asked = "query arrives" if len(retrieval.queries) == 1 else f"{len(retrieval.queries)} queries arrive"
-        yield _mark(axis, course.arrived_s, "query", f"retrieval{which}: {asked}" if which else asked)
-
-
-def _mark(axis: _Axis, moment_s: float, kind: str, label: str) -> dict[str, Any]:
-    return {"at_s": axis.at(moment_s), "kind": kind, "label": label}
+        yield mark(course.arrived_s, "query", f"retrieval{which}: {asked}" if which else asked)
 
 
 def _gathered(moves: Iterable[_Bar]) -> list[_Bar]:
-    """Moves of one outcome that began and ended together, as one: a link that copies many lists at a time tells of all at once."""
-    together: dict[tuple[str, float, float], list[_Bar]] = {}
+    """Moves of one outcome that began and ended together, as one: a link may copy and report many lists at a time."""
+    together: defaultdict[tuple[str, float, float], list[_Bar]] = defaultdict(list)
     for bar in moves:
-        together.setdefault((bar.says, bar.start_s, bar.end_s), []).append(bar)
-    return [_merged(bars) for bars in together.values()]
+        together[bar.says, bar.start_s, bar.end_s].append(bar)
+    return list(map(_merged, together.values()))
 
 
 def _thinned(bars: Sequence[_Bar], axis: _Axis) -> list[_Bar]:
     """At most `MAX_BARS`, as there are at most four things to say of lists in each slice of the time."""
     if len(bars) <= MAX_BARS:
         return list(bars)
-    near: dict[tuple[str, int], list[_Bar]] = {}
+    near: defaultdict[tuple[str, int], list[_Bar]] = defaultdict(list)
     for bar in bars:
         slice_no = min(int(axis.at(bar.start_s) / max(axis.total_s, 1e-9) * SLICES), SLICES - 1)
-        near.setdefault((bar.says, slice_no), []).append(bar)
-    return [_merged(of_slice) for of_slice in near.values()]
+        near[bar.says, slice_no].append(bar)
+    return list(map(_merged, near.values()))
 
 
 def _merged(bars: Sequence[_Bar]) -> _Bar:
@@ -252,19 +241,9 @@ def _lanes(kind: str, bars: Iterable[_Bar], axis: _Axis) -> list[dict[str, Any]]
             "name": _NAMES[kind] if number == 1 else f"{_NAMES[kind]} {number}",
             "kind": kind,
             "bars": [
-                {"start_s": axis.at(bar.start_s), "end_s": axis.at(bar.end_s), "label": _label(bar), **bar.figures}
+                {"start_s": axis.at(bar.start_s), "end_s": axis.at(bar.end_s), "label": bar.label, **bar.figures}
                 for bar in lane
             ],
         }
         for number, lane in enumerate(lanes, 1)
     ]
-
-
-def _label(bar: _Bar) -> str:
-    lists = bar.figures.get("lists")
-    if lists is None:
-        return bar.says
-    count = "1 list" if lists == 1 else f"{lists:,} lists"
-    if "list" not in bar.figures:
-        return bar.says.format(count)
-    return f"list {bar.figures['list']}" if lists == 1 else count

@@ -12,29 +12,24 @@ from telerag_cli.config import Metric
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.engine.retrieval import Retrievals
 from telerag_cli.pipelines.found import Retrieved
-from telerag_cli.server.errors import INVALID, ApiError
+from telerag_cli.server.errors import INVALID, ApiError, shortened
 from telerag_cli.server.filters import attributes, passes
-from telerag_cli.server.protocol import (
-    VectorSearchRequest,
-    VectorStore,
-    VectorStoreList,
-    VectorStoreSearchPage,
-    shortened,
-)
 from telerag_cli.server.replies import json_response, note
+from telerag_cli.server.requests import VectorSearchRequest
+from telerag_cli.server.responses import VectorStore, VectorStoreList, VectorStoreSearchPage
 from telerag_cli.server.service import Service
 from telerag_cli.server.streams import until_gone
 
 STORE = "vs_telerag"
-DEEPER = 4
+DEPTH_FACTOR = 4
 """How many times as deep each further look goes."""
-PIECE = 128
-"""Passages read at once; others search between two pieces."""
+READ_BATCH = 128
+"""Passages read at once; others search between two batches."""
 StoreId = Annotated[str, Path(json_schema_extra={"enum": [STORE]})]
 
 
 def router(service: Service) -> APIRouter:
-    """The routes."""
+    """Return the routes."""
     routes = APIRouter(tags=["Retrieval"])
 
     @routes.get("/v1/vector_stores", response_model=VectorStoreList)
@@ -44,26 +39,26 @@ def router(service: Service) -> APIRouter:
         after: str | None = None,
         before: str | None = None,
     ) -> dict[str, Any]:
-        """All vector stores: there is one, and nothing before or after it."""
+        """List all vector stores: there is one, and nothing before or after it."""
         service.require_ready()
-        stores = [] if after or before else [_described(service)]
+        stores = [] if after or before else [_describe(service)]
         only = STORE if stores else None
         return {"object": "list", "data": stores, "first_id": only, "last_id": only, "has_more": False}
 
     @routes.get("/v1/vector_stores/{vector_store_id}", response_model=VectorStore)
     async def retrieve_vector_store(vector_store_id: StoreId) -> dict[str, Any]:
-        """One of them."""
+        """Describe one of them."""
         service.require_ready()
         _check_store(vector_store_id)
-        return _described(service)
+        return _describe(service)
 
     @routes.post("/v1/vector_stores/{vector_store_id}/search", response_model=VectorStoreSearchPage)
     async def search_vector_store(vector_store_id: StoreId, body: VectorSearchRequest, request: Request) -> Response:
-        """Find the passages nearest to a text. Only passages of the lists that the index probes for it are looked at.
+        """Find the passages nearest to a text, among those of the lists that the index probes for it.
 
-        With filters, so many candidates of these lists are looked at until enough have passed or none are left;
-        passages of other lists are not found, even if they pass and nothing else does. A score is the inner product, or
-        1 / (1 + d) where the index compares by squared distance d.
+        With filters, candidates of these lists are considered until enough have passed or none are left; passages of
+        other lists are not found, even if they pass and nothing else does. A score is the inner product, or 1 / (1 + d)
+        where the index compares by squared distance d.
         """
         service.require_ready()
         _check_store(vector_store_id)
@@ -85,7 +80,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) -> list[Retrieved]:
-    """The best passages for a request that pass its filter and threshold, with scores as clients see them.
+    """Return the best passages for a request that pass its filter and threshold, with scores as clients see them.
 
     Raises:
         TeleragError: a list or a passage could not be read.
@@ -93,7 +88,7 @@ async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) 
     options = body.ranking_options
     threshold = options.score_threshold if options else None
     passing: dict[int, Passage | None] = {}
-    """Of the rows that were read: the passage if it passes."""
+    """The rows that were read: the passage if it passes."""
     k = body.max_num_results
     while True:
         ranking = await finder.rank(body.queries, k)
@@ -101,21 +96,21 @@ async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) 
         near = len(scores) if threshold is None else int((scores >= threshold).sum())
         hits = list(zip(ranking.rows[:near].tolist(), scores[:near].tolist(), strict=True))
         found: list[Retrieved] = []
-        for start in range(0, near, PIECE):
-            piece = hits[start : start + PIECE]
-            if new := [row for row, _score in piece if row not in passing]:
+        for start in range(0, near, READ_BATCH):
+            batch = hits[start : start + READ_BATCH]
+            if new := [row for row, _score in batch if row not in passing]:
                 for row, read in zip(new, await finder.read(new), strict=True):
                     passing[row] = read if passes(body.filters, attributes(read.metadata)) else None
-            found += [Retrieved(passage, *hit) for hit in piece if (passage := passing[hit[0]]) is not None]
+            found += [Retrieved(passage, *hit) for hit in batch if (passage := passing[hit[0]]) is not None]
             if len(found) >= body.max_num_results:
                 return found[: body.max_num_results]
         if len(scores) < k or near < len(scores):
             return found
-        k *= DEEPER
+        k *= DEPTH_FACTOR
 
 
 def shown_scores(scores: FloatArray, metric: Metric) -> DoubleArray:
-    """Scores of which larger is nearer: inner products as they are, squared distances d as 1 / (1 + d)."""
+    """Return scores of which larger is nearer: inner products as they are, squared distances d as 1 / (1 + d)."""
     exact = scores.astype(np.float64)
     return exact if metric is Metric.IP else 1 / (1 + np.maximum(exact, 0))
 
@@ -136,7 +131,7 @@ def _check_store(name: str) -> None:
         raise ApiError(404, f"No vector store found with id '{shortened(name)}'.", INVALID)
 
 
-def _described(service: Service) -> dict[str, Any]:
+def _describe(service: Service) -> dict[str, Any]:
     index = service.engine.retriever.index
     passages = index.manifest.ntotal
     return {

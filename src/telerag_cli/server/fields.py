@@ -1,0 +1,95 @@
+"""Types of the fields of requests. Requests are parsed strictly: a number in quotes is not a number."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    Tag,
+)
+from pydantic_core import PydanticCustomError, core_schema
+
+NOT_BLANK = r"[^\s\x1c-\x1f\x85\ufeff]"
+"""A character that is not white space in any dialect of regular expressions."""
+
+UNSUPPORTED = "unsupported_parameter"
+UNUSABLE = "unusable"
+"""Kinds of errors that pydantic has no name for; the first is OpenAI's code too."""
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class StrictModel(BaseModel):
+    """Part of a request; unknown names are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class Only:
+    """An option that asks for nothing with these values, and for something unavailable with any other."""
+
+    def __init__(self, *values: JsonValue) -> None:
+        self.values = values
+
+    def __get_pydantic_core_schema__(self, _source: Any, _handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, _schema: core_schema.CoreSchema, _handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self.values)}
+
+    def _check(self, value: Any) -> Any:
+        # To Python, true is 1.
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.values):
+            allowed = " or ".join(json.dumps(one) for one in self.values)
+            raise PydanticCustomError(UNSUPPORTED, "leave it out, or give {allowed}", {"allowed": allowed})
+        return value
+
+
+def _check_not_blank(text: str) -> str:
+    if not re.search(NOT_BLANK, text):
+        raise PydanticCustomError(UNUSABLE, "it is empty")
+    return text
+
+
+def check_no_tokens(value: A) -> A:
+    """Refuse token numbers where texts are expected."""
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
+        raise PydanticCustomError(UNUSABLE, "token numbers are not taken; send text")
+    return value
+
+
+def to_int(value: Any) -> Any:
+    """Take 1.0 for 1: JSON has one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Text = Annotated[str, AfterValidator(_check_not_blank), Field(json_schema_extra={"pattern": NOT_BLANK})]
+NotEmpty = Annotated[str, Field(min_length=1)]
+Integer = Annotated[int, BeforeValidator(to_int)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(to_int)]
+OneOrMany = Annotated[
+    Annotated[A, Tag("one")] | Annotated[B, Tag("many")],
+    Discriminator(lambda value: "many" if isinstance(value, list) else "one"),
+]
+"""One thing or a list of things; an error speaks of the form that was sent."""
+
+Null = Annotated[Any, Only(None)]
+Zero = Annotated[Any, Only(None, 0)]
+One = Annotated[Any, Only(None, 1)]
+No = Annotated[Any, Only(None, False)]
+NoItems = Annotated[Any, Only(None, [])]
+NoTool = Annotated[Any, Only(None, "none", "auto")]
