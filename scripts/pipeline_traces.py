@@ -7,14 +7,14 @@ import asyncio
 from pathlib import Path
 
 from telerag_cli.cli.chat_screen import seconds, timeline
-from telerag_cli.config import Lookahead, TierKind
+from telerag_cli.config import Lookahead, PipelineName, TierKind
 from telerag_cli.engine.assemble import default_nprobe, open_engine, open_index
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions, plan_tier
 from telerag_cli.index.artifact import Index
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.tracing import Tracer
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "pipelines.md"

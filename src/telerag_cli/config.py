@@ -34,6 +34,28 @@ class GeneratorKind(StrEnum):
     OPENAI = "openai"
 
 
+def model_name(pipeline: str) -> str:
+    """The model's name by which clients of OpenAI's API ask for a pipeline."""
+    return f"telerag-{pipeline}"
+
+
+class PipelineName(StrEnum):
+    """How questions are answered: what ``--pipeline`` may say."""
+
+    NAIVE = "naive"
+    HYDE = "hyde"
+    SUBQUESTION = "subquestion"
+    ITERATIVE = "iterative"
+    ITER_RETGEN = "iter_retgen"
+    FLARE = "flare"
+    SELF_RAG = "self_rag"
+
+    @property
+    def model(self) -> str:
+        """See `model_name`."""
+        return model_name(self)
+
+
 class Metric(StrEnum):
     """How two vectors are compared: inner product (larger is nearer) or squared L2 (smaller is nearer)."""
 

@@ -26,23 +26,17 @@ from telerag_cli.cli.app import app
 from telerag_cli.cli.chat_input import Piped, Typed, history_path
 from telerag_cli.cli.chat_screen import Screen, Wrapping, timeline
 from telerag_cli.cli.chat_session import COMMANDS, Chat, converse
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.llm.base import Generation
 from telerag_cli.llm.scripted import Reply
-from telerag_cli.pipelines.conversation import (
-    MAX_CHARACTERS,
-    MAX_TURNS,
-    Turn,
-    in_conversation,
-    recalled,
-    standalone_prompt,
-)
+from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.conversation import MAX_CHARACTERS, MAX_TURNS, Turn, recalled, rewrite, standalone_prompt
 from telerag_cli.pipelines.found import Answer
-from telerag_cli.pipelines.naive import naive
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
 from telerag_cli.tracing import Span, Tracer
 
+NAIVE = make_pipeline(PipelineName.NAIVE)
 TURNS = [Turn("Where do owls live?", "In place 8. [1]")]
 FOLLOW_UP = "And what do they eat?"
 STANDALONE = "owls number 3 live in place what and eat food what"
@@ -66,7 +60,7 @@ def last_words(request):
 
 def test_a_follow_up_is_rewritten_with_what_was_said_and_then_answered(engine_of):
     engine = engine_of(script)
-    answered = asyncio.run(engine.ask(in_conversation(naive, TURNS), FOLLOW_UP))
+    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
     assert [stage.name for stage in answered.stages] == ["rewrite", "answer"]
     rewriting, answering = engine.generator.requests
     assert all(part in last_words(rewriting) for part in (TURNS[0].question, TURNS[0].answer, FOLLOW_UP))
@@ -92,35 +86,27 @@ class Recorder:
 
 
 def test_lookahead_follows_the_rewriting_from_its_beginning():
-    async def pipeline(rag, question):
-        return Answer(question)
-
     rag = Recorder()
-    answer = asyncio.run(in_conversation(pipeline, TURNS)(rag, FOLLOW_UP))
+    assert asyncio.run(rewrite(rag, TURNS, FOLLOW_UP)) == STANDALONE
     assert rag.noted == [("lookahead", FOLLOW_UP), ("rewrite", "ahead")]
-    assert answer.text == STANDALONE
 
 
 def test_lists_are_moved_while_the_follow_up_is_rewritten(engine_of):
     tracer = Tracer()
     engine = engine_of(script, Lookahead.QUESTION, token_s=0.01, tracer=tracer, arena=0.9)
-    first = asyncio.run(engine.ask(in_conversation(naive, []), "bees"))
+    first = asyncio.run(engine.ask(NAIVE, "bees"))
     assert first.joins[0].lists_moved == 0  # nothing is written before, so nothing runs ahead
     tracer.clear()
-    answered = asyncio.run(engine.ask(in_conversation(naive, TURNS), FOLLOW_UP))
+    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
     assert answered.joins[0].lists_moved > 0
     rewriting = next(span for span in tracer.spans() if span.name == "rewrite")
     assert min(span.start_s for span in tracer.spans() if span.lane.startswith("link")) < rewriting.end_s
 
 
-def test_the_first_question_is_the_pipeline_s_own():
-    assert in_conversation(naive, []) is naive
-
-
 @pytest.mark.parametrize("written", ["", "  "])
 def test_an_empty_rewriting_leaves_the_question(engine_of, written):
     engine = engine_of(lambda request: written if "Complete question:" in last_words(request) else "yes")
-    answered = asyncio.run(engine.ask(in_conversation(naive, TURNS), FOLLOW_UP))
+    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
     assert answered.retrievals[0].queries == (FOLLOW_UP,)
 
 
@@ -174,7 +160,9 @@ class Table:
         self.engine = engine
         self.out, self.talk = Stream(terminal), Stream(terminal)
         self.screen = Screen(self.out, self.talk, apart=not terminal)
-        self.chat = Chat(engine, self.screen, pipeline, given, tracing=tracing)
+        if not isinstance(pipeline, Pipeline):
+            pipeline = make_pipeline(pipeline, **given)
+        self.chat = Chat(engine, self.screen, pipeline, make_pipelines(given), tracing=tracing)
 
     def say(self, *lines, interactive=True):
         """Have these lines answered; returns how many failed and what came to stdout and stderr."""
@@ -222,13 +210,11 @@ def test_a_terminal_sees_the_answer_grow_and_what_goes_on_before(table, monkeypa
 
 
 def test_an_answer_that_is_not_what_was_being_written_is_told_apart(table):
-    chat = table()
-
     async def second_thoughts(rag, question):
         draft = await rag.answer(question, [])
         return Answer(f"No: {draft.text}", [])
 
-    chat.chat._pipeline = second_thoughts
+    chat = table(pipeline=Pipeline("second_thoughts", second_thoughts))
     _failed, out, talk = chat.say("Where do owls live?")
     assert out == f"{ANSWER}\nThat was a draft. The answer is:\nNo: {ANSWER}\n"
     assert "No passages were looked up" in talk

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.testclient import TestClient
 
 from served import serving
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.config import PipelineName
 from telerag_cli.server import site
 from telerag_cli.server.errors import ApiError
 from telerag_cli.tracing import Tracer

@@ -19,12 +19,13 @@ from telerag_cli.cli import console
 from telerag_cli.cli.app import app as telerag
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
+from telerag_cli.pipelines.registry import make_pipelines
 from telerag_cli.server.access_log import AccessLog
 from telerag_cli.server.app import make_app
 from telerag_cli.server.metrics import Metrics
 from telerag_cli.server.middleware import AccessOptions, with_middleware
 from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind, notify
-from telerag_cli.server.service import Limits, Service, all_pipelines
+from telerag_cli.server.service import Limits, Service
 
 
 class Life:
@@ -32,7 +33,7 @@ class Life:
 
     def __init__(self, load, *, drain_s=5.0):
         metrics = Metrics("0")
-        self.service = Service(all_pipelines({}), Limits(), metrics, "0")
+        self.service = Service(make_pipelines({}), Limits(), metrics, "0")
         app = with_middleware(make_app(self.service), AccessOptions(), AccessLog(lambda _line: None), metrics)
         self.said = []
         self.serving = Serving(app, self.service, load, drain_s=drain_s, tell=self.said.append)

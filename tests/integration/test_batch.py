@@ -10,7 +10,7 @@ import pytest
 
 from animals import ANIMALS, WordHashes
 from doubles import ChosenLink, StubTier, answer_in_order, answer_with
-from telerag_cli.config import Lookahead, ScheduleName
+from telerag_cli.config import Lookahead, PipelineName, ScheduleName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.lines import trace_line
 from telerag_cli.engine.micro_batch import MicroBatch
@@ -19,7 +19,8 @@ from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, micro_batch_size
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tracing import Tracer
@@ -173,9 +174,9 @@ def test_similar_questions_run_together_and_every_question_once(engine_of):
     batches = []
     usual = engine.ask
 
-    def ask(pipeline, question, *, name, batch):
+    def ask(pipeline, question, *, batch):
         batches.append(batch)
-        return usual(pipeline, question, name=name, batch=batch)
+        return usual(pipeline, question, batch=batch)
 
     engine.ask = ask
     taken = Taken()
@@ -231,7 +232,7 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
             pass
         return await rag.answer(question, found)
 
-    worker = Local(engine, other_question, "", 3)
+    worker = Local(engine, Pipeline("other_question", other_question), 3)
     batch = MicroBatch(("Where do cats live?", "Where do owls live?", "Where do cats live?"))
 
     async def all_members():
@@ -284,7 +285,7 @@ def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():
 def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):
     engine = engine_of(echo)
     answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), "Where do owls live?"))
-    line = json.loads(json.dumps(trace_line(Question("7", "Where do owls live?"), answered, PipelineName.HYDE)))
+    line = json.loads(json.dumps(trace_line(Question("7", "Where do owls live?"), answered)))
     assert (line["id"], line["pipeline"], line["answer"]) == ("7", "hyde", answered.answer)
     passage, final = line["generations"]
     assert (passage["stage"], final["stage"]) == ("passage", "answer")

@@ -17,7 +17,7 @@ from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take
 from telerag_cli.bench.statistics import MIN_PAIRS, mean_ratio, ratio, summary
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Setup
-from telerag_cli.config import CacheKind, Lookahead, TierKind
+from telerag_cli.config import CacheKind, Lookahead, PipelineName, TierKind
 from telerag_cli.engine.assemble import Opened
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions
@@ -26,7 +26,7 @@ from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.llm.shapes import Choice
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 
 QUESTIONS = (
     "Where do owls live?",
@@ -88,7 +88,7 @@ def ask_of(setup, systems=SYSTEMS, pipelines=(PipelineName.HYDE,), **more):
         setup,
         systems,
         {"animals": QUESTIONS},
-        {name: make_pipeline(name) for name in pipelines},
+        [make_pipeline(name) for name in pipelines],
         counting=lambda _what, total: Counting(total),
         **given,
     )
@@ -144,7 +144,7 @@ def test_cold_drops_the_pages_of_the_index(setup, tmp_path):
     with Harness.open(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH)) as rig:
         turns = take_turns(
             rig,
-            [Work({}, make_pipeline(PipelineName.HYDE), "hyde", (q,)) for q in QUESTIONS],
+            [Work({}, make_pipeline(PipelineName.HYDE), (q,)) for q in QUESTIONS],
             (SystemName.FAISS_ONDISK, SystemName.FETCH),
             (),
             lambda _count: None,
@@ -163,7 +163,7 @@ def test_a_cold_run_over_kept_pages_is_told(setup, monkeypatch):
 
 def test_an_answer_that_differs_is_told(setup):
     with Harness.open(setup, (SystemName.FETCH, SystemName.REFINED)) as rig:
-        works = [Work({}, make_pipeline(PipelineName.HYDE), "hyde", QUESTIONS[:1])]
+        works = [Work({}, make_pipeline(PipelineName.HYDE), QUESTIONS[:1])]
         turns = take_turns(rig, works, (SystemName.FETCH, SystemName.REFINED), (), lambda _count: None)
     assert all(check.held for check in checks(turns, Pages.COLD) if check.name != "cold")
     turns[0].answers[0].found.pop()
@@ -175,7 +175,7 @@ def test_an_answer_that_differs_is_told(setup):
 def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup):
     systems = (SystemName.LLM_ONLY, SystemName.FETCH, SystemName.REFINED)
     with Harness.open(setup, systems) as rig:
-        works = [Work({}, make_pipeline(PipelineName.HYDE), "hyde", (question,)) for question in QUESTIONS]
+        works = [Work({}, make_pipeline(PipelineName.HYDE), (question,)) for question in QUESTIONS]
         turns = take_turns(rig, works, systems, (), lambda _count: None)
     orders = [tuple(turn.system for turn in turns[start : start + 3]) for start in range(0, len(turns), 3)]
     assert len(set(orders)) == 3
@@ -272,7 +272,7 @@ def test_the_baselines_are_faiss_bit_for_bit(setup):
 
 def test_times_add_up(setup):
     with Harness.open(setup, (SystemName.FETCH,)) as rig:
-        work = Work({}, make_pipeline(PipelineName.HYDE), "hyde", QUESTIONS[:1])
+        work = Work({}, make_pipeline(PipelineName.HYDE), QUESTIONS[:1])
         answered = take_turns(rig, [work], (SystemName.FETCH,), (), lambda _count: None)[0].answers[0]
     stages = stages_ms(answered)
     assert list(stages) == ["passage", "retrieval", "answer"]

@@ -18,6 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from doubles import answer_in_order
+from telerag_cli.config import PipelineName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import InputError, ModelError, UsageError
@@ -25,7 +26,6 @@ from telerag_cli.llm import endpoint as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
-from telerag_cli.pipelines.registry import PipelineName
 
 ADDRESS = "127.0.0.1"
 

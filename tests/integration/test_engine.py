@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from animals import ANIMALS
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.engine.citations import cite
 from telerag_cli.engine.lines import RunFile, answer_line, error_line
@@ -23,7 +23,7 @@ from telerag_cli.errors import ArtifactError, InputError, ModelError
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS
 from telerag_cli.tracing import Tracer
 
@@ -314,13 +314,13 @@ def test_lines_answer_in_kind(engine_of):
     answered = run(engine_of(script), PipelineName.HYDE)
     source = b'Where?\n{"custom_id": "c", "body": {"messages": [{"role": "user", "content": "Where?"}]}}'
     plain, batch = read_questions(io.BytesIO(source), "q")
-    line = json.loads(json.dumps(answer_line(plain, answered, PipelineName.HYDE, Lookahead.REFINED)))
+    line = json.loads(json.dumps(answer_line(plain, answered)))
     assert line["id"] == "1"
     assert line["passages"][0]["rank"] == 1
     assert line["lookahead"]["mode"] == "refined"
     counts = line["lookahead"]
     assert counts["lists_hit"] + counts["lists_coming"] + counts["lists_missed"] == counts["lists_wanted"]
-    reply = answer_line(batch, answered, PipelineName.HYDE, Lookahead.REFINED)
+    reply = answer_line(batch, answered)
     assert reply["custom_id"] == "c"
     assert reply["error"] is None
     body = reply["response"]["body"]

@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 from indexes import make_index as real_index
 from indexes import make_vectors
 from telerag_cli.cli.app import app
-from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, Storage
+from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
 from telerag_cli.engine.dry_run import written_ahead
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.disk import BUFFERED, disk_points
 from telerag_cli.planning.hits import Replayed, first_sentence, from_recording, index_figures
 from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates

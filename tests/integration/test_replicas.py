@@ -12,16 +12,16 @@ import pytest
 pytest.importorskip("ray")
 
 from animals import ANIMALS, World
-from telerag_cli.config import Lookahead, PlacementName, ScheduleName
+from telerag_cli.config import PipelineName, PlacementName, ScheduleName
 from telerag_cli.distributed.replicas import Opened, open_replicas, share_of
 from telerag_cli.distributed.session import Cluster, joined
-from telerag_cli.engine.batch import LineForm, Outputs, answer_all
+from telerag_cli.engine.batch import Outputs, answer_all
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.index.artifact import Index
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 
 HYDE = PipelineName.HYDE
 QUESTIONS = [Question(f"{animal}-{n}", f"Where do {animal} number {n} live?") for n in range(4) for animal in ANIMALS]
@@ -48,7 +48,7 @@ class WorldRecipe:
         if self.index is None:
             raise ModelError("There is no world.", remedy="Make one.")
         engine = World.over(self.index).engine(script, token_s=self.token_s)
-        return Opened(Local(engine, make_pipeline(HYDE), HYDE.value, self.at_once), "host")
+        return Opened(Local(engine, make_pipeline(HYDE), self.at_once), "host")
 
 
 class Lines:
@@ -102,8 +102,8 @@ def scheduler_of(world):
 def alone(world, scheduler_of):
     """What one process answers."""
     lines = Lines()
-    worker = Local(world.engine(script), make_pipeline(HYDE), HYDE.value, 4)
-    answer_all([worker], scheduler_of(), QUESTIONS, lines.outputs(), LineForm(HYDE, Lookahead.REFINED), answered=set())
+    worker = Local(world.engine(script), make_pipeline(HYDE), 4)
+    answer_all([worker], scheduler_of(), QUESTIONS, lines.outputs(), answered=set())
     return lines.by_id()
 
 
@@ -120,7 +120,7 @@ def replicas(world, cluster):
 
 
 def run(workers, scheduler, questions, lines):
-    return answer_all(workers, scheduler, questions, lines.outputs(), LineForm(HYDE, Lookahead.REFINED), answered=set())
+    return answer_all(workers, scheduler, questions, lines.outputs(), answered=set())
 
 
 def test_replicas_answer_what_one_process_answers_and_say_what_they_hold(replicas, scheduler_of, alone):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from animals import World
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.session import Stage
 from telerag_cli.engine.snapshot import Snapshot, snapshot
 from telerag_cli.llm.base import Generation, Request
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.retrieval.retriever import JoinReport
 from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics, State
 
@@ -87,7 +88,19 @@ class Retrieved:
 
 
 def answer(stages, joins=(), text="It is so."):
-    return Answered(text, [], [], list(stages), [Retrieved(report) for report in joins], [], 0, {})
+    return Answered(
+        "Is it so?",
+        "hyde",
+        Lookahead.REFINED,
+        text,
+        [],
+        [],
+        list(stages),
+        [Retrieved(report) for report in joins],
+        [],
+        0,
+        {},
+    )
 
 
 def count(metrics, answered, **how):

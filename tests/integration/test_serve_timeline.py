@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from doubles import ChosenLink
 from indexes import make_index, make_vectors
-from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, Storage
+from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.engine.session import Stage
@@ -23,7 +23,7 @@ from telerag_cli.engine.snapshot import snapshot
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation, Message, Request
 from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import Order
 from telerag_cli.retrieval.retriever import JoinReport, JoinTrace, Retriever, Search
 from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
@@ -319,7 +319,7 @@ def stage_of(began_s, took_s):
 
 
 def answered_of(stages, retrievals):
-    return Answered("text", [], [], stages, retrievals, [], 0, {})
+    return Answered("x", "hyde", Lookahead.REFINED, "text", [], [], stages, retrievals, [], 0, {})
 
 
 @settings(deadline=None, max_examples=60)

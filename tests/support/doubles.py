@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from telerag_cli.config import PAGE_BYTES, ScheduleName
-from telerag_cli.engine.batch import LineForm, answer_all
+from telerag_cli.engine.batch import answer_all
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError
@@ -17,10 +17,9 @@ from telerag_cli.tiers.base import Prefetched
 
 def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, answered=(), ordered=False):
     """A run of one worker."""
-    workers = [Local(engine, make_pipeline(name), name.value, concurrency)]
-    form = LineForm(name, engine.settings.lookahead)
+    workers = [Local(engine, make_pipeline(name), concurrency)]
     return answer_all(
-        workers, Scheduler.over(engine, schedule), questions, outputs, form, answered=set(answered), ordered=ordered
+        workers, Scheduler.over(engine, schedule), questions, outputs, answered=set(answered), ordered=ordered
     )
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from telerag_cli.config import ScheduleName
 from telerag_cli.engine.scheduler import Schedule, Scheduler
+from telerag_cli.pipelines.registry import make_pipelines
 from telerag_cli.server.access_log import AccessLog, LogFormat
 from telerag_cli.server.app import make_app
 from telerag_cli.server.metrics import Metrics
 from telerag_cli.server.middleware import LOOPBACK_HOSTS, AccessOptions, with_middleware
 from telerag_cli.server.server import address_of, bind, uvicorn_server
-from telerag_cli.server.service import Limits, Service, all_pipelines
+from telerag_cli.server.service import Limits, Service
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Running:
 def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=None, is_open=True):
     """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
     metrics = Metrics("0")
-    service = Service(all_pipelines({}), Limits(queue, request_s), metrics, "0")
+    service = Service(make_pipelines({}), Limits(queue, request_s), metrics, "0")
     lines: list[str] = []
     log = AccessLog(lines.append, LogFormat.JSON)
     access = options or AccessOptions(key, LOOPBACK_HOSTS if key is None else frozenset())

@@ -14,14 +14,14 @@ from telerag_cli.bench.caching import cache, sequence
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Setup
 from telerag_cli.cli.app import app
-from telerag_cli.config import PAGE_BYTES, CacheKind, Lookahead, TierKind
+from telerag_cli.config import PAGE_BYTES, CacheKind, Lookahead, PipelineName, TierKind
 from telerag_cli.engine.assemble import Opened
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions
 from telerag_cli.errors import EXIT_USAGE, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.scripted import ScriptedGenerator
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import Frequency, make_policy
 from telerag_cli.tiers.residency import Residency, State
@@ -159,7 +159,7 @@ def ask(tmp_path):
         setup,
         (SystemName.FETCH,),
         {"animals": QUESTIONS},
-        {PipelineName.HYDE: make_pipeline(PipelineName.HYDE)},
+        [make_pipeline(PipelineName.HYDE)],
         num_warmups=0,
         repeats=1,
         seed=0,
@@ -203,7 +203,7 @@ def test_only_hotness_is_measured_for_every_share(ask):
     ],
 )
 def test_what_cache_cannot_compare_is_refused(ask, pipelines, message):
-    asked = replace(ask, pipelines={name: make_pipeline(name) for name in pipelines})
+    asked = replace(ask, pipelines=[make_pipeline(name) for name in pipelines])
     with pytest.raises(UsageError, match=message):
         cache(asked, list(CacheKind), [0.5], 0.0, 0.0)
 

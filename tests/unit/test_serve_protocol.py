@@ -9,8 +9,7 @@ from fastapi.testclient import TestClient
 from openai.types import completion_create_params, embedding_create_params, vector_store_search_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from telerag_cli.config import Lookahead
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.server import requests
 from telerag_cli.server.errors import MAX_SHOWN
 from telerag_cli.server.requests import ChatRequest, CompletionRequest, EmbeddingRequest, TeleragOptions

@@ -13,10 +13,10 @@ from telerag_cli.bench.measure import Turn, Work, take_turns
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Perfect, Setup, System
+from telerag_cli.config import PipelineName
 from telerag_cli.engine.engine import Answered
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.pipelines.base import Pipeline
-from telerag_cli.pipelines.registry import PipelineName
 
 GENERATING_FIRST = (
     PipelineName.HYDE,
@@ -39,7 +39,7 @@ class Ask:
     systems: tuple[SystemName, ...]
     questions: Mapping[str, Sequence[str]]
     """By dataset; the first ``num_warmups`` are for warming up only."""
-    pipelines: Mapping[PipelineName, Pipeline]
+    pipelines: Sequence[Pipeline]
     num_warmups: int
     repeats: int
     seed: int
@@ -79,7 +79,7 @@ def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
 
 def _means(ask: Ask, turns: Sequence[Turn], state: Pages) -> list[Ratio]:
     """For each dataset, over the pipelines that retrieve after generating, if there are several."""
-    names = [name.value for name in ask.pipelines if name in GENERATING_FIRST]
+    names = [each.name for each in ask.pipelines if each.name in GENERATING_FIRST]
     found = []
     for dataset in ask.questions if len(names) > 1 else ():
         keys: list[Key] = [{"pipeline": name, "dataset": dataset, "pages": state.value} for name in names]
@@ -107,17 +107,10 @@ def throughput(ask: Ask, sizes: Sequence[int], at_once: int) -> Outcome:
     """So many questions given together: how many a second are answered. Every turn has other questions."""
     works = []
     for size in sizes:
-        for name, pipeline in ask.pipelines.items():
+        for pipeline in ask.pipelines:
             supply = itertools.cycle(questions_of(ask))
             works += [
-                Work(
-                    {"batch_size": size},
-                    pipeline,
-                    name.value,
-                    tuple(itertools.islice(supply, size)),
-                    number,
-                    at_once=at_once,
-                )
+                Work({"batch_size": size}, pipeline, tuple(itertools.islice(supply, size)), number, at_once=at_once)
                 for number in range(ask.repeats)
             ]
     return _simple(ask, works, ("wall_ms",))
@@ -133,7 +126,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
         UsageError: the pipeline retrieves more than once, or nothing is predicted for it.
     """
     ask = replace(ask, setup=replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1)))
-    (name, pipeline), *others = ask.pipelines.items()
+    pipeline, *others = ask.pipelines
     if others:
         raise UsageError(
             f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.", remedy="Name one with --pipeline."
@@ -143,15 +136,14 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
         Harness.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig,
         ask.counting("hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups) as advance,
     ):
-        first = [Work({}, pipeline, name.value, (question,)) for question in questions]
+        first = [Work({}, pipeline, (question,)) for question in questions]
         known = take_turns(rig, first, (SystemName.FETCH,), warmups_of(ask), advance)
         works = [
             Work(
                 {"budget": budget},
                 pipeline,
-                name.value,
                 turn.work.questions,
-                prepare=partial(_limit, rig, only_retrieval(turn, name, SuiteName.HIT_RATE), budget),
+                prepare=partial(_limit, rig, only_retrieval(turn, SuiteName.HIT_RATE), budget),
             )
             for turn in known
             for budget in budgets
@@ -168,7 +160,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     return Outcome(systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes)
 
 
-def only_retrieval(turn: Turn, name: PipelineName, suite: SuiteName) -> Answered:
+def only_retrieval(turn: Turn, suite: SuiteName) -> Answered:
     """The answer of a turn that wrote, then retrieved once.
 
     Raises:
@@ -177,8 +169,8 @@ def only_retrieval(turn: Turn, name: PipelineName, suite: SuiteName) -> Answered
     """
     if turn.errors:
         raise TeleragError(f"'{turn.work.questions[0]:.60}' cannot be answered: {turn.errors[0]}")
-    answered = turn.answers[0]
-    if len(answered.retrievals) != 1 or name is PipelineName.NAIVE:
+    answered, name = turn.answers[0], turn.work.pipeline.name
+    if len(answered.retrievals) != 1 or name == PipelineName.NAIVE:
         raise UsageError(
             f"{suite} is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
             remedy="Use --pipeline hyde, subquestion or self_rag.",
@@ -219,9 +211,9 @@ def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[Turn], d
 
 def warmups_of(ask: Ask) -> list[Work]:
     """The first questions, by the first pipeline: models, threads and pages of the arena."""
-    name, pipeline = next(iter(ask.pipelines.items()))
+    pipeline = ask.pipelines[0]
     questions = next(iter(ask.questions.values()))[: ask.num_warmups]
-    return [Work({}, pipeline, name.value, (question,)) for question in questions]
+    return [Work({}, pipeline, (question,)) for question in questions]
 
 
 def _measured(ask: Ask) -> Iterator[tuple[str, Sequence[str]]]:
@@ -245,13 +237,11 @@ def _one_by_one(ask: Ask, axes: Sequence[str], **fixed: Any) -> list[Work]:
     """
     works = []
     for dataset, questions in _measured(ask):
-        for name, pipeline in ask.pipelines.items():
-            place = {"pipeline": name.value, "dataset": dataset}
+        for pipeline in ask.pipelines:
+            place = {"pipeline": pipeline.name, "dataset": dataset}
             key = {axis: place[axis] for axis in axes} | fixed
             works += [
-                Work(key, pipeline, name.value, (question,), number)
-                for number in range(ask.repeats)
-                for question in questions
+                Work(key, pipeline, (question,), number) for number in range(ask.repeats) for question in questions
             ]
     return works
 

@@ -76,7 +76,7 @@ def cache(
         UsageError: several pipelines are named, or one that retrieves more than once.
     """
     setup = replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1))
-    (name, pipeline), *others = ask.pipelines.items()
+    pipeline, *others = ask.pipelines
     if others:
         raise UsageError(
             f"cache is for one pipeline and {len(ask.pipelines)} are named.", remedy="Name one with --pipeline."
@@ -93,9 +93,9 @@ def cache(
         ExitStack() as undo,
     ):
         with Harness.open(setup, (SystemName.FETCH,)) as rig:
-            works = [Work({}, pipeline, name.value, (question,)) for question in questions]
+            works = [Work({}, pipeline, (question,)) for question in questions]
             known = [
-                only_retrieval(turn, name, SuiteName.CACHE)
+                only_retrieval(turn, SuiteName.CACHE)
                 for turn in take_turns(rig, works, (SystemName.FETCH,), warmups_of(ask), advance)
             ]
         if window_s is None:

@@ -36,8 +36,6 @@ class Work:
     key: Key
     """Where in the suite this belongs."""
     pipeline: Pipeline
-    name: str
-    """The pipeline's, under which what was learned of it is kept."""
     questions: tuple[str, ...]
     number: int = 0
     """Tells repetitions of the same questions apart."""
@@ -131,13 +129,13 @@ async def _turn(rig: Harness, system: System, work: Work) -> Turn:
 async def _outcomes(system: System, work: Work) -> list[Answered | BaseException]:
     """Of each question, in order."""
     if work.at_once is None:
-        asked = [system.engine.ask(work.pipeline, question, name=work.name) for question in work.questions]
+        asked = [system.engine.ask(work.pipeline, question) for question in work.questions]
         return await asyncio.gather(*asked, return_exceptions=True)
     retriever = system.engine.retriever
     wish = Schedule(system.schedule, batch_size=len(work.questions))
     tier, nprobe = retriever.tier, system.engine.settings.nprobe
     schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
-    workers = [Local(system.engine, work.pipeline, work.name, work.at_once)]
+    workers = [Local(system.engine, work.pipeline, work.at_once)]
     outcomes: dict[int, Answered | BaseException] = {}
 
     def take(place: int, _question: Question, outcome: Answered | TeleragError) -> None:

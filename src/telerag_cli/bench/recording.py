@@ -75,7 +75,7 @@ def settings_of(ask: Ask, trace: Path | None) -> dict[str, Any]:
         "num_warmups": ask.num_warmups,
         "repeats": ask.repeats,
         "seed": ask.seed,
-        "pipelines": [name.value for name in ask.pipelines],
+        "pipelines": [pipeline.name for pipeline in ask.pipelines],
         "k": setup.settings.k,
         "nprobe": setup.settings.nprobe,
         "max_tokens": setup.settings.max_tokens,

@@ -21,8 +21,8 @@ from telerag_cli.bench.simulating.rates import Host, Rates
 from telerag_cli.bench.simulating.replica import Tier
 from telerag_cli.bench.simulating.work import Question, copies
 from telerag_cli.bench.statistics import ratio, short, summary
-from telerag_cli.config import CacheKind, Lookahead
-from telerag_cli.engine.batch import LineForm, Outputs, answer_all
+from telerag_cli.config import CacheKind
+from telerag_cli.engine.batch import Outputs, answer_all
 from telerag_cli.engine.dispatch import Dispatcher, ReplicaState
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
@@ -33,7 +33,6 @@ from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.base import Pipeline
-from telerag_cli.pipelines.registry import PipelineName
 
 REPLICAS, SIMULATED = "replicas", "simulated"
 """The two systems."""
@@ -62,12 +61,10 @@ class OpenFleet(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """What is asked, and how lines would say it."""
+    """What is asked."""
 
     warmups: tuple[str, ...]
     questions: tuple[str, ...]
-    pipeline: PipelineName
-    lookahead: Lookahead
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ def record(engine: Engine, pipeline: Pipeline, at_once: int, schedule: Schedule,
         TeleragError: a question could not be answered.
     """
     recorder = Recorder()
-    worker = Local(engine, recorder.over(pipeline), batch.pipeline.value, at_once)
+    worker = Local(engine, recorder.over(pipeline), at_once)
     scheduler = Scheduler.over(engine, schedule)
     numbers = range(len(batch.questions))
     scheduler.cut(batch.questions[:1], numbers[:1])  # loads what only the first has to load
@@ -206,9 +203,7 @@ def _answer(fleet: Fleet, batch: Batch) -> Turn:
     errors: list[str] = []
     outputs = Outputs(lambda _line: None, None, errors.append, lambda _count: None)
     asked = [Asked(str(number), text) for number, text in enumerate(batch.questions)]
-    summary = answer_all(
-        workers, fleet.scheduler, asked, outputs, LineForm(batch.pipeline, batch.lookahead), answered=set()
-    )
+    summary = answer_all(workers, fleet.scheduler, asked, outputs, answered=set())
     kept = {text: both for worker in workers for text, both in worker.kept.items()}
     found = [kept.get(text) for text in batch.questions]
     return Turn(

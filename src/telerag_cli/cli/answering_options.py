@@ -89,9 +89,9 @@ class SearchOptions:
         where = tier_options(self.tier, self.device, self.fast_memory, self.gpu_memory, self.require_pinned)
         return Searching(self.index, self.embedder, where, self.k, self.nprobe, self.rescore)
 
-    def planned(self, *, explain: bool = False, pipeline: Pipeline | None = None, name: str = "") -> Planned:
+    def planned(self, *, explain: bool = False, pipeline: Pipeline | None = None) -> Planned:
         """As `open_answering` takes it."""
-        return Planned(self.profile, self.prefetch_budget, explain, pipeline, name)
+        return Planned(self.profile, self.prefetch_budget, explain, pipeline)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from telerag_cli.cli.grouped import expanded
 from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.keeping import metadata_of, result_path
 from telerag_cli.cli.options import DeviceOption, tier_options
-from telerag_cli.config import CacheKind, GeneratorKind
+from telerag_cli.config import CacheKind, GeneratorKind, PipelineName
 from telerag_cli.errors import UsageError
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 
 if TYPE_CHECKING:
     from telerag_cli.bench.answering import Ask, Outcome
@@ -356,7 +356,7 @@ def _answering(
             setup=Setup(made.opened, generator, settings, where, pages, progress=console.progress),
             systems=tuple(dict.fromkeys(asking.system or systems)),
             questions=questions,
-            pipelines={name: make_pipeline(name) for name in asking.pipeline or pipelines},
+            pipelines=[make_pipeline(name) for name in asking.pipeline or pipelines],
             num_warmups=asking.num_warmups,
             repeats=asking.repeats,
             seed=asking.seed,

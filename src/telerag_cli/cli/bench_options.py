@@ -26,8 +26,7 @@ from telerag_cli.cli.options import (
     ThreadsOption,
     TierOption,
 )
-from telerag_cli.config import DEFAULT_CTX_SIZE, TierKind
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.config import DEFAULT_CTX_SIZE, PipelineName, TierKind
 
 _WHERE = "What is kept"
 WORK = "How much"

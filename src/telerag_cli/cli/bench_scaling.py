@@ -21,9 +21,9 @@ from telerag_cli.cli.options import (
     ScheduleOption,
     tier_options,
 )
-from telerag_cli.config import DEFAULT_BATCH_SIZE, GeneratorKind, Lookahead, PlacementName, ScheduleName
+from telerag_cli.config import DEFAULT_BATCH_SIZE, GeneratorKind, Lookahead, PipelineName, PlacementName, ScheduleName
 from telerag_cli.errors import UsageError
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 
 if TYPE_CHECKING:
     from telerag_cli.bench.answering import Outcome
@@ -129,7 +129,7 @@ def scaling(
         started = keep(SuiteName.SCALING)
         measured = () if simulate_only else replicas or DEFAULT_REPLICAS
         extent = _extent(asking, measured, simulate, replicas_per_host, prompts_per_replica)
-        batch = _batch(asking, names[0], lookahead)
+        batch = _batch(asking)
         made, recipe = _prepared(asking, names[0], lookahead, concurrency)
         _check_memory(made.opened.index, recipe, extent)
         how = _schedule(made, concurrency, schedule, placement, batch_size, micro_batch)
@@ -159,7 +159,7 @@ def _extent(
     )
 
 
-def _batch(asking: BenchOptions, pipeline: PipelineName, lookahead: Lookahead) -> Batch:
+def _batch(asking: BenchOptions) -> Batch:
     """The questions, each once.
 
     Raises:
@@ -180,7 +180,7 @@ def _batch(asking: BenchOptions, pipeline: PipelineName, lookahead: Lookahead) -
         raise UsageError(
             f"All {len(warmups)} questions are for warming up.", remedy="Lower --num-warmups, or name a larger dataset."
         )
-    return Batch(tuple(warmups), tuple(dict.fromkeys(questions)), pipeline, lookahead)
+    return Batch(tuple(warmups), tuple(dict.fromkeys(questions)))
 
 
 def _prepared(
@@ -205,14 +205,7 @@ def _prepared(
     made = prepare(Searching(asking.index, asking.embedder, tier, asking.k, asking.nprobe), llm, concurrency)
     settings = Answering(llm, concurrency, lookahead, asking.max_tokens).settings(made.k, made.nprobe)
     return made, Recipe(
-        asking.index.resolve(),
-        asking.embedder,
-        tier,
-        llm,
-        settings,
-        make_pipeline(pipeline),
-        pipeline.value,
-        concurrency,
+        asking.index.resolve(), asking.embedder, tier, llm, settings, make_pipeline(pipeline), concurrency
     )
 
 
@@ -347,7 +340,7 @@ def _settings(made: Prepared, recipe: Recipe, extent: Extent, batch: Batch) -> d
         "num_warmups": len(batch.warmups),
         "repeats": extent.repeats,
         "seed": extent.seed,
-        "pipelines": [recipe.name],
+        "pipelines": [recipe.pipeline.name],
         "lookahead": recipe.settings.lookahead.value,
         "k": made.k,
         "nprobe": made.nprobe,

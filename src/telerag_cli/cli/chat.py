@@ -12,8 +12,9 @@ import typer
 from telerag_cli.cli import console
 from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
 from telerag_cli.cli.options import PipelineOption, check_trace
+from telerag_cli.config import PipelineName
 from telerag_cli.errors import EXIT_PARTIAL
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
 
 
 def chat(
@@ -33,7 +34,7 @@ def chat(
     From a pipe, each line is a question.
     """
     given = pipelines.given
-    make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
+    chosen = make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
     check_trace(trace)
     with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:
         from telerag_cli.cli.chat_input import Piped, Typed
@@ -52,7 +53,7 @@ def chat(
                 search.searching, llm.answering(search.lookahead, 1), tracer, screen.warn, planned=search.planned()
             )
         )
-        talk = Chat(engine, screen, pipeline, given, tracing=trace is not None)
+        talk = Chat(engine, screen, chosen, make_pipelines(given), tracing=trace is not None)
         if interactive:
             screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")
             words = {name: command.words for name, command in COMMANDS.items()}

@@ -9,21 +9,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telerag_cli.cli.chat_input import Lines
 from telerag_cli.cli.chat_screen import Screen, seconds, source_lines, timeline, whole_source
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_line
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError, TeleragError, UsageError
 from telerag_cli.files import writing
-from telerag_cli.pipelines.base import ANSWER, Pipeline, Rag
-from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, in_conversation, recalled
-from telerag_cli.pipelines.found import Answer, Retrieved
-from telerag_cli.pipelines.observed import with_events
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline, options
+from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
+from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.tracing import Span
 
 
@@ -63,18 +59,22 @@ class Exchange:
     """A question, its answer, and how it was answered."""
 
     question: str
-    standalone: str
-    """What was answered: the question, or what it was rewritten to."""
+    """As it was asked."""
     answered: Answered
-    pipeline: PipelineName
-    lookahead: Lookahead
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Shows what a pipeline does; a `Listener`."""
+class Shown(Listener):
+    """Shows what happens to a question, and keeps the growing answer to be shown too."""
 
-    screen: Screen
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.written: asyncio.Queue[str | None] = asyncio.Queue()
+        """All of the answer so far, time and again; None after the last."""
+        self._loop = asyncio.get_running_loop()
+
+    def rewritten(self, question: str) -> None:
+        """See `Listener`."""
+        self.screen.note(f"→ {question}")
 
     def begins(self, stage: str) -> None:
         """See `Listener`."""
@@ -85,15 +85,23 @@ class Shown:
         """See `Listener`."""
         self.screen.stage("retrieving...")
 
-    def retrieved(self, found: Sequence[Retrieved]) -> None:
+    def wrote(self, stage: str, text: str) -> None:
         """See `Listener`."""
+        if stage == ANSWER:
+            self._loop.call_soon_threadsafe(self.written.put_nowait, text)
 
 
 class Chat:
     """The state of a conversation. An answer that fails or is interrupted leaves it as it was."""
 
     def __init__(
-        self, engine: Engine, screen: Screen, pipeline: PipelineName, given: Mapping[str, Any], *, tracing: bool
+        self,
+        engine: Engine,
+        screen: Screen,
+        pipeline: Pipeline,
+        pipelines: Mapping[PipelineName, Pipeline],
+        *,
+        tracing: bool,
     ) -> None:
         """Begin.
 
@@ -101,18 +109,14 @@ class Chat:
             engine: what answers; its tracer is on.
             screen: where everything is shown.
             pipeline: how to answer at first.
-            given: options of pipelines; None means the pipeline's default.
+            pipelines: those that can be chosen.
             tracing: keep the spans of all turns, not only of the last.
-
-        Raises:
-            UsageError: the pipeline has no such option.
         """
         self.ended = False
         self._engine = engine
         self._screen = screen
-        self._name = pipeline
-        self._given = given
-        self._pipeline: Pipeline = make_pipeline(pipeline, **given)
+        self._pipeline = pipeline
+        self._pipelines = pipelines
         self._tracing = tracing
         self._exchanges: list[Exchange] = []
         self._spans: list[Span] = []
@@ -127,25 +131,14 @@ class Chat:
         if not self._tracing:
             self._engine.tracer.clear()
         begun_s = time.perf_counter()
-        asked = question
-
-        async def standalone(rag: Rag, rewritten: str) -> Answer:
-            nonlocal asked
-            asked = rewritten
-            if asked != question:
-                self._screen.note(f"→ {asked}")
-            return await self._pipeline(rag, asked)
-
-        pipeline = in_conversation(standalone, self._recalled(question))
         try:
-            answered = await self._written(pipeline, question)
+            answered = await self._written(question)
             self._screen.answered(answered)
         finally:
             self._screen.end_line()
         if answered.finish_reason == "length":
             self._screen.note("The answer is as long as --max-tokens lets it be.")
-        lookahead = self._engine.settings.lookahead
-        self._exchanges.append(Exchange(question, asked, answered, self._name, lookahead))
+        self._exchanges.append(Exchange(question, answered))
         self._spans = [span for span in self._engine.tracer.spans() if span.start_s >= begun_s]
 
     def command(self, line: str) -> None:
@@ -161,31 +154,19 @@ class Chat:
             raise UsageError(f"There is no command {name}; the nearest is {nearest}.", remedy="/help lists them.")
         command.run(self, argument.strip())
 
-    async def _written(self, pipeline: Pipeline, question: str) -> Answered:
+    async def _written(self, question: str) -> Answered:
         """Let the engine answer, and show what it writes while it does."""
-        loop = asyncio.get_running_loop()
-        written: asyncio.Queue[str | None] = asyncio.Queue()
-
-        def watch(stage: str, text: str) -> None:
-            if stage == ANSWER:
-                loop.call_soon_threadsafe(written.put_nowait, text)
-
-        told = with_events(pipeline, Shown(self._screen))
-        answering = asyncio.create_task(self._engine.ask(told, question, watch, name=self._name.value))
-        answering.add_done_callback(lambda _task: written.put_nowait(None))
+        shown = Shown(self._screen)
+        turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self._exchanges]
+        answering = asyncio.create_task(self._engine.ask(self._pipeline, question, shown, turns=turns))
+        answering.add_done_callback(lambda _task: shown.written.put_nowait(None))
         try:
-            while (text := await written.get()) is not None:
+            while (text := await shown.written.get()) is not None:
                 self._screen.writing(text)
         finally:
             answering.cancel()  # if this one was, or cannot write any more
             await asyncio.wait([answering])
         return answering.result()
-
-    def _recalled(self, question: str) -> Sequence[Turn]:
-        turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self._exchanges]
-        generator = self._engine.generator
-        room = generator.context_tokens - REWRITE_TOKENS
-        return recalled(turns, question, room, generator.count_tokens)
 
     def _last(self) -> Answered:
         if not self._exchanges:
@@ -215,10 +196,8 @@ class Chat:
 
     def _change_pipeline(self, argument: str) -> None:
         if argument:
-            name = PipelineName(_chosen(argument, list(PipelineName), "pipeline"))
-            known = {option: self._given.get(option) for option in options(name)}
-            self._pipeline, self._name = make_pipeline(name, **known), name
-        self._show_choice("Pipeline", self._name, list(PipelineName))
+            self._pipeline = self._pipelines[PipelineName(_chosen(argument, list(PipelineName), "pipeline"))]
+        self._show_choice("Pipeline", self._pipeline.name, list(PipelineName))
 
     def _change_lookahead(self, argument: str) -> None:
         if argument:
@@ -263,8 +242,8 @@ def _markdown(exchanges: Sequence[Exchange]) -> str:
     blocks = []
     for exchange in exchanges:
         blocks.append(f"## {' '.join(exchange.question.split())}")
-        if exchange.standalone != exchange.question:
-            blocks.append(f"*{exchange.standalone}*")
+        if exchange.answered.question != exchange.question:
+            blocks.append(f"*{exchange.answered.question}*")
         blocks.append(exchange.answered.answer)
         if exchange.answered.found:
             blocks.append("\n".join(f"- {line.strip()}" for line, _cited in source_lines(exchange.answered)))
@@ -273,8 +252,8 @@ def _markdown(exchanges: Sequence[Exchange]) -> str:
 
 def _json_lines(exchanges: Sequence[Exchange]) -> str:
     lines = (
-        answer_line(Question(str(number), item.question), item.answered, item.pipeline, item.lookahead)
-        for number, item in enumerate(exchanges, 1)
+        answer_line(Question(str(number), exchange.question), exchange.answered)
+        for number, exchange in enumerate(exchanges, 1)
     )
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 

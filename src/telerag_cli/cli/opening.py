@@ -66,7 +66,6 @@ class Planned:
     prefetch_budget: str | None = None
     explain: bool = False
     pipeline: Pipeline | None = None
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -200,7 +199,7 @@ def open_answering(
     )
     with contextlib.closing(engine):
         if planned.explain and planned.pipeline:
-            show_plan(engine, planned.pipeline, planned.name)
+            show_plan(engine, planned.pipeline)
         for note in engine.retriever.tier.notes:
             warn(note)
         try:
@@ -209,12 +208,12 @@ def open_answering(
             engine.shared.averages.save()
 
 
-def show_plan(engine: Engine, pipeline: Pipeline, name: str) -> None:
+def show_plan(engine: Engine, pipeline: Pipeline) -> None:
     """What is expected of a run; nothing without a profile."""
     from telerag_cli.engine.explain import explain
 
     if engine.shared.planner is None:
         console.warn("There is no profile to explain a plan with.")
         return
-    rows = explain(engine, engine.shared.planner, pipeline, name)
-    console.table(f"Plan ({name}, one question alone)", ("what", "expected", "why"), rows)
+    rows = explain(engine, engine.shared.planner, pipeline)
+    console.table(f"Plan ({pipeline.name}, one question alone)", ("what", "expected", "why"), rows)

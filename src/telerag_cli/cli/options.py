@@ -13,13 +13,13 @@ from telerag_cli.config import (
     DEFAULT_MICRO_BATCH,
     GeneratorKind,
     Lookahead,
+    PipelineName,
     PlacementName,
     ScheduleName,
     TierKind,
     parse_bytes,
 )
 from telerag_cli.errors import ResourceError
-from telerag_cli.pipelines.registry import PipelineName
 
 if TYPE_CHECKING:
     from telerag_cli.engine.tier_plan import TierOptions

@@ -385,7 +385,7 @@ def _times(figure: Measured) -> tuple[str, str]:
 
 
 def _follows(planner: Planner) -> list[Row]:
-    from telerag_cli.engine.wrap_os_error import outlook_rows
+    from telerag_cli.engine.explain import outlook_rows
 
     window_s = _typical_window(planner)
     why = f"{TYPICAL_PROMPT} tokens read, {TYPICAL_TEXT} written"

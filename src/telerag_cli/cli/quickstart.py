@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.config import Lookahead, format_bytes
+from telerag_cli.config import Lookahead, PipelineName, format_bytes
 from telerag_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     from telerag_cli.engine.tier_plan import TierOptions
     from telerag_cli.index.passages import Passages
     from telerag_cli.llm.base import Message, Request
-    from telerag_cli.pipelines.hyde import hyde
+    from telerag_cli.pipelines.registry import make_pipeline
 
     opened = Opened(index, Passages.open(index.paths.passages), encoder)
     where = TierOptions(fast_memory_bytes=arena_bytes)
@@ -132,10 +132,11 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     async def ask_all(engine: Engine) -> list[Answered]:
         encoder.encode_queries(QUESTIONS[:1])
         await engine.generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
+        pipeline = make_pipeline(PipelineName.HYDE)
         answered = []
         with console.progress(f"Asking, lookahead {mode}", len(QUESTIONS), unit="questions") as advance:
             for question in QUESTIONS:
-                answered.append(await engine.ask(hyde, question))
+                answered.append(await engine.ask(pipeline, question))
                 advance(1)
         return answered
 

@@ -13,8 +13,9 @@ from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, 
 from telerag_cli.cli.options import PipelineOption, check_trace
 from telerag_cli.cli.scheduling import SchedulingOptions, open_workers
 from telerag_cli.cli.search import no_question, open_lines
+from telerag_cli.config import PipelineName
 from telerag_cli.errors import EXIT_PARTIAL
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline
+from telerag_cli.pipelines.registry import make_pipeline
 
 
 def run(
@@ -73,7 +74,7 @@ def run(
     how = make_pipeline(pipeline, **pipelines.given)
     check_trace(trace)
     with console.stdout_reserved(), open_lines(questions) as (lines, name), contextlib.ExitStack() as opened_here:
-        from telerag_cli.engine.batch import LineForm, Outputs, answer_all
+        from telerag_cli.engine.batch import Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
         from telerag_cli.engine.questions import read_questions
         from telerag_cli.tracing import Tracer
@@ -84,9 +85,9 @@ def run(
         if trace:
             opened_here.callback(tracer.save, trace)
         answering = llm.answering(search.lookahead, concurrency, replay)
-        planned = search.planned(explain=explain, pipeline=how, name=pipeline.value)
+        planned = search.planned(explain=explain, pipeline=how)
         workers, scheduler = opened_here.enter_context(
-            open_workers(search.searching, answering, scheduling, how, pipeline.value, tracer, planned)
+            open_workers(search.searching, answering, scheduling, how, tracer, planned)
         )
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
@@ -95,7 +96,6 @@ def run(
                 scheduler,
                 read_questions(lines, name),
                 Outputs(write, recording.append if recording else None, console.fail, advance),
-                LineForm(pipeline, search.lookahead),
                 answered=file.answered if file else set(),
                 ordered=ordered,
             )

@@ -92,7 +92,6 @@ def open_workers(
     answering: Answering,
     scheduling: SchedulingOptions,
     pipeline: Pipeline,
-    name: str,
     tracer: Tracer,
     planned: Planned,
 ) -> Iterator[tuple[list[Worker], Scheduler]]:
@@ -103,7 +102,7 @@ def open_workers(
         TeleragError: a part cannot be opened.
     """
     if not scheduling.alone:
-        with _open_replicas(searching, answering, scheduling, pipeline, name, tracer, planned) as opened:
+        with _open_replicas(searching, answering, scheduling, pipeline, tracer, planned) as opened:
             yield opened
         return
     from telerag_cli.engine.scheduler import Scheduler
@@ -112,7 +111,7 @@ def open_workers(
     with open_answering(searching, answering, tracer, planned=planned) as (engine, at_once):
         tier = engine.retriever.tier
         schedule = scheduling.made(at_once, tier.arena_bytes, engine.retriever.index, engine.settings.nprobe)
-        yield [Local(engine, pipeline, name, at_once)], Scheduler.over(engine, schedule)
+        yield [Local(engine, pipeline, at_once)], Scheduler.over(engine, schedule)
 
 
 @contextlib.contextmanager
@@ -121,7 +120,6 @@ def _open_replicas(
     answering: Answering,
     scheduling: SchedulingOptions,
     pipeline: Pipeline,
-    name: str,
     tracer: Tracer,
     planned: Planned,
 ) -> Iterator[tuple[list[Worker], Scheduler]]:
@@ -156,7 +154,6 @@ def _open_replicas(
         answering.llm,
         settings,
         pipeline,
-        name,
         answering.concurrency,
         searching.rescore,
         budget,

@@ -143,17 +143,18 @@ def serve_local(
     with console.stdout_reserved(), console.talking(as_json=server.log_format is LogFormat.JSON):
         from telerag_cli.cli.opening import open_answering
         from telerag_cli.engine.scheduler import Scheduler
+        from telerag_cli.pipelines.registry import make_pipelines
         from telerag_cli.server.access_log import AccessLog
         from telerag_cli.server.app import make_app
         from telerag_cli.server.metrics import Metrics
         from telerag_cli.server.middleware import with_middleware
         from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind
-        from telerag_cli.server.service import Limits, Service, all_pipelines
+        from telerag_cli.server.service import Limits, Service
         from telerag_cli.tracing import Tracer
 
         metrics = Metrics(__version__)
         service = Service(
-            all_pipelines(pipelines.given), Limits(limits.max_queue, limits.request_timeout), metrics, __version__
+            make_pipelines(pipelines.given), Limits(limits.max_queue, limits.request_timeout), metrics, __version__
         )
         log = AccessLog(_write, server.log_format)
         app = with_middleware(make_app(service), _access(server, limits, key), log, metrics)

@@ -87,8 +87,6 @@ class Recipe:
     llm: LlmOptions
     settings: Settings
     pipeline: Pipeline
-    name: str
-    """Of the pipeline."""
     at_once: int | None = None
     """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
     rescore: int | None = None
@@ -117,7 +115,7 @@ class Recipe:
             rescore=self.rescore,
             planning=Planning(budget_bytes=self.budget_bytes),
         )
-        return Opened(Local(engine, self.pipeline, self.name, llm.concurrency), tier.name)
+        return Opened(Local(engine, self.pipeline, llm.concurrency), tier.name)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from telerag_cli.config import Lookahead
 from telerag_cli.engine.dispatch import ReplicaState
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
@@ -18,7 +17,6 @@ from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.workers import Worker
 from telerag_cli.errors import InputError, TeleragError
-from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.retrieval.retriever import JoinReport
 
 Write = Callable[[dict[str, Any]], None]
@@ -72,14 +70,6 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class LineForm:
-    """What the lines of a run have in common."""
-
-    pipeline: PipelineName
-    lookahead: Lookahead
-
-
-@dataclass(frozen=True)
 class Outputs:
     """Where a run tells what it does."""
 
@@ -103,7 +93,6 @@ def answer_all(
     scheduler: Scheduler,
     questions: Iterable[Question],
     outputs: Outputs,
-    form: LineForm,
     *,
     answered: Collection[str],
     ordered: bool = False,
@@ -115,7 +104,6 @@ def answer_all(
         scheduler: puts questions together, and says which worker takes which.
         questions: from any source, read as they come.
         outputs: where lines and messages go.
-        form: what all lines say.
         answered: ids to skip.
         ordered: write in the order of the questions, which may keep an answer back until those before it are there.
     """
@@ -129,9 +117,9 @@ def answer_all(
             line = error_line(question, str(outcome))
         else:
             summary.add(outcome)
-            line = answer_line(question, outcome, form.pipeline, form.lookahead)
+            line = answer_line(question, outcome)
             if outputs.record:
-                outputs.record(trace_line(question, outcome, form.pipeline))
+                outputs.record(trace_line(question, outcome))
         outputs.write(line)
         outputs.advance(1)
 

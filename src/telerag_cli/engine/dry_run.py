@@ -97,4 +97,4 @@ def written_ahead(pipeline: Pipeline, max_tokens: int) -> list[Text]:
 
 
 async def _through(pipeline: Pipeline, rehearsal: DryRunRag) -> None:
-    await pipeline(rehearsal, QUESTION)
+    await pipeline.run(rehearsal, QUESTION)

@@ -13,10 +13,11 @@ from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
-from telerag_cli.engine.session import Session, Settings, Shared, Stage, Watch, Writing
+from telerag_cli.engine.session import Session, Settings, Shared, Stage, Writing
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.base import FinishReason, Generator, find_stop
-from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.base import Listener, Pipeline
+from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, recalled, rewrite
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
@@ -30,6 +31,11 @@ SKETCH = "sketch"
 class Answered:
     """An answer and how it came about. Times are seconds; ``timings`` maps each stage to its own."""
 
+    question: str
+    """What was answered: the question that was asked, or what it meant in its conversation."""
+    pipeline: str
+    """The name of the one that answered."""
+    lookahead: Lookahead
     answer: str
     found: list[Retrieved]
     """The passages it was written from, in the order of their numbers."""
@@ -127,9 +133,9 @@ class Engine:
         self,
         pipeline: Pipeline,
         question: str,
-        watch: Watch | None = None,
+        listener: Listener | None = None,
         *,
-        name: str = "",
+        turns: Sequence[Turn] = (),
         batch: MicroBatch | None = None,
         settings: Settings | None = None,
     ) -> Answered:
@@ -138,22 +144,30 @@ class Engine:
         Args:
             pipeline: how.
             question: the question.
-            watch: is told what each stage writes, as it writes.
-            name: of the pipeline: what is learned of its stages is kept under it.
+            listener: hears what happens, as it happens.
+            turns: the conversation before it, which the question may lean on.
             batch: the questions that it is answered together with, itself included.
             settings: how to answer this one; ``k`` and ``nprobe`` stay the engine's.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
-        forecast = Forecast(self.shared.averages, self.shared.planner, name)
+        forecast = Forecast(self.shared.averages, self.shared.planner, pipeline.name)
         shared = replace(self.shared, settings=settings) if settings else self.shared
+        generator = shared.generator
+        known = recalled(turns, question, generator.context_tokens - REWRITE_TOKENS, generator.count_tokens)
         started_s = time.perf_counter()
-        with batch or MicroBatch((question,)) as together, Session(shared, forecast, together, watch) as session:
-            answer = await pipeline(session, question)
+        with batch or MicroBatch((question,)) as together, Session(shared, forecast, together, listener) as session:
+            standalone = await rewrite(session, known, question)
+            if listener and standalone != question:
+                listener.rewritten(standalone)
+            answer = await pipeline.run(session, standalone)
         session.timings["total_s"] = time.perf_counter() - started_s
         text = _before_stop(answer.text, shared.settings.stop)
         return Answered(
+            standalone,
+            pipeline.name,
+            shared.settings.lookahead,
             text,
             list(answer.found),
             cite(text, answer.found),

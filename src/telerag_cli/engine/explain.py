@@ -14,8 +14,9 @@ from telerag_cli.planning.planner import Circumstances, Planner, cached_key, pro
 from telerag_cli.system import available_bytes
 
 
-def explain(engine: Engine, planner: Planner, pipeline: Pipeline, name: str) -> list[Row]:
+def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:
     """(what, how much, why) for a question of usual length, asked alone."""
+    name = pipeline.name
     settings, averages = engine.settings, planner.averages
     rows: list[Row] = []
     texts = written_ahead(pipeline, settings.max_tokens)

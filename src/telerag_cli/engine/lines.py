@@ -11,26 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from telerag_cli.config import Lookahead
+from telerag_cli.config import model_name
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.forecast import Prediction
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import wrap_os_error
-from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.planning.planner import ExpectedText
 from telerag_cli.retrieval.retriever import JoinReport
 
 
-def answer_line(question: Question, answered: Answered, pipeline: PipelineName, lookahead: Lookahead) -> dict[str, Any]:
+def answer_line(question: Question, answered: Answered) -> dict[str, Any]:
     """The line for an answered question. Times are seconds, rounded to a microsecond."""
-    body = {"answer": answered.answer, **answer_body(answered, pipeline, lookahead)}
+    body = {"answer": answered.answer, **answer_body(answered)}
     if question.batch is None:
         return {"id": question.id, "question": question.text, **body}
     return _batch_line(question, answered, body)
 
 
-def answer_body(answered: Answered, pipeline: PipelineName, lookahead: Lookahead) -> dict[str, Any]:
+def answer_body(answered: Answered) -> dict[str, Any]:
     """How an answer came about, beside its text."""
     return {
         "passages": [
@@ -44,7 +43,7 @@ def answer_body(answered: Answered, pipeline: PipelineName, lookahead: Lookahead
             for rank, hit in enumerate(answered.found, 1)
         ],
         "citations": answered.citations,
-        "pipeline": pipeline.value,
+        "pipeline": answered.pipeline,
         "queries": [list(retrieval.queries) for retrieval in answered.retrievals],
         "stages": [
             {
@@ -62,7 +61,7 @@ def answer_body(answered: Answered, pipeline: PipelineName, lookahead: Lookahead
             for stage in answered.stages
         ],
         "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
-        "lookahead": {"mode": lookahead.value} | _sum(answered.joins),
+        "lookahead": {"mode": answered.lookahead.value} | _sum(answered.joins),
         "plan": [_rounded(plan) for plan in answered.plans],
         "dropped_passages": answered.dropped_passages,
     }
@@ -88,12 +87,12 @@ def error_line(question: Question, message: str) -> dict[str, Any]:
     }
 
 
-def trace_line(question: Question, answered: Answered, pipeline: PipelineName) -> dict[str, Any]:
+def trace_line(question: Question, answered: Answered) -> dict[str, Any]:
     """The line of a recording: every prompt, text, query and length, enough to replay it."""
     return {
         "id": question.id,
         "question": question.text,
-        "pipeline": pipeline.value,
+        "pipeline": answered.pipeline,
         "answer": answered.answer,
         "generations": [
             {
@@ -126,7 +125,7 @@ def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) ->
         "id": f"chatcmpl-{question.id}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": (question.batch or {}).get("model") or PipelineName(body["pipeline"]).model,
+        "model": (question.batch or {}).get("model") or model_name(answered.pipeline),
         "choices": [
             {
                 "index": 0,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from telerag_cli.engine.refiner import PrefetchHandle, Refiner
 from telerag_cli.engine.retrieval import Finder, Retrieval
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.llm.shapes import Shape
-from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Prompt, is_answer
+from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Listener, Prompt, is_answer
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
@@ -32,9 +32,6 @@ from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
-
-Watch = Callable[[str, str], None]
-"""Called with a stage and all it has written so far, from any thread. It must return quickly."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class Session:
     shared: Shared
     forecast: Forecast
     batch: MicroBatch
-    watch: Watch | None = None
+    listener: Listener | None = None
     stages: list[Stage] = field(default_factory=list)
     retrievals: list[Retrieval] = field(default_factory=list)
     plans: list[Prediction] = field(default_factory=list)
@@ -157,6 +154,8 @@ class Session:
         expect: Expect | None = None,
     ) -> Generation:
         """See `Rag`."""
+        if self.listener:
+            self.listener.begins(stage)
         settings = self.shared.settings
         request = Request(
             messages, max_tokens, settings.temperature, settings.top_p, settings.seed, stop, shape, logprobs
@@ -165,7 +164,7 @@ class Session:
         started_s = time.perf_counter()
         with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
             self.forecast.writes(stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width)
-            generation = await self.shared.generator.generate(request, self._listener(stage, refiner))
+            generation = await self.shared.generator.generate(request, self._on_text(stage, refiner))
             ended_s = time.perf_counter()
             self.shared.tracer.add(
                 lane,
@@ -184,6 +183,8 @@ class Session:
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
         """See `Rag`; all lookahead of this question ends here."""
+        if self.listener:
+            self.listener.retrieving()
         started_s = time.perf_counter()
         # What has not begun by now would only begin to move what is being searched.
         begun = [await asyncio.wrap_future(future) for future in self._begun if not future.cancel()]
@@ -195,6 +196,8 @@ class Session:
         self.timings["embed_s"] += retrieval.embed_s
         self.timings["join_s"] += retrieval.join.join_s
         self.timings["retrieval_s"] += time.perf_counter() - started_s
+        if self.listener:
+            self.listener.retrieved(retrieval.found)
         return retrieval.found
 
     async def answer(
@@ -240,13 +243,13 @@ class Session:
             ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.refinement_embedder, expect
         )
 
-    def _listener(self, stage: str, refiner: Refiner | None) -> OnText | None:
-        watch = self.watch
-        if watch is None:
+    def _on_text(self, stage: str, refiner: Refiner | None) -> OnText | None:
+        listener = self.listener
+        if listener is None:
             return refiner
 
         def on_text(text: str, tokens: int) -> None:
-            watch(stage, text)
+            listener.wrote(stage, text)
             if refiner:
                 refiner(text, tokens)
 

@@ -34,13 +34,11 @@ class Local:
 
     engine: Engine
     pipeline: Pipeline
-    name: str
-    """Of the pipeline."""
     at_once: int
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
-        return await self.engine.ask(self.pipeline, batch.questions[place], name=self.name, batch=batch)
+        return await self.engine.ask(self.pipeline, batch.questions[place], batch=batch)
 
     def resident(self) -> BoolArray:
         """See `Worker`."""

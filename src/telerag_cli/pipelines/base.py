@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
+from telerag_cli.config import model_name
 from telerag_cli.llm.base import Generation, Message
 from telerag_cli.llm.shapes import Shape
 from telerag_cli.pipelines.found import Answer, Retrieved
@@ -83,5 +85,35 @@ class Rag(Protocol):
         """
 
 
-Pipeline = Callable[[Rag, str], Awaitable[Answer]]
-"""Answers one question."""
+@dataclass(frozen=True)
+class Pipeline:
+    """A way to answer a question."""
+
+    name: str
+    """Its name in output lines and traces; what is learned of its stages is kept under it."""
+    run: Callable[[Rag, str], Awaitable[Answer]]
+    """Answers one question."""
+
+    @property
+    def model(self) -> str:
+        """The model's name by which clients of OpenAI's API ask for it."""
+        return model_name(self.name)
+
+
+class Listener:
+    """Hears, in the event loop, what happens to a question; every method does nothing unless it is overridden."""
+
+    def rewritten(self, question: str) -> None:
+        """The question leans on earlier ones, and this is what it means."""
+
+    def begins(self, stage: str) -> None:
+        """The LLM is asked for a text."""
+
+    def wrote(self, stage: str, text: str) -> None:
+        """All that a stage has written so far. Called from any thread; must return quickly."""
+
+    def retrieving(self) -> None:
+        """Passages are searched."""
+
+    def retrieved(self, found: Sequence[Retrieved]) -> None:
+        """Passages were found."""

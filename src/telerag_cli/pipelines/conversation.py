@@ -1,4 +1,4 @@
-"""A question that leans on earlier ones: it is first made to stand by itself, and then any pipeline answers it.
+"""A question that leans on earlier ones is first rewritten to stand by itself; then any pipeline answers it.
 
 The rewriting is generation before retrieval, so lookahead runs behind it whatever the pipeline.
 """
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from telerag_cli.llm.base import Message
 from telerag_cli.llm.shapes import Lines
-from telerag_cli.pipelines.base import Pipeline, Rag
-from telerag_cli.pipelines.found import Answer
+from telerag_cli.pipelines.base import Rag
 
 MAX_TURNS = 3
 """Earlier turns that a question may lean on."""
@@ -67,23 +66,15 @@ def recalled(
     return recent
 
 
-def in_conversation(pipeline: Pipeline, turns: Sequence[Turn]) -> Pipeline:
-    """The pipeline for a question that comes after these turns; without any, the pipeline itself."""
+async def rewrite(rag: Rag, turns: Sequence[Turn], question: str) -> str:
+    """What the question means after these turns; without any, the question itself."""
     if not turns:
-        return pipeline
-
-    async def rewrite_first(rag: Rag, question: str) -> Answer:
-        async with rag.lookahead(question) as ahead:
-            written = await rag.generate(
-                "rewrite",
-                standalone_prompt(turns, question),
-                max_tokens=REWRITE_TOKENS,
-                shape=STANDALONE,
-                refining=ahead,
-            )
-        return await pipeline(rag, next(iter(STANDALONE.read(written.text)), question))
-
-    return rewrite_first
+        return question
+    async with rag.lookahead(question) as ahead:
+        written = await rag.generate(
+            "rewrite", standalone_prompt(turns, question), max_tokens=REWRITE_TOKENS, shape=STANDALONE, refining=ahead
+        )
+    return next(iter(STANDALONE.read(written.text)), question)
 
 
 def _ask(said: str, question: str) -> str:

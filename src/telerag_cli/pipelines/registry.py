@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
+from telerag_cli.config import PipelineName
 from telerag_cli.errors import UsageError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.flare import flare
+from telerag_cli.pipelines.found import Answer
 from telerag_cli.pipelines.hyde import hyde
 from telerag_cli.pipelines.iter_retgen import iter_retgen
 from telerag_cli.pipelines.iterative import iterative
@@ -18,25 +19,7 @@ from telerag_cli.pipelines.naive import naive
 from telerag_cli.pipelines.self_rag import self_rag
 from telerag_cli.pipelines.subquestion import subquestion
 
-
-class PipelineName(StrEnum):
-    """What ``--pipeline`` may say."""
-
-    NAIVE = "naive"
-    HYDE = "hyde"
-    SUBQUESTION = "subquestion"
-    ITERATIVE = "iterative"
-    ITER_RETGEN = "iter_retgen"
-    FLARE = "flare"
-    SELF_RAG = "self_rag"
-
-    @property
-    def model(self) -> str:
-        """The name by which clients of OpenAI's API ask for it."""
-        return f"telerag-{self.value}"
-
-
-PIPELINES: dict[PipelineName, Callable[..., Any]] = {
+PIPELINES: dict[PipelineName, Callable[..., Awaitable[Answer]]] = {
     PipelineName.NAIVE: naive,
     PipelineName.HYDE: hyde,
     PipelineName.SUBQUESTION: subquestion,
@@ -55,7 +38,7 @@ def options(name: PipelineName) -> dict[str, Any]:
 
 
 def make_pipeline(name: PipelineName, **given: Any) -> Pipeline:
-    """A pipeline with these options; None means its own default.
+    """Return a pipeline with these options; None means its own default.
 
     Raises:
         UsageError: the pipeline has no such option.
@@ -68,4 +51,18 @@ def make_pipeline(name: PipelineName, **given: Any) -> Pipeline:
                 f"--{option.replace('_', '-')} has no part in the pipeline {name}.",
                 remedy=f"Leave it out; it is for {' and '.join(takers)}.",
             )
-    return partial(PIPELINES[name], **chosen)
+    return Pipeline(name.value, partial(PIPELINES[name], **chosen))
+
+
+def make_pipelines(given: Mapping[str, Any]) -> dict[PipelineName, Pipeline]:
+    """Return every pipeline, each with those of the options that it has; None means its own default.
+
+    Raises:
+        UsageError: no pipeline has such an option.
+    """
+    for option, value in given.items():
+        if value is not None and not any(option in options(name) for name in PipelineName):
+            raise UsageError(f"No pipeline has the option {option}.")
+    return {
+        name: make_pipeline(name, **{option: given.get(option) for option in options(name)}) for name in PipelineName
+    }

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.session import Settings
 from telerag_cli.errors import TeleragError
 from telerag_cli.llm.shapes import Json, Shape
+from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.conversation import Turn
-from telerag_cli.pipelines.registry import PipelineName
 from telerag_cli.server.errors import ApiError
 from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
 from telerag_cli.server.service import Asked, Service
@@ -91,10 +91,10 @@ def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> Settings
     return replace(usual, **{name: value for name, value in said.items() if value is not None})
 
 
-def _shape(form: ResponseFormat | None, pipeline: PipelineName) -> Shape | None:
+def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
     if form is None or form.type == "text":
         return None
-    if pipeline is PipelineName.FLARE:
+    if pipeline.name == PipelineName.FLARE:
         raise ApiError(
             400,
             "The pipeline flare writes sentence by sentence, and cannot be held to a schema.",

@@ -14,9 +14,9 @@ from telerag_cli.server.asking import chat_asked
 from telerag_cli.server.replies import STREAMS_TOO, cited, event, json_response, note, note_outcomes, usage_of
 from telerag_cli.server.requests import ChatRequest
 from telerag_cli.server.responses import ChatCompletion
-from telerag_cli.server.service import Outcome, Service
+from telerag_cli.server.service import Outcome, Service, Watcher
 from telerag_cli.server.streaming import streamed
-from telerag_cli.server.streams import Growing, News, Silent, Text, until_gone
+from telerag_cli.server.streams import Growing, News, Text, until_gone
 
 
 def router(service: Service) -> APIRouter:
@@ -34,7 +34,7 @@ def router(service: Service) -> APIRouter:
             wants_usage = bool(body.stream_options and body.stream_options.include_usage)
             events = bool(body.telerag and body.telerag.events)
             return await streamed(request, service, [asked], ChatChunks(head, wants_usage=wants_usage), events=events)
-        outcome = await until_gone(request, service.answer(asked, Silent()))
+        outcome = await until_gone(request, service.answer(asked, Watcher()))
         note_outcomes(request, [outcome])
         message = {
             "role": "assistant",

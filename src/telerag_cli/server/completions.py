@@ -15,9 +15,9 @@ from telerag_cli.server.asking import completion_asked
 from telerag_cli.server.replies import STREAMS_TOO, event, json_response, note, note_outcomes, usage_of
 from telerag_cli.server.requests import CompletionRequest
 from telerag_cli.server.responses import Completion
-from telerag_cli.server.service import Outcome, Service
+from telerag_cli.server.service import Outcome, Service, Watcher
 from telerag_cli.server.streaming import streamed
-from telerag_cli.server.streams import Growing, News, Silent, Text, until_gone
+from telerag_cli.server.streams import Growing, News, Text, until_gone
 
 
 def router(service: Service) -> APIRouter:
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
             wants_usage = bool(body.stream_options and body.stream_options.include_usage)
             chunks = CompletionChunks(head, len(asked), wants_usage=wants_usage)
             return await streamed(request, service, asked, chunks, events=False)
-        outcomes = await until_gone(request, together(service.answer(each, Silent()) for each in asked))
+        outcomes = await until_gone(request, together(service.answer(each, Watcher()) for each in asked))
         note_outcomes(request, outcomes)
         choices = [
             {

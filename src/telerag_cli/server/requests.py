@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
-from telerag_cli.pipelines.registry import PipelineName
+from telerag_cli.config import PipelineName
 from telerag_cli.server.fields import (
     UNUSABLE,
     Integer,

@@ -10,22 +10,18 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.snapshot import snapshot
-from telerag_cli.errors import UsageError
 from telerag_cli.llm.base import Message, Request
-from telerag_cli.pipelines.base import ANSWER, Pipeline, Rag
-from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, in_conversation, recalled
-from telerag_cli.pipelines.found import Answer
-from telerag_cli.pipelines.observed import Listener, with_events
-from telerag_cli.pipelines.registry import PipelineName, make_pipeline, options
+from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
+from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.server.admission import AdmissionQueue, QueueFullError
 from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError, shortened
 from telerag_cli.server.metrics import Metrics, State
@@ -66,7 +62,7 @@ class Limits:
 class Asked:
     """A question, and how it is to be answered."""
 
-    pipeline: PipelineName
+    pipeline: Pipeline
     question: str
     settings: Settings
     turns: Sequence[Turn] = ()
@@ -76,14 +72,19 @@ class Asked:
     """Whether it is to find nothing that is kept of earlier questions."""
 
 
-class Watcher(Listener, Protocol):
-    """Is told, in the event loop, what becomes of a question; `wrote` is called from any thread."""
+class Watcher(Listener):
+    """A `Listener` that also hears of the queue, and when the first text of an answer came."""
+
+    first_s: float | None = None
+    """By `time.perf_counter`; None as long as there is none."""
 
     def queued(self, before: int) -> None:
-        """It waits, and so many were there before it."""
+        """The question waits behind so many others."""
 
     def wrote(self, stage: str, text: str) -> None:
-        """All that a stage has written so far; must return quickly."""
+        """See `Listener`."""
+        if self.first_s is None and stage == ANSWER and text.strip():
+            self.first_s = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,11 @@ class Service:
         """Names that requests may give: the pipelines, and the embedder."""
         return [*(name.model for name in self.pipelines), self.embedder_name]
 
-    def pipeline_of(self, model: str) -> PipelineName:
+    def pipeline_of(self, model: str) -> Pipeline:
         """The pipeline that a model's name stands for; raises ApiError as OpenAI does for a model that is none."""
-        for name in self.pipelines:
-            if model == name.model:
-                return name
+        for pipeline in self.pipelines.values():
+            if model == pipeline.model:
+                return pipeline
         if model == self.embedder_name:
             raise ApiError(
                 404, f"The model `{model}` makes embeddings and does not answer.", param="model", code="model_not_found"
@@ -248,7 +249,7 @@ class Service:
         try:
             async with asyncio.timeout(self.limits.request_s) as limit:
                 groups = asked.settings.lookahead is not Lookahead.OFF and (
-                    bool(asked.turns) or asked.pipeline is not WITHOUT_LOOKAHEAD
+                    bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
                 )
                 watcher.queued(desk.waiting)
                 with contextlib.ExitStack() as listening:
@@ -306,40 +307,23 @@ class Service:
     async def _ask(
         self, engine: Engine, asked: Asked, watcher: Watcher, batch: MicroBatch, came_s: float, spans: Sequence[Span]
     ) -> Outcome:
-        standalone = asked.question
-        first_s: float | None = None
-
-        def watch(stage: str, text: str) -> None:
-            nonlocal first_s
-            if first_s is None and stage == ANSWER and text.strip():
-                first_s = time.perf_counter() - came_s
-            watcher.wrote(stage, text)
-
-        async def understood(rag: Rag, question: str) -> Answer:
-            nonlocal standalone
-            standalone = question
-            return await self.pipelines[asked.pipeline](rag, question)
-
-        room = engine.generator.context_tokens - REWRITE_TOKENS
-        turns = recalled(asked.turns, asked.question, room, engine.generator.count_tokens)
-        pipeline = with_events(in_conversation(understood, turns), watcher)
         if asked.fresh:
             await asyncio.to_thread(engine.forget)
         began_s = time.perf_counter()
         answered = await engine.ask(
-            pipeline, asked.question, watch, name=asked.pipeline.value, batch=batch, settings=asked.settings
+            asked.pipeline, asked.question, watcher, turns=asked.turns, batch=batch, settings=asked.settings
         )
         ended_s = time.perf_counter()
         about: dict[str, Any] = {
             "question": asked.question,
-            **({"standalone": standalone} if standalone != asked.question else {}),
-            **answer_body(answered, asked.pipeline, asked.settings.lookahead),
+            **({"standalone": answered.question} if answered.question != asked.question else {}),
+            **answer_body(answered),
         }
         for passage, hit in zip(about["passages"], answered.found, strict=True):
             passage["title"] = hit.passage.name
         if asked.wants_timeline:
             about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
-        return Outcome(answered, about, began_s - came_s, first_s if first_s is not None else ended_s - came_s)
+        return Outcome(answered, about, began_s - came_s, (watcher.first_s or ended_s) - came_s)
 
     def _opened(self) -> _Open:
         if self._open and not self.draining:
@@ -389,17 +373,3 @@ def _embedder_name(engine: Engine) -> str:
 def no_model(model: str) -> ApiError:
     """OpenAI's answer to a model that does not exist."""
     return ApiError(404, f"The model `{shortened(model)}` does not exist.", param="model", code="model_not_found")
-
-
-def all_pipelines(given: dict[str, Any]) -> dict[PipelineName, Pipeline]:
-    """Every pipeline, with those of these options that it has; None means its own default.
-
-    Raises:
-        UsageError: no pipeline has such an option.
-    """
-    for name, value in given.items():
-        if value is not None and not any(name in options(each) for each in PipelineName):
-            raise UsageError(f"No pipeline has the option {name}.")
-    return {
-        name: make_pipeline(name, **{option: given.get(option) for option in options(name)}) for name in PipelineName
-    }

@@ -13,6 +13,7 @@ from fastapi import Request
 
 from telerag_cli.pipelines.base import ANSWER
 from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.server.service import Watcher
 
 T = TypeVar("T")
 
@@ -39,25 +40,6 @@ async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-class Silent:
-    """A `Watcher` that tells nobody."""
-
-    def queued(self, before: int) -> None:
-        """See `Watcher`."""
-
-    def begins(self, stage: str) -> None:
-        """See `Watcher`."""
-
-    def retrieving(self) -> None:
-        """See `Watcher`."""
-
-    def retrieved(self, found: Sequence[Retrieved]) -> None:
-        """See `Watcher`."""
-
-    def wrote(self, stage: str, text: str) -> None:
-        """See `Watcher`."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +110,8 @@ class Stream:
         self._there.set()
 
 
-@dataclass(frozen=True)
-class Watching:
+@dataclass
+class Watching(Watcher):
     """A `Watcher` that puts what becomes of one question into a stream."""
 
     stream: Stream
@@ -157,6 +139,7 @@ class Watching:
 
     def wrote(self, stage: str, text: str) -> None:
         """See `Watcher`."""
+        super().wrote(stage, text)
         if self.stream.events or stage == ANSWER:
             self.stream.add_soon(Text(self.index, stage, text))
 

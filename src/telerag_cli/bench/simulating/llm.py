@@ -74,7 +74,7 @@ class _Job:
     def begin(self, cached_tokens: int) -> None:
         """See `batcher.Task`."""
 
-    def pick(self, _output: Any) -> int | None:
+    def sample(self, _output: Any) -> int | None:
         """See `batcher.Task`. What follows from it comes when the step is over."""
         self._count += 1
         count = self._count

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, median
 
 import numpy as np
@@ -81,11 +81,11 @@ class Recorder:
         async def noting(rag: Rag, question: str) -> Answer:
             assert isinstance(rag, Session)
             noted = Noted(question)
-            answer = await pipeline(_Noting(rag, noted), question)
+            answer = await pipeline.run(_Noting(rag, noted), question)
             self.noted.append(noted)
             return answer
 
-        return noting
+        return replace(pipeline, run=noting)
 
 
 class _Noting:
