@@ -16,6 +16,7 @@ A message is one sentence with both values (what was found, what was expected); 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 EXIT_OK = 0
@@ -95,3 +96,26 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
             f"{purpose} needs the package {error.name}, which is not installed.",
             remedy=f"Install it with: pip install 'telerag-cli[{extra}]'",
         ) from error
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """A text of somebody else's as a part of a sentence: on one line, not too long, without the full stop at its end."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def connection_cause(error: BaseException) -> str:
+    """What the operating system, TLS or the name look-up said about a connection, below the layers that wrap it."""
+    import socket
+    import ssl
+
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.errno:
+            # Errors of TLS and of name look-ups have numbers of their own.
+            own_numbers = isinstance(inner, ssl.SSLError | socket.gaierror)
+            said = str(inner.strerror) if own_numbers else os.strerror(inner.errno)
+            return said[:1].lower() + said[1:]
+        grouped = inner.exceptions if isinstance(inner, BaseExceptionGroup) else ()
+        inner = grouped[0] if grouped else inner.__cause__ or inner.__context__
+    return one_line(str(error) or type(error).__name__)

@@ -380,8 +380,8 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_counts_as_waiting(server):
             "log",
         ),
         (raw("data: {oops\n\n"), 1, ModelError, "stream that cannot be read: Expecting property", "/v1"),
-        (raw('data: {"hello": 1}\n\n'), 1, ModelError, "is no chunk of a completion.", "/v1"),
-        (raw("data: 5\n\n"), 1, ModelError, "5 is no chunk of a completion.", "/v1"),
+        (raw('data: {"hello": 1}\n\n'), 1, ModelError, "is not a chunk of a completion.", "/v1"),
+        (raw("data: 5\n\n"), 1, ModelError, "5 is not a chunk of a completion.", "/v1"),
         (stream("a", finish=None), 3, ModelError, "ended its stream after 3 tries and 1 token without", "log"),
         (stream("a", finish="tool_calls"), 1, ModelError, "ended the answer with 'tool_calls'", "another"),
         (

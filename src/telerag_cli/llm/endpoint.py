@@ -1,14 +1,13 @@
 """Any server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp's server, and many more.
 
-Every answer is streamed, so that the time to the first token is known and text can be shown as it grows. What such
-servers do not agree on is treated here: some send no count of tokens, some take a JSON schema in an older form only,
-some take no schema and say nothing. A reply is therefore checked against the shape that was asked for.
+Every answer is streamed, so that the time to the first token is known and text can be shown as it grows. Servers
+differ: some send no count of tokens, some take a JSON schema in an older form only, some ignore a schema silently. A
+reply is therefore checked against the shape that was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import contextlib
 import email.utils
 import json
@@ -16,7 +15,7 @@ import math
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,28 +24,35 @@ import openai
 from openai.types.chat import ChatCompletionChunk
 
 from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
-from telerag_cli.errors import ContextError, ModelError, TeleragError, UsageError
-from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, Token, find_stop, stripped
-from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines, Shape
+from telerag_cli.errors import ContextError, ModelError, TeleragError, UsageError, connection_cause, one_line
+from telerag_cli.llm.base import Generation, Message, OnText, Request
+from telerag_cli.llm.shapes import Shape
+from telerag_cli.llm.streamed_answer import StreamedAnswer
 
 DEFAULT_PARALLEL = 8
 DEFAULT_RETRIES = 3
 KEY_VARIABLE = "OPENAI_API_KEY"
-
 CONNECT_S = 10.0
-"""Time for a connection to be made."""
+"""Time allowed for making a connection."""
 FIRST_WAIT_S = 0.5
-"""Before the second try; it doubles with every further one."""
+"""Wait before the second try; it doubles with every further one."""
 MAX_WAIT_S = 60.0
-"""A server that wants to be left alone for longer has given up on us, and we on it."""
-STOP_TEXTS = 4
+"""Longest wait that a server may ask for; beyond it the request fails."""
+MAX_STOP_TEXTS = 4
 """As many as OpenAI takes."""
 
 SchemaFormat = Literal["json_schema", "json_object"]
-"""How a server is told a schema: OpenAI's way, or the way that was there before it."""
+"""How a server is told a schema: OpenAI's way, or the one before it."""
 
 _TRANSIENT = (408, 409, 429)
-_SAID_CHARACTERS = 300
+_WAIT = "Wait, or send it fewer requests at once."
+_REMEDIES = {
+    401: f"Set {KEY_VARIABLE} to a key of this server.",
+    403: f"Set {KEY_VARIABLE} to a key of this server.",
+    404: "Check the address; it often ends in /v1.",
+    **dict.fromkeys(_TRANSIENT, _WAIT),
+}
+"""What to do about a refusal, by its status."""
 
 
 class Endpoint:
@@ -64,25 +70,25 @@ class Endpoint:
         retries: int = DEFAULT_RETRIES,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """Take the address; nothing is asked of the server yet unless ``model`` is None.
+        """Take the address; the server is asked only if ``model`` is None.
 
         Args:
-            base_url: where ``/chat/completions`` is found, as ``http://localhost:8000/v1``.
+            base_url: where ``/chat/completions`` is found, such as ``http://localhost:8000/v1``.
             model: its name there; None for the only one that the server has.
             context_tokens: tokens that prompt and answer may have together.
             parallel: requests sent at once; more of them wait.
-            api_key: by default the variable OPENAI_API_KEY; a server that wants none gets a placeholder.
-            timeout_s: the longest silence, before the first byte and between any two. A whole answer may take longer.
-            retries: further tries after a failure that may pass. There is none once text was passed on.
-            notice: told, once, that the server takes schemas in the older form only.
+            api_key: by default the variable OPENAI_API_KEY, or a placeholder for servers that want none.
+            timeout_s: the longest silence, before the first byte and between any two; an answer may take longer.
+            retries: further tries after a transient failure, as long as no text was passed on.
+            notice: called once if the server takes schemas in the older form only.
 
         Raises:
-            UsageError: the address is none, or there are several models.
+            UsageError: the address is not one, or there are several models.
             ModelError: the server cannot be asked for its models, or has none.
         """
         if not base_url.startswith(("http://", "https://")):
             raise UsageError(
-                f"'{base_url}' is no address of a server: it does not begin with http:// or https://.",
+                f"'{base_url}' is not the address of a server: it does not begin with http:// or https://.",
                 remedy="Write it like http://localhost:8000/v1.",
             )
         self._url = base_url.rstrip("/")
@@ -94,7 +100,7 @@ class Endpoint:
             "base_url": self._url,
             "api_key": api_key or os.environ.get(KEY_VARIABLE) or "none",
             "timeout": openai.Timeout(timeout_s, connect=self._connect_s),
-            "max_retries": 0,  # see `_insist`
+            "max_retries": 0,  # see `_retried`
         }
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self.context_tokens = context_tokens
@@ -104,7 +110,7 @@ class Endpoint:
         self.name = model or self._only_model()
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """An estimate, as the tokenizer is not known: three bytes of UTF-8 a token, and eight tokens a message.
+        """An estimate, as the tokenizer is unknown: three bytes of UTF-8 a token, and eight tokens a message.
 
         English has four or more bytes a token and source code three, so the estimate is on the high side; long
         numbers and rare scripts can take more tokens than it says.
@@ -112,47 +118,47 @@ class Endpoint:
         return sum(math.ceil(len(message.content.encode()) / 3) + 8 for message in messages)
 
     async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
-        """See `Generator`. ``queue_s`` has the waits between tries too.
+        """See `Generator`. ``queue_s`` includes the waits between tries.
 
         If the server sends no usage, ``prompt_tokens`` is the estimate and ``completion_tokens`` counts the pieces
-        that came. With a schema they are those of the JSON text, and up to that many more than ``max_tokens``.
+        received. With a schema they are those of the JSON text, and up to that many more than ``max_tokens``.
 
         Raises:
             UsageError: the shape is a grammar, or the end of the text is to be ignored.
             InputError: the server says that the prompt exceeds its context.
-            ModelError: the server cannot be reached, refuses, breaks off, or its reply is not of the shape.
+            ModelError: the server cannot be reached, refuses, breaks off, or its reply does not have the shape.
         """
         _refuse_impossible(request)
         session = await self._session()
         asked_s = time.perf_counter()
         async with session.slots:
-            answer = await self._insist(session.client, request, on_text)
+            answer = await self._retried(session.client, request, on_text)
         self._check(answer)
         return answer.generation(asked_s, self.count_tokens(request.messages))
 
     def forget(self) -> None:
-        """What a server keeps is its own."""
+        """What a server caches is its own."""
 
     def close(self) -> None:
         """Close the connections. Those of an event loop that has been closed properly went with it."""
         for loop, session in list(self._sessions.items()):
-            if loop.is_running():  # perhaps this very thread's: it cannot be waited for
+            if loop.is_running():  # perhaps in this very thread, which therefore cannot wait for it
                 asyncio.run_coroutine_threadsafe(session.lifetime.aclose(), loop)
             elif not loop.is_closed():
                 loop.run_until_complete(session.lifetime.aclose())
 
-    async def _insist(self, client: openai.AsyncOpenAI, request: Request, on_text: OnText | None) -> _Answer:
+    async def _retried(self, client: openai.AsyncOpenAI, request: Request, on_text: OnText | None) -> StreamedAnswer:
         """Try until there is an answer.
 
-        The client's own retries are off: they end with the first byte of the stream, and the time they wait would
-        count as the server's.
+        The client's own retries are off: they end with the first byte of the stream, and their waits would count as
+        the server's time.
         """
         tried = 0
         while True:
-            answer = _Answer(request, on_text)
+            answer = StreamedAnswer(request, on_text)
             sent_format = self.schema_format
             try:
-                await self._write(client, answer)
+                await self._stream(client, answer)
             except (openai.APIError, _BrokenOffError) as error:
                 if request.shape and sent_format == "json_schema" and _knows_older_form_only(error):
                     self._use_older_form()
@@ -160,48 +166,43 @@ class Endpoint:
                 tried += 1
                 wait_s = None if answer.shown or tried > self._retries else _wait_s(error, tried)
                 if wait_s is None:
-                    held = await self._held(client) if _status(error) == 404 else None
-                    raise self._explained(error, tried, answer.pieces, held) from error
+                    models = await self._models(client) if _status(error) == 404 else []
+                    raise self._explained(error, tried, answer.pieces, models) from error
                 await asyncio.sleep(wait_s)
             else:
                 return answer
 
-    async def _write(self, client: openai.AsyncOpenAI, answer: _Answer) -> None:
-        stream = await client.chat.completions.create(**self._body(answer.request))
-        async with stream, contextlib.aclosing(self._chunks(stream)) as chunks:
-            async for chunk in chunks:
-                answer.add(chunk)
-                if answer.cut:
-                    return
+    async def _stream(self, client: openai.AsyncOpenAI, answer: StreamedAnswer) -> None:
+        try:
+            async with await client.chat.completions.create(**self._body(answer.request)) as stream:
+                async for chunk in stream:
+                    if not isinstance(chunk, ChatCompletionChunk) or chunk.choices is None:
+                        raise self._malformed(f"{chunk!r:.60} is not a chunk of a completion")
+                    answer.add(chunk)
+                    if answer.cut:
+                        return
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise self._malformed(str(error)) from error
         if answer.finish is None:
             raise _BrokenOffError
 
-    async def _chunks(self, stream: openai.AsyncStream[ChatCompletionChunk]) -> AsyncGenerator[ChatCompletionChunk]:
-        """The chunks of a stream; ModelError if something in it is none."""
-        try:
-            async for chunk in stream:
-                if not isinstance(chunk, ChatCompletionChunk) or chunk.choices is None:
-                    raise self._malformed(f"{chunk!r:.60} is no chunk of a completion")
-                yield chunk
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise self._malformed(str(error)) from error
-
     def _body(self, request: Request) -> dict[str, Any]:
+        shape = request.shape
         body: dict[str, Any] = {
             "model": self.name,
             "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "max_tokens": request.max_tokens + _json_room(request.shape),
+            "max_tokens": request.max_tokens + (shape.json_tokens if shape else 0),
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": request.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if request.shape is not None:
+        if shape is not None:
             # No stop texts: they are meant for the text, and would end the JSON around it.
-            body["response_format"] = self._response_format(request.shape)
+            body["response_format"] = self._response_format(shape)
         elif request.stop:
-            body["stop"] = list(request.stop[:STOP_TEXTS])
+            body["stop"] = list(request.stop[:MAX_STOP_TEXTS])
         if request.logprobs:
             body |= {"logprobs": True, "top_logprobs": 1}  # some servers send none without the second
         return body
@@ -217,7 +218,7 @@ class Endpoint:
             self._notice(f"The server at {self._url} does not know json_schema; schemas go to it with json_object.")
         self.schema_format = "json_object"
 
-    def _check(self, answer: _Answer) -> None:
+    def _check(self, answer: StreamedAnswer) -> None:
         if answer.finish not in ("stop", "length"):
             raise ModelError(
                 f"The server at {self._url} ended the answer with '{answer.finish}', not with 'stop' or 'length'.",
@@ -225,30 +226,29 @@ class Endpoint:
             )
         if answer.refusal:
             raise ModelError(
-                f"The model {self.name} refuses to answer: {_sentence(answer.refusal)}.",
+                f"The model {self.name} refuses to answer: {one_line(answer.refusal)}.",
                 remedy="Ask something else, or use another model.",
             )
-        if not answer.fits():
+        if not answer.has_shape():
+            wanted = answer.request.shape.description if answer.request.shape else "text"
             raise ModelError(
-                f"The server at {self._url} wrote {answer.reply.strip()!r:.80}, which is not {answer.wanted()}.",
+                f"The server at {self._url} wrote {answer.reply.strip()!r:.80}, which is not {wanted}.",
                 remedy="Use a server and a model that keep to a JSON schema.",
             )
 
-    def _malformed(self, what: str) -> ModelError:
+    def _malformed(self, problem: str) -> ModelError:
         return ModelError(
-            f"The server at {self._url} sent a stream that cannot be read: {_sentence(what)}.",
+            f"The server at {self._url} sent a stream that cannot be read: {one_line(problem)}.",
             remedy="Check that the address is that of an OpenAI-compatible API; it often ends in /v1.",
         )
 
     def _explained(
-        self, error: openai.APIError | _BrokenOffError, tried: int, pieces: int = 0, held: list[str] | None = None
+        self, error: openai.APIError | _BrokenOffError, tried: int, pieces: int = 0, models: Sequence[str] = ()
     ) -> TeleragError:
         """The error to show for one that a server caused in its last try."""
-        server = f"The server at {self._url}"
-        tries = [f"{tried} tries"] if tried > 1 else []
-        tokens = [f"{pieces} token{'s' * (pieces > 1)}"] if pieces else []
-        after = f" after {' and '.join(tries + tokens)}" if tries or tokens else ""
-        cause = error.__cause__
+        server, cause = f"The server at {self._url}", error.__cause__
+        counts = [f"{tried} tries"] * (tried > 1) + [f"{pieces} token{'s' * (pieces > 1)}"] * (pieces > 0)
+        after = f" after {' and '.join(counts)}" if counts else ""
         if isinstance(error, _BrokenOffError):
             return ModelError(
                 f"{server} ended its stream{after} without saying that the answer is complete.",
@@ -256,7 +256,7 @@ class Endpoint:
             )
         if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
             silent = isinstance(cause, httpx2.ConnectTimeout)
-            why = f"no connection within {self._connect_s:g} s" if silent else _root(cause)
+            why = f"no connection within {self._connect_s:g} s" if silent else connection_cause(cause)
             return ModelError(f"{server} cannot be reached{after}: {why}.", remedy="Start it, or check the address.")
         if isinstance(error, openai.APITimeoutError):
             return ModelError(
@@ -264,41 +264,34 @@ class Endpoint:
                 remedy="Check that it is not overloaded, or allow it more time.",
             )
         if isinstance(error, openai.APIConnectionError):
-            return ModelError(
-                f"{server} broke the connection{after}: {_root(cause or error)}.", remedy="Its log may say why."
-            )
+            why = connection_cause(cause or error)
+            return ModelError(f"{server} broke the connection{after}: {why}.", remedy="Its log may say why.")
         status = _status(error)
         refusal = f"{server} answers {status or 'with an error'}{after}: {_said(error)}"
         if _is_context(error):
             return ContextError(f"{refusal}.", remedy="Shorten the question, lower --max-tokens or --ctx-size.")
-        if status in (401, 403):
-            return ModelError(f"{refusal}.", remedy=f"Set {KEY_VARIABLE} to a key of this server.")
-        if status == 404 and held:
-            return ModelError(f"{refusal}; it has {', '.join(held)}.", remedy="Name one of its models.")
-        if status == 404:
-            return ModelError(f"{refusal}.", remedy="Check the address; it often ends in /v1.")
-        if status in _TRANSIENT:
-            return ModelError(f"{refusal}.", remedy="Wait, or send it fewer requests at once.")
-        return ModelError(f"{refusal}.", remedy="Its log may say more.")
+        if models:
+            return ModelError(f"{refusal}; it has {', '.join(models)}.", remedy="Name one of its models.")
+        return ModelError(f"{refusal}.", remedy=_REMEDIES.get(status or 0, "Its log may say more."))
 
     def _only_model(self) -> str:
         try:
             with openai.OpenAI(**self._settings | {"max_retries": self._retries}) as client:
-                held = _names(client.models.list())
+                models = _names(client.models.list())
         except openai.APIError as error:
             tried = 1 if _wait_s(error, 1) is None else self._retries + 1
             raise self._explained(error, tried) from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise self._malformed(str(error)) from error
-        if not held:
+        if not models:
             raise ModelError(f"The server at {self._url} lists no model.", remedy="Name one that it has.")
-        if len(held) > 1:
+        if len(models) > 1:
             raise UsageError(
-                f"The server at {self._url} has {len(held)} models: {', '.join(held)}.", remedy="Name one of them."
+                f"The server at {self._url} has {len(models)} models: {', '.join(models)}.", remedy="Name one of them."
             )
-        return held[0]
+        return models[0]
 
-    async def _held(self, client: openai.AsyncOpenAI) -> list[str]:
+    async def _models(self, client: openai.AsyncOpenAI) -> list[str]:
         """The server's models, or none if it does not tell: another error is being explained already."""
         try:
             return _names(await client.models.list())
@@ -332,113 +325,11 @@ class _Session:
 
 
 class _BrokenOffError(Exception):
-    """A stream ended, in good order, before the answer did."""
-
-
-class _Answer:
-    """What has come in one try."""
-
-    def __init__(self, request: Request, on_text: OnText | None) -> None:
-        self.request = request
-        self.reply = ""
-        """As the server wrote it."""
-        self.text = ""
-        """As the shape would have it, without stop texts."""
-        self.pieces = 0
-        """Tokens as far as one can tell before there is usage: pieces of text, or the tokens with probabilities."""
-        self.refusal = ""
-        self.finish: str | None = None
-        self.cut = False
-        """The text ended at a stop text that the server did not see."""
-        self.shown = False
-        """Whether text was passed on, so that there is no way back."""
-        self._on_text = on_text
-        self._stopped_by: str | None = None
-        self._logprobs: list[tuple[bytes, float]] = []
-        self._usage: Any = None
-        self._started_s = time.perf_counter()
-        self._first_s: float | None = None
-        self._last_s = self._started_s
-
-    def add(self, chunk: ChatCompletionChunk) -> None:
-        """Take the next chunk."""
-        self._usage = chunk.usage or self._usage
-        if not chunk.choices:
-            return
-        choice = chunk.choices[0]
-        if choice.logprobs and choice.logprobs.content:
-            self._logprobs += [
-                (bytes(token.bytes) if token.bytes else token.token.encode(), token.logprob)
-                for token in choice.logprobs.content
-            ]
-        if choice.delta and choice.delta.refusal:
-            self.refusal += choice.delta.refusal
-        if choice.delta and choice.delta.content:
-            self._grow(choice.delta.content)
-        if choice.finish_reason and not self.cut:
-            self.finish = choice.finish_reason
-            if self._first_s is None:  # an empty answer takes the time of its end
-                self._last_s = time.perf_counter()
-            # vLLM tells the stop text; a number there is a token.
-            said = (choice.model_extra or {}).get("stop_reason")
-            self._stopped_by = said if said in self.request.stop else None
-
-    def fits(self) -> bool:
-        """Whether the reply is of the shape asked for, as far as it goes."""
-        shape = self.request.shape
-        if shape is None or self.cut:
-            return True
-        if isinstance(shape, Choice):
-            return self.text in shape.options
-        if self.finish == "length":
-            return self.reply.lstrip().startswith("{")
-        return _has_keys(self.reply, shape)
-
-    def wanted(self) -> str:
-        """The shape in words."""
-        shape = self.request.shape
-        if isinstance(shape, Choice):
-            return f"one of {', '.join(shape.options)} in JSON"
-        return "JSON of the schema"
-
-    def generation(self, asked_s: float, estimated_tokens: int) -> Generation:
-        """The result, if the answer is complete."""
-        reason: FinishReason = "length" if self.finish == "length" else "stop"
-        plain = self.request.shape is None or isinstance(self.request.shape, Json)
-        text, tokens = stripped(self.text, _spans(self.text, self._logprobs) if plain else ())
-        usage = self._usage
-        details = usage.prompt_tokens_details if usage else None
-        first_s = self._first_s or self._last_s
-        return Generation(
-            text,
-            reason,
-            prompt_tokens=usage.prompt_tokens if usage else estimated_tokens,
-            completion_tokens=usage.completion_tokens if usage else self.pieces,
-            prefill_s=first_s - self._started_s,
-            decode_s=self._last_s - first_s,
-            queue_s=self._started_s - asked_s,
-            cached_tokens=(details.cached_tokens or 0) if details else 0,
-            stopped_by=self._stopped_by,
-            tokens=tokens,
-        )
-
-    def _grow(self, piece: str) -> None:
-        self._last_s = time.perf_counter()
-        self._first_s = self._first_s or self._last_s
-        self.reply += piece
-        self.pieces = max(self.pieces + 1, len(self._logprobs))
-        before, shape = self.text, self.request.shape
-        self.text = shape.plain(self.reply) if shape else self.reply
-        if stop := find_stop(self.text, self.request.stop):
-            self.text, self._stopped_by = self.text[: stop[0]], stop[1]
-            self.finish, self.cut = "stop", True
-        if self._on_text and len(self.text) > len(before):
-            self.shown = True
-            self._on_text(self.text, self.pieces)
+    """A stream ended in good order, but before the answer did."""
 
 
 def _refuse_impossible(request: Request) -> None:
-    if isinstance(request.shape, Gbnf) or (request.shape and request.shape.schema is None):
+    if request.shape and request.shape.schema is None:
         raise UsageError(
             "A server takes a JSON schema and not a grammar, which this request has.",
             remedy="Use a model file, or a JSON schema.",
@@ -448,34 +339,6 @@ def _refuse_impossible(request: Request) -> None:
             "A server ends an answer where the model does, and this request wants all of its max_tokens.",
             remedy="Use a model file.",
         )
-
-
-def _json_room(shape: Shape | None) -> int:
-    """Tokens for the JSON around a text, at most: ``max_tokens`` is meant for the text alone."""
-    if isinstance(shape, Lines):
-        return 24 + 4 * shape.most
-    return 24 if isinstance(shape, Choice) else 0
-
-
-def _has_keys(reply: str, shape: Shape) -> bool:
-    """Whether a whole reply is a JSON object with the keys that the schema requires."""
-    try:
-        value = json.loads(reply, strict=False)
-    except ValueError:
-        return False
-    return isinstance(value, dict) and set((shape.schema or {}).get("required", ())) <= set(value)
-
-
-def _spans(text: str, logprobs: Sequence[tuple[bytes, float]]) -> tuple[Token, ...]:
-    """The tokens' places in the text; none if they do not spell it, for then no place is sure."""
-    # A character may span tokens; it belongs to the one that completes it.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    spelled, tokens = "", []
-    for raw, logprob in logprobs:
-        start = len(spelled)
-        spelled += decoder.decode(raw)
-        tokens.append(Token(start, min(len(spelled), len(text)), logprob))
-    return tuple(tokens) if spelled.startswith(text) else ()
 
 
 def _wait_s(error: openai.APIError | _BrokenOffError, tried: int) -> float | None:
@@ -523,35 +386,13 @@ def _is_context(error: openai.APIError) -> bool:
 
 
 def _said(error: openai.APIError) -> str:
-    """The server's own words, in whatever form it wraps them."""
+    """The server's own words, however it wraps them."""
     body: Any = error.body
     if isinstance(body, dict):
         body = next((body[key] for key in ("message", "detail", "error") if body.get(key)), body)
-    return _sentence(str(body or error.message))
-
-
-def _sentence(text: str) -> str:
-    """A text on one line, not too long, without the full stop at its end."""
-    line = " ".join(text.split()).rstrip(".")
-    return line if len(line) <= _SAID_CHARACTERS else line[: _SAID_CHARACTERS - 1] + "…"
-
-
-def _root(error: BaseException) -> str:
-    """What the operating system said about a connection, below the layers that wrap it."""
-    found = next((cause for cause in _causes(error) if isinstance(cause, OSError) and cause.errno), None)
-    if found is None:
-        return _sentence(str(error) or type(error).__name__)
-    said = os.strerror(found.errno) if found.errno and found.errno > 0 else str(found.strerror)
-    return said[:1].lower() + said[1:]
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        grouped = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-        error = grouped[0] if grouped else error.__cause__ or error.__context__
+    return one_line(str(body or error.message))
 
 
 def _names(page: Any) -> list[str]:
-    """The models of a list, or none if it is something else that came with status 200."""
+    """The models of a list, or none if something else came with status 200."""
     return sorted(str(model.id) for model in getattr(page, "data", None) or ())
