@@ -42,7 +42,6 @@ import torch
 
 from synthetic_store import Block, Datastore, Material, make_material, packed, read_material, uniform
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.bench_record import record
 from telerag_cli.config import CacheKind, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
@@ -53,7 +52,7 @@ from telerag_cli.prefetch.order import blend
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.retrieval.retriever import Found, Retriever
-from telerag_cli.system import available_bytes
+from telerag_cli.system import available_bytes, hardware
 from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
@@ -912,10 +911,8 @@ def _write(output: Path, bench: Bench, stages: dict[str, Any], found: Sequence[O
     ]
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = {} if bench.simulated else {"figures": figures}  # a simulation is no figure
-    write_json(
-        output,
-        record(shlex.join(["python", *sys.argv]), gpu=bench.gpu.name, simulated=bench.simulated, stages=stages, **kept),
-    )
+    about = {"command": shlex.join(["python", *sys.argv]), "hardware": hardware()}
+    write_json(output, about | {"gpu": bench.gpu.name, "simulated": bench.simulated, "stages": stages, **kept})
 
 
 def print_table(found: Sequence[Outcome]) -> None:

@@ -1,9 +1,9 @@
 """Fill the README's figures from benchmarks/results; with --check, fail when they are stale.
 
 Each folder there holds results of ``telerag bench`` on one machine: the README has its latency by pipeline, what else
-it shows in a line each, and its report. A JSON file directly there is what `telerag_cli.bench_record.record` makes,
-with `figures`: rows for the README, each `what` was measured, its `value`, and optionally what it is compared `against`
-and the `goal`. Results without `figures` are left out.
+it shows in a line each, and its report. A JSON file directly there holds `command`, `hardware`
+(`telerag_cli.system.hardware`) and `figures`: rows for the README, each `what` was measured, its `value`, and
+optionally what it is compared `against` and the `goal`. Results without `figures` are left out.
 """
 
 from __future__ import annotations

@@ -1,17 +1,32 @@
-"""The processor and the memory of this machine: what the system says of them, and how a thread leaves the processor to others."""
+"""This machine: what the system says of its processor and memory, and how threads share the processor."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 NATIVE_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 """Flags of processors that multiply bfloat16 themselves; emulated, it is slower than float32."""
+PACKAGES = (
+    "telerag-cli",
+    "torch",
+    "sentence-transformers",
+    "faiss-cpu",
+    "faiss-gpu",
+    "triton",
+    "llama-cpp-python",
+    "numpy",
+    "pyarrow",
+)
+"""Packages whose versions stand beside every measured figure."""
 
 UNLIMITED_BYTES = 1 << 60
 """A control group's limit from here on is none."""
@@ -58,6 +73,27 @@ def available_bytes() -> int:
 def memory_limit_bytes() -> int | None:
     """The least limit on memory of this process's control groups, in bytes; None if there is none."""
     return min((limit for limit, _used in _memory_limits()), default=None)
+
+
+def hardware() -> dict[str, Any]:
+    """What stands beside every measured figure: processor, usable cores, memory in bytes, GPUs, system and versions.
+
+    GPUs are listed only if torch is already loaded.
+    """
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())] if torch else [],
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
 
 
 def give_way(niceness: int) -> None:

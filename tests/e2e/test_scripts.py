@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from telerag_cli.bench.results import Cell, Ratio, SuiteResult
-from telerag_cli.bench_record import record
+from telerag_cli.system import hardware
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -38,7 +38,8 @@ def run(module, monkeypatch, *arguments):
 
 def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_path, monkeypatch):
     result = {
-        **record("python scripts/bench.py --n 3"),
+        "command": "python scripts/bench.py --n 3",
+        "hardware": hardware(),
         "figures": [{"what": "speed", "value": "5 x", "against": "1 x", "goal": "at least 4 x"}],
     }
     (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(result))
@@ -70,7 +71,7 @@ def latency(folder, ratio):
         "2026-01-01T00:00:00+00:00",
         1.0,
         "telerag bench latency",
-        record("x")["hardware"],
+        hardware(),
         {},
         {
             "num_prompts": 4,

@@ -19,8 +19,8 @@ from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import checksum
 from telerag_cli.index import partial
 from telerag_cli.index.artifact import FileInfo
-from telerag_cli.index.build import silent
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.progress import silent
 
 NLIST, DIMENSION = 12, 24
 

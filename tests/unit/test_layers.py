@@ -11,7 +11,7 @@ import pytest
 import telerag_cli
 
 PACKAGE = Path(telerag_cli.__file__).parent
-BASE = {"arrays", "config", "errors", "files", "tracing", "system", "bench_record"}
+BASE = {"arrays", "config", "errors", "files", "tracing", "system", "progress"}
 LAYERS = [
     {"__main__"},
     {"cli"},

@@ -29,9 +29,8 @@ from telerag_cli.planning.lists import bring, joins_of, moving_rates
 from telerag_cli.planning.llm import llm_rates
 from telerag_cli.planning.profile import DecodePoint, Measured, PrefillPoint
 from telerag_cli.planning.timing import Effort, seconds
+from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
-
-Advance = Callable[[int], None]
 
 EFFORT = Effort(0.2, 5, 2, 6.0)
 PROMPTS = (32, 128, 512, 1024)

@@ -27,9 +27,9 @@ from telerag_cli.engine.assemble import Opened
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import read_json, wrap_os_error, write_json
 from telerag_cli.index.artifact import ID_BYTES, Index
-from telerag_cli.index.build import Progress
-from telerag_cli.index.partial import Advance, check_disk, partial_of
+from telerag_cli.index.partial import check_disk, partial_of
 from telerag_cli.index.scoring import faiss_threads, nothing
+from telerag_cli.progress import Advance, Progress
 
 FORMAT = "telerag-lancedb"
 VERSION = 1

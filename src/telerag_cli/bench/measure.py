@@ -18,6 +18,7 @@ from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.progress import Advance
 
 BASELINES = (SystemName.FAISS_ONDISK, SystemName.FAISS_MEMORY, SystemName.FETCH)
 """What the others are divided by: the first of them that takes part."""
@@ -25,8 +26,6 @@ UNMEASURED = ("llm_s", "total_s", "join_s", "embed_s")
 """Timings that are sums or parts of others."""
 NEVER_COLD = (SystemName.RESIDENT, SystemName.FAISS_MEMORY, SystemName.FAISS_GPU, SystemName.LLM_ONLY)
 """They read nothing from the index's files when a question comes."""
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

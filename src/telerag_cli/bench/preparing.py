@@ -19,7 +19,6 @@ import numpy as np
 from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import Outcome
-from telerag_cli.bench.measure import Advance
 from telerag_cli.bench.results import Cell, Check, Ratio
 from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.config import parse_bytes
@@ -32,6 +31,7 @@ from telerag_cli.index.artifact import ID_BYTES, Index, code_size
 from telerag_cli.index.build import partial_of
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.train import ITERATIONS, TrainingPlan, draw_rows
+from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes
 
 TELERAG, PLAIN, FAISS = "telerag", "sentence-transformers", "faiss-memory"

@@ -13,8 +13,8 @@ from typing import Any
 from telerag_cli.bench.answering import Ask, Outcome
 from telerag_cli.bench.results import SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
-from telerag_cli.bench_record import hardware
 from telerag_cli.files import checksum
+from telerag_cli.system import hardware
 
 
 @dataclass(frozen=True)

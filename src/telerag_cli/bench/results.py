@@ -75,7 +75,7 @@ class SuiteResult:
     took_s: float
     command: str
     hardware: dict[str, Any]
-    """See `telerag_cli.bench_record.hardware`."""
+    """See `telerag_cli.system.hardware`."""
     metadata: dict[str, str]
     """What the user wanted noted."""
     settings: dict[str, Any]

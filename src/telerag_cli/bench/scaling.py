@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index
 from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.progress import Advance
 
 REPLICAS, SIMULATED = "replicas", "simulated"
 """The two systems."""
@@ -40,8 +41,6 @@ WITHIN = 0.1
 """How far a simulated throughput may lie from the measured one."""
 ASSIGNMENTS = 5
 """Times that the dispatcher's decisions are timed."""
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

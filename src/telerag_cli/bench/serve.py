@@ -25,11 +25,11 @@ from telerag_cli.bench.load_metrics import Answer, Wanted, arrivals_s, figures
 from telerag_cli.bench.load_prompts import Prompt
 from telerag_cli.bench.results import Cell, Check, SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
-from telerag_cli.bench_record import hardware
 from telerag_cli.errors import ModelError
+from telerag_cli.progress import Advance
+from telerag_cli.system import hardware
 
 Ask = Callable[[Prompt], Awaitable[Answer]]
-Advance = Callable[[int], None]
 Watch = Callable[[str, int], AbstractContextManager[Advance]]
 """Told what begins and of how many requests; gives what is called with the number of those that have ended."""
 

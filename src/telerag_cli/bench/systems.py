@@ -22,11 +22,11 @@ from telerag_cli.engine.retrieval import Finder, Retrievals
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import TierOptions, device_number, plan_tier
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.scoring import Coarse, faiss_threads
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.lists import bring
 from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.progress import Progress, silent
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
 from telerag_cli.tracing import Tracer

@@ -9,14 +9,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
+
+from telerag_cli.progress import Advance
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-Advance = Callable[[int], None]
-"""Called with how many more units of work are done."""
 
 WIDE = 200
 """Columns of a table that goes to a file or a pipe, which has no width to keep to."""

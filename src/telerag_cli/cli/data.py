@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,9 +98,7 @@ def fetch(
     _one_at_a_time(names, "--from", source)
     from telerag_cli.datasets.fetch import Copies, fetch_files
 
-    def progress(description: str, total: int | None) -> Any:
-        return console.progress(description, total, unit="bytes")
-
+    progress = partial(console.progress, unit="bytes")
     chosen = [(cached, cached.dataset.files_of(split)) for cached in _described(names, cache_dir)]
     for cached, files in chosen:
         console.say(f"{cached.dataset.name}: {cached.dataset.title}; licence: {cached.dataset.licence}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from telerag_cli.datasets.cache import Cached, Manifest
 from telerag_cli.datasets.catalogue import RemoteFile
 from telerag_cli.datasets.fetch import checksums, mismatch
 from telerag_cli.files import checksum, wrap_os_error
-
-Advance = Callable[[int], None]
+from telerag_cli.progress import Advance
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import re
 import shutil
 import ssl
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -29,13 +28,13 @@ from telerag_cli.datasets.cache import Begun, Cached, Fetched
 from telerag_cli.datasets.catalogue import RemoteFile
 from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
 from telerag_cli.files import wrap_os_error, write_json
+from telerag_cli.progress import Progress
 
 CHUNK_BYTES = 1 << 20
 CONNECT_S = 15.0
 """Time for a connection to be made."""
 AGAIN = "Run the same command again; it goes on where it stopped."
 
-Progress = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
 """Makes a bar of a description and a total in bytes, which is told of further bytes."""
 Notice = Callable[[str], None]
 

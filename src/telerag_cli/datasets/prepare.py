@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +17,7 @@ from telerag_cli.datasets.catalogue import Kind, Parser, RemoteFile
 from telerag_cli.datasets.parsers import QRELS_HEADER, AnsweredQuestion, Judgement, OnBad, Opened
 from telerag_cli.errors import ArtifactError, InputError
 from telerag_cli.files import checksum, wrap_os_error, writing
-
-Advance = Callable[[int], None]
+from telerag_cli.progress import Advance
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.errors import ModelError, ResourceError, UsageError
+from telerag_cli.progress import Advance
 
-Advance = Callable[[int], None]
 Forward = Callable[[dict[str, Any]], dict[str, Any]]
 """Features of a batch to features with ``sentence_embedding``."""
 Precision = Literal["float32", "bfloat16", "float16"]

@@ -27,9 +27,10 @@ import xxhash
 from telerag_cli.arrays import FloatArray
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.embedding.encoder import Advance, Encoder, Precision
+from telerag_cli.embedding.encoder import Encoder, Precision
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
+from telerag_cli.progress import Advance
 
 VERSION = 1
 METADATA_KEY = b"telerag"

@@ -13,12 +13,12 @@ from telerag_cli.engine.session import Settings
 from telerag_cli.engine.tier_plan import PlannedTier, Row
 from telerag_cli.errors import ModelError
 from telerag_cli.index.artifact import Index
-from telerag_cli.index.build import Progress, silent
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
+from telerag_cli.progress import Progress, silent
 from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.base import JoinRates

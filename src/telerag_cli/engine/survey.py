@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from telerag_cli.bench_record import hardware
 from telerag_cli.config import Metric, Storage
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.assemble import Opened
@@ -27,13 +26,14 @@ from telerag_cli.llm.base import Generator
 from telerag_cli.planning.disk import disk_points
 from telerag_cli.planning.hits import Replayed, from_passages
 from telerag_cli.planning.lists import scoring_rates
-from telerag_cli.planning.measure import FULL_EXTENT, Advance, Subject, Sweep, measure
+from telerag_cli.planning.measure import FULL_EXTENT, Subject, Sweep, measure
 from telerag_cli.planning.pcie import slot_of
 from telerag_cli.planning.profile import Identity, LinkPoint, Memory, Pcie, Profile, ScoringRate
 from telerag_cli.planning.storages import MadeLists, make_index
 from telerag_cli.planning.timing import Effort, rate
+from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
-from telerag_cli.system import available_bytes
+from telerag_cli.system import available_bytes, hardware
 from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from telerag_cli.config import DEFAULT_FAST_MEMORY, CacheKind, TierKind, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
-from telerag_cli.index.build import Progress
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.progress import Progress
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier

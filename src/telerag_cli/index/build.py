@@ -51,7 +51,6 @@ from telerag_cli.index.artifact import (
 )
 from telerag_cli.index.partial import (
     Making,
-    Progress,
     check_disk,
     claimed,
     finished,
@@ -61,7 +60,6 @@ from telerag_cli.index.partial import (
     publish,
     save_array,
     seal,
-    silent,
 )
 from telerag_cli.index.passages import write_passages
 from telerag_cli.index.recall import ListRecall, Nearest
@@ -81,20 +79,9 @@ from telerag_cli.index.stages import (
 )
 from telerag_cli.index.train import TrainingPlan, draw_rows, plan_training, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
+from telerag_cli.progress import Progress, silent
 
-__all__ = [
-    "BuildOptions",
-    "BuildPlan",
-    "Encode",
-    "Pool",
-    "Progress",
-    "build",
-    "encoder",
-    "finished",
-    "partial_of",
-    "plan_build",
-    "silent",
-]
+__all__ = ["BuildOptions", "BuildPlan", "Encode", "Pool", "build", "encoder", "finished", "partial_of", "plan_build"]
 
 CHECKPOINT_BLOCKS = 16
 """Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""

@@ -9,7 +9,8 @@ from telerag_cli.errors import ArtifactError
 from telerag_cli.files import writing
 from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.faiss_file import copy_list, lay_out_faiss
-from telerag_cli.index.partial import Progress, check_disk, silent, sized, write_at
+from telerag_cli.index.partial import check_disk, sized, write_at
+from telerag_cli.progress import Progress, silent
 
 
 def export_index(index: Index, output: Path, *, overwrite: bool = False, progress: Progress = silent) -> int:

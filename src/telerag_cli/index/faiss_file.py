@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -39,6 +39,7 @@ from telerag_cli.index.artifact import ID_BYTES, code_size
 from telerag_cli.index.partial import write_at
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.verify import read_exactly
+from telerag_cli.progress import Advance
 
 FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
 METRICS = {0: Metric.IP, 1: Metric.L2}
@@ -81,8 +82,6 @@ KNOWN = {
 WRAPPERS = ("IxPT", "IxM", "IxRF")
 FINGERPRINT_BYTES = 1 << 20
 CHECKED_IDS = 1 << 18
-
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)

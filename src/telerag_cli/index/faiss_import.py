@@ -36,7 +36,6 @@ from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths
 from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list, ends_of
 from telerag_cli.index.partial import (
     Making,
-    Progress,
     check_disk,
     claimed,
     finished,
@@ -45,11 +44,11 @@ from telerag_cli.index.partial import (
     publish,
     save_array,
     seal,
-    silent,
     sized,
 )
 from telerag_cli.index.passages import BATCH_ROWS, write_passages
 from telerag_cli.index.verify import scan_lists
+from telerag_cli.progress import Progress, silent
 
 CHECKPOINT_BYTES = 1 << 30
 """Copied between checkpoints: a second of work to lose or two, against a wait for the disk each."""

@@ -11,11 +11,10 @@ import fcntl
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,21 +24,7 @@ from telerag_cli.config import Storage, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
-
-Advance = Callable[[int], None]
-
-
-class Progress(Protocol):
-    """What `telerag_cli.cli.console.progress` is: a bar for one stage."""
-
-    def __call__(self, description: str, total: int | None, *, unit: str = "") -> AbstractContextManager[Advance]:
-        """Begin a stage of ``total`` units."""
-
-
-@contextlib.contextmanager
-def silent(description: str, total: int | None, *, unit: str = "") -> Iterator[Advance]:
-    """A `Progress` that shows nothing."""
-    yield lambda count: None
+from telerag_cli.progress import Progress, silent
 
 
 def partial_of(root: Path) -> Path:

@@ -14,8 +14,8 @@ from telerag_cli.arrays import TableArray
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import CHUNK_BYTES, checksum
 from telerag_cli.index.artifact import Index, extent_bytes
+from telerag_cli.progress import Advance
 
-Advance = Callable[[int], None]
 OnCodes = Callable[[int, int, bytes], None]
 """Called with a list's number, the place in the list of the first code, and the codes' bytes."""
 

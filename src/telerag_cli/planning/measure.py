@@ -19,9 +19,9 @@ from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
 from telerag_cli.planning.llm import llm_rates, write
 from telerag_cli.planning.profile import EmbeddingTimes, Identity, LinkPoint, Memory, Pcie, Profile, ScoringRate
 from telerag_cli.planning.timing import FULL, QUICK, Effort, seconds
+from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
 
-Advance = Callable[[int], None]
 Sweep = Callable[[Sequence[int], Sequence[int], Effort], Iterator[LinkPoint]]
 """Measures the link alone, by sizes and depths."""
 

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.index.artifact import Index
+from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.transport import DirectReader, Move, move_all
 
@@ -30,8 +30,6 @@ READ_BYTES = 16 << 20
 READ_THREADS = 8
 WHOLE = fcntl.F_SEAL_SHRINK
 """The seal on memory that has been read to its end; without it nobody takes it for the lists."""
-
-Advance = Callable[[int], None]
 
 
 class HostLists(Protocol):

@@ -14,12 +14,13 @@ from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
+from telerag_cli.progress import Advance
 from telerag_cli.tiers.base import InPlace, JoinRates, Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Gpu, Stream
 from telerag_cli.tiers.cuda.scoring import GpuScorer, workspace_bytes
-from telerag_cli.tiers.slow import Advance, HostLists, SlowTier
+from telerag_cli.tiers.slow import HostLists, SlowTier
 from telerag_cli.tiers.tier import ArenaTier, size_arena
 from telerag_cli.tracing import Tracer
 
