@@ -14,7 +14,6 @@ from telerag_cli.config import Lookahead, PipelineName, ScheduleName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.lines import trace_line
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.question_reader import QuestionReader
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, micro_batch_size
 from telerag_cli.engine.workers import Local
@@ -232,7 +231,7 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
             pass
         return await rag.answer(question, found)
 
-    worker = Local(engine, Pipeline("other_question", other_question), 3)
+    worker = Local(engine, 3, Pipeline("other_question", other_question))
     batch = MicroBatch(("Where do cats live?", "Where do owls live?", "Where do cats live?"))
 
     async def all_members():
@@ -247,28 +246,34 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
     assert engine.retriever.rounds == 0
 
 
-def test_questions_that_come_soon_after_each_other_are_gathered_and_others_not_waited_for():
-    gates = [threading.Event() for _ in range(2)]
+def test_questions_that_come_soon_after_each_other_are_compared_and_others_not_waited_for(engine_of):
+    engine = engine_of(echo)
+    gate = threading.Event()
+    taken = Taken()
+
+    class Counted(WordHashes):
+        batches = []
+
+        def encode_queries(self, texts):
+            if "number" not in texts[0]:  # else they are a retrieval's queries
+                self.batches.append(len(texts))
+            return super().encode_queries(texts)
 
     def source():
         yield from questions_of("one", "two")
-        gates[0].wait(5)
-        yield from questions_of("three", "four", "five", "six")
-        gates[1].wait(5)
-        raise ArtifactError("The questions end in the middle.")
+        assert gate.wait(5), "the first answers waited for the third question"
+        yield from questions_of("three", "four", "five", "six", "seven")
 
-    async def gather():
-        gathering = QuestionReader(source(), 3, 0.05)
-        sizes = [len(await gathering.some())]
-        gates[0].set()
-        sizes += [len(await gathering.some()) for _ in range(2)]
-        gates[1].set()
-        for _ in range(2):  # it stays told
-            with pytest.raises(ArtifactError, match="in the middle"):
-                await gathering.some()
-        return sizes
+    def write(line):
+        taken.lines.append(line)
+        gate.set()
 
-    assert asyncio.run(gather()) == [2, 3, 1]
+    engine.embedder = Counted()
+    schedule = Schedule(ScheduleName.SIMILAR, batch_size=3, max_wait_s=0.05)
+    outputs = Outputs(write, None, taken.told.append, taken.advance)
+    answer_with(engine, PipelineName.HYDE, source(), outputs, schedule, concurrency=2)
+    assert Counted.batches == [2, 3, 2]
+    assert len(taken.lines) == 7
 
 
 def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():

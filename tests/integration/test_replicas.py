@@ -48,7 +48,7 @@ class WorldRecipe:
         if self.index is None:
             raise ModelError("There is no world.", remedy="Make one.")
         engine = World.over(self.index).engine(script, token_s=self.token_s)
-        return Opened(Local(engine, make_pipeline(HYDE), self.at_once), "host")
+        return Opened(Local(engine, self.at_once, make_pipeline(HYDE)), "host")
 
 
 class Lines:
@@ -102,7 +102,7 @@ def scheduler_of(world):
 def alone(world, scheduler_of):
     """What one process answers."""
     lines = Lines()
-    worker = Local(world.engine(script), make_pipeline(HYDE), 4)
+    worker = Local(world.engine(script), 4, make_pipeline(HYDE))
     answer_all([worker], scheduler_of(), QUESTIONS, lines.outputs(), answered=set())
     return lines.by_id()
 

@@ -17,7 +17,7 @@ from telerag_cli.tiers.base import Prefetched
 
 def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, answered=(), ordered=False):
     """A run of one worker."""
-    workers = [Local(engine, make_pipeline(name), concurrency)]
+    workers = [Local(engine, concurrency, make_pipeline(name))]
     return answer_all(
         workers, Scheduler.over(engine, schedule), questions, outputs, answered=set(answered), ordered=ordered
     )

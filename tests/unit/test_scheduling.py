@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telerag_cli.config import PlacementName
-from telerag_cli.engine import micro_batches
-from telerag_cli.engine.dispatch import LOOKED_AT, Dispatcher, ReplicaState
+from telerag_cli.engine import grouping
+from telerag_cli.engine.dispatch import LOOKED_AT, MAX_WAITS, Dispatcher, ReplicaState
+from telerag_cli.engine.grouping import arrival, likely, similar
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.micro_batches import arrival, greedy, likely, similar
 from telerag_cli.engine.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
 
 NLIST = 12
@@ -51,7 +51,7 @@ def worth(vectors, batches):
     for number, batch in enumerate(batches):
         place[batch] = number
     apart = np.abs(place[:, None] - place)
-    closeness = np.where(apart <= micro_batches.HORIZON, micro_batches.FADING**apart, 0)
+    closeness = np.where(apart <= grouping.HORIZON, grouping.FADING**apart, 0)
     return float(((unit @ unit.T) * closeness).sum())
 
 
@@ -65,49 +65,24 @@ def worth(vectors, batches):
 @settings(deadline=None, max_examples=150)
 def test_each_query_is_in_one_micro_batch_and_all_but_the_last_are_full(kind, count, size, ran, seed):
     vectors, before = vectors_of(kind, count, seed), vectors_of("any", ran, seed + 1)
-    for batches in (
-        arrival(count, size),
-        greedy(vectors, size),
-        similar(vectors, size),
-        similar(vectors, size, before),
-    ):
+    for batches in (arrival(count, size), similar(vectors, size), similar(vectors, size, before)):
         assert sorted(place for batch in batches for place in batch.tolist()) == list(range(count))
         assert all(len(batch) == size for batch in batches[:-1])
         assert all(batch.dtype == np.int64 and len(batch) for batch in batches)
         assert len(batches) == -(-count // size)
 
 
-@pytest.mark.parametrize("how", [greedy, similar])
-def test_the_same_queries_give_the_same_micro_batches(how):
+def test_the_same_queries_give_the_same_micro_batches():
     vectors = vectors_of("few", 50, 3)
-    first, second = how(vectors, 4), how(vectors.copy(), 4)
+    first, second = similar(vectors, 4), similar(vectors.copy(), 4)
     assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("how", [greedy, similar])
-def test_queries_of_a_topic_run_together(how):
-    vectors, topic = topics(5, 4)
-    assert all(len(set(topic[batch])) == 1 for batch in how(vectors, 4))
-
-
-def test_greedy_seeds_with_what_is_most_similar_to_the_rest():
-    angles = np.radians([0, 40, 80, 75, 85])
-    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    assert [batch.tolist() for batch in greedy(vectors, 2)] == [[3, 2], [1, 0], [4]]
-
-
-def test_of_equals_greedy_takes_the_lower_place():
-    vectors = np.array([[0, 1], [1, 0], [0, 1], [1, 0], [1, 0]], np.float32)
-    assert [batch.tolist() for batch in greedy(vectors, 2)] == [[1, 3], [0, 2], [4]]
-
-
-def test_micro_batches_of_a_topic_follow_each_other():
+def test_queries_of_a_topic_run_together_and_their_micro_batches_follow_each_other():
     vectors, topic = topics(4, 12, seed=2)
+    assert all(len(set(topic[batch])) == 1 for batch in similar(vectors, 4))
     order = [int(topic[batch[0]]) for batch in similar(vectors, 4)]
     assert sum(one != other for one, other in pairwise(order)) == 3
-    # The paper's order is by how typical a seed is, whatever ran before.
-    paper = [int(topic[batch[0]]) for batch in greedy(vectors, 4)]
-    assert sum(one != other for one, other in pairwise(paper)) > 3
 
 
 def test_a_batch_goes_on_where_the_one_before_it_ended():
@@ -117,35 +92,23 @@ def test_a_batch_goes_on_where_the_one_before_it_ended():
         assert topic[similar(vectors, 4, before)[0]].tolist() == [last] * 4
 
 
-@given(seed=st.integers(0, 50), size=st.integers(2, 6))
-@settings(deadline=None, max_examples=40)
-def test_changing_places_never_makes_it_worse(seed, size):
-    vectors = vectors_of("any", 30, seed)
-    near = micro_batches._cosines(vectors)
-    walk = micro_batches._walk(near, 0, size)
-    changed = micro_batches._change_places(near, walk, 0, size)
-    cut = micro_batches._cut
-    assert worth(vectors, cut(changed, size)) >= worth(vectors, cut(walk, size)) - 1e-3
-
-
 def test_no_exchange_of_two_queries_would_be_better():
     vectors = vectors_of("any", 24, 5)
     batches = similar(vectors, 4)
     best = worth(vectors, batches)
     order = np.concatenate(batches)
-    for one in range(24):
-        for other in range(one):
-            tried = order.copy()
-            tried[[one, other]] = tried[[other, one]]
-            assert worth(vectors, micro_batches._cut(tried, 4)) <= best + 1e-3
+    for one, other in combinations(range(24), 2):
+        tried = order.copy()
+        tried[[one, other]] = tried[[other, one]]
+        assert worth(vectors, tried.reshape(-1, 4)) <= best + 1e-3
 
 
 def test_windows_and_blocks_are_as_good_as_everything_at_once(monkeypatch):
     vectors, _topic = topics(12, 20, seed=1)
     whole = worth(vectors, similar(vectors, 4))
-    monkeypatch.setattr(micro_batches, "TOGETHER", 16)
+    monkeypatch.setattr(grouping, "TOGETHER", 16)
     assert worth(vectors, similar(vectors, 4)) > 0.97 * whole
-    monkeypatch.setattr(micro_batches, "MOST", 100)
+    monkeypatch.setattr(grouping, "MOST", 100)
     batches = similar(vectors, 4)
     assert sorted(np.concatenate(batches)) == list(range(240))
     assert all(set(batch // 100) == {batch[0] // 100} for batch in batches)
@@ -183,8 +146,8 @@ def mask_of(*lists):
     return batch_of(0, lists).lists
 
 
-def dispatcher(name=PlacementName.CACHE_AWARE, **options):
-    return Dispatcher(np.full(NLIST, 4096), make_placement(name), **options)
+def dispatcher(name=PlacementName.CACHE_AWARE):
+    return Dispatcher(np.full(NLIST, 4096), make_placement(name))
 
 
 def numbers(given):
@@ -206,24 +169,22 @@ names = pytest.mark.parametrize("name", list(PlacementName))
 @given(
     count=st.integers(0, 40),
     replicas=st.integers(1, 5),
-    most_waits=st.integers(0, 5),
     most_free=st.integers(1, 3),
     density=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None, max_examples=60)
-def test_each_micro_batch_runs_once_whatever_happens(name, count, replicas, most_waits, most_free, density, seed):
+def test_each_micro_batch_runs_once_whatever_happens(name, count, replicas, most_free, density, seed):
     random = np.random.default_rng(seed)
-    queue = dispatcher(name, most_waits=most_waits)
+    queue = dispatcher(name)
     coming = [batch_of(number, np.flatnonzero(random.random(NLIST) < density)) for number in range(count)]
     alive = {number: _Alive(mask_of(), []) for number in range(replicas)}
-    entered, left, done = Counter(), Counter(), set()
+    left, done = Counter(), set()
     order, passed = [], Counter()  # what waits, and how often each was passed over
     while len(done) < count:
         some = int(random.integers(0, len(coming) + 1))
         queue.add(coming[:some])
         order += [batch.number for batch in coming[:some]]
-        entered.update(batch.number for batch in coming[:some])
         del coming[:some]
         states = [
             ReplicaState(number, int(random.integers(0, most_free + 1)), each.said, tuple(each.in_hand))
@@ -237,28 +198,19 @@ def test_each_micro_batch_runs_once_whatever_happens(name, count, replicas, most
             assert sum(replica == state.replica for replica, _batch in given_now) <= state.free
         for replica, batch in given_now:
             left[batch.number] += 1
-            assert left[batch.number] <= entered[batch.number]
             alive[replica].in_hand.append(batch)
             place = order.index(batch.number)
             passed.update(order[:place])
             del order[place], passed[batch.number]
         # In so many rounds at most, in each of which every replica takes one at most.
-        assert all(each <= most_waits * replicas for each in passed.values())
-        for number, each in alive.items():
-            fate = random.choice(["works", "ends one", "dies"], p=[0.4, 0.5, 0.1])
-            if fate == "ends one" and each.in_hand:
+        assert all(each <= MAX_WAITS * replicas for each in passed.values())
+        for each in alive.values():
+            if random.random() < 0.5 and each.in_hand:
                 ended = each.in_hand.pop(0)
                 done.add(ended.number)
                 each.said = each.said | ended.lists
-            elif fate == "dies":
-                for batch in each.in_hand:
-                    queue.again(batch)
-                    entered[batch.number] += 1
-                    order.insert(0, batch.number)
-                alive[number] = _Alive(mask_of(), [])
     assert queue.waiting == 0
-    assert left == entered
-    assert set(left) == set(range(count))
+    assert left == Counter(range(count))
 
 
 @names
@@ -337,31 +289,17 @@ def test_round_robin_goes_on_after_the_last_that_got_one():
 
 
 def test_nobody_waits_for_ever():
-    queue = dispatcher(most_waits=3)
+    queue = dispatcher()
     unwanted = batch_of(0, [7, 8, 9, 10, 11])
     queue.add([unwanted])
     order = []
     # The replica that it suits never gets free, and others suit the one that does better.
     busy = ReplicaState(0, 0, unwanted.lists)
-    for number in range(1, 30):
+    queue.add([batch_of(1, [0, 1])])
+    for number in range(2, MAX_WAITS + 3):
         queue.add([batch_of(number, [0, 1])])
-        if number == 1:
-            continue
         order += [batch.number for _replica, batch in queue.assign([busy, ReplicaState(1, 1, mask_of(0, 1))])]
-        if 0 in order:
-            break
-    assert order == [1, 2, 3, 0]
-
-
-@names
-def test_one_whose_replica_died_goes_first(name):
-    queue = dispatcher(name)
-    queue.add(batch_of(number, [number]) for number in range(4))
-    ((_replica, first),) = queue.assign([ReplicaState(0, 1, mask_of())])
-    queue.again(first)
-    assert queue.waiting == 4
-    given_now = numbers(queue.assign([ReplicaState(1, 1, mask_of(2, 3))]))
-    assert given_now == [(1, first.number)]
+    assert order == [*range(1, MAX_WAITS + 1), 0]
 
 
 @given(
@@ -387,35 +325,37 @@ def test_the_least_loaded_gets_more_of_what_suits_all():
     assert [replica for replica, _batch in Greedy().choose(offer)] == [1, 2]
 
 
+class Chosen:
+    """A placement that answers what a test says, and keeps what it was offered."""
+
+    def __init__(self, *pairs):
+        self.pairs, self.offered = list(pairs), []
+
+    def choose(self, offer):
+        self.offered.append(offer.to_move.shape)
+        return self.pairs
+
+
 def test_only_the_oldest_are_looked_at():
-    queue = dispatcher()
-    queue.add(batch_of(number, [0]) for number in range(LOOKED_AT))
-    queue.add([batch_of(99, [1])])
-    seen = []
-
-    class Looking:
-        def choose(self, offer):
-            seen.append(offer.to_move.shape)
-            return [(0, 0)]
-
-    queue._placement = Looking()
+    placement = Chosen((0, 0))
+    queue = Dispatcher(np.full(NLIST, 4096), placement)
+    queue.add(batch_of(number, [0]) for number in range(LOOKED_AT + 1))
     queue.assign([ReplicaState(0, 1, mask_of(1))])
-    assert seen == [(1, LOOKED_AT)]
+    assert placement.offered == [(1, LOOKED_AT)]
 
 
-def test_misuse_is_noticed():
-    queue = dispatcher()
+@pytest.mark.parametrize(
+    ("pairs", "replicas"),
+    [([], [0]), ([(0, 0), (1, 0)], [0, 1]), ([(0, 0)], [0, 0])],
+    ids=["nothing is given", "one comes twice", "two states of one replica"],
+)
+def test_misuse_is_noticed(pairs, replicas):
+    queue = Dispatcher(np.full(NLIST, 4096), Chosen(*pairs))
     queue.add([batch_of(1)])
-    with pytest.raises(AssertionError, match="waits already"):
-        queue.again(batch_of(1))
-    with pytest.raises(AssertionError, match="two states"):
-        queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(0, 1, mask_of())])
-    queue._placement = type("Idle", (), {"choose": lambda self, offer: []})()
-    with pytest.raises(AssertionError, match="gets nothing"):
-        queue.assign([ReplicaState(0, 1, mask_of())])
-    queue._placement = type("Same", (), {"choose": lambda self, offer: [(0, 0), (1, 0)]})()
-    with pytest.raises(AssertionError, match="comes twice"):
-        queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(1, 1, mask_of())])
+    with pytest.raises(AssertionError):
+        queue.add([batch_of(1)])
+    with pytest.raises(AssertionError):
+        queue.assign([ReplicaState(number, 1, mask_of()) for number in replicas])
 
 
 @names

@@ -134,7 +134,7 @@ async def _outcomes(system: System, work: Work) -> list[Answered | BaseException
     wish = Schedule(system.schedule, batch_size=len(work.questions))
     tier, nprobe = retriever.tier, system.engine.settings.nprobe
     schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
-    workers = [Local(system.engine, work.pipeline, work.at_once)]
+    workers = [Local(system.engine, work.at_once, work.pipeline)]
     outcomes: dict[int, Answered | BaseException] = {}
 
     def take(place: int, _question: Question, outcome: Answered | TeleragError) -> None:

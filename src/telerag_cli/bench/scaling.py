@@ -164,13 +164,12 @@ def record(engine: Engine, pipeline: Pipeline, at_once: int, schedule: Schedule,
         TeleragError: a question could not be answered.
     """
     recorder = Recorder()
-    worker = Local(engine, recorder.over(pipeline), at_once)
+    worker = Local(engine, at_once, recorder.over(pipeline))
     scheduler = Scheduler.over(engine, schedule)
-    numbers = range(len(batch.questions))
-    scheduler.cut(batch.questions[:1], numbers[:1])  # loads what only the first has to load
+    scheduler.cut(batch.questions[:2])  # loads what only the first has to load
     began_s = time.perf_counter()
-    scheduler.cut(batch.questions, numbers)
-    cut_s = (time.perf_counter() - began_s) / len(numbers)
+    scheduler.cut(batch.questions)
+    cut_s = (time.perf_counter() - began_s) / len(batch.questions)
     turn = run_batch(Fleet([worker], scheduler), batch)
     if turn.errors:
         raise TeleragError(f"What the simulation is to go by could not be recorded: {turn.errors[0]}")

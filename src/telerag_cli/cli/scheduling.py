@@ -111,7 +111,7 @@ def open_workers(
     with open_answering(searching, answering, tracer, planned=planned) as (engine, at_once):
         tier = engine.retriever.tier
         schedule = scheduling.made(at_once, tier.arena_bytes, engine.retriever.index, engine.settings.nprobe)
-        yield [Local(engine, pipeline, at_once)], Scheduler.over(engine, schedule)
+        yield [Local(engine, at_once, pipeline)], Scheduler.over(engine, schedule)
 
 
 @contextlib.contextmanager

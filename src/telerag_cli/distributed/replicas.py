@@ -115,7 +115,7 @@ class Recipe:
             rescore=self.rescore,
             planning=Planning(budget_bytes=self.budget_bytes),
         )
-        return Opened(Local(engine, self.pipeline, llm.concurrency), tier.name)
+        return Opened(Local(engine, llm.concurrency, self.pipeline), tier.name)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from telerag_cli.engine.dispatch import ReplicaState
+from telerag_cli.engine.admission import AdmissionQueue, Permit
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
-from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.question_reader import QuestionReader
-from telerag_cli.engine.questions import Question
+from telerag_cli.engine.questions import Question, read_ahead
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.workers import Worker
 from telerag_cli.errors import InputError, TeleragError
@@ -139,15 +137,44 @@ def answer_all(
 async def answer_each(
     workers: Sequence[Worker], scheduler: Scheduler, questions: Iterable[Question], take: Take
 ) -> None:
-    """Answer questions: gather, schedule, answer; whatever is ready goes on.
+    """Answer questions as they come, some at a time.
 
     Args:
         workers: what answers.
         scheduler: puts questions together, and says which worker takes which.
-        questions: from any source, read as they come.
-        take: called once for each.
+        questions: from any source, read as they are needed.
+        take: called once for each question.
     """
-    await _Run(workers, scheduler, take).everything(questions)
+    schedule = scheduler.schedule
+    limit = schedule.batch_size + len(workers) * schedule.micro_batch
+    queue = AdmissionQueue(scheduler, workers, limit, eager=False)
+    waiting = asyncio.Semaphore(limit)
+
+    async def answer(number: int, question: Question, permit: Permit) -> None:
+        outcome: Outcome
+        async with permit:
+            waiting.release()
+            try:
+                outcome = await workers[permit.worker].answer(permit.batch, permit.place)
+            except TeleragError as error:
+                outcome = error
+        take(number, question, outcome)
+
+    try:
+        async with asyncio.TaskGroup() as running:
+            number = 0
+            async for question in read_ahead(questions, schedule.batch_size):
+                if question.problem is None:
+                    await waiting.acquire()
+                    running.create_task(answer(number, question, queue.submit(question.text)))
+                else:
+                    take(number, question, InputError(question.problem))
+                number += 1
+            queue.end()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    finally:
+        await queue.close()
 
 
 class InOrder:
@@ -164,94 +191,3 @@ class InOrder:
         while self._next in self._kept:
             self._take(self._next, *self._kept.pop(self._next))
             self._next += 1
-
-
-class _Run:
-    def __init__(self, workers: Sequence[Worker], scheduler: Scheduler, take: Take) -> None:
-        self._workers = workers
-        self._scheduler = scheduler
-        self._done = take
-        self._count = 0
-        self._asked: dict[int, Question] = {}
-        self._members = [0] * len(workers)
-        """Questions under way, by worker."""
-        self._left: dict[int, int] = {}
-        """Of them, by micro-batch."""
-        self._under_way: list[dict[int, MicroBatch]] = [{} for _ in workers]
-
-    async def everything(self, questions: Iterable[Question]) -> None:
-        """Until the source has ended and every question has its line."""
-        schedule = self._scheduler.schedule
-        gathering = QuestionReader(questions, schedule.batch_size, schedule.max_wait_s)
-        running: set[asyncio.Task[None]] = set()
-        coming: asyncio.Task[list[Question]] | None = asyncio.create_task(gathering.some())
-        try:
-            while coming or running or self._scheduler.queue.waiting:
-                running |= self._start()
-                # One batch is read ahead, and looked at when what waits no longer fills the workers.
-                wanted = {coming} if coming and self._scheduler.queue.waiting < len(self._workers) else set()
-                await asyncio.wait(running | wanted, return_when=asyncio.FIRST_COMPLETED)
-                running = {task for task in running if not _finished(task)}
-                if coming in wanted and coming.done():
-                    gathered = coming.result()
-                    coming = asyncio.create_task(gathering.some()) if gathered else None
-                    await self._gathered(gathered)
-        finally:
-            left = [task for task in (*running, coming) if task]
-            for task in left:
-                task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
-
-    async def _gathered(self, questions: Sequence[Question]) -> None:
-        """Put questions in the queue; what is none has its outcome already."""
-        new: list[int] = []
-        for question in questions:
-            number, self._count = self._count, self._count + 1
-            if question.problem is None:
-                self._asked[number] = question
-                new.append(number)
-            else:
-                self._done(number, question, InputError(question.problem))
-        if new:
-            texts = [self._asked[number].text for number in new]
-            self._scheduler.queue.add(await asyncio.to_thread(self._scheduler.cut, texts, new))
-
-    def _start(self) -> set[asyncio.Task[None]]:
-        """Give the workers as many micro-batches as they can take."""
-        if not self._scheduler.queue.waiting:
-            return set()
-        size = self._scheduler.schedule.micro_batch
-        states = [
-            ReplicaState(number, (worker.at_once - members) // size, worker.resident(), tuple(batches.values()))
-            for number, (worker, members, batches) in enumerate(
-                zip(self._workers, self._members, self._under_way, strict=True)
-            )
-        ]
-        started = set()
-        for worker, batch in self._scheduler.queue.assign(states):
-            self._under_way[worker][batch.number] = batch
-            self._members[worker] += len(batch.members)
-            self._left[batch.number] = len(batch.members)
-            started |= {asyncio.create_task(self._answer(worker, batch, place)) for place in range(len(batch.members))}
-        return started
-
-    async def _answer(self, worker: int, batch: MicroBatch, place: int) -> None:
-        number = batch.members[place]
-        outcome: Outcome
-        try:
-            outcome = await self._workers[worker].answer(batch, place)
-        except TeleragError as error:
-            outcome = error
-        finally:
-            self._members[worker] -= 1
-            self._left[batch.number] -= 1
-            if not self._left[batch.number]:
-                del self._left[batch.number], self._under_way[worker][batch.number]
-        self._done(number, self._asked.pop(number), outcome)
-
-
-def _finished(task: asyncio.Task[None]) -> bool:
-    """Whether a task is done; raises what it raised."""
-    if task.done():
-        task.result()
-    return task.done()

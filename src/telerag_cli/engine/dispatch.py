@@ -12,10 +12,10 @@ from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.placement import Offer, Placement
 
 LOOKED_AT = 6
-"""Micro-batches per replica, oldest first, that one assignment looks at. Few: of those further back nothing in an arena says
-yet where they should go. Source: scripts/schedule_study.py, which hardly changes from 4 to 8."""
+"""Micro-batches per replica, oldest first, that one assignment looks at. Few: of those further back nothing in an arena
+says yet where they should go. Source: docs/scheduling.md; little changes from 4 to 8."""
 MAX_WAITS = 16
-"""Rounds in which a micro-batch may be passed over for a younger one."""
+"""Rounds in which a micro-batch may be passed over for a younger one; then it goes before all that are younger."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,26 +39,18 @@ class _Waiting:
 
 
 class Dispatcher:
-    """Holds micro-batches until a replica takes them; each comes out once for each time it was put in.
+    """Holds micro-batches until a replica takes them; each comes out once."""
 
-    A micro-batch may be passed over for a younger one that suits a replica better, but only in ``most_waits`` rounds;
-    then it goes before all that are younger.
-    """
-
-    def __init__(self, list_bytes: IntArray, placement: Placement, *, most_waits: int = MAX_WAITS) -> None:
+    def __init__(self, list_bytes: IntArray, placement: Placement) -> None:
         """Begin with an empty queue.
 
         Args:
             list_bytes: bytes each list takes, shape (nlist,).
             placement: who takes which.
-            most_waits: rounds in which a micro-batch may be passed over.
         """
-        assert most_waits >= 0
-        self._extents = list_bytes.astype(np.float64)
+        self._list_bytes = list_bytes.astype(np.float64)
         self._placement = placement
-        self._most_waits = most_waits
         self._queue: list[_Waiting] = []
-        self._numbers: set[int] = set()
 
     @property
     def waiting(self) -> int:
@@ -67,20 +59,18 @@ class Dispatcher:
 
     def add(self, batches: Iterable[MicroBatch]) -> None:
         """Put micro-batches at the end of the queue."""
+        numbers = {each.batch.number for each in self._queue}
         for batch in batches:
-            self._enter(batch)
+            assert batch.lists.shape == self._list_bytes.shape
+            assert batch.number not in numbers, "a micro-batch waits already"
+            numbers.add(batch.number)
             self._queue.append(_Waiting(batch))
-
-    def again(self, batch: MicroBatch) -> None:
-        """Put one whose replica died at the front of the queue; nobody goes before it."""
-        self._enter(batch)
-        self._queue.insert(0, _Waiting(batch, self._most_waits))
 
     def assign(self, states: Sequence[ReplicaState]) -> list[tuple[int, MicroBatch]]:
         """Take micro-batches out of the queue until it is empty or no replica is free.
 
         Args:
-            states: of all replicas that live, those that are not free too: what waits may suit them better.
+            states: of all replicas that live, also of those that are not free: what waits may suit them better.
 
         Returns:
             The replica's number and its micro-batch, in the order in which a replica should run them.
@@ -101,24 +91,16 @@ class Dispatcher:
                 assert free[replica] >= 0, "a replica gets more than it can take"
                 coming[replica].append(batch)
                 given.append((states[replica].replica, batch))
-                self._numbers.remove(batch.number)
             self._take_out(places)
         return given
 
-    def _enter(self, batch: MicroBatch) -> None:
-        assert batch.lists.shape == self._extents.shape
-        assert batch.number not in self._numbers, "a micro-batch waits already"
-        self._numbers.add(batch.number)
-
     def _take_out(self, places: set[int]) -> None:
-        youngest = max(places)
-        for place, each in enumerate(self._queue[:youngest]):
-            if place not in places:
-                assert each.passed_over < self._most_waits, "a micro-batch that is due was passed over"
-                each.passed_over += 1
-        self._queue[: youngest + 1] = [
-            each for place, each in enumerate(self._queue[: youngest + 1]) if place not in places
-        ]
+        end = max(places) + 1
+        left = [each for place, each in enumerate(self._queue[:end]) if place not in places]
+        for each in left:
+            assert each.passed_over < MAX_WAITS, "a micro-batch that is due was passed over"
+            each.passed_over += 1
+        self._queue[:end] = left
 
     def _offer(
         self,
@@ -133,11 +115,8 @@ class Dispatcher:
                 for state, batches in zip(states, coming, strict=True)
             ]
         )
-        wanted = np.stack([each.batch.lists for each in window]) * self._extents
-        load = [float(self._extents[mine & ~state.resident].sum()) for mine, state in zip(held, states, strict=True)]
-        due = 0
-        while due < len(window) and window[due].passed_over >= self._most_waits:
-            due += 1
-        return Offer(
-            to_move=(~held).astype(np.float64) @ wanted.T, load=np.array(load), free=free, due=min(due, int(free.sum()))
-        )
+        wanted = np.stack([each.batch.lists for each in window]) * self._list_bytes
+        load = [self._list_bytes[mine & ~state.resident].sum() for mine, state in zip(held, states, strict=True)]
+        due = next((place for place, each in enumerate(window) if each.passed_over < MAX_WAITS), len(window))
+        to_move = (~held).astype(np.float64) @ wanted.T
+        return Offer(to_move, load=np.array(load), free=free, due=min(due, int(free.sum())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,8 +10,6 @@ import numpy as np
 from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 from telerag_cli.config import PlacementName
 from telerag_cli.errors import needs_extra
-
-__all__ = ["CacheAware", "Greedy", "Offer", "Placement", "PlacementName", "RoundRobin", "make_placement"]
 
 Pairs = list[tuple[int, int]]
 """Places of a replica and of a micro-batch; neither comes twice."""
@@ -25,11 +22,17 @@ class Offer:
     to_move: DoubleArray
     """Bytes that each replica would have to move for each micro-batch, shape (replicas, batches)."""
     load: DoubleArray
-    """Bytes that were still to come to each replica for what it was given, when it last said what it has, shape (replicas,)."""
+    """Bytes still to come to each replica for what it was given, when it last said what it has, shape (replicas,)."""
     free: BoolArray
     """Which replicas can take one, shape (replicas,)."""
     due: int
-    """So many micro-batches, from the first, have waited too long: they go before all others."""
+    """Micro-batches, from the first, that have waited too long: they go before all others."""
+
+    @property
+    def cost(self) -> DoubleArray:
+        """Bytes to move and on their way: where replicas cannot all get the same, the least loaded ones get more."""
+        cost: DoubleArray = self.to_move + self.load[:, None]
+        return cost
 
 
 class Placement(Protocol):
@@ -46,7 +49,7 @@ class RoundRobin:
         self._next = 0
 
     def choose(self, offer: Offer) -> Pairs:
-        """The oldest micro-batch to the next free replica in turn."""
+        """See `Placement`."""
         replicas = len(offer.free)
         turn = [(self._next + step) % replicas for step in range(replicas)]
         free = [replica for replica in turn if offer.free[replica]]
@@ -56,10 +59,10 @@ class RoundRobin:
 
 
 class Greedy:
-    """As the paper does it (TeleRAG, arXiv 2502.20969): in order of arrival, each to the free replica with most of its lists."""
+    """In order of arrival, each to the free replica with most of its lists (TeleRAG, arXiv 2502.20969)."""
 
     def choose(self, offer: Offer) -> Pairs:
-        """Each to where the fewest bytes would have to move, ties to the least loaded and then to the lower number."""
+        """See `Placement`; of equals, the least loaded replica and then the lower number takes it."""
         free = np.flatnonzero(offer.free).tolist()
         pairs = []
         for batch in range(min(offer.to_move.shape[1], len(free))):
@@ -74,44 +77,34 @@ class CacheAware:
 
     Each replica has an equal share, and that of a busy one is left for it: what it has the lists of is not given away
     only because another is free now. What it takes of its share is the oldest and not what shares most with its arena,
-    because micro-batches come in an order in which neighbours share lists (`telerag_cli.engine.micro_batches.similar`).
-    Both are worth something: scripts/schedule_study.py. With one replica this is the order of arrival.
+    because micro-batches come in an order in which neighbours share lists (`telerag_cli.engine.grouping.similar`).
+    Both are worth something: docs/scheduling.md. With one replica this is the order of arrival.
     """
 
     def choose(self, offer: Offer) -> Pairs:
-        """At most one micro-batch for each free replica, and one for at least one of them; those due first."""
-        pairs = [] if offer.due else self.of_their_shares(offer)
-        # Without any, someone waits too long, or only those that are busy have a share.
-        return pairs or self.at_once(offer)
+        """See `Placement`."""
+        pairs = [] if offer.due else self._of_their_shares(offer)
+        # Without any, some have waited too long, or only replicas that are busy have a share.
+        return pairs or self._now(offer)
 
-    def of_their_shares(self, offer: Offer) -> Pairs:
+    def _of_their_shares(self, offer: Offer) -> Pairs:
         """What each free replica takes of its share, if it has one."""
         replicas, batches = offer.to_move.shape
         owners = np.repeat(np.arange(replicas), -(-batches // replicas))
-        rows, columns = _assignment(_cost(offer)[owners])
+        rows, columns = _assignment(offer.cost[owners])
         owner = np.empty(batches, np.int64)
         owner[columns] = owners[rows]
         shares = [(replica, np.flatnonzero(owner == replica)) for replica in np.flatnonzero(offer.free).tolist()]
-        return [(replica, self.next_of(share, offer.to_move[replica])) for replica, share in shares if len(share)]
+        return [(replica, int(share[0])) for replica, share in shares if len(share)]
 
-    def next_of(self, share: IntArray, _to_move: DoubleArray) -> int:
-        """Which of the micro-batches of its share, oldest first, a replica takes; it would move so much for each of all."""
-        return int(share[0])
-
-    def at_once(self, offer: Offer) -> Pairs:
+    def _now(self, offer: Offer) -> Pairs:
         """The assignment of micro-batches to free replicas that moves the fewest bytes now."""
         free = np.flatnonzero(offer.free)
-        cost = _cost(offer)[free]
+        cost = offer.cost[free]
         # Those due are in the solution because no sum of others is as low.
         cost[:, : offer.due] -= 1.0 + 2 * len(free) * float(cost.max(initial=0.0))
         rows, columns = _assignment(cost)
         return [(int(free[row]), int(column)) for row, column in zip(rows, columns, strict=True)]
-
-
-def _cost(offer: Offer) -> DoubleArray:
-    """Bytes to move, and those on their way: where replicas cannot all get the same, the least loaded ones get more."""
-    cost: DoubleArray = offer.to_move + offer.load[:, None]
-    return cost
 
 
 def _assignment(cost: DoubleArray) -> tuple[IntArray, IntArray]:
@@ -125,9 +118,10 @@ def _assignment(cost: DoubleArray) -> tuple[IntArray, IntArray]:
 
 def make_placement(name: PlacementName) -> Placement:
     """A fresh placement."""
-    placements: dict[PlacementName, Callable[[], Placement]] = {
-        PlacementName.CACHE_AWARE: CacheAware,
-        PlacementName.GREEDY: Greedy,
-        PlacementName.ROUND_ROBIN: RoundRobin,
-    }
-    return placements[name]()
+    match name:
+        case PlacementName.CACHE_AWARE:
+            return CacheAware()
+        case PlacementName.GREEDY:
+            return Greedy()
+        case PlacementName.ROUND_ROBIN:
+            return RoundRobin()

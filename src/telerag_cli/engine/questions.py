@@ -1,9 +1,12 @@
-"""Reading questions: JSON lines, OpenAI Batch lines, or plain text with one question a line."""
+"""Reading questions: JSON lines, OpenAI Batch lines, or plain text with one question per line."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -60,3 +63,34 @@ def _from_json(line: str, number: int, where: str) -> Question:
     if not isinstance(text, str) or not text.strip():
         return Question(key, "", body, f"{where} has {sorted(value)} and not {wanted}.")
     return Question(key, text.strip(), body)
+
+
+async def read_ahead(questions: Iterable[Question], most: int) -> AsyncIterator[Question]:
+    """Questions of a source that may block, read by a thread, at most so many ahead; raises what the source raises.
+
+    The thread is a daemon, because nothing can wake one that waits for a terminal or a pipe when the run is
+    interrupted.
+    """
+    loop = asyncio.get_running_loop()
+    read: asyncio.Queue[Question | BaseException | None] = asyncio.Queue()
+    free = threading.Semaphore(most)
+
+    def put(item: Question | BaseException | None) -> None:
+        loop.call_soon_threadsafe(read.put_nowait, item)
+
+    def work() -> None:
+        try:
+            for question in questions:
+                free.acquire()
+                put(question)
+            put(None)
+        except BaseException as error:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens any more
+                put(error)
+
+    threading.Thread(target=work, daemon=True, name="questions").start()
+    while (item := await read.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        free.release()
+        yield item

@@ -1,4 +1,4 @@
-"""The prefetching scheduler of a run: cuts the questions that are there into micro-batches."""
+"""Cuts questions into micro-batches, and keeps those until a worker takes them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_WAIT_S, DEFAULT_MICRO_BATCH, PlacementName, ScheduleName
 from telerag_cli.engine.dispatch import Dispatcher
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.grouping import HORIZON, arrival, likely, similar
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.micro_batches import HORIZON, arrival, likely, similar
 from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.errors import UsageError
@@ -20,8 +20,7 @@ from telerag_cli.errors import UsageError
 EMBEDDED_TOGETHER = 32
 """Questions embedded in one call: an LLM that decodes on the same cores waits for it."""
 LOOKED_DOWN = 4
-"""So many times the lists that will be probed are looked at to compare questions; see `likely`."""
-
+"""Lists compared for each question, as a multiple of ``nprobe``; see `likely`."""
 
 Rank = Callable[[FloatArray, int], IntArray]
 """The so many lists nearest to queries of shape (n, dimension): (n, count), nearest first."""
@@ -34,7 +33,7 @@ class Schedule:
     name: ScheduleName = ScheduleName.SIMILAR
     placement: PlacementName = PlacementName.CACHE_AWARE
     batch_size: int = DEFAULT_BATCH_SIZE
-    """Questions looked at together."""
+    """Questions compared with each other."""
     micro_batch: int = 1
     """Questions that run together."""
     max_wait_s: float = DEFAULT_MAX_WAIT_S
@@ -71,11 +70,11 @@ def micro_batch_size(given: int | None, at_once: int, arena_bytes: int, probed_b
 def fitted(
     wish: Schedule, micro_batch: int | None, at_once: int, arena_bytes: int, list_bytes: IntArray, nprobe: int
 ) -> Schedule:
-    """A schedule with micro-batches of the size that fits, and batches of one of them at least; see `micro_batch_size`.
+    """A schedule whose micro-batches have the size that fits, and whose batches hold at least one of them.
 
     Args:
         wish: all else of it.
-        micro_batch: what the user said of the size, if anything.
+        micro_batch: see `micro_batch_size`, as for ``at_once`` and ``arena_bytes``.
         at_once: questions that a replica answers at once.
         arena_bytes: of a replica.
         list_bytes: bytes each list takes, shape (nlist,).
@@ -97,9 +96,9 @@ class Grouping:
             nprobe: lists that a query probes.
         """
         self.depth = min(LOOKED_DOWN * nprobe, len(list_bytes))
-        """Of the lists ranked for a question, as many as are looked at."""
+        """Lists ranked for each question."""
         self._schedule = schedule
-        self._extents = list_bytes
+        self._list_bytes = list_bytes
         self._nprobe = nprobe
         self._before: FloatArray | None = None
 
@@ -113,7 +112,7 @@ class Grouping:
         size = self._schedule.micro_batch
         if ranked is None or self._schedule.name is ScheduleName.ARRIVAL:
             return arrival(count, size)
-        vectors = likely(ranked, self._nprobe, self._extents)
+        vectors = likely(ranked, self._nprobe, self._list_bytes)
         places = similar(vectors, size, self._before)
         ran = [] if self._before is None else [self._before]
         self._before = np.concatenate([*ran, vectors[np.concatenate(places)]])[-HORIZON * size :]
@@ -139,15 +138,15 @@ class Scheduler:
         self.schedule = schedule
         self._embedder = embedder
         self._rank = rank
-        self._extents = list_bytes
+        self._nlist = len(list_bytes)
         self._nprobe = nprobe
+        self._alone = workers == 1
         self._grouping = Grouping(schedule, list_bytes, nprobe)
-        in_order = schedule.name is ScheduleName.ARRIVAL
-        # One worker gets the next whatever it holds, if the order is to be that of arrival.
-        name = PlacementName.ROUND_ROBIN if in_order and workers == 1 else schedule.placement
-        self._looks = not in_order or name is not PlacementName.ROUND_ROBIN
-        self.queue = Dispatcher(list_bytes, make_placement(name))
-        self._number = 0
+        # A single worker gets the next micro-batch whatever it holds.
+        placement = PlacementName.ROUND_ROBIN if self._alone else schedule.placement
+        self._compares = schedule.name is not ScheduleName.ARRIVAL or placement is not PlacementName.ROUND_ROBIN
+        self.queue = Dispatcher(list_bytes, make_placement(placement))
+        self._made = 0
 
     @classmethod
     def over(cls, engine: Engine, schedule: Schedule) -> Scheduler:
@@ -155,38 +154,28 @@ class Scheduler:
         retriever = engine.retriever
         return cls(schedule, engine.embedder, retriever.nearest, retriever.tier.list_bytes, engine.settings.nprobe, 1)
 
-    def cut(self, questions: Sequence[str], members: Sequence[int]) -> list[MicroBatch]:
-        """Micro-batches of these questions; takes milliseconds for each of them, so not for an event loop.
+    def cut(self, questions: Sequence[str], *, compare: bool = True) -> list[MicroBatch]:
+        """Micro-batches of these questions, in the order in which they should run; their members are places.
 
-        Args:
-            questions: some questions.
-            members: the caller's numbers of them.
-
-        Returns:
-            Micro-batches in the order in which they should run.
+        It takes milliseconds for each question unless ``compare`` is off, so it is not for an event loop. Questions in
+        order of arrival, and a single one for a single worker, are compared with nothing either.
         """
-        vectors = self._embed(questions) if self._looks else None
+        compare = compare and self._compares and not (self._alone and len(questions) == 1)
+        vectors = self._embed(questions) if compare else None
         ranked = None if vectors is None else self._rank(vectors, self._grouping.depth)
-        made = []
+        batches = []
         for some in self._grouping.cut(len(questions), ranked):
-            lists = np.zeros(len(self._extents), np.bool_)
+            lists = np.zeros(self._nlist, np.bool_)
             if ranked is not None:
                 lists[ranked[some, : self._nprobe].ravel()] = True
-            batch = MicroBatch(
-                tuple(questions[place] for place in some),
-                None if vectors is None else vectors[some],
-                self._number,
-                tuple(members[place] for place in some),
-                lists,
-            )
-            made.append(batch)
-            self._number += 1
-        return made
+            texts = tuple(questions[place] for place in some)
+            known = None if vectors is None else vectors[some]
+            batches.append(MicroBatch(texts, known, self._made, tuple(some.tolist()), lists))
+            self._made += 1
+        return batches
 
     def _embed(self, questions: Sequence[str]) -> FloatArray:
+        starts = range(0, len(questions), EMBEDDED_TOGETHER)
         return np.concatenate(
-            [
-                self._embedder.encode_queries(questions[start : start + EMBEDDED_TOGETHER])
-                for start in range(0, len(questions), EMBEDDED_TOGETHER)
-            ]
+            [self._embedder.encode_queries(questions[start : start + EMBEDDED_TOGETHER]) for start in starts]
         )

@@ -11,11 +11,18 @@ from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.pipelines.base import Pipeline
 
 
-class Worker(Protocol):
-    """Answers micro-batches; several, and all members of each, at once."""
+class Seats(Protocol):
+    """Room for a number of questions, beside an arena."""
 
     at_once: int
-    """Questions that it answers at once."""
+    """Questions that are answered at once."""
+
+    def resident(self) -> BoolArray:
+        """Which lists are in the arena or on their way, as far as is known, shape (nlist,)."""
+
+
+class Worker(Seats, Protocol):
+    """Answers micro-batches; several, and all members of each, at once."""
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """Answer one question of a micro-batch; all are asked for at once.
@@ -24,23 +31,26 @@ class Worker(Protocol):
             TeleragError: it cannot be answered.
         """
 
+
+@dataclass(eq=False)
+class EngineSeats:
+    """The `Seats` of an engine of this process; it stays the caller's."""
+
+    engine: Engine
+    at_once: int
+
     def resident(self) -> BoolArray:
-        """Which lists are in its arena or on their way, as far as is known, shape (nlist,)."""
+        """See `Seats`."""
+        there: BoolArray = ~self.engine.retriever.tier.absent()
+        return there
 
 
 @dataclass(eq=False)
-class Local:
-    """The engine of this process as a `Worker`; the engine stays the caller's."""
+class Local(EngineSeats):
+    """An engine of this process as a `Worker`."""
 
-    engine: Engine
     pipeline: Pipeline
-    at_once: int
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
         return await self.engine.ask(self.pipeline, batch.questions[place], batch=batch)
-
-    def resident(self) -> BoolArray:
-        """See `Worker`."""
-        there: BoolArray = ~self.engine.retriever.tier.absent()
-        return there

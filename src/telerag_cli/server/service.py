@@ -13,16 +13,17 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from telerag_cli.config import Lookahead, PipelineName
+from telerag_cli.engine.admission import AdmissionQueue, QueueFullError
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.snapshot import snapshot
+from telerag_cli.engine.workers import EngineSeats
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
-from telerag_cli.server.admission import AdmissionQueue, QueueFullError
 from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError, shortened
 from telerag_cli.server.metrics import Metrics, State
 from telerag_cli.server.timeline import timeline
@@ -174,7 +175,8 @@ class Service:
 
     def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
         """Begin to answer."""
-        self._open = _Open(engine, AdmissionQueue(scheduler, at_once, self.limits.queue))
+        seats = [EngineSeats(engine, at_once)]
+        self._open = _Open(engine, AdmissionQueue(scheduler, seats, self.limits.queue, eager=True))
 
     async def close(self) -> None:
         """Take no more requests. The engine stays the caller's."""
@@ -255,7 +257,7 @@ class Service:
                 with contextlib.ExitStack() as listening:
                     # From before the seat: lookahead for this question may begin with that of others beside it.
                     spans = listening.enter_context(engine.tracer.listening()) if asked.wants_timeline else []
-                    async with desk.seat(asked.question, groups=groups) as seat:
+                    async with desk.submit(asked.question, groups=groups) as seat:
                         outcome = await self._ask(engine, asked, watcher, seat.batch, came_s, spans)
         except QueueFullError:
             self.metrics.rejected("queue")

@@ -8,7 +8,7 @@ from telerag_cli.arrays import DoubleArray, FloatArray, IntArray
 
 FADING = 0.65
 """What sharing with the micro-batch before is worth, as a share of what sharing within one is; with the one before that, the
-square of it, and so on. Source: scripts/schedule_study.py, which hardly changes from 0.5 to 0.8."""
+square of it, and so on. Source: docs/scheduling.md; little changes from 0.5 to 0.8."""
 HORIZON = 4
 """Micro-batches to either side that count when queries change places; fading leaves little beyond."""
 TOGETHER = 64
@@ -25,42 +25,13 @@ def arrival(count: int, size: int) -> list[IntArray]:
     return _cut(np.arange(count, dtype=np.int64), size)
 
 
-def greedy(vectors: FloatArray, size: int) -> list[IntArray]:
-    """Micro-batches as the paper makes them (TeleRAG, arXiv 2502.20969): a seed and those nearest to it.
-
-    The seed is what is most similar to all that is left, by the sum of cosines. Of equals, the lower place goes first.
-
-    Args:
-        vectors: of the queries, shape (n, dimension).
-        size: queries in a micro-batch.
-
-    Returns:
-        The places of each micro-batch, seed first; all but the last have ``size``.
-    """
-    assert size > 0
-    near = _cosines(vectors)
-    total = near.sum(1, dtype=np.float64)
-    left = np.ones(len(vectors), np.bool_)
-    batches: list[IntArray] = []
-    for start in range(0, len(vectors), size):
-        seed = int(np.where(left, total, -np.inf).argmax())
-        nearness = np.where(left, near[seed], -np.inf)
-        nearness[seed] = np.inf
-        count = min(size, len(vectors) - start)
-        enough = np.flatnonzero(nearness >= -np.partition(-nearness, count - 1)[count - 1])
-        taken: IntArray = enough[np.argsort(-nearness[enough], kind="stable")[:count]]
-        batches.append(taken)
-        left[taken] = False
-        total -= near[taken].sum(0, dtype=np.float64)
-    return batches
-
-
 def similar(vectors: FloatArray, size: int, before: FloatArray | None = None) -> list[IntArray]:
     """Micro-batches of similar queries, in an order in which each is similar to those before it.
 
     Lists stay in the arena between micro-batches, so the order is worth as much as the grouping. A walk over the
     queries takes what is nearest to all it took before, the longer ago the less; then queries change places as long as
-    that helps. Unlike `greedy` it leaves no micro-batch of leftovers, nor jumps from one topic to another.
+    that helps. Unlike greedy seeding (TeleRAG, arXiv 2502.20969) it leaves no micro-batch of leftovers, nor does it
+    jump from one topic to another.
 
     Args:
         vectors: of the queries, shape (n, dimension): what `likely` makes, or else their embeddings.
@@ -88,7 +59,7 @@ def likely(ranked: IntArray, nprobe: int, list_bytes: IntArray) -> FloatArray:
     """What `similar` should compare: the lists that each query will probably probe.
 
     The product of two rows is about the bytes that both will probe. Compared by it, queries share more than compared by
-    their embeddings (scripts/schedule_study.py).
+    their embeddings (docs/scheduling.md).
 
     Args:
         ranked: of each query the lists nearest to it, best first, shape (n, depth); a depth of 4 ``nprobe`` is enough.
