@@ -50,17 +50,16 @@ from telerag_cli.index.scoring import Coarse, ListScorer, best, empty_ivf, flat
 from telerag_cli.llm.models import resolve_model
 from telerag_cli.prefetch.order import blend
 from telerag_cli.prefetch.prefetcher import Prefetcher
-from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.retrieval.retriever import Found, Retriever
 from telerag_cli.system import available_bytes, hardware
-from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Event, Gpu, Stream, find_gpu
 from telerag_cli.tiers.cuda.reference import Launch, decoding_error
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
-from telerag_cli.tiers.tier import ArenaTier, size_arena
+from telerag_cli.tiers.rates import Rate
+from telerag_cli.tiers.tier import FastTier, size_arena
 
 REFINED_AT = (0.25, 0.5, 0.75)
 K = 10
@@ -318,7 +317,7 @@ def exactness(bench: Bench) -> Outcome:
                         rows = random.integers(len(questions), size=n)
                         ahead = None
                         if number % 3:
-                            ahead = retriever.begin(questions[rows], nprobe, refining=number % 3 == 2)
+                            ahead = retriever.prefetch(questions[rows], nprobe, refining=number % 3 == 2)
                             if number % 3 == 2:
                                 retriever.refine(ahead, texts[0.5][rows], nprobe, 0.5)
                         queries = texts[1.0][rows]
@@ -465,15 +464,14 @@ def _moving_s(
     """Seconds that a round of lookahead takes to move all lists in this order."""
     copier = Copier(bench.gpu.stream(), source, arena, Rate(rate * 1e9, 1.0), float(index.list_bytes.mean()))
     accounts = size_arena(index, len(arena), "--arena")
-    tier = ArenaTier(index, accounts, copier, _Unscored(index.manifest.nlist), cache=CacheKind.NONE)
-    round_ = Prefetcher(tier).start(PrefetchQueue(tier.list_bytes, tier.new_round(0.0)))
+    tier = FastTier(index, accounts, copier, _Unscored(index.manifest.nlist), cache=CacheKind.NONE)
     started_s = time.perf_counter()
-    round_.follow(order, len(order))
-    while not round_.idle:
+    (prefetch,) = Prefetcher(tier).start([order], len(order), len(order), tier.new_round(0.0))
+    while not prefetch.idle:
         time.sleep(0.0002)
     took_s = time.perf_counter() - started_s
-    moved = len(round_.moved)
-    round_.end()
+    moved = len(prefetch.moved)
+    prefetch.end()
     tier.close()
     if moved != len(order):
         raise ResourceError(f"{moved} of {len(order)} lists were moved.", remedy="See the device's own log.")
@@ -681,7 +679,7 @@ def _hyde(bench: Bench, retriever: Retriever, in_memory: FaissInMemory, nprobe: 
                 due = list(REFINED_AT) if name == "refined" else []
                 question = material.question[number]
                 if name in ("question", "refined"):
-                    ahead = retriever.begin(question[None], nprobe, refining=name == "refined")
+                    ahead = retriever.prefetch(question[None], nprobe, refining=name == "refined")
 
                 def on_count(
                     count: int,

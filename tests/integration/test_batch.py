@@ -21,7 +21,6 @@ from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageEr
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
-from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tracing import Tracer
 
 
@@ -192,19 +191,19 @@ def test_similar_questions_run_together_and_every_question_once(engine_of):
 
 def test_a_micro_batch_is_one_round_and_its_first_moves_are_planned_together(engine_of):
     engine = engine_of(echo, Lookahead.QUESTION, token_s=0.005)
-    tier, mover = engine.retriever.tier, engine.retriever._mover
-    rounds, begun = [], []
-    usual_round, usual_begin = tier.new_round, mover.begin
+    retriever, tier = engine.retriever, engine.retriever.tier
+    rounds, started = [], []
+    usual_round, usual_start = tier.new_round, retriever.prefetch_batch
 
     def new_round(fraction):
         rounds.append(fraction)
         return usual_round(fraction)
 
-    def begin(orders, prefetch_depth, nprobe):
-        begun.append(len(orders))
-        usual_begin(orders, prefetch_depth, nprobe)
+    def prefetch_batch(searches, nprobe, *, refining):
+        started.append(len(searches))
+        return usual_start(searches, nprobe, refining=refining)
 
-    tier.new_round, mover.begin = new_round, begin
+    tier.new_round, retriever.prefetch_batch = new_round, prefetch_batch
     answer_with(
         engine,
         PipelineName.HYDE,
@@ -213,7 +212,7 @@ def test_a_micro_batch_is_one_round_and_its_first_moves_are_planned_together(eng
         Schedule(ScheduleName.ARRIVAL, micro_batch=4),
         concurrency=4,
     )
-    assert begun == [4]
+    assert started == [4]
     assert len(rounds) == 1
 
 
@@ -241,9 +240,9 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of)
     assert [isinstance(result, ModelError) for result in results] == [False, True, False]
     assert results[0].answer == results[2].answer
     deadline_s = time.monotonic() + 5
-    while engine.retriever.rounds and time.monotonic() < deadline_s:
+    while engine.retriever.prefetches and time.monotonic() < deadline_s:
         time.sleep(0.005)
-    assert engine.retriever.rounds == 0
+    assert engine.retriever.prefetches == 0
 
 
 def test_questions_that_come_soon_after_each_other_are_compared_and_others_not_waited_for(engine_of):
@@ -365,12 +364,11 @@ def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
     links[0].broken.clear()
 
 
-def test_rounds_share_the_link_and_take_turns():
+def test_prefetches_share_the_link_and_take_turns():
     tier = StubTier(8, depth=2)
-    mover = Prefetcher(tier)
-    first, second = (mover.start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_))) for _ in range(2))
-    first.follow(np.arange(8), 8)
-    second.follow(np.arange(8)[::-1], 8)
+    prefetcher = Prefetcher(tier)
+    (first,) = prefetcher.start([np.arange(8)], 8, 8, np.zeros(8, np.bool_))
+    (second,) = prefetcher.start([np.arange(8)[::-1]], 8, 8, np.zeros(8, np.bool_))
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
     tier.finish(1)
@@ -380,13 +378,13 @@ def test_rounds_share_the_link_and_take_turns():
     tier.finish(2)
     tier.finish(3)
     assert [number for number, _ in tier.started[4:]] == [6, 5]
-    assert mover.rounds == 1
+    assert prefetcher.count == 1
     second.end()
     second.end()
-    assert mover.rounds == 0
+    assert prefetcher.count == 0
 
 
-def test_what_one_round_moves_another_does_not_evict():
+def test_what_one_prefetch_moves_another_does_not_evict():
     tier = StubTier(6, depth=1)
     stays = []
     usual = tier.prefetch
@@ -396,12 +394,10 @@ def test_what_one_round_moves_another_does_not_evict():
         return usual(lists, protected, priority, arrived)
 
     tier.prefetch = prefetch
-    mover = Prefetcher(tier)
-    first, second = (mover.start(PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))) for _ in range(2))
-    first.follow(np.array([0, 1, 2, 3, 4, 5]), 2)
-    second.follow(np.array([5, 4, 3, 2, 1, 0]), 2)
+    prefetcher = Prefetcher(tier)
+    first, _second = prefetcher.start([np.arange(6), np.arange(6)[::-1]], 2, 2, np.zeros(6, np.bool_))
     tier.finish(0)
-    assert stays == [(0, set()), (5, {0, 1})]
+    assert stays == [(0, {4, 5}), (5, {0, 1})]
     first.end()
     tier.finish(1)
     assert stays[-1] == (4, {5})

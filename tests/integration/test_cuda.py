@@ -18,13 +18,13 @@ from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.retrieval.retriever import Retriever
-from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier, coalesce
 from telerag_cli.tiers.cuda.gpu import CudaGpu, find_gpu, gpu_number, translated
 from telerag_cli.tiers.cuda.scoring import GpuScorer
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
+from telerag_cli.tiers.rates import Rate
 from telerag_cli.tiers.slow import SlowTier
 from telerag_cli.tiers.transport import Move
 
@@ -281,7 +281,7 @@ def test_ties_across_the_last_candidate_are_found_out(tmp_path):
     index, ivf = make_index(tmp_path, vectors, 2, Metric.IP, Storage.FLOAT32)
     _tier, retriever = open_over(index, SimulatedGpu())
     for row in (0, 150, 399):
-        ahead = retriever.begin(vectors[row][None], 2)
+        ahead = retriever.prefetch(vectors[row][None], 2)
         while not ahead.idle:
             time.sleep(0.001)
         report = check(retriever, ivf, vectors[row][None], 5, 2, ahead)
@@ -295,13 +295,13 @@ def test_ties_across_the_last_candidate_are_found_out(tmp_path):
 def test_what_lookahead_moved_is_hit_and_scored_on_the_device(small):
     index, ivf, vectors = small
     tier, retriever = open_over(index, SimulatedGpu())
-    ahead = retriever.begin(vectors[:1], 6)
+    ahead = retriever.prefetch(vectors[:1], 6)
     while not ahead.idle:
         time.sleep(0.001)
     report = check(retriever, ivf, vectors[:1], 5, 6, ahead)
     assert (report.lists_hit, report.lists_in_place, report.lists_failed) == (report.lists_wanted, 0, 0)
     tier.check_integrity()
-    assert tier.references() == 0
+    assert tier.occupancy().references == 0
     retriever.close()
 
 
@@ -343,11 +343,11 @@ def test_a_failing_device_costs_time_and_no_result(small, copies, works):
     failed = 0
     tier.in_place.scoring.observe(1 << 40, 1e6)  # so slow that the link gets everything
     for row in range(6):
-        ahead = retriever.begin(vectors[row][None], 6)
+        ahead = retriever.prefetch(vectors[row][None], 6)
         time.sleep(0.005)
         failed += check(retriever, ivf, vectors[row : row + 2], 5, 6, ahead).lists_failed
         tier.check_integrity()
-        assert tier.references() == 0
+        assert tier.occupancy().references == 0
     assert failed > 0
     retriever.close()
 
@@ -377,14 +377,14 @@ def test_a_device_that_is_lost_costs_time_and_no_result(small):
     check(retriever, ivf, vectors[:1], 5, 6)
     lost.set()
     for row in range(4):
-        ahead = retriever.begin(vectors[row][None], 20)
+        ahead = retriever.prefetch(vectors[row][None], 20)
         while not ahead.idle:
             time.sleep(0.001)
         report = check(retriever, ivf, vectors[row][None], 5, 20, ahead)
         assert report.lists_moved == 0
         assert report.lists_failed >= ahead.failed > 0
         tier.check_integrity()
-        assert tier.references() == 0
+        assert tier.occupancy().references == 0
     retriever.close()
     assert not gpu.locked
 
@@ -490,7 +490,7 @@ def test_on_a_gpu_the_results_are_faiss_s(tmp_path, metric, storage):
     tier, retriever = open_over(index, CudaGpu(0), int(index.list_bytes.sum()) // 2)
     for row in range(20):
         queries = vectors[row : row + 1 + row % 4] + np.float32(0.1)
-        ahead = retriever.begin(queries, 16)
+        ahead = retriever.prefetch(queries, 16)
         time.sleep(0.002)
         check(retriever, ivf, queries, 10, 16, ahead)
         tier.check_integrity()

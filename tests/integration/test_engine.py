@@ -18,7 +18,7 @@ from telerag_cli.engine.lines import RunFile, answer_line, error_line
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.questions import read_questions
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import PrefetchHandle, Refiner
+from telerag_cli.engine.refiner import Refiner
 from telerag_cli.errors import ArtifactError, InputError, ModelError
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.found import Retrieved
@@ -80,8 +80,8 @@ def test_a_generator_that_fails_in_the_middle_leaves_nothing(engine_of):
     engine = engine_of(failing)
     with pytest.raises(ModelError, match="the model broke"):
         run(engine, PipelineName.HYDE)
-    assert engine.retriever.rounds == 0
-    assert len(engine.retriever.tier.moves_under_way()) <= engine.retriever.tier.depth
+    assert engine.retriever.prefetches == 0
+    assert engine.retriever.tier.occupancy().lists_moving <= engine.retriever.tier.depth
 
 
 def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
@@ -100,8 +100,11 @@ def test_fit_keeps_everything_when_there_is_room():
     assert fit("q", hits, answer_prompt, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1] == 3
 
 
-class StubRound:
-    idle = False
+class StubPrefetch:
+    question = np.ones(2, np.float32)
+
+    def __init__(self, idle):
+        self.idle = idle
 
 
 class StubRetriever:
@@ -136,11 +139,11 @@ def sketches():
     made.refinement_embedder.close()
 
 
-def refiner_of(sketches, expected_tokens, expect=None):
-    begun = Future()
-    begun.set_result(PrefetchHandle(np.ones(2, np.float32), StubRound()))
+def refiner_of(sketches, expected_tokens, expect=None, *, idle=False):
+    prefetch = Future()
+    prefetch.set_result(StubPrefetch(idle))
     retriever = StubRetriever()
-    return Refiner(begun, retriever, 4, expected_tokens, sketches.refinement_embedder, expect), retriever
+    return Refiner(prefetch, retriever, 4, expected_tokens, sketches.refinement_embedder, expect), retriever
 
 
 def settled(sketches):
@@ -190,10 +193,8 @@ def test_each_finished_query_is_followed_at_once(sketches):
 
 
 def test_an_idle_link_waits_for_later_checkpoints_but_not_for_queries(sketches):
-    text, followed = refiner_of(sketches, 100)
-    lines, listed = refiner_of(sketches, 100, Lines(3).finished)
-    for refiner in (text, lines):
-        refiner._begun.result().round.idle = True
+    text, followed = refiner_of(sketches, 100, idle=True)
+    lines, listed = refiner_of(sketches, 100, Lines(3).finished, idle=True)
     early, late = (round(100 * share) for share in (CHECKPOINTS[0], PATIENT_CHECKPOINTS[0]))
     for tokens in range(1, late + 1):
         text("word " * tokens, tokens)

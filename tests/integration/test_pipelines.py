@@ -255,7 +255,7 @@ def test_cancelling_in_any_call_leaves_nothing_and_the_next_question_is_answered
             with pytest.raises(asyncio.CancelledError):
                 await asking[0]
             assert engine.generator.running == 0
-            assert engine.retriever.tier.references() == 0
+            assert engine.retriever.tier.occupancy().references == 0
             return await engine.ask(make_pipeline(PipelineName.HYDE), QUESTION)
 
         assert asyncio.run(cancel()).found

@@ -108,7 +108,7 @@ def test_lists_are_measured_through_the_tier_which_is_left_empty(world, kind, tm
     assert all(0 <= point.loss <= 2 for point in joins.losses)
     assert [point.missed_share for point in joins.losses] == sorted(point.missed_share for point in joins.losses)
     assert tier.absent()[index.list_bytes > 0].all()
-    assert tier.references() == 0
+    assert tier.occupancy().references == 0
     tier.check_integrity()
     with_retriever.close()
 

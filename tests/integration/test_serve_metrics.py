@@ -16,7 +16,7 @@ from telerag_cli.engine.session import Stage
 from telerag_cli.engine.snapshot import Snapshot, snapshot
 from telerag_cli.llm.base import Generation, Request
 from telerag_cli.pipelines.registry import make_pipeline
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics, State
 
 MODEL = "telerag-hyde"

@@ -93,13 +93,13 @@ def engine(only_engine, monkeypatch):
 def batches(engine, monkeypatch):
     """The ``k`` and the number of searches of each batch."""
     noted = []
-    usual = engine.retriever.search_together
+    usual = engine.retriever.search_batch
 
-    def search_together(searches, k, nprobe):
+    def search_batch(searches, k, nprobe):
         noted.append((k, len(searches)))
         return usual(searches, k, nprobe)
 
-    monkeypatch.setattr(engine.retriever, "search_together", search_together)
+    monkeypatch.setattr(engine.retriever, "search_batch", search_batch)
     return noted
 
 

@@ -25,7 +25,8 @@ from telerag_cli.llm.base import Generation, Message, Request
 from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import Order
-from telerag_cli.retrieval.retriever import JoinReport, JoinTrace, Retriever, Search
+from telerag_cli.retrieval.report import JoinReport, JoinTrace
+from telerag_cli.retrieval.retriever import Retriever, Search
 from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
@@ -78,7 +79,7 @@ def check(drawn, joins):
     lists = dict.fromkeys(("hit", "wasted", "missed"), 0)
     for bar in bars_of(drawn, "link"):
         lists[bar["outcome"]] += bar["lists"]
-    fetched = sum(len(join.course.fetched) for join in joins)
+    fetched = sum(len(join.trace.fetched) for join in joins)
     assert sum(lists.values()) + counts["lists_undrawn"] == counts["lists_moved"] + fetched
     if not counts["lists_undrawn"]:
         assert lists["wasted"] == counts["lists_wasted"]
@@ -92,7 +93,7 @@ def test_a_list_moved_ahead_is_a_hit_or_wasted(engine_of):
     engine = engine_of(script, token_s=0.001, arena=1.0, tracer=Tracer(enabled=False))
     answered, drawn = asked(engine)
     check(drawn, answered.joins)
-    course = answered.joins[0].course
+    course = answered.joins[0].trace
     assert lists_of(drawn, "hit") == sorted(set(course.wanted) & set(course.moved))
     assert lists_of(drawn, "wasted") == sorted(set(course.moved) - set(course.wanted))
     assert lists_of(drawn, "hit")
@@ -123,7 +124,7 @@ def test_without_lookahead_every_list_is_missed_once_and_then_it_is_there(engine
     engine = engine_of(script, Lookahead.OFF, arena=1.0, tracer=Tracer(enabled=False))
     answered, drawn = asked(engine)
     check(drawn, answered.joins)
-    assert lists_of(drawn, "missed") == answered.joins[0].course.wanted.tolist()
+    assert lists_of(drawn, "missed") == answered.joins[0].trace.wanted.tolist()
     assert not lists_of(drawn, "hit")
     assert not lists_of(drawn, "wasted")
     assert [mark["kind"] for mark in drawn["marks"]] == ["query"]
@@ -142,7 +143,7 @@ def test_a_slow_link_shows_hits_wasted_and_missed_lists_each_once(engine_of):
     engine = engine_of(script, Lookahead.QUESTION, token_s=0.002, arena=1.0, link=link, tracer=Tracer(enabled=False))
     answered, drawn = asked(engine, question="bees number 4")
     check(drawn, answered.joins)
-    course = answered.joins[0].course
+    course = answered.joins[0].trace
     assert lists_of(drawn, "missed") == course.fetched.tolist() != []
     assert lists_of(drawn, "hit") + lists_of(drawn, "wasted") != []
     moved = [bar["list"] for bar in bars_of(drawn, "link")]
@@ -194,22 +195,20 @@ def test_moves_that_nobody_listened_to_are_counted_as_undrawn(engine_of):
     drawn = timeline(answered, [], began_s, time.perf_counter())
     check(drawn, answered.joins)
     assert not bars_of(drawn, "link")
-    assert (
-        drawn["counts"]["lists_undrawn"] == drawn["counts"]["lists_moved"] + len(answered.joins[0].course.fetched) > 0
-    )
+    assert drawn["counts"]["lists_undrawn"] == drawn["counts"]["lists_moved"] + len(answered.joins[0].trace.fetched) > 0
     assert len(bars_of(drawn, "llm")) == 2
 
 
 def test_a_report_is_the_same_whatever_its_course_and_travels_with_it(engine_of):
     answered, _drawn = asked(engine_of(script, token_s=0.001))
     report = answered.joins[0]
-    assert report == replace(report, course=None)
-    assert "course" not in repr(report)
-    assert "course" not in report.counts()
+    assert report == replace(report, trace=None)
+    assert "trace" not in repr(report)
+    assert "trace" not in report.counts()
     there = pickle.loads(pickle.dumps(report))
     assert there == report
-    assert there.course.moved.tolist() == report.course.moved.tolist()
-    assert there.course.orders == report.course.orders
+    assert there.trace.moved.tolist() == report.trace.moved.tolist()
+    assert there.trace.orders == report.trace.orders
 
 
 def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_path):
@@ -224,12 +223,12 @@ def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_pa
         with tracer.listening() as spans:
             began_s = time.perf_counter()
             searches = [Search(vectors[:1]), Search(vectors[300:303])]
-            found = retriever.search_together(searches, 3, 6)
+            found = retriever.search_batch(searches, 3, 6)
             ended_s = time.perf_counter()
     finally:
         retriever.close()
     for search, each in zip(searches, found, strict=True):
-        report, course = each.report, each.report.course
+        report, course = each.report, each.report.trace
         alone = np.unique(coarse.probe(search.queries, 6)[1])
         assert course.wanted.tolist() == alone[index.list_bytes[alone] > 0].tolist()
         assert course.scored.sum() == report.lists_wanted == report.lists_missed
@@ -310,7 +309,7 @@ def retrieval_of(course):
         "bytes_moved": PAGE_BYTES * len(course.moved),
         "bytes_missed": PAGE_BYTES * len(course.fetched),
     }
-    return Retrieval(("q",), [], JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=0.0, course=course), 0.01)
+    return Retrieval(("q",), [], JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=0.0, trace=course), 0.01)
 
 
 def stage_of(began_s, took_s):
@@ -470,8 +469,8 @@ def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
     assert (empty.lists_resident, empty.resident_bytes, empty.lists_moving, empty.references) == (0, 0, 0, 0)
     assert (empty.slots, empty.running, empty.waiting, empty.written_tokens) == (1000, 0, 0, 0)
     query = engine.embedder.encode_queries([QUESTION])
-    ahead = retriever.begin(query, 4)
-    moving = retriever.tier.moves_under_way()
+    ahead = retriever.prefetch(query, 4)
+    moving = ~retriever.tier.absent() & (list_bytes > 0)
     state = snapshot(engine)
     assert (state.lists_moving, state.moving_bytes) == (3, list_bytes[moving].sum())
     assert (state.rounds, state.lists_resident, state.resident_bytes) == (1, 0, 0)

@@ -86,6 +86,6 @@ class World:
         for engine in self.opened:
             engine.close()
             assert getattr(engine.generator, "running", 0) == 0
-            assert engine.retriever.rounds == 0
-            assert engine.retriever.tier.references() == 0
+            assert engine.retriever.prefetches == 0
+            assert engine.retriever.tier.occupancy().references == 0
             engine.retriever.tier.check_integrity()

@@ -12,7 +12,6 @@ from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError
 from telerag_cli.pipelines.registry import make_pipeline
-from telerag_cli.tiers.base import Prefetched
 
 
 def answer_with(engine, name, questions, outputs, schedule, *, concurrency=4, answered=(), ordered=False):
@@ -80,10 +79,10 @@ class StubTier:
 
     def prefetch(self, lists, protected, priority, arrived):
         if self.full:
-            return Prefetched([], full=True)
+            return [], True
         self.gone[lists] = False
         self.started.extend((list_no, arrived) for list_no in lists)
-        return Prefetched(list(lists), full=False)
+        return list(lists), False
 
     def finish(self, position):
         list_no, arrived = self.started[position]

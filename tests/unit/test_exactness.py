@@ -94,7 +94,7 @@ class Machine(RuleBasedStateMachine):
     @rule(near=st.integers(0, 600), nprobe=st.integers(1, 24), refining=st.booleans())
     def look_ahead(self, near, nprobe, refining):
         nprobe = min(nprobe, self.tier.nlist)
-        self.rounds.append(self.retriever.begin(self.query(near), nprobe, refining=refining))
+        self.rounds.append(self.retriever.prefetch(self.query(near), nprobe, refining=refining))
 
     @precondition(lambda self: self.rounds)
     @rule(near=st.integers(0, 600), nprobe=st.integers(1, 24), fraction=st.floats(0, 1))
@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
     def intact(self):
         if hasattr(self, "tier"):
             self.tier.check_integrity()
-            assert self.tier.references() == 0
+            assert self.tier.occupancy().references == 0
 
     def teardown(self):
         if hasattr(self, "tier"):
@@ -176,12 +176,12 @@ def test_lists_that_cannot_be_read_are_an_error_and_leave_nothing_held(small):
         return links[0]
 
     tier, retriever = open_over(index, int(index.list_bytes.sum()) // 2, link)
-    ahead = retriever.begin(query, 8)
+    ahead = retriever.prefetch(query, 8)
     time.sleep(0.02)
     assert ahead.failed >= 1
     with pytest.raises(ArtifactError, match=f"list {broken} cannot be read"):
         retriever.search(query, 5, 8, ahead)
-    assert tier.references() == 0
+    assert tier.occupancy().references == 0
     tier.check_integrity()
     # The link recovers: the same search is answered, so nothing of the torn read was kept.
     links[0].broken.clear()
@@ -201,7 +201,7 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small):
         return links[0]
 
     tier, retriever = open_over(index, int(index.list_bytes.sum()), link)
-    ahead = retriever.begin(-vectors[:1], 4)
+    ahead = retriever.prefetch(-vectors[:1], 4)
     found = retriever.search(vectors[:1], 3, 4, ahead)
     wanted = set(np.flatnonzero(np.isin(np.arange(20), Coarse(index.centroids, Metric.IP).probe(vectors[:1], 4)[1])))
     unneeded = [move for move in links[0].moves if move.list_no not in wanted]
@@ -251,7 +251,7 @@ def test_a_file_cut_short_while_in_use_is_named(small):
         file.truncate(4096)
     with pytest.raises(ArtifactError, match=r"lists\.bin ends at byte 4,096"):
         retriever.search(vectors[:1], 3, 20)
-    assert tier.references() == 0
+    assert tier.occupancy().references == 0
     retriever.close()
 
 
@@ -273,8 +273,8 @@ def test_a_list_that_other_lookahead_brings_after_it_was_refused_counts_as_misse
     # Room for one list: while the other is on its way, the wanted one is refused.
     tier, retriever = open_over(index, int(index.list_bytes.max()), GatedLink)
     nothing = np.zeros(20, np.bool_)
-    prefetched = tier.prefetch([other], lambda _number: nothing, np.zeros(20), lambda _lists, _error: None)
-    assert prefetched.started == [other]
+    started, _full = tier.prefetch([other], lambda _number: nothing, np.zeros(20), lambda _lists, _error: None)
+    assert started == [other]
     gates.setdefault(wanted, threading.Event()).set()
     threading.Timer(0.05, gates.setdefault(other, threading.Event()).set).start()
     found = retriever.search(query, 3, 1)

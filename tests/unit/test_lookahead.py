@@ -25,6 +25,13 @@ from telerag_cli.tiers.cache import make_policy
 from telerag_cli.tiers.residency import Residency, State
 
 
+def prefetch_over(tier, depth):
+    """A prefetch that moves the lists in order of their numbers."""
+    order = np.arange(tier.nlist)
+    (prefetch,) = Prefetcher(tier).start([order], depth, depth, np.zeros(tier.nlist, np.bool_))
+    return prefetch
+
+
 def test_interleave_takes_everyones_first_choice_first():
     merged = interleave([np.array([3, 1, 2, 0]), np.array([2, 3, 0, 1])])
     assert merged.tolist() == [3, 2, 1, 0]
@@ -57,48 +64,47 @@ def test_blend_goes_from_question_to_text():
 
 
 def test_a_plan_hands_out_the_best_absent_lists_within_reach():
-    plan = PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))
+    queue = PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))
     absent = np.ones(6, np.bool_)
-    assert plan.take(absent, 1) == []
-    plan.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
+    assert queue.take(absent, 1) == []
+    queue.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
     absent[2] = False
     handed = []
-    while numbers := plan.take(absent, 1):
+    while numbers := queue.take(absent, 1):
         handed += numbers
         absent[numbers] = False
     assert handed == [5, 0, 4]
-    plan.reorder(np.array([1, 5, 3, 0, 2, 4]), 4)
-    assert plan.take(absent, 1) == [1]
+    queue.reorder(np.array([1, 5, 3, 0, 2, 4]), 4)
+    assert queue.take(absent, 1) == [1]
 
 
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
     kept = np.zeros(5, np.bool_)
     kept[3] = True
-    plan = PrefetchQueue(np.ones(5, np.int64), kept)
-    plan.reorder(np.array([4, 0, 2, 1, 3]), 5)
-    assert np.flatnonzero(plan.protected()(2)).tolist() == [0, 3, 4]
-    priority = plan.priority
+    queue = PrefetchQueue(np.ones(5, np.int64), kept)
+    queue.reorder(np.array([4, 0, 2, 1, 3]), 5)
+    assert np.flatnonzero(queue.protected()(2)).tolist() == [0, 3, 4]
+    priority = queue.priority
     assert priority[4] == priority.max()
     assert priority[3] == priority.min()
 
 
 def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
-    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
-    ahead.follow(np.arange(8), 8)
+    prefetch = prefetch_over(tier, 8)
     assert [number for number, _ in tier.started] == [0, 1]
     tier.finish(0)
     assert [number for number, _ in tier.started] == [0, 1, 2]
-    ahead.follow(np.arange(8)[::-1], 8)
+    prefetch.follow(np.arange(8)[::-1], 8)
     tier.finish(1)
     assert tier.started[-1][0] == 7
-    ahead.stop()
+    prefetch.stop()
     tier.finish(2)
-    ahead.follow(np.arange(8), 8)
+    prefetch.follow(np.arange(8), 8)
     assert len(tier.started) == 4
-    assert ahead.moved == [0, 1, 2]
-    assert ahead.orders == 2
-    assert ahead.bytes_moved == 3 * PAGE_BYTES
+    assert prefetch.moved == [0, 1, 2]
+    assert len(prefetch.orders) == 2
+    assert prefetch.bytes_moved == 3 * PAGE_BYTES
 
 
 def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle():
@@ -119,15 +125,14 @@ def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle()
 
 def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
     tier = StubTier(8, depth=2)
-    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
-    ahead.follow(np.arange(8), 2)
-    assert not ahead.idle
+    prefetch = prefetch_over(tier, 2)
+    assert not prefetch.idle
     tier.finish(0)
     tier.finish(1)
-    assert ahead.idle
+    assert prefetch.idle
     assert len(tier.started) == 2
-    ahead.follow(np.arange(8), 3)
-    assert not ahead.idle
+    prefetch.follow(np.arange(8), 3)
+    assert not prefetch.idle
 
 
 def test_reach_grows_with_the_text():
@@ -141,12 +146,12 @@ def test_reach_grows_with_the_text():
 
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, full=True)
-    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(8, np.int64), np.zeros(8, np.bool_)))
-    ahead.follow(np.arange(8), 8)
+    prefetcher = Prefetcher(tier)
+    (prefetch,) = prefetcher.start([np.arange(8)], 8, 8, np.zeros(8, np.bool_))
     tier.full = False
-    ahead._mover.fill()
+    prefetcher.fill()
     assert tier.started == []
-    ahead.follow(np.arange(8), 8)
+    prefetch.follow(np.arange(8), 8)
     assert len(tier.started) == 2
 
 
@@ -321,8 +326,7 @@ def test_least_recently_used_leaves_first(kind):
 
 def test_rounds_may_be_driven_from_many_threads():
     tier = StubTier(64, depth=4)
-    ahead = Prefetcher(tier).start(PrefetchQueue(np.ones(64, np.int64), np.zeros(64, np.bool_)))
-    ahead.follow(np.arange(64), 64)
+    prefetch = prefetch_over(tier, 64)
     position = threading.Lock()
     taken = [0]
 
@@ -343,4 +347,4 @@ def test_rounds_may_be_driven_from_many_threads():
     while taken[0] < len(tier.started):
         tier.finish(taken[0])
         taken[0] += 1
-    assert sorted(ahead.moved) == list(range(64))
+    assert sorted(prefetch.moved) == list(range(64))

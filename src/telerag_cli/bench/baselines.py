@@ -19,7 +19,8 @@ from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, empty_ivf
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.retrieval.retriever import Found, JoinReport, Search
+from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Found, Search
 
 
 def plain_join(took_s: float) -> JoinReport:
@@ -38,7 +39,7 @@ class Plain(ABC):
     def find(self, queries: FloatArray, k: int, nprobe: int) -> tuple[FloatArray, IntArray]:
         """Scores and rows, (n, k), best first."""
 
-    def search_together(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
         """See `Searcher`."""
         return [self._search(search.queries, k, nprobe) for search in searches]
 

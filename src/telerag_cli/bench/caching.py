@@ -23,7 +23,8 @@ from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.engine.assemble import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
-from telerag_cli.retrieval.retriever import JoinReport, Retriever
+from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
 
 
@@ -182,7 +183,7 @@ def _key(skew: float, fraction: float) -> Key:
 
 def _retrieve(retriever: Retriever, asked: _Asked, setup: Setup, window_s: float) -> JoinReport:
     nprobe = setup.settings.nprobe
-    begun = retriever.begin(asked.ahead, nprobe)
+    begun = retriever.prefetch(asked.ahead, nprobe)
     time.sleep(window_s)
     return retriever.search(asked.query, setup.settings.k, nprobe, begun).report
 

@@ -281,8 +281,8 @@ def _another_query(retriever: Retriever, queries: FloatArray, nprobe: int) -> fl
     if not len(lists):
         return 1.0
     bring(tier, lists)
-    claim = tier.claim(lists.tolist(), lambda _lists, _error: None, move=False)
-    held: IntArray = np.array(claim.hits, np.int64)
+    pinned = tier.pin(lists.tolist(), lambda _lists, _error: None, move=False)
+    held: IntArray = np.array(pinned.hits, np.int64)
 
     def score_s(count: int) -> float:
         return seconds(lambda: tier.score(several[:count], np.tile(held, (count, 1)), 5), EFFORT).value
@@ -290,7 +290,7 @@ def _another_query(retriever: Retriever, queries: FloatArray, nprobe: int) -> fl
     try:
         one_s, several_s = score_s(1), score_s(len(several))
     finally:
-        tier.release(claim.hits)
+        tier.release(pinned.hits)
         tier.forget()
     return min(max((several_s / one_s - 1) / (len(several) - 1), 0.0), 1.0)
 

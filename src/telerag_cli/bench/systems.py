@@ -70,10 +70,10 @@ class Perfect(Retriever):
     known: FloatArray | None = None
     """The query to come, (n, dimension)."""
 
-    def begin_each(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
+    def prefetch_batch(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
         """Start lookahead for the query that is known."""
         assert self.known is not None, "nobody has said what the query will be"
-        return super().begin_each([self.known] * len(searches), nprobe, refining=refining)
+        return super().prefetch_batch([self.known] * len(searches), nprobe, refining=refining)
 
 
 class Useless(Retriever):
@@ -81,10 +81,10 @@ class Useless(Retriever):
 
     random = np.random.default_rng(0)
 
-    def begin_each(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
+    def prefetch_batch(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
         """Start lookahead for anything but these queries."""
         wrong = [self.random.standard_normal(each.shape, np.float32) for each in searches]
-        return super().begin_each(wrong, nprobe, refining=refining)
+        return super().prefetch_batch(wrong, nprobe, refining=refining)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from telerag_cli.engine.engine import SKETCH, Answered
 from telerag_cli.engine.retrieval import EMBED
 from telerag_cli.engine.session import LLM
 from telerag_cli.pipelines.found import Retrieved
-from telerag_cli.retrieval.retriever import JOIN, JoinReport
+from telerag_cli.retrieval.report import JOIN, JoinReport
 from telerag_cli.tracing import Span
 
 UNKNOWN_WIDTH = 80

@@ -61,7 +61,7 @@ def search(
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
         from telerag_cli.cli.opening import Searching, open_search
         from telerag_cli.engine.questions import Question, read_questions
-        from telerag_cli.retrieval.retriever import JoinReport
+        from telerag_cli.retrieval.report import JoinReport
 
         where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
         searching = Searching(index, embedder, where, k, nprobe, rescore)

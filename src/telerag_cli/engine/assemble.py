@@ -21,7 +21,7 @@ from telerag_cli.planning.planner import Planner
 from telerag_cli.progress import Progress, silent
 from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.system import available_bytes
-from telerag_cli.tiers.base import JoinRates
+from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tracing import Tracer
 
 

@@ -15,7 +15,7 @@ from telerag_cli.engine.questions import Question, read_ahead
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.workers import Worker
 from telerag_cli.errors import InputError, TeleragError
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 
 Write = Callable[[dict[str, Any]], None]
 

@@ -21,7 +21,8 @@ from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, recalled, r
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
-from telerag_cli.retrieval.retriever import JoinReport, Retriever, check_search
+from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.tracing import Tracer
 
 SKETCH = "sketch"

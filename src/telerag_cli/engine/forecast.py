@@ -20,7 +20,7 @@ from telerag_cli.planning.planner import (
     tokens_key,
     window_key,
 )
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Forecast:
         window, planner = report.window, self._planner
         if planner is None or window is None or not texts:
             return None
-        known = Circumstances(window.held_share, window.rounds, self._stage)
+        known = Circumstances(window.held_share, window.prefetches, self._stage)
         expected_s = planner.window_s(texts, self._stage)
         predicted = planner.outlook(expected_s, lookahead.value, known)
         hit_bytes = report.bytes_wanted - report.bytes_missed
@@ -103,7 +103,7 @@ class Forecast:
         )
         self._learn(window_key(self._stage), expected_s, window.window_s)
         if window.bytes_moved:
-            self._learn(link_key(self._stage), planner.link_bytes_per_s(self._stage) / window.rounds, pace)
+            self._learn(link_key(self._stage), planner.link_bytes_per_s(self._stage) / window.prefetches, pace)
             self._learn(moved_key(self._stage), predicted.bytes_moved, report.bytes_moved)
         return Prediction(self._stage, predicted, measured, planner.join_s(hit_bytes, report.bytes_missed))
 

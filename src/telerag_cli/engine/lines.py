@@ -18,7 +18,7 @@ from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.planning.planner import ExpectedText
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 
 
 def answer_line(question: Question, answered: Answered) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Self
@@ -11,11 +10,8 @@ import numpy as np
 
 from telerag_cli.arrays import BoolArray, FloatArray
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import PrefetchHandle, PrefetchStart
+from telerag_cli.engine.refiner import PrefetchStart, StartPrefetches
 from telerag_cli.prefetch.prefetcher import Prefetch
-
-Begin = Callable[[FloatArray], Sequence[Prefetch]]
-"""Starts lookahead for queries with these embeddings, shape (n, dimension): a prefetch for each."""
 
 
 @dataclass(eq=False)
@@ -37,7 +33,7 @@ class MicroBatch:
     lists: BoolArray = field(default_factory=lambda: np.zeros(0, np.bool_))
     """Lists that the questions will probably probe, shape (nlist,)."""
     _holders: int = field(default=0, init=False)
-    _started: dict[str, list[Future[PrefetchHandle]]] = field(default_factory=dict, init=False)
+    _started: dict[str, list[Future[Prefetch]]] = field(default_factory=dict, init=False)
 
     def __enter__(self) -> Self:
         self._holders += 1
@@ -50,28 +46,28 @@ class MicroBatch:
                 while futures:
                     give_up(futures.pop())
 
-    def lookahead(self, query: str, begin: Begin, embedder: RefinementEmbedder) -> Future[PrefetchHandle]:
+    def lookahead(self, query: str, start: StartPrefetches, embedder: RefinementEmbedder) -> Future[Prefetch]:
         """Lookahead for a query of one of the members, which from now on belongs to that member."""
         if query in self.questions and not self._started:
-            start = PrefetchStart(self.questions, begin, self.vectors)
-            for question, future in zip(self.questions, start.begun, strict=True):
+            together = PrefetchStart(self.questions, start, self.vectors)
+            for question, future in zip(self.questions, together.prefetches, strict=True):
                 self._started.setdefault(question, []).append(future)
-            embedder.submit(start)
+            embedder.submit(together)
         if waiting := self._started.get(query):
             return waiting.pop()
         # Something else, or a second lookahead for the same question.
-        start = PrefetchStart([query], begin)
-        (future,) = start.begun
-        embedder.submit(start)
+        alone = PrefetchStart([query], start)
+        (future,) = alone.prefetches
+        embedder.submit(alone)
         return future
 
 
-def give_up(begun: Future[PrefetchHandle]) -> None:
-    """Stop lookahead that nothing will retrieve from, whether it has begun or not."""
+def give_up(prefetch: Future[Prefetch]) -> None:
+    """Stop lookahead that nothing will retrieve from, whether it has started or not."""
 
-    def end(begun: Future[PrefetchHandle]) -> None:
-        if not begun.cancelled() and not begun.exception():
-            begun.result().round.end()
+    def end(started: Future[Prefetch]) -> None:
+        if not started.cancelled() and not started.exception():
+            started.result().end()
 
-    if not begun.cancel():
-        begun.add_done_callback(end)
+    if not prefetch.cancel():
+        prefetch.add_done_callback(end)

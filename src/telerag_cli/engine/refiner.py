@@ -1,11 +1,10 @@
-"""Decides when the text an LLM is writing is looked at again, so that lookahead can follow it."""
+"""Starts lookahead, and decides when the text an LLM is writing is looked at again, so that lookahead can follow it."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,13 +18,8 @@ from telerag_cli.retrieval.retriever import Retriever
 AWAITED = 2
 """Queries for which lists are moved as long as none of several is finished. Source: scripts/lookahead_study.py."""
 
-
-@dataclass(frozen=True)
-class PrefetchHandle:
-    """Lookahead that is under way: the embedding it began with, shape (dimension,), and its round."""
-
-    vector: FloatArray
-    round: Prefetch
+StartPrefetches = Callable[[Sequence[FloatArray]], Sequence[Prefetch]]
+"""Starts a prefetch for each of several searches, each of queries of shape (n, dimension)."""
 
 
 class PrefetchStart:
@@ -33,29 +27,24 @@ class PrefetchStart:
 
     urgent = True
 
-    def __init__(
-        self,
-        queries: Sequence[str],
-        begin: Callable[[FloatArray], Sequence[Prefetch]],
-        vectors: FloatArray | None = None,
-    ) -> None:
+    def __init__(self, queries: Sequence[str], start: StartPrefetches, vectors: FloatArray | None = None) -> None:
         """Get ready.
 
         Args:
             queries: the lookahead queries.
-            begin: starts a round for each embedding, shape (n, dimension).
-            vectors: the embeddings, if they are known already.
+            start: starts the prefetches.
+            vectors: their embeddings, shape (n, dimension), if they are known already.
         """
         self._queries = queries
-        self._begin = begin
+        self._start = start
         self._vectors = vectors
-        self.begun: list[Future[PrefetchHandle]] = [Future() for _ in queries]
+        self.prefetches: list[Future[Prefetch]] = [Future() for _ in queries]
 
     def take(self) -> Sequence[str]:
         """See `Subject`."""
         # What nobody wants any more is left out, and a future that is running can no longer be cancelled.
-        wanted = [place for place, future in enumerate(self.begun) if future.set_running_or_notify_cancel()]
-        self.begun = [self.begun[place] for place in wanted]
+        wanted = [place for place, future in enumerate(self.prefetches) if future.set_running_or_notify_cancel()]
+        self.prefetches = [self.prefetches[place] for place in wanted]
         if self._vectors is None or not wanted:
             return [self._queries[place] for place in wanted]
         try:
@@ -66,12 +55,13 @@ class PrefetchStart:
 
     def give(self, vectors: FloatArray) -> None:
         """See `Subject`."""
-        for future, vector, begun in zip(self.begun, vectors, self._begin(vectors), strict=True):
-            future.set_result(PrefetchHandle(vector, begun))
+        for future, vector, prefetch in zip(self.prefetches, vectors, self._start(list(vectors[:, None])), strict=True):
+            prefetch.question = vector
+            future.set_result(prefetch)
 
     def fail(self, error: Exception) -> None:
         """See `Subject`."""
-        for future in self.begun:
+        for future in self.prefetches:
             if not future.done():
                 future.set_exception(error)
 
@@ -86,28 +76,28 @@ class Refiner:
 
     def __init__(
         self,
-        begun: Future[PrefetchHandle],
+        prefetch: Future[Prefetch],
         retriever: Retriever,
         nprobe: int,
         expected_tokens: float,
-        refinement_embedder: RefinementEmbedder,
+        embedder: RefinementEmbedder,
         expect: Expect | None = None,
     ) -> None:
         """Get ready.
 
         Args:
-            begun: the lookahead to refine.
-            retriever: what it is of.
+            prefetch: the lookahead to refine.
+            retriever: what started it.
             nprobe: lists that each query will probe.
             expected_tokens: how long the text will probably be.
-            refinement_embedder: what embeds.
+            embedder: what embeds.
             expect: the queries that a text leads to; the text itself if not given.
         """
-        self._begun = begun
+        self._prefetch = prefetch
         self._retriever = retriever
         self._nprobe = nprobe
         self._expected = max(expected_tokens, 1.0)
-        self._sketcher = refinement_embedder
+        self._embedder = embedder
         self._expect: Expect = expect or (lambda text: [text])
         self._lock = threading.Lock()
         self._text, self._fraction = "", 0.0
@@ -124,7 +114,7 @@ class Refiner:
             if not due(fraction, self._looked, CHECKPOINTS) and not self._more(self._expect(text)):
                 return
             self._looked = fraction
-        self._sketcher.submit(self)
+        self._embedder.submit(self)
 
     def end(self) -> None:
         """The text is complete: its own embedding comes next, so a refinement that still waits is pointless.
@@ -138,32 +128,32 @@ class Refiner:
 
     def take(self) -> Sequence[str]:
         """See `Subject`."""
-        if self._ended or not self._begun.done() or self._begun.cancelled() or self._begun.exception():
+        started = self._prefetch
+        if self._ended or not started.done() or started.cancelled() or started.exception():
             return []
         with self._lock:
             text, fraction = self._text, self._fraction
-        begun, queries = self._begun.result(), self._expect(text)
-        patient = begun.round.idle and not due(fraction, self._followed, PATIENT_CHECKPOINTS)
+        prefetch, queries = started.result(), self._expect(text)
+        patient = prefetch.idle and not due(fraction, self._followed, PATIENT_CHECKPOINTS)
         if queries == self._taken or (patient and queries and not self._more(queries)):
             return []
         self._taken, self._followed = queries, fraction
-        if not queries:
-            # None is finished, and several may be written: the first order, which was only a start, is all there is so
-            # far.
-            self._retriever.refine(begun.round, begun.vector[None], AWAITED * self._nprobe, fraction)
+        if not queries and prefetch.question is not None:
+            # None is finished, and several may be written: the first order, which was only a start, is all there is.
+            self._retriever.refine(prefetch, prefetch.question[None], AWAITED * self._nprobe, fraction)
         return queries
 
     def give(self, vectors: FloatArray) -> None:
         """See `Subject`."""
-        begun = self._begun.result()
-        fraction = self._followed
-        mixed = [blend(begun.vector, vector, fraction) for vector in vectors]
-        self._retriever.refine(begun.round, np.stack(mixed), len(mixed) * self._nprobe, fraction)
-
-    def _more(self, queries: Sequence[str]) -> bool:
-        """Whether these are more than there were: that says more than any checkpoint. The first one waits for its checkpoint."""
-        return len(queries) > max(len(self._taken or ()), 1)
+        prefetch, fraction = self._prefetch.result(), self._followed
+        assert prefetch.question is not None
+        mixed = [blend(prefetch.question, vector, fraction) for vector in vectors]
+        self._retriever.refine(prefetch, np.stack(mixed), len(mixed) * self._nprobe, fraction)
 
     def fail(self, error: Exception) -> None:
         """See `Subject`."""
         self._error = error
+
+    def _more(self, queries: Sequence[str]) -> bool:
+        """Whether these are more than there were: that says more than any checkpoint. The first one waits for its checkpoint."""
+        return len(queries) > max(len(self._taken or ()), 1)

@@ -19,7 +19,8 @@ from telerag_cli.errors import TeleragError
 from telerag_cli.index.passages import Passages
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.retrieval.retriever import Found, JoinReport, Search, Searcher
+from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Found, Search, Searcher
 from telerag_cli.tracing import Tracer
 
 EMBED = "embed"
@@ -63,8 +64,8 @@ class Ranking:
 class Finder(Protocol):
     """Finds passages for texts."""
 
-    async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
-        """The best passages for these queries together; the rounds that prepared them end.
+    async def find(self, queries: Sequence[str], prefetches: Sequence[Prefetch]) -> Retrieval:
+        """The best passages for these queries together; the prefetches that prepared them end.
 
         Raises:
             TeleragError: it failed.
@@ -77,7 +78,7 @@ class Finder(Protocol):
 @dataclass(frozen=True, eq=False)
 class _Asked(Generic[T]):
     queries: tuple[str, ...]
-    rounds: tuple[Prefetch, ...]
+    prefetches: tuple[Prefetch, ...]
     k: int
     make: Callable[[Found, float], T]
     """The answer from what was found and the seconds that embedding took; called in the thread."""
@@ -100,8 +101,8 @@ class Retrievals:
         self._waiting: list[_Asked[Any]] = []
         self._running: asyncio.Task[None] | None = None
 
-    async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
-        """The best passages for these queries together; the rounds that prepared them end.
+    async def find(self, queries: Sequence[str], prefetches: Sequence[Prefetch]) -> Retrieval:
+        """The best passages for these queries together; the prefetches that prepared them end.
 
         Raises:
             TeleragError: a list could not be read.
@@ -114,7 +115,7 @@ class Retrievals:
             hits = map(Retrieved, self._passages[rows], rows, scores)
             return Retrieval(texts, list(hits), found.report, embed_s)
 
-        return await self._ask(_Asked(texts, tuple(rounds), self._k, retrieval))
+        return await self._ask(_Asked(texts, tuple(prefetches), self._k, retrieval))
 
     async def rank(self, queries: Sequence[str], k: int) -> Ranking:
         """The best ``k`` passages for these queries together, as deep as anyone wants to look, without their texts.
@@ -201,8 +202,8 @@ class Retrievals:
         embed_s = time.perf_counter() - started_s
         searches, start = [], 0
         for asked in batch:
-            searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.rounds))
-        found = self._searcher.search_together(searches, batch[0].k, self._nprobe)
+            searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.prefetches))
+        found = self._searcher.search_batch(searches, batch[0].k, self._nprobe)
         return [asked.make(each, embed_s) for asked, each in zip(batch, found, strict=True)]
 
     @cached_property

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
-from telerag_cli.arrays import FloatArray
 from telerag_cli.config import Lookahead
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch, give_up
 from telerag_cli.engine.prompt import fit
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import PrefetchHandle, Refiner
+from telerag_cli.engine.refiner import Refiner
 from telerag_cli.engine.retrieval import Finder, Retrieval
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.llm.shapes import Shape
@@ -102,7 +101,7 @@ class Shared:
 class _Ahead(Ahead):
     """Lookahead of a session that has it on."""
 
-    begun: Future[PrefetchHandle]
+    prefetch: Future[Prefetch]
 
 
 @dataclass
@@ -121,7 +120,7 @@ class Session:
     """Seconds of each stage, summed over its calls."""
     dropped: int = 0
     """Passages that did not fit a prompt."""
-    _begun: list[Future[PrefetchHandle]] = field(default_factory=list)
+    _prefetches: list[Future[Prefetch]] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
@@ -132,14 +131,11 @@ class Session:
             return
         refining = shared.settings.lookahead is Lookahead.REFINED
 
-        def begin(vectors: FloatArray) -> list[Prefetch]:
-            each = [vector[None] for vector in vectors]
-            return shared.retriever.begin_each(each, shared.settings.nprobe, refining=refining)
-
-        begun = self.batch.lookahead(query, begin, shared.refinement_embedder)
-        self._begun.append(begun)
+        start = partial(shared.retriever.prefetch_batch, nprobe=shared.settings.nprobe, refining=refining)
+        prefetch = self.batch.lookahead(query, start, shared.refinement_embedder)
+        self._prefetches.append(prefetch)
         self.forecast.lookahead_begins()
-        yield _Ahead(begun)
+        yield _Ahead(prefetch)
 
     async def generate(
         self,
@@ -187,9 +183,9 @@ class Session:
             self.listener.retrieving()
         started_s = time.perf_counter()
         # What has not begun by now would only begin to move what is being searched.
-        begun = [await asyncio.wrap_future(future) for future in self._begun if not future.cancel()]
-        retrieval = await self.shared.retrievals.find(queries, [each.round for each in begun])
-        self._begun.clear()
+        prefetches = [await asyncio.wrap_future(future) for future in self._prefetches if not future.cancel()]
+        retrieval = await self.shared.retrievals.find(queries, prefetches)
+        self._prefetches.clear()
         self.retrievals.append(retrieval)
         if plan := self.forecast.retrieved(retrieval.join, self.shared.settings.lookahead):
             self.plans.append(plan)
@@ -231,8 +227,8 @@ class Session:
 
     def __exit__(self, *_error: object) -> None:
         """Stop lookahead that nothing retrieved from."""
-        for begun in self._begun:
-            give_up(begun)
+        for prefetch in self._prefetches:
+            give_up(prefetch)
 
     def _refiner(self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None) -> Refiner | None:
         shared = self.shared
@@ -240,7 +236,7 @@ class Session:
             return None
         expected = self.forecast.expected_tokens(stage, max_tokens)
         return Refiner(
-            ahead.begun, shared.retriever, shared.settings.nprobe, expected, shared.refinement_embedder, expect
+            ahead.prefetch, shared.retriever, shared.settings.nprobe, expected, shared.refinement_embedder, expect
         )
 
     def _on_text(self, stage: str, refiner: Refiner | None) -> OnText | None:

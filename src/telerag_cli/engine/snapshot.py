@@ -65,5 +65,5 @@ def snapshot(engine: Engine) -> Snapshot:
         lists_resident=held.lists_resident,
         lists_moving=held.lists_moving,
         references=held.references,
-        rounds=retriever.rounds,
+        rounds=retriever.prefetches,
     )

@@ -34,8 +34,9 @@ from telerag_cli.planning.timing import Effort, rate
 from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes, hardware
-from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier
+from telerag_cli.tiers.rates import JoinRates
+from telerag_cli.tiers.tier import FastTier
 
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu

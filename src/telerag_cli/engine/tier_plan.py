@@ -13,8 +13,9 @@ from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.progress import Progress
 from telerag_cli.system import available_bytes
-from telerag_cli.tiers.base import FastTier, JoinRates
 from telerag_cli.tiers.host import open_host_tier
+from telerag_cli.tiers.rates import JoinRates
+from telerag_cli.tiers.tier import FastTier
 from telerag_cli.tracing import Tracer
 
 if TYPE_CHECKING:

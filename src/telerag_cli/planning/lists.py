@@ -20,7 +20,8 @@ from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, Sco
 from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.prefetch.prefetcher import Window
 from telerag_cli.retrieval.retriever import Retriever
-from telerag_cli.tiers.base import FastTier, PinResult, ScoreLists
+from telerag_cli.tiers.rates import ScoreLists
+from telerag_cli.tiers.tier import FastTier, PinResult
 
 POLL_S = 0.002
 TRIED_BYTES = 512 << 20
@@ -64,7 +65,7 @@ def _move(retriever: Retriever, at_most_s: float, ended: threading.Event | None 
     retriever.tier.forget()
     nlist, dimension = retriever.index.centroids.shape
     query = np.random.default_rng().standard_normal((1, dimension), np.float32)
-    ahead = retriever.begin(query, nlist)
+    ahead = retriever.prefetch(query, nlist)
     until_s = time.perf_counter() + at_most_s
     while not ahead.idle and time.perf_counter() < until_s and not (ended and ended.is_set()):
         time.sleep(POLL_S)
@@ -148,8 +149,8 @@ def scoring_rates(index: Index, tier: FastTier, effort: Effort) -> list[ScoringR
     lists = _fitting(index, tier, min(TRIED_BYTES, tier.arena_bytes))
     if not len(lists):
         return []
-    claim = _claim(tier, lists)
-    here = np.setdiff1d(lists, claim.absent)
+    pinned = _pinned(tier, lists)
+    here = np.setdiff1d(lists, pinned.absent)
     try:
         rates = [_scoring("arena", tier.score, index, here, effort)]
         if tier.in_place:
@@ -166,11 +167,11 @@ def bring(tier: FastTier, lists: IntArray) -> None:
     Raises:
         TeleragError: one could not be moved.
     """
-    claim = _claim(tier, lists)
-    tier.release(np.setdiff1d(lists, claim.absent).tolist())
+    pinned = _pinned(tier, lists)
+    tier.release(np.setdiff1d(lists, pinned.absent).tolist())
 
 
-def _claim(tier: FastTier, lists: IntArray) -> PinResult:
+def _pinned(tier: FastTier, lists: IntArray) -> PinResult:
     """References to lists that are there by now; raises TeleragError if one could not be moved."""
     arrived = threading.Semaphore(0)
     errors: list[TeleragError] = []
@@ -180,12 +181,12 @@ def _claim(tier: FastTier, lists: IntArray) -> PinResult:
             errors.append(error)
         arrived.release(len(some))
 
-    claim = tier.claim(lists.tolist(), told)
-    for _ in (*claim.coming, *claim.started):
+    pinned = tier.pin(lists.tolist(), told)
+    for _ in (*pinned.coming, *pinned.started):
         arrived.acquire()
     if errors:
         raise errors[0]
-    return claim
+    return pinned
 
 
 def _fitting(index: Index, tier: FastTier, most_bytes: int) -> IntArray:

@@ -1,4 +1,4 @@
-"""The plan of one round: what to move next, and what may not make room for it. Pure integers."""
+"""What one prefetch moves next, and what may not make room for it. Pure integers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PrefetchQueue:
 
         Args:
             list_bytes: bytes each list takes, shape (nlist,).
-            kept: lists that the cache keeps through this round, shape (nlist,).
+            kept: lists that the cache keeps meanwhile, shape (nlist,).
             budget_bytes: of lists that may be handed out in all orders together.
         """
         self._kept = kept
-        self._extents = list_bytes
+        self._list_bytes = list_bytes
         self._nlist = nlist = len(list_bytes)
         self._left_bytes = budget_bytes
         self._order: IntArray = np.empty(0, np.int64)
@@ -37,13 +37,13 @@ class PrefetchQueue:
         """The lists that are worth moving, whether they have been moved or not."""
         self._next = 0
 
-    def reorder(self, order: IntArray, prefetch_depth: int) -> None:
-        """Follow the ``prefetch_depth`` best of ``order`` (distinct lists, best first) from now on; all of it ranks."""
-        self._order = order[:prefetch_depth]
+    def reorder(self, order: IntArray, depth: int) -> None:
+        """Follow the ``depth`` best of ``order`` (distinct lists, best first) from now on; all of it ranks."""
+        self._order = order[:depth]
         self._rank = np.full(self._nlist, self._nlist, np.int64)
         self._rank[order] = np.arange(len(order))
         self.priority = 1.0 - self._rank / self._nlist
-        self.wanted = self._rank < prefetch_depth
+        self.wanted = self._rank < depth
         self._next = 0
 
     def take(self, absent: BoolArray, count: int) -> list[int]:
@@ -56,7 +56,7 @@ class PrefetchQueue:
         rest = self._order[self._next :]
         places = np.flatnonzero(absent[rest])[:count]
         if self._left_bytes is not None:
-            ends = np.cumsum(self._extents[rest[places]])
+            ends = np.cumsum(self._list_bytes[rest[places]])
             places = places[ends <= self._left_bytes]
             self._left_bytes -= int(ends[len(places) - 1]) if len(places) else 0
         if not len(places):
@@ -78,9 +78,4 @@ class PrefetchQueue:
     def protected(self) -> Callable[[int], BoolArray]:
         """Says which lists may not be evicted for one: those that this order ranks before it and those kept, shape (nlist,)."""
         rank, kept = self._rank, self._kept
-
-        def before(list_no: int) -> BoolArray:
-            mask: BoolArray = (rank < rank[list_no]) | kept
-            return mask
-
-        return before
+        return lambda list_no: (rank < rank[list_no]) | kept

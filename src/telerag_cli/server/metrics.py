@@ -32,7 +32,7 @@ from prometheus_client.registry import Collector
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.snapshot import Snapshot
 from telerag_cli.pipelines.base import is_answer
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 
 Rejection = Literal["queue", "size", "key", "host", "not_ready"]
 """Why a request was refused before any work: the queue is full, it is too large, has no key, names another host, or the

@@ -14,7 +14,7 @@ from typing import Any
 
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.retrieval import Retrieval
-from telerag_cli.retrieval.retriever import JoinReport
+from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.tracing import Span
 
 MAX_LANES = 8
@@ -148,7 +148,7 @@ def _written(answered: Answered) -> Iterator[_Bar]:
 
 def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
     """What was moved ahead for these retrievals and by them; None for a move that was not seen."""
-    for course in (join.course for join in joins if join.course):
+    for course in (join.trace for join in joins if join.trace):
         wanted = set(course.wanted.tolist())
         for number, at_s in zip(course.moved.tolist(), course.moved_s.tolist(), strict=True):
             yield link.last(number, "hit" if number in wanted else "wasted", at_s)
@@ -157,7 +157,7 @@ def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
 
 
 def _scored(join: JoinReport) -> Iterator[_Bar]:
-    course = join.course
+    course = join.trace
     if course is None:
         return
     yield _Bar(course.arrived_s, course.arrived_s + join.coarse_s, "find lists")
@@ -171,7 +171,7 @@ def _scored(join: JoinReport) -> Iterator[_Bar]:
 
 def _embedded(retrievals: Iterable[Retrieval]) -> Iterator[_Bar]:
     for retrieval in retrievals:
-        if course := retrieval.join.course:
+        if course := retrieval.join.trace:
             # A retrieval embeds right before it searches.
             start_s = course.arrived_s - retrieval.embed_s
             count = len(retrieval.queries)
@@ -183,7 +183,7 @@ def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, A
         return {"at_s": axis.at(moment_s), "kind": kind, "label": label}
 
     for number, retrieval in enumerate(retrievals, 1):
-        course = retrieval.join.course
+        course = retrieval.join.trace
         if course is None:
             continue
         which = f" {number}" if len(retrievals) > 1 else ""

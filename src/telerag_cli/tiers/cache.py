@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import numpy as np
 
 from telerag_cli.arrays import DoubleArray, IntArray
 from telerag_cli.config import CacheKind
 
 
-class CachePolicy(Protocol):
-    """Keeps a heat per list; the coldest leave first."""
+class CachePolicy:
+    """Keeps a heat per list; the coldest leave first. This one, ``none``, keeps nothing between rounds: the baseline."""
 
-    heat: DoubleArray
-    """What each list is worth keeping, shape (nlist,), never negative."""
-    hot: float
-    """Heat from which a list is kept through a round, within the cache's share of the arena."""
-    keeps: bool
+    keeps = False
     """Whether lists stay from one round to the next."""
+    hot = np.inf
+    """Heat from which a list is kept through a round, within the cache's share of the arena."""
+
+    def __init__(self, nlist: int) -> None:
+        self.heat: DoubleArray = np.zeros(nlist)
+        """What each list is worth keeping, shape (nlist,), never negative."""
 
     def admitted(self, lists: IntArray) -> None:
         """These lists have been moved in."""
@@ -31,49 +30,27 @@ class CachePolicy(Protocol):
         """A query or micro-batch begins."""
 
 
-class NoCache:
-    """Nothing stays between rounds: the baseline that shows what a cache is worth."""
-
-    keeps = False
-    hot = np.inf
-
-    def __init__(self, nlist: int) -> None:
-        self.heat: DoubleArray = np.zeros(nlist)
-
-    def admitted(self, lists: IntArray) -> None:
-        """No list is worth more than another."""
-
-    def used(self, lists: IntArray) -> None:
-        """No list is worth more than another."""
-
-    def new_round(self) -> None:
-        """Nothing to age."""
-
-
-class LeastRecentlyUsed:
-    """The list probed longest ago leaves first; heat is the age-ordered clock of its last use."""
+class LeastRecentlyUsed(CachePolicy):
+    """The list probed longest ago leaves first; heat is the round of its last use, and moving in counts as a use."""
 
     keeps = True
-    hot = np.inf
 
     def __init__(self, nlist: int) -> None:
-        self.heat: DoubleArray = np.zeros(nlist)
+        super().__init__(nlist)
         self._clock = 0
 
     def admitted(self, lists: IntArray) -> None:
-        """Moving in counts as a use."""
+        """See `CachePolicy`."""
         self.heat[lists] = self._clock
 
-    def used(self, lists: IntArray) -> None:
-        """Probed now."""
-        self.heat[lists] = self._clock
+    used = admitted
 
     def new_round(self) -> None:
-        """Time passes by rounds."""
+        """See `CachePolicy`."""
         self._clock += 1
 
 
-class Hotness:
+class Hotness(CachePolicy):
     """TeleRAG's hotness (arXiv 2502.20969): a base on arrival, raised by each hit, halved each round."""
 
     keeps = True
@@ -83,23 +60,20 @@ class Hotness:
     """At a round's start a list probed in the last round only has at most (0.25 + 1) / 2 = 0.625; above it, it was
     probed in more than one of the last rounds."""
 
-    def __init__(self, nlist: int) -> None:
-        self.heat: DoubleArray = np.zeros(nlist)
-
     def admitted(self, lists: IntArray) -> None:
-        """Start at the base, or at what is left of an earlier stay."""
+        """See `CachePolicy`: at least the base, or what is left from before."""
         self.heat[lists] = np.maximum(self.heat[lists], self.base)
 
     def used(self, lists: IntArray) -> None:
-        """Raise."""
+        """See `CachePolicy`."""
         self.heat[lists] += self.raised_by
 
     def new_round(self) -> None:
-        """Halve."""
+        """See `CachePolicy`."""
         self.heat *= 0.5
 
 
-class Frequency:
+class Frequency(CachePolicy):
     """The list probed least often leaves first: heat counts the rounds in which it was probed, each worth less as it ages.
 
     It differs from `Hotness` in three things. Uses are remembered for some fifty rounds instead of two, and beyond a
@@ -110,29 +84,24 @@ class Frequency:
 
     keeps = True
     decay = 0.98
-    hot = np.inf
-
-    def __init__(self, nlist: int) -> None:
-        self.heat: DoubleArray = np.zeros(nlist)
-
-    def admitted(self, lists: IntArray) -> None:
-        """Only a probe shows that a list was worth moving."""
 
     def used(self, lists: IntArray) -> None:
-        """One more."""
+        """See `CachePolicy`."""
         self.heat[lists] += 1.0
 
     def new_round(self) -> None:
-        """All that was counted is worth less."""
+        """See `CachePolicy`."""
         self.heat *= self.decay
+
+
+_POLICIES: dict[CacheKind, type[CachePolicy]] = {
+    CacheKind.NONE: CachePolicy,
+    CacheKind.LRU: LeastRecentlyUsed,
+    CacheKind.HOTNESS: Hotness,
+    CacheKind.FREQUENCY: Frequency,
+}
 
 
 def make_policy(kind: CacheKind, nlist: int) -> CachePolicy:
     """A fresh policy for an index of ``nlist`` lists."""
-    policies: dict[CacheKind, Callable[[int], CachePolicy]] = {
-        CacheKind.NONE: NoCache,
-        CacheKind.LRU: LeastRecentlyUsed,
-        CacheKind.HOTNESS: Hotness,
-        CacheKind.FREQUENCY: Frequency,
-    }
-    return policies[kind](nlist)
+    return _POLICIES[kind](nlist)

@@ -9,7 +9,7 @@ from telerag_cli.arrays import ByteArray
 from telerag_cli.config import CacheKind
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
-from telerag_cli.tiers.tier import ArenaTier, size_arena
+from telerag_cli.tiers.tier import FastTier, size_arena
 from telerag_cli.tiers.transport import DirectReader, Transport, allocate
 from telerag_cli.tracing import Tracer
 
@@ -24,7 +24,7 @@ def open_host_tier(
     cache: CacheKind = CacheKind.FREQUENCY,
     transport: TransportFactory = DirectReader,
     tracer: Tracer | None = None,
-) -> ArenaTier:
+) -> FastTier:
     """Allocate an arena in RAM and open the link to the disk.
 
     Args:
@@ -42,4 +42,4 @@ def open_host_tier(
     arena = size_arena(index, arena_bytes, "--fast-memory")
     memory = allocate(max(arena.nbytes, 4096))
     link = transport(index.paths.lists, memory)
-    return ArenaTier(index, arena, link, ListScorer.over(memory, index, coarse), cache=cache, tracer=tracer)
+    return FastTier(index, arena, link, ListScorer.over(memory, index, coarse), cache=cache, tracer=tracer)

@@ -13,6 +13,9 @@ from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import CachePolicy
 
+Protected = Callable[[int], BoolArray]
+"""Which lists may not be evicted for the one named, shape (nlist,)."""
+
 
 class State(IntEnum):
     """Where a list is, seen from the fast tier."""
@@ -24,7 +27,7 @@ class State(IntEnum):
 
 ABSENT, MOVING, RESIDENT = (state.value for state in State)
 """The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
-TOGETHER = 16
+MAX_AT_ONCE = 16
 """Lists that room is made for at once. Each gets as much as the longest of them needs, so more of them would evict more."""
 
 
@@ -85,11 +88,7 @@ class Residency:
         return kept
 
     def reserve(
-        self,
-        lists: Sequence[int],
-        *,
-        protected: Callable[[int], BoolArray] | None = None,
-        priority: DoubleArray | None = None,
+        self, lists: Sequence[int], *, protected: Protected | None = None, priority: DoubleArray | None = None
     ) -> list[int]:
         """Take room for lists that are ABSENT, evicting the coldest runs where there is none; they become MOVING.
 
@@ -107,7 +106,7 @@ class Residency:
             offset = self.arena.allocate(nbytes, list_no)
             if offset is None:
                 # Looking through the arena takes longer than a fast link takes to move a list, so once for several.
-                rest = lists[place : place + TOGETHER]
+                rest = lists[place : place + MAX_AT_ONCE]
                 if not (self._make_room(rest, protected, priority) or self._make_room(rest[:1], protected, priority)):
                     break
                 offset = self.arena.allocate(nbytes, list_no)
@@ -178,9 +177,7 @@ class Residency:
         mask: BoolArray = (self.state == RESIDENT) & (self.references == 0) & (self.list_bytes > 0)
         return mask
 
-    def _make_room(
-        self, lists: Sequence[int], protected: Callable[[int], BoolArray] | None, priority: DoubleArray | None
-    ) -> bool:
+    def _make_room(self, lists: Sequence[int], protected: Protected | None, priority: DoubleArray | None) -> bool:
         """Evict what makes room for the first of the lists, and for others as far as that is possible; whether it was."""
         evictable = self._evictable()
         if protected is not None:

@@ -1,10 +1,11 @@
-"""The fast tier: accounting, a link and a scorer put together, whatever the memory is."""
+"""The fast tier: a bounded arena that holds lists and scores them. Accounting, a link and a scorer put together."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,11 +15,28 @@ from telerag_cli.config import CacheKind, format_bytes
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.tiers.arena import Arena
-from telerag_cli.tiers.base import InPlace, ListsArrived, PinResult, Prefetched, Stay
 from telerag_cli.tiers.cache import make_policy
-from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, Occupancy, Residency
+from telerag_cli.tiers.rates import InPlace
+from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, Occupancy, Protected, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer
+
+ListsArrived = Callable[[Sequence[int], TeleragError | None], None]
+"""Called with the numbers of lists that are in the arena now, or with the error that kept them out; from any thread."""
+
+
+@dataclass(frozen=True)
+class PinResult:
+    """What became of lists that a query needs; all but ``absent`` are referenced until released."""
+
+    hits: list[int]
+    """In the arena: score them now."""
+    coming: list[int]
+    """Already under way when they were asked for."""
+    started: list[int]
+    """Not in the arena; a move was started."""
+    absent: list[int]
+    """Not in the arena: there is no room now (ask again after a release), or no move was wanted."""
 
 
 class Scorer(Protocol):
@@ -50,8 +68,11 @@ def size_arena(index: Index, nbytes: int, option: str) -> Arena:
     return arena
 
 
-class ArenaTier:
-    """A `FastTier`. One lock guards the accounting; callbacks are made outside it."""
+class FastTier:
+    """The arena over one link. All methods may be called from any thread.
+
+    One lock guards the accounting; callbacks are made outside it.
+    """
 
     def __init__(
         self,
@@ -74,7 +95,7 @@ class ArenaTier:
             transport: the link.
             scorer: scores what is in the arena.
             cache: what stays between queries.
-            in_place: how the slow tier's lists are scored without moving them, if they can be.
+            in_place: how lists are scored where they lie in the slow tier; None where they must be moved for it.
             notes: what a user should know, beside the transport's own note.
             closing: called last by `close`.
             tracer: where moves are recorded.
@@ -90,7 +111,7 @@ class ArenaTier:
         self._tracer = tracer or Tracer(enabled=False)
         self._scorer = scorer
         self._transport = transport
-        self._residency = Residency(self.list_bytes, arena, make_policy(cache, self.nlist), self._forget)
+        self._residency = Residency(self.list_bytes, arena, make_policy(cache, self.nlist), self._evicted)
         self._waiting: dict[int, list[ListsArrived]] = {}
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
@@ -98,28 +119,43 @@ class ArenaTier:
         self._close_rest = closing
 
     def new_round(self, cache_fraction: float) -> BoolArray:
-        """See `FastTier`."""
+        """Begin a round; returns the mask of lists to keep through it (see `Residency.new_round`)."""
         with self._lock:
             return self._residency.new_round(cache_fraction)
 
     def absent(self) -> BoolArray:
-        """See `FastTier`."""
+        """Which lists are neither in the arena nor on their way, shape (nlist,)."""
         with self._lock:
             mask: BoolArray = self._residency.state == ABSENT
             return mask
 
+    def occupancy(self) -> Occupancy:
+        """What the arena holds now, all of it at one moment."""
+        with self._lock:
+            return self._residency.occupancy()
+
     def prefetch(
-        self, lists: Sequence[int], protected: Stay, priority: DoubleArray, arrived: ListsArrived
-    ) -> Prefetched:
-        """See `FastTier`."""
+        self, lists: Sequence[int], protected: Protected, priority: DoubleArray, arrived: ListsArrived
+    ) -> tuple[list[int], bool]:
+        """Start moving lists that nobody waits for, in this order, until there is no room for one.
+
+        Args:
+            lists: numbers of lists; those in the arena or on their way already are passed over.
+            protected: asked only when something must be evicted.
+            priority: added to each list's heat when choosing what to evict, shape (nlist,).
+            arrived: called once for each list started.
+
+        Returns:
+            The lists started, and whether there was no room for another.
+        """
         with self._lock:
             absent = [list_no for list_no in lists if self._residency.state[list_no] == ABSENT]
             moves = [] if self._closing else self._reserve(absent, arrived, protected, priority)
         self._submit(moves)
-        return Prefetched([move.list_no for move in moves], full=len(moves) < len(absent))
+        return [move.list_no for move in moves], len(moves) < len(absent)
 
-    def claim(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> PinResult:
-        """See `FastTier`."""
+    def pin(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> PinResult:
+        """Reference lists for scoring, and start what is absent if ``move``; ``arrived`` is called for each coming or started one."""
         wanted = np.asarray(lists, np.int64)
         with self._lock:
             state = self._residency.state[wanted]
@@ -135,26 +171,30 @@ class ArenaTier:
         return PinResult(hits, coming, started, absent[len(moves) :])
 
     def release(self, lists: Sequence[int]) -> None:
-        """See `FastTier`."""
+        """Give back references taken by `pin` (or by an arrival that followed it)."""
         with self._lock:
             self._residency.drop(lists)
 
     def used(self, lists: IntArray) -> None:
-        """See `FastTier`."""
+        """Tell the cache that these lists were probed."""
         with self._lock:
             self._residency.policy.used(lists)
 
     def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
-        """See `FastTier`."""
+        """The ``k`` best (score, row) of the named, referenced lists; see `ScoreLists`.
+
+        Raises:
+            ResourceError: the device failed at it; the lists stay referenced.
+        """
         return self._scorer.score(queries, lists, k)
 
     def forget(self) -> None:
-        """See `FastTier`."""
+        """Empty the arena, save for what is in use or on its way: for measuring."""
         with self._lock:
             self._residency.forget()
 
     def check_integrity(self) -> None:
-        """See `FastTier`."""
+        """Assert the accounting's invariants."""
         with self._lock:
             self._residency.check_integrity()
             resident = (self._residency.state == RESIDENT) & (self.list_bytes > 0)
@@ -164,23 +204,8 @@ class ArenaTier:
             assert (table[resident, 2] == self._residency.offset[resident].astype(np.uint64)).all()
             assert set(self._waiting) == set(np.flatnonzero(self._residency.state == MOVING))
 
-    def moves_under_way(self) -> list[int]:
-        """Lists on their way now."""
-        with self._lock:
-            return list(self._waiting)
-
-    def references(self) -> int:
-        """References held now; zero when no query is being answered."""
-        with self._lock:
-            return int(self._residency.references.sum())
-
-    def occupancy(self) -> Occupancy:
-        """What the arena holds now, all of it at one moment."""
-        with self._lock:
-            return self._residency.occupancy()
-
     def close(self) -> None:
-        """See `FastTier`."""
+        """Wait for moves under way and free the arena."""
         with self._settled:
             self._closing = True  # lookahead that nobody stopped ends here
             self._settled.wait_for(lambda: not self._waiting)
@@ -192,7 +217,7 @@ class ArenaTier:
         self,
         lists: Sequence[int],
         arrived: ListsArrived,
-        protected: Stay | None = None,
+        protected: Protected | None = None,
         priority: DoubleArray | None = None,
     ) -> list[Move]:
         """Moves of as many lists, from the first, as there is room for."""
@@ -238,5 +263,5 @@ class ArenaTier:
         for tell, lists in told.items():
             tell(lists, error)
 
-    def _forget(self, list_no: int) -> None:
+    def _evicted(self, list_no: int) -> None:
         self._scorer.table[list_no] = 0

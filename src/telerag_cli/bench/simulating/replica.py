@@ -1,6 +1,6 @@
 """One replica in simulated time: its LLM, link, arena and the thread that retrieves.
 
-What is moved, kept, evicted and found is decided by the product's own `Prefetcher`, `PrefetchQueue`, `ArenaTier` and `Residency`;
+What is moved, kept, evicted and found is decided by the product's own `Prefetcher`, `FastTier` and `Residency`;
 what a text waits for in the LLM, by its own `Batcher`. Here are only the clocks, and the way of a join without its
 threads.
 """
@@ -26,9 +26,8 @@ from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index
 from telerag_cli.prefetch.order import PATIENT_CHECKPOINTS, due
 from telerag_cli.prefetch.prefetcher import Prefetch, Prefetcher
-from telerag_cli.prefetch.queue import PrefetchQueue
-from telerag_cli.retrieval.retriever import RETRY_S
-from telerag_cli.tiers.tier import ArenaTier, size_arena
+from telerag_cli.retrieval.join import RETRY_S
+from telerag_cli.tiers.tier import FastTier, size_arena
 from telerag_cli.tiers.transport import Arrived, Move
 
 
@@ -167,8 +166,8 @@ class Replica:
         self.llm = Llm(env, rates, on, self.moving)
         self._link = Link(env, rates, tier.depth, host.slow, self.moving, lambda: self.llm.writing.now)
         arena = size_arena(index, tier.arena_bytes, "--fast-memory")
-        self._tier = ArenaTier(index, arena, self._link, _NoScorer(index.manifest.nlist), cache=tier.cache)
-        self._mover = Prefetcher(self._tier)
+        self._tier = FastTier(index, arena, self._link, _NoScorer(index.manifest.nlist), cache=tier.cache)
+        self._prefetcher = Prefetcher(self._tier)
         self._nlist = index.manifest.nlist
         self._asked: simpy.Store = simpy.Store(env)
         self._sketches = _Sketches(env, self._processor, rates.sketch_s)
@@ -243,13 +242,10 @@ class Replica:
     def _begin(self, together: Sequence[tuple[_Rounds, Ahead]]) -> None:
         """Lookahead for several at once; to the cache they are one round."""
         kept = self._tier.new_round(self._tier_options.cache_fraction)
-        for rounds, _step in together:
-            rounds.begun.append(
-                self._mover.start(PrefetchQueue(self._tier.list_bytes, kept, self._tier_options.budget_bytes))
-            )
-        for rounds, step in together:
-            rounds.begun[-1].plan.reorder(step.order, step.prefetch_depth)
-        self._mover.fill()
+        orders, depth = [step.order for _rounds, step in together], together[0][1].prefetch_depth
+        started = self._prefetcher.start(orders, depth, depth, kept, self._tier_options.budget_bytes)
+        for (rounds, _step), prefetch in zip(together, started, strict=True):
+            rounds.begun.append(prefetch)
 
     def _begin_alone(self, rounds: _Rounds, step: Ahead) -> ProcessGenerator:
         yield self._processor.serve(self._rates.sketch_s)
@@ -305,24 +301,24 @@ class Replica:
             assert error is None
             came.put(list(lists))
 
-        claim = tier.claim(wanted.tolist(), told, move=not self._rates.in_place_bytes_per_s)
-        missed = claim.started + claim.absent
+        pinned = tier.pin(wanted.tolist(), told, move=not self._rates.in_place_bytes_per_s)
+        missed = pinned.started + pinned.absent
         for asked in batch:
             own = np.unique(np.concatenate(asked.lookup.probes))
             own = own[tier.list_bytes[own] > 0]
             gone = np.isin(own, missed)
             counts.lists_wanted += len(own)
-            counts.lists_hit += len(own) - int(np.isin(own, missed + claim.coming).sum())
+            counts.lists_hit += len(own) - int(np.isin(own, missed + pinned.coming).sum())
             counts.bytes_wanted += int(tier.list_bytes[own].sum())
             counts.bytes_missed += int(tier.list_bytes[own[gone]].sum())
         counts.bytes_moved += sum(each.bytes_moved for each in rounds)
-        absent, in_place = self._share(claim.absent)
+        absent, in_place = self._share(pinned.absent)
         beside = self._env.process(self._score(in_place, times, self._rates.in_place_bytes_per_s)) if in_place else None
-        coming = len(claim.coming) + len(claim.started)
-        here = list(claim.hits)
+        coming = len(pinned.coming) + len(pinned.started)
+        here = list(pinned.hits)
         while here or coming or absent:
             if absent:
-                more = tier.claim(absent, told)
+                more = tier.pin(absent, told)
                 absent = more.absent
                 here += more.hits
                 coming += len(more.coming) + len(more.started)

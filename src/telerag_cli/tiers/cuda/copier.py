@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from telerag_cli.errors import TeleragError
-from telerag_cli.tiers.base import Rate
 from telerag_cli.tiers.cuda.gpu import Copy, Event, Stream
+from telerag_cli.tiers.rates import Rate
 from telerag_cli.tiers.transport import Arrived, Move
 
 IN_FLIGHT_S = 0.002

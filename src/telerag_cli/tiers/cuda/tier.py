@@ -15,13 +15,13 @@ from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.progress import Advance
-from telerag_cli.tiers.base import InPlace, JoinRates, Rate
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Gpu, Stream
 from telerag_cli.tiers.cuda.scoring import GpuScorer, workspace_bytes
+from telerag_cli.tiers.rates import InPlace, JoinRates, Rate
 from telerag_cli.tiers.slow import HostLists, SlowTier
-from telerag_cli.tiers.tier import ArenaTier, size_arena
+from telerag_cli.tiers.tier import FastTier, size_arena
 from telerag_cli.tracing import Tracer
 
 OPTION = "--gpu-memory"
@@ -44,7 +44,7 @@ def open_cuda_tier(
     lists: HostLists | None = None,
     rates: JoinRates | None = None,
     tracer: Tracer | None = None,
-) -> ArenaTier:
+) -> FastTier:
     """Read the index into host memory, take the arena, and measure link and scoring.
 
     Args:
@@ -94,7 +94,7 @@ def open_cuda_tier(
         copier = Copier(stream, source, arena, choice.link, index.list_bytes.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
-    return ArenaTier(
+    return FastTier(
         index,
         accounts,
         copier,
@@ -110,8 +110,7 @@ def open_cuda_tier(
 def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, known: JoinRates | None) -> InPlace:
     if known is None:
         return InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
-    known_link, known_in_place, known_moved = known.rates()
-    return InPlace(in_place.score, known_in_place, known_link, known_moved, known.latency_s, known.slowdown)
+    return known.in_place_by(in_place.score)
 
 
 def _lock(gpu: Gpu, memory: ByteArray, required: bool) -> list[str]:
