@@ -9,19 +9,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from telerag_cli.bench import tables
+from telerag_cli.bench.report import COUNTS, Table, at, headline, ordered
 from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult, load_all
-from telerag_cli.bench.tables import number, statistic
+from telerag_cli.bench.wording import NONE, flattened, label, number, short, statistic, times
 from telerag_cli.errors import ArtifactError, UsageError
 
 QUANTILE = 1.96
-"""Of the normal distribution: 95 % lie within so many standard errors."""
+"""Standard errors around the mean of a normal distribution that hold 95 % of it."""
 ERRORS = {"mean": 1.0, "median": math.sqrt(math.pi / 2)}
-"""Standard errors of a statistic, in those of the mean; that of the median is for normal data."""
+"""The standard error of a statistic over that of the mean; the median's holds for normal data."""
 
 
 class Verdict(StrEnum):
-    """What may be said of a difference."""
+    """What may be said about a difference."""
 
     EQUAL = "equal"
     NOISE = "within the noise"
@@ -31,54 +31,45 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Something besides the code that was not the same; None where one side has none."""
-
-    name: str
-    first: Any
-    second: Any
-
-
-@dataclass(frozen=True)
 class Change:
-    """A metric of a cell, or a ratio, on both sides."""
+    """A metric of a cell, or a ratio, on both sides; None where a side has none."""
 
     key: Key
     system: str
-    """For a ratio ``over ÷ under``."""
+    """``over ÷ under`` for a ratio."""
     metric: str
-    first: float | None
-    second: float | None
-    quotient: float | None
-    """Second over first."""
+    a: float | None
+    b: float | None
+    ratio: float | None
+    """``b / a``."""
     low: float | None
+    """The lower end of the ratio's 95 % confidence interval, where both sides have a spread."""
     high: float | None
-    """The ends of its 95 % confidence interval, where both sides have a spread."""
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A suite, compared."""
+    """Two results of one suite."""
 
     suite: str
     title: str
-    axes: tuple[str, ...]
-    differences: tuple[Difference, ...]
-    """Hardware, versions, settings and configurations that differ: what else may have changed the figures."""
-    cells: tuple[Change, ...]
-    ratios: tuple[Change, ...]
+    axes: list[str]
+    differences: list[dict[str, Any]]
+    """``name``, ``a`` and ``b`` of the hardware, settings and configurations that differ: what else may matter."""
+    cells: list[Change]
+    ratios: list[Change]
 
 
 def compare_paths(first: Path, second: Path) -> tuple[list[Comparison], list[str]]:
     """Compare two result files, or all suites that two folders share.
 
     Returns:
-        The comparisons, and the names of results that have no partner.
+        The comparisons, and the names of results without a partner.
 
     Raises:
-        ArtifactError: a path is missing, or no result, or the folders share no suite.
-        UsageError: one is a file and the other a folder, or the files are of different suites.
+        ArtifactError: a path is missing or not a result, or the folders share no suite.
+        UsageError: one is a file and the other a folder, or the files belong to different suites.
     """
     for path in (first, second):
         if not path.exists():
@@ -91,139 +82,107 @@ def compare_paths(first: Path, second: Path) -> tuple[list[Comparison], list[str
             f"{first} is a {kinds[0]} and {second} is a {kinds[1]}.", remedy="Name two files or two folders."
         )
     if not first.is_dir():
-        return [compare(SuiteResult.load(first), SuiteResult.load(second), first.name, second.name)], []
-    left, right = load_all(first), load_all(second)
-    pairs, alone = _paired(left, right)
+        a, b = SuiteResult.load(first), SuiteResult.load(second)
+        if a.suite != b.suite:
+            raise UsageError(
+                f"{first.name} is a result of the suite {a.suite} and {second.name} of {b.suite}.",
+                remedy="Compare results of one suite.",
+            )
+        return [compare(a, b)], []
+    left, right = ordered(load_all(first)), load_all(second)
+    pairs = _paired(left, right)
     if not pairs:
         suites = [", ".join(sorted({result.suite for result in results.values()})) for results in (left, right)]
         raise ArtifactError(
             f"{first} has results of {suites[0]} and {second} of {suites[1]}: there is nothing to compare.",
             remedy="Run the same suites for both.",
         )
-    order = {stem: place for place, stem in enumerate(tables.ordered(left))}
-    pairs.sort(key=lambda pair: order[pair[0]])
-    return [compare(left[one], right[other], one, other) for one, other in pairs], alone
+    alone = [stem for stem in left if stem not in pairs] + [stem for stem in right if stem not in pairs.values()]
+    return [compare(left[stem], right[pairs[stem]]) for stem in left if stem in pairs], alone
 
 
-def _paired(
-    left: Mapping[str, SuiteResult], right: Mapping[str, SuiteResult]
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """Results of one suite and one file name; then those that are the only ones left of their suite on both sides."""
-    pairs = [(stem, stem) for stem in left if stem in right and left[stem].suite == right[stem].suite]
-    rest = [[stem for stem in results if (stem, stem) not in pairs] for results in (left, right)]
-    for suite in dict.fromkeys(left[stem].suite for stem in rest[0]):
-        ones = [stem for stem in rest[0] if left[stem].suite == suite]
-        others = [stem for stem in rest[1] if right[stem].suite == suite]
+def _paired(left: Mapping[str, SuiteResult], right: Mapping[str, SuiteResult]) -> dict[str, str]:
+    """Pair results by suite and file name, then those that are the only ones left of their suite on both sides."""
+    pairs = {stem: stem for stem in left if stem in right and left[stem].suite == right[stem].suite}
+    for suite in {result.suite for result in left.values()}:
+        ones = [stem for stem, result in left.items() if result.suite == suite and stem not in pairs]
+        others = [stem for stem, result in right.items() if result.suite == suite and stem not in pairs.values()]
         if len(ones) == len(others) == 1:
-            pairs.append((ones[0], others[0]))
-    taken = [{pair[side] for pair in pairs} for side in (0, 1)]
-    return pairs, [stem for side in (0, 1) for stem in rest[side] if stem not in taken[side]]
+            pairs[ones[0]] = others[0]
+    return pairs
 
 
-def compare(
-    first: SuiteResult, second: SuiteResult, first_name: str = "the first", second_name: str = "the second"
-) -> Comparison:
-    """Compare two results cell by cell, ratio by ratio.
-
-    Args:
-        first: what to compare with.
-        second: what is compared.
-        first_name: for the error.
-        second_name: for the error.
-
-    Raises:
-        UsageError: they are of different suites.
-    """
-    if first.suite != second.suite:
-        raise UsageError(
-            f"{first_name} is a result of the suite {first.suite} and {second_name} of {second.suite}.",
-            remedy="Compare results of one suite.",
-        )
-    axes = tuple(dict.fromkeys([*first.axes, *second.axes]))
-    return Comparison(
-        first.suite,
-        first.title,
-        axes,
-        tuple(_differences(first, second)),
-        tuple(_cells(first, second)),
-        tuple(_ratios(first, second)),
-    )
-
-
-def _differences(first: SuiteResult, second: SuiteResult) -> list[Difference]:
-    both = [
-        tables.flattened(
+def compare(first: SuiteResult, second: SuiteResult) -> Comparison:
+    """Compare two results of one suite, cell by cell and ratio by ratio."""
+    axes = list(dict.fromkeys([*first.axes, *second.axes]))
+    shared = first.systems.keys() & second.systems.keys()
+    a, b = (
+        flattened(
             {
                 "hardware": result.hardware,
                 "settings": result.settings,
-                "systems": {
-                    name: values
-                    for name, values in result.systems.items()
-                    if name in first.systems and name in second.systems
-                },
+                "systems": {name: values for name, values in result.systems.items() if name in shared},
             }
         )
         for result in (first, second)
+    )
+    differences = [
+        {"name": name, "a": a.get(name), "b": b.get(name)}
+        for name in dict.fromkeys([*a, *b])
+        if a.get(name) != b.get(name)
     ]
-    names = dict.fromkeys([*both[0], *both[1]])
-    return [
-        Difference(name, both[0].get(name), both[1].get(name))
-        for name in names
-        if both[0].get(name) != both[1].get(name)
-    ]
+    return Comparison(first.suite, first.title, axes, differences, _cells(first, second), _ratios(first, second))
 
 
 def _cells(first: SuiteResult, second: SuiteResult) -> list[Change]:
-    metrics = list(dict.fromkeys([*tables.headline(first), *tables.headline(second)]))
-    left, right = ({(cell.system, _frozen(cell.key)): cell for cell in result.cells} for result in (first, second))
+    metrics = dict.fromkeys([*headline(first), *headline(second)])
+    left, right = ({(cell.system, _place(cell.key)): cell for cell in result.cells} for result in (first, second))
     changes = []
     for place in dict.fromkeys([*left, *right]):
         one, other = left.get(place), right.get(place)
-        some = one or other
-        assert some is not None
+        key, system = (left.get(place) or right[place]).key, place[0]
         for metric in metrics:
-            values = [number(cell.values.get(metric)) if cell else None for cell in (one, other)]
-            if values == [None, None] or (metric in tables.COUNTS and values[0] == values[1]):
+            a, b = (number(cell.values.get(metric)) if cell else None for cell in (one, other))
+            if (a, b) == (None, None) or (metric in COUNTS and a == b):
                 continue
             errors = [_log_error(cell, metric) if cell else None for cell in (one, other)]
-            changes.append(_change(some.key, some.system, metric, values, errors))
+            changes.append(_change(key, system, metric, a, b, errors))
     return changes
 
 
 def _ratios(first: SuiteResult, second: SuiteResult) -> list[Change]:
     left, right = (
-        {(ratio.over, ratio.under, ratio.metric, _frozen(ratio.key)): ratio for ratio in result.ratios}
+        {(ratio.over, ratio.under, ratio.metric, _place(ratio.key)): ratio for ratio in result.ratios}
         for result in (first, second)
     )
     changes = []
     for place in dict.fromkeys([*left, *right]):
         one, other = left.get(place), right.get(place)
-        some = one or other
-        assert some is not None
-        values = [number(ratio.ratio) if ratio else None for ratio in (one, other)]
-        if values != [None, None]:
+        a, b = (number(ratio.ratio) if ratio else None for ratio in (one, other))
+        if (a, b) != (None, None):
+            over, under, metric, _ = place
+            key = (left.get(place) or right[place]).key
             errors = [_log_error_of_ratio(ratio) if ratio else None for ratio in (one, other)]
-            changes.append(_change(some.key, f"{some.over} ÷ {some.under}", some.metric, values, errors))
+            changes.append(_change(key, f"{over} ÷ {under}", metric, a, b, errors))
     return changes
 
 
-def _change(key: Key, system: str, metric: str, values: list[float | None], errors: list[float | None]) -> Change:
-    one, other = values
-    if one is None or other is None:
-        return Change(key, system, metric, one, other, None, None, None, Verdict.MISSING)
-    quotient = other / one if one else None
+def _change(key: Key, system: str, metric: str, a: float | None, b: float | None, errors: list[float | None]) -> Change:
+    if a is None or b is None:
+        return Change(key, system, metric, a, b, None, None, None, Verdict.MISSING)
+    quotient = b / a if a else None
     low = high = None
-    verdict = Verdict.EQUAL if one == other else Verdict.UNKNOWN
+    verdict = Verdict.EQUAL if a == b else Verdict.UNKNOWN
     if quotient and quotient > 0 and errors[0] is not None and errors[1] is not None:
         reach = QUANTILE * math.hypot(errors[0], errors[1])
         low, high = quotient * math.exp(-reach), quotient * math.exp(reach)
-        if one != other:
+        if a != b:
             verdict = Verdict.NOISE if low <= 1 <= high else Verdict.DIFFERS
-    return Change(key, system, metric, one, other, quotient, low, high, verdict)
+    return Change(key, system, metric, a, b, quotient, low, high, verdict)
 
 
 def _log_error(cell: Cell, metric: str) -> float | None:
-    """The standard error of a value's logarithm, from the standard deviation beside it."""
+    """Return the standard error of a value's logarithm, from the standard deviation beside it."""
     which, quantity = statistic(metric)
     value, spread = number(cell.values.get(metric)), number(cell.values.get(f"std_{quantity}"))
     count = number(cell.values.get("completed"))
@@ -233,71 +192,25 @@ def _log_error(cell: Cell, metric: str) -> float | None:
 
 
 def _log_error_of_ratio(ratio: Ratio) -> float | None:
-    """The standard error of a ratio's logarithm, from its interval."""
+    """Return the standard error of a ratio's logarithm, from its interval."""
     low, high = number(ratio.low), number(ratio.high)
     return math.log(high / low) / (2 * QUANTILE) if low and high and 0 < low <= high else None
 
 
-def _frozen(key: Key) -> tuple[tuple[str, str], ...]:
-    """A key that can be looked up: 1 and 1.0 are the same place."""
-    return tuple(
-        sorted((name, str(float(value)) if tables.is_number(value) else str(value)) for name, value in key.items())
-    )
+def _place(key: Key) -> frozenset[tuple[str, Any]]:
+    """Return a key that can be looked up; 1 and 1.0 are the same place."""
+    return frozenset(key.items())
 
 
-# To be read.
-
-
-def as_json(comparisons: list[Comparison], alone: list[str]) -> dict[str, Any]:
-    """All of it as plain values."""
-    return {"comparisons": [_suite(comparison) for comparison in comparisons], "unmatched": alone}
-
-
-def _suite(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "suite": comparison.suite,
-        "differences": [{"name": each.name, "a": each.first, "b": each.second} for each in comparison.differences],
-        "cells": [_plain(change) for change in comparison.cells],
-        "ratios": [_plain(change) for change in comparison.ratios],
-    }
-
-
-def _plain(change: Change) -> dict[str, Any]:
-    key = {name: "inf" if value == math.inf else value for name, value in change.key.items()}
-    return {
-        "key": key,
-        "system": change.system,
-        "metric": change.metric,
-        "a": change.first,
-        "b": change.second,
-        "ratio": change.quotient,
-        "low": change.low,
-        "high": change.high,
-        "verdict": change.verdict.value,
-    }
-
-
-COLUMNS = ("system", "metric", "A", "B", "B/A", "95 % interval", "verdict")
-
-
-def rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Of `COLUMNS`, after one for each axis: cells, then ratios."""
-    found = []
-    for is_ratio, change in (
-        (part is comparison.ratios, each) for part in (comparison.cells, comparison.ratios) for each in part
-    ):
-        shown = [
-            tables.NONE if value is None else tables.times(value) if is_ratio else tables.short(change.metric, value)
-            for value in (change.first, change.second)
-        ]
-        interval = (
-            tables.NONE if change.low is None or change.high is None else f"{_fine(change.low)} to {_fine(change.high)}"
-        )
-        quotient = tables.NONE if change.quotient is None else _fine(change.quotient)
-        where = [tables.at(change.key, axis) for axis in comparison.axes]
-        found.append((*where, change.system, change.metric, *shown, quotient, interval, change.verdict.value))
-    return found
-
-
-def _fine(quotient: float) -> str:
-    return f"{quotient:,.3f}"
+def table(comparison: Comparison) -> Table:
+    """Return a comparison as a table: cells, then ratios."""
+    rows = []
+    for changes, written in ((comparison.cells, short), (comparison.ratios, lambda _metric, value: times(value))):
+        for change in changes:
+            a, b = (NONE if value is None else written(change.metric, value) for value in (change.a, change.b))
+            interval = NONE if change.low is None or change.high is None else f"{change.low:,.3f} to {change.high:,.3f}"
+            quotient = NONE if change.ratio is None else f"{change.ratio:,.3f}"
+            where = [at(change.key, axis) for axis in comparison.axes]
+            rows.append([*where, change.system, change.metric, a, b, quotient, interval, change.verdict.value])
+    heads = [*map(label, comparison.axes), "system", "metric"]
+    return Table("", [*heads, "A", "B", "B/A", "95 % interval", "verdict"], rows, len(heads))

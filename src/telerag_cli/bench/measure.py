@@ -15,7 +15,7 @@ from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted
-from telerag_cli.engine.workers import Local
+from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.progress import Advance
@@ -48,7 +48,7 @@ class Work:
 class Turn:
     """One system's turn at some work. Times are milliseconds."""
 
-    system: SystemName
+    system: str
     work: Work
     wall_ms: float
     """Until the last answer."""
@@ -110,39 +110,46 @@ async def _turn(rig: Harness, system: System, work: Work) -> Turn:
     left = rig.start(system)
     work.prepare(system)
     began_s = time.perf_counter()
-    results = await _outcomes(system, work)
-    wall_ms = 1e3 * (time.perf_counter() - began_s)
-    answers = [result for result in results if isinstance(result, Answered)]
-    errors = []
-    for result in results:
-        if isinstance(result, TeleragError):
-            errors.append(str(result))
-        elif isinstance(result, BaseException):
-            raise result
-    if system.name is not SystemName.LLM_ONLY:
-        for answered in answers:
-            rig.recalled.remember(answered.retrievals)
-    return Turn(system.name, work, wall_ms, answers, errors, left)
-
-
-async def _outcomes(system: System, work: Work) -> list[Answered | BaseException]:
-    """Of each question, in order."""
     if work.at_once is None:
         asked = [system.engine.ask(work.pipeline, question) for question in work.questions]
-        return await asyncio.gather(*asked, return_exceptions=True)
-    retriever = system.engine.retriever
-    wish = Schedule(system.schedule, batch_size=len(work.questions))
-    tier, nprobe = retriever.tier, system.engine.settings.nprobe
-    schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
-    workers = [Local(system.engine, work.at_once, work.pipeline)]
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    else:
+        tier, nprobe = system.engine.retriever.tier, system.engine.settings.nprobe
+        wish = Schedule(system.schedule, batch_size=len(work.questions))
+        schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
+        worker = Local(system.engine, work.at_once, work.pipeline)
+        outcomes = await outcomes_of([worker], Scheduler.over(system.engine, schedule), work.questions)
+    turn = turn_of(system.name, work, outcomes, time.perf_counter() - began_s, left)
+    if system.name is not SystemName.LLM_ONLY:
+        for answered in turn.answers:
+            rig.recalled.remember(answered.retrievals)
+    return turn
+
+
+async def outcomes_of(
+    workers: Sequence[Worker], scheduler: Scheduler, questions: Sequence[str]
+) -> list[Answered | BaseException]:
+    """Have workers answer questions; return each one's answer or error, in order."""
     outcomes: dict[int, Answered | BaseException] = {}
 
     def take(place: int, _question: Question, outcome: Answered | TeleragError) -> None:
         outcomes[place] = outcome
 
-    questions = [Question(str(place), text) for place, text in enumerate(work.questions)]
-    await answer_each(workers, Scheduler.over(system.engine, schedule), questions, take)
+    asked = [Question(str(place), text) for place, text in enumerate(questions)]
+    await answer_each(workers, scheduler, asked, take)
     return [outcomes[place] for place in range(len(questions))]
+
+
+def turn_of(
+    system: str, work: Work, outcomes: Sequence[Answered | BaseException], took_s: float, pages_left: float = 0.0
+) -> Turn:
+    """Return what came of a turn; raise an outcome that is a bug."""
+    answers = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
+    failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    for outcome in failed:
+        if not isinstance(outcome, TeleragError):
+            raise outcome
+    return Turn(system, work, 1e3 * took_s, answers, list(map(str, failed)), pages_left)
 
 
 def ttft_ms(answered: Answered) -> float:
@@ -164,7 +171,7 @@ def stages_ms(answered: Answered) -> dict[str, float]:
     return dict([*first, ("retrieval", retrieval), *rest])
 
 
-def cell(system: SystemName, key: Key, turns: Sequence[Turn], *, detailed: bool) -> Cell:
+def cell(system: str, key: Key, turns: Sequence[Turn], *, detailed: bool) -> Cell:
     """What one system did at one place of a suite."""
     answers = [answered for turn in turns for answered in turn.answers]
     wall_s = sum(turn.wall_ms for turn in turns) / 1e3
@@ -228,7 +235,8 @@ def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
     for turn in turns:
         groups.setdefault((tuple(turn.work.key.items()), turn.system), []).append(turn)
     # Systems in the order of their names, whichever went first.
-    order.sort(key=list(SystemName).index)
+    known = list(SystemName)
+    order.sort(key=lambda name: known.index(SystemName(name)) if name in known else len(known))
     return [
         cell(system, dict(key), groups[key, system], detailed=detailed)
         for key in keys
@@ -237,11 +245,11 @@ def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
     ]
 
 
-def measured(turns: Sequence[Turn], key: Key, system: SystemName, metric: str) -> dict[object, float]:
+def measured(turns: Sequence[Turn], key: Key, system: str, metric: str) -> dict[object, float]:
     """A metric of each complete turn at a key, by the work it was."""
     found: dict[object, float] = {}
     for turn in turns:
-        if turn.system is system and turn.work.key == key and not turn.errors:
+        if turn.system == system and turn.work.key == key and not turn.errors:
             values = {
                 "e2el_ms": sum(turn.e2el_ms),
                 "wall_ms": turn.wall_ms,

@@ -1,526 +1,472 @@
-"""How plots are drawn: bars, stacks and lines, as PNG for Markdown and as inline SVG that takes the page's colours."""
+"""The plots of a report: bars with intervals, lines over an axis, and stacked stages, drawn by matplotlib."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from telerag_cli.bench.tables import label, short
+from telerag_cli.bench.report import COUNTS, at, headline, why_none
+from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult
+from telerag_cli.bench.suites import SuiteName
+from telerag_cli.bench.wording import is_bytes, is_share, is_time, label, number, short, times
+from telerag_cli.config import format_bytes
+from telerag_cli.errors import needs_extra
 from telerag_cli.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH_IN = 4.8
-"""Of a panel: narrow enough for its words to be readable when a phone shows it alone."""
+T = TypeVar("T")
+
+PANEL_IN = 4.8
+"""Width of a panel."""
 LINES_IN = 3.1
 """Height of a panel of lines."""
 DPI = 144
-
-# Light and dark, by the name that the page's style sheet gives them.
-THEME = {
-    "ink": ("#1c1f23", "#e7e8e5"),
-    "muted": ("#59616a", "#a6adb5"),
-    "rule": ("#d8dbd6", "#363c42"),
-    "paper": ("#fdfdfb", "#15181b"),
-}
-SERIES = (
-    ("#188ced", "#527cbd"),
-    ("#d77915", "#f29b57"),
-    ("#005e3d", "#00b481"),
-    ("#6f297f", "#ec8dc2"),
-    ("#8b4c00", "#e7a602"),
-    ("#676c80", "#548382"),
-    ("#009dcb", "#58e1fd"),
-    ("#640000", "#c56051"),
-    ("#102233", "#e7ffff"),
-    ("#0145ba", "#6d90fb"),
-    ("#ae857a", "#ffbbbc"),
+INK, MUTED, RULE, PAPER = "#1c1f23", "#59616a", "#d8dbd6", "#fdfdfb"
+COLOURS = (
+    *("#188ced", "#d77915", "#005e3d", "#6f297f", "#8b4c00", "#676c80"),
+    *("#009dcb", "#640000", "#102233", "#0145ba", "#ae857a", "#7a8b00"),
 )
-"""Made to differ for everybody: at least 20 apart in CIELAB, with full sight and without red or green; 3:1 against the paper."""
-STAGES = ("#77aadd", "#ee9a7a", "#ecdc8b", "#55bf9f", "#f5aebb", "#9fdcf7", "#c3ce52", "#c9b8ea", "#b7a98c", "#cfd4d8")
-"""Light enough for dark words on them, in both modes."""
-ON_STAGE = "#14171a"
-MARKERS = (
-    ("o", "●"),
-    ("s", "■"),
-    ("^", "▲"),
-    ("D", "◆"),
-    ("v", "▼"),
-    ("P", "✚"),
-    ("X", "✖"),
-    ("*", "★"),
-    ("<", "◀"),
-    (">", "▶"),
-    ("h", "⬢"),
+"""At least 3:1 against the paper, and different for readers who do not see red or green."""
+MARKERS = "os^DvPX*<>hp"
+KNOWN = (
+    *("refined", "question", "perfect", "faiss-memory", "faiss-ondisk", "fetch"),
+    *("resident", "lancedb", "llm-only", "faiss-gpu", "useless", "arrival"),
 )
-"""What matplotlib calls them, and the same as text."""
-HATCHES = ("", "//", "..", "xx")
-"""For the second round through the colours, and so on."""
-
-STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.3)), (0, (5, 1.5, 1, 1.5)))
-"""Of lines that share a colour."""
-
-VARIABLES = {
-    pair[0]: f"var(--{name})"
-    for name, pair in (*THEME.items(), *((f"s{slot}", pair) for slot, pair in enumerate(SERIES)))
+"""Systems whose colours are the same in every report."""
+STAGES = (
+    *("#77aadd", "#ee9a7a", "#ecdc8b", "#55bf9f", "#f5aebb", "#9fdcf7"),
+    *("#c3ce52", "#c9b8ea", "#b7a98c", "#cfd4d8", "#f0c040", "#e0a0e0"),
+)
+"""Light enough for dark words on them; ``retrieval`` and ``answer`` have the first two."""
+LINES: dict[str, tuple[str, tuple[str, ...]]] = {
+    SuiteName.NPROBE: ("nprobe", ("median_e2el_ms",)),
+    SuiteName.HIT_RATE: ("budget", ("hit_share",)),
+    SuiteName.THROUGHPUT: ("batch_size", ("request_throughput",)),
+    SuiteName.SCALING: ("replicas", ("request_throughput", "efficiency_share")),
+    SuiteName.CACHE: ("cache_fraction", ("hit_share", "median_join_ms")),
 }
-"""What a colour of a drawing is called in the page."""
-INK, MUTED, RULE, PAPER = (THEME[name][0] for name in ("ink", "muted", "rule", "paper"))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Of a legend: a system or a stage, and how it is drawn."""
-
-    label: str
-    css: str
-    """The colour's name in the page's style sheet."""
-    glyph: str
-    colour: str
-    marker: str = ""
-    """Of a line; none for a bar."""
-    hatch: str = ""
-    style: Any = "-"
-    """Of a line."""
+"""The axis of each suite that is drawn as lines, and what is drawn over it, a panel each."""
+BARS: dict[str, tuple[str, ...]] = {SuiteName.LATENCY: ("median_e2el_ms",)}
+"""What is drawn as bars, a panel each; by default the first `SHOWN` main figures."""
+SHOWN = 4
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes, in words too."""
+    """One set of axes, and the same in words."""
 
     title: str
-    alt: str
+    description: str
     height_in: float
     draw: Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """One figure of a report: a legend over one or more panels."""
+class Plot:
+    """One figure of a report: panels over one legend."""
 
     name: str
     title: str
-    legend: tuple[Entry, ...]
-    panels: tuple[Panel, ...]
+    legend: Mapping[str, tuple[str, str]]
+    """Colour and marker of each entry; the marker is empty for bars."""
+    panels: Sequence[Panel]
 
     @property
-    def alt(self) -> str:
-        """What it shows, for those who do not see it."""
-        said = [panel.alt for panel in self.panels]
-        return " ".join(said if said[0].lower().startswith(self.title.lower()) else [f"{self.title}.", *said])
+    def description(self) -> str:
+        """What the plot shows, for readers who do not see it."""
+        return " ".join([f"{self.title}.", *(panel.description for panel in self.panels)])
+
+    def save(self, path: Path) -> None:
+        """Draw the plot into a PNG.
+
+        Raises:
+            ResourceError: matplotlib is missing, or the file cannot be written.
+        """
+        with needs_extra("bench", "A report"):
+            import matplotlib
+            from matplotlib.figure import Figure
+            from matplotlib.lines import Line2D
+
+        count = len(self.panels)
+        columns = min(count, 2 if count <= 4 else 3)
+        rows = -(-count // columns)
+        starts = range(0, count, columns)
+        heights = [max(panel.height_in for panel in self.panels[start : start + columns]) for start in starts]
+        across = max(1, int(columns * PANEL_IN * 12 / (max(map(len, self.legend), default=1) + 6)))
+        height = sum(heights) + 0.25 * rows + 0.25 * -(-len(self.legend) // across) + 0.4
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(columns * PANEL_IN, height), layout="constrained", facecolor=PAPER)
+            grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
+            for axis, panel in itertools.zip_longest(grid.flat, self.panels):
+                if panel is None:
+                    axis.set_axis_off()
+                    continue
+                panel.draw(axis)
+                axis.set_axisbelow(True)
+                axis.spines[["top", "right", "left"]].set_visible(False)
+                axis.set_title(_wrapped(panel.title, 56), loc="left", fontsize=9, fontweight="bold")
+            heading = _wrapped(self.title, int(columns * PANEL_IN * 10.5))
+            figure.suptitle(heading, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+            handles = [
+                Line2D([], [], color=colour, marker=marker or "s", linewidth=1.6 if marker else 0, markersize=6)
+                for colour, marker in self.legend.values()
+            ]
+            if handles:
+                figure.legend(handles, list(self.legend), loc="outside lower left", ncols=across, frameon=False)
+            with writing(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=DPI)
+
+
+STYLE: Any = {
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that plots are the same everywhere
+    "font.size": 8.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": INK,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+}
+
+
+def colours_of(results: Iterable[SuiteResult]) -> dict[str, int]:
+    """Number the systems of a report: the number chooses the colour and the marker in every plot."""
+    names = dict.fromkeys(
+        name
+        for result in results
+        for name in [cell.system for cell in result.cells] + [each.under for each in result.ratios]
+    )
+    numbers = {name: KNOWN.index(name) for name in names if name in KNOWN}
+    for name in names:
+        if name not in numbers:
+            numbers[name] = next(slot for slot in itertools.count() if slot not in numbers.values())
+    return numbers
+
+
+def plots_of(result: SuiteResult, colours: Mapping[str, int]) -> list[Plot]:
+    """Return the plots of a result; none of what was not measured.
+
+    Args:
+        result: the result of one suite.
+        colours: the systems' numbers, see `colours_of`.
+    """
+    axis, metrics = LINES.get(result.suite, ("", ()))
+    metrics = tuple(name for name in metrics if _values(result, name))
+    if any("mean_stage_ms" in cell.values for cell in result.cells) and result.suite == SuiteName.BREAKDOWN:
+        made = [_stacks(result, "mean_stage_ms")]
+    elif metrics and len({cell.key.get(axis) for cell in result.cells}) > 1:
+        made = [_lines(result, axis, metrics, colours)]
+    else:
+        names = metrics or BARS.get(result.suite) or tuple(name for name in headline(result) if name not in COUNTS)
+        made = [_bars(result, [name for name in names if _values(result, name)][:SHOWN], colours)]
+    ratios = [_ratios(result, metric, colours) for metric in dict.fromkeys(ratio.metric for ratio in result.ratios)]
+    # The ratios of a comparison come first.
+    made = [*ratios, *made] if result.suite == SuiteName.LATENCY else [*made, *ratios]
+    return [plot for plot in made if plot.panels]
+
+
+# Bars.
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A value, or words in its place."""
-
-    entry: Entry
+class _Bar:
+    system: str
+    colour: str
     value: float | None
     says: str
-    """At its end, or in its place."""
-    low: float | None = None
-    high: float | None = None
-    """The ends of its confidence interval."""
+    """Stands at the bar's end, or in its place."""
+    interval: tuple[float, float] | None = None
 
 
-Group = tuple[str, Sequence[Bar]]
-"""What its bars have in common, and the bars."""
-Row = tuple[str, Sequence[tuple[Entry, float]]]
-"""A system, and its stages in the order in which they ran."""
+def _bars(result: SuiteResult, metrics: Sequence[str], colours: Mapping[str, int]) -> Plot:
+    """Draw values as bars, a panel for each metric and combination of the inner axes."""
+    panels: list[Panel] = []
+    for metric in metrics:
+        scale, unit = _unit(metric, _values(result, metric))
+        bars: list[tuple[Key, _Bar]] = []
+        for cell in result.cells:
+            value = number(cell.values.get(metric))
+            says = short(metric, value) if value is not None else _why_missing(cell)
+            bars.append((cell.key, _Bar(cell.system, _colour(colours, cell.system), value and value * scale, says)))
+        heading = _capital(label(metric)) if len(metrics) > 1 else ""
+        panels += _bar_panels(result, bars, label(metric) + unit, heading=heading)
+    title = _capital(label(metrics[0])) if len(metrics) == 1 else "Figures by system"
+    name = "median" if result.suite == SuiteName.LATENCY else "bars"
+    return Plot(name, title, _legend(result, colours, marked=False) if result.axes else {}, panels)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A line through points (x, y), ascending; ``which`` stands at its end."""
-
-    entry: Entry
-    which: str
-    style: Any
-    points: tuple[tuple[float, float], ...]
-
-
-def bar_entry(name: str, slot: int, hatch: int = 0) -> Entry:
-    """How a system's bars look.
-
-    Args:
-        name: in the legend.
-        slot: the system's number.
-        hatch: the first hatch, to tell apart bars of one system.
-    """
-    colour, pattern = slot % len(SERIES), HATCHES[(hatch + slot // len(SERIES)) % len(HATCHES)]
-    return Entry(name, f"s{colour}", "■", SERIES[colour][0], hatch=pattern)
+def _ratios(result: SuiteResult, metric: str, colours: Mapping[str, int]) -> Plot:
+    """Draw the ratios over the system that most others are compared with; what else was compared stands in the table."""
+    ratios = [ratio for ratio in result.ratios if ratio.metric == metric]
+    baseline = Counter(ratio.over for ratio in ratios).most_common(1)[0][0]
+    ratios = [ratio for ratio in ratios if ratio.over == baseline]
+    words = label(metric).removesuffix(" (ms)")
+    title = f"Speed-up over {baseline}: {words}" if is_time(metric) else f"{baseline}, divided by each system: {words}"
+    bars = [(ratio.key, _ratio_bar(ratio, _colour(colours, ratio.under))) for ratio in ratios]
+    legend = {ratio.under: (_colour(colours, ratio.under), "") for ratio in ratios}
+    return Plot(f"ratio-{metric}", title, legend, _bar_panels(result, bars, f"{words}, ratio", reference=1.0))
 
 
-def line_entry(name: str, slot: int, style: int = 0) -> Entry:
-    """How a system's lines look; see `bar_entry`.
-
-    Args:
-        name: in the legend.
-        slot: the system's number.
-        style: the first of its styles.
-    """
-    colour = slot % len(SERIES)
-    marker, glyph = MARKERS[(slot + slot // len(SERIES)) % len(MARKERS)]
-    return Entry(name, f"s{colour}", glyph, SERIES[colour][0], marker, style=STYLES[style])
+def _ratio_bar(ratio: Ratio, colour: str) -> _Bar:
+    if ratio.ratio is None:
+        return _Bar(ratio.under, colour, None, why_none(ratio))
+    return _Bar(ratio.under, colour, ratio.ratio, times(ratio.ratio), (ratio.low, ratio.high))
 
 
-def stage_entry(name: str, slot: int) -> Entry:
-    """How a stage looks in a stack."""
-    colour = slot % len(STAGES)
-    return Entry(name, f"t{colour}", "■", STAGES[colour], hatch=HATCHES[slot // len(STAGES) % len(HATCHES)])
+def _bar_panels(
+    result: SuiteResult, bars: Sequence[tuple[Key, _Bar]], words: str, *, heading: str = "", reference: float = 0.0
+) -> list[Panel]:
+    """Group bars by the outermost axis, and make a panel for each combination of the others, all with one scale."""
+    across = result.axes[:1]
+    most = max([reference, *(bar.value for _, bar in bars if bar.value is not None)]) or 1.0
+    # An interval may be much longer than its bar, and must not turn all bars into stubs.
+    limit = min(max([most, *(bar.interval[1] for _, bar in bars if bar.interval)]), 2.5 * most) * 1.18
+    panels = []
+    for where, inside in _by(bars, result.axes[1:]).items():
+        if across:
+            groups = {name: [bar for _, bar in some] for name, some in _by(inside, across).items()}
+        else:
+            groups = {bar.system: [bar] for _, bar in inside}
+        told = "; ".join(_bars_in_words(name, group) for name, group in groups.items())
+        title = ", ".join(filter(None, (heading, where)))
+        height_in = 0.75 + 0.2 * max(len(inside) + 0.6 * (len(groups) - 1), 2)
+        draw = _draw_bars(groups, limit, words, reference)
+        panels.append(Panel(title, f"{title}: {told}." if title else f"{told}.", height_in, draw))
+    return panels
 
 
-# How it is drawn.
+def _bars_in_words(name: str, bars: Sequence[_Bar]) -> str:
+    parts = []
+    for bar in bars:
+        said = bar.says if name == bar.system else f"{bar.system} {bar.says}"
+        parts.append(said + (f" ({times(bar.interval[0])} to {times(bar.interval[1])})" if bar.interval else ""))
+    return f"{name}: {', '.join(parts)}"
 
 
-def bars(
-    groups: Sequence[Group], limit: float, words: str, side: str, reference: float | None
+def _draw_bars(
+    groups: Mapping[str, Sequence[_Bar]], limit: float, words: str, reference: float
 ) -> Callable[[Axes], None]:
-    """Horizontal bars in groups.
-
-    Args:
-        groups: from top to bottom.
-        limit: where the horizontal axis ends.
-        words: what it shows.
-        side: what the groups are.
-        reference: where a line goes through all of them.
-    """
-
     def draw(axis: Axes) -> None:
-        line, names, places = 0.0, [], []
-        for name, bars in groups:
+        line, places = 0.0, []
+        for bars in groups.values():
             places.append(line + (len(bars) - 1) / 2)
-            names.append(_wrapped(name, 18, 3))
             for bar in bars:
-                _bar(axis, bar, line, limit)
+                _draw_bar(axis, bar, line, limit)
                 line += 1
             line += 0.6
         axis.set_xlim(0, limit)
-        axis.set_ylim(line - 0.6 - 0.35, -0.65)
-        axis.set_yticks(places, names)
-        axis.tick_params(axis="y", length=0)
-        axis.grid(visible=True, axis="x")
-        axis.set_ylabel(_wrapped(side, 30, 2))
-        if reference is not None:
+        axis.set_ylim(line - 0.95, -0.65)
+        _name_rows(axis, places, list(groups), words)
+        if reference:
             axis.axvline(reference, color=INK, linewidth=1, zorder=3)
-        axis.xaxis.set_major_formatter(_tick)
-        axis.locator_params(axis="x", nbins=6)
-        axis.set_xlabel(_wrapped(words, 60, 2))
 
     return draw
 
 
-def _bar(axis: Axes, bar: Bar, line: float, limit: float) -> None:
-    colour, hatch = bar.entry.colour, bar.entry.hatch or None
-    # Where there is no value, its foot alone says whose it would be.
+def _draw_bar(axis: Axes, bar: _Bar, line: float, limit: float) -> None:
+    # Where there is no value, a stub in the system's colour says whose it would be.
     length = limit * 0.006 if bar.value is None else bar.value
-    axis.barh(line, length, height=0.82, color=colour, hatch=hatch, edgecolor=PAPER, linewidth=0)
-    box = {
-        "boxstyle": "square,pad=0.1",
-        "facecolor": PAPER,
-        "edgecolor": "none",
-    }  # or the line at 1 would cross the words
-    if bar.value is None:
-        axis.annotate(
-            bar.says,
-            (length, line),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=7.5,
-            zorder=5,
-            color=MUTED,
-            style="italic",
-            bbox=box,
-        )
-        return
-    end = bar.value
-    if bar.low is not None and bar.high is not None:
+    axis.barh(line, length, height=0.82, color=bar.colour)
+    if bar.interval:
+        low, high = bar.interval
+        error = [[max(length - low, 0.0)], [max(high - length, 0.0)]]
         for shade, width in ((PAPER, 2.6), (INK, 1.0)):
-            axis.plot(
-                [bar.low, bar.high],
-                [line, line],
-                color=shade,
-                linewidth=width,
-                marker="|",
-                markersize=4 + width,
-                markeredgewidth=width,
-                solid_capstyle="butt",
-                zorder=4,
+            axis.errorbar(
+                length, line, xerr=error, color=shade, elinewidth=width, capsize=2.5, capthick=width, zorder=4
             )
-        end = max(end, min(bar.high, limit))
+        length = max(length, min(high, limit))
     axis.annotate(
-        bar.says, (end, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5, zorder=5, bbox=box
+        bar.says,
+        (length, line),
+        (4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
+        zorder=5,
+        color=MUTED if bar.value is None else INK,
+        style="italic" if bar.value is None else "normal",
+        bbox={"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none"},  # hides the line at 1
     )
 
 
-def stacks(rows: Sequence[Row], limit: float, words: str) -> Callable[[Axes], None]:
-    """Horizontal bars of stages one after the other; see `bars`."""
+def _name_rows(axis: Axes, places: Sequence[float], names: Sequence[str], words: str) -> None:
+    axis.set_yticks(places, [_wrapped(name, 18) for name in names])
+    axis.tick_params(axis="y", length=0)
+    axis.grid(visible=True, axis="x")
+    axis.xaxis.set_major_formatter(_tick)
+    axis.locator_params(axis="x", nbins=6)
+    axis.set_xlabel(_wrapped(words, 60))
 
+
+# Stages.
+
+
+def _stacks(result: SuiteResult, name: str) -> Plot:
+    """Draw each cell as a bar of its stages, in the order in which they run."""
+
+    def parts(cell: Cell) -> list[tuple[str, float]]:
+        return list(cell.values.get(name, {}).items())
+
+    free = itertools.count(2)
+    legend: dict[str, tuple[str, str]] = {}
+    for stage in dict.fromkeys(_family(stage) for cell in result.cells for stage, _ in parts(cell)):
+        place = ("retrieval", "answer").index(stage) if stage in ("retrieval", "answer") else next(free)
+        legend[stage] = (STAGES[place % len(STAGES)], "")
+    limit = max(sum(value for _, value in parts(cell)) for cell in result.cells) * 1.14 or 1.0
+    panels = []
+    for where, inside in _by([(cell.key, cell) for cell in result.cells], result.axes).items():
+        rows = {cell.system: parts(cell) for _, cell in inside}
+        told = "; ".join(
+            f"{system} " + (", ".join(f"{stage} {short(name, value)}" for stage, value in stages) or "not measured")
+            for system, stages in rows.items()
+        )
+        draw = _draw_stacks(rows, legend, limit, label(name))
+        panels.append(Panel(where, f"{where}: {told}.", 0.75 + 0.32 * max(len(rows), 1.5), draw))
+    return Plot(name.replace("_", "-"), _capital(label(name)), legend, panels)
+
+
+def _draw_stacks(
+    rows: Mapping[str, Sequence[tuple[str, float]]], legend: Mapping[str, tuple[str, str]], limit: float, words: str
+) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
-        for line, (_system, parts) in enumerate(rows):
+        for line, stages in enumerate(rows.values()):
             start = 0.0
-            for entry, part in parts:
-                axis.barh(
+            for stage, value in stages:
+                bar = axis.barh(
                     line,
-                    part,
+                    value,
                     left=start,
                     height=0.72,
-                    color=entry.colour,
-                    hatch=entry.hatch or None,
+                    color=legend[_family(stage)][0],
                     edgecolor=PAPER,
                     linewidth=0.7,
                 )
-                if part > limit * 0.016 * len(short("", part)):
-                    axis.text(
-                        start + part / 2,
-                        line,
-                        short("", part),
-                        color=ON_STAGE,
-                        fontsize=7,
-                        ha="center",
-                        va="center",
-                        bbox={"boxstyle": "square,pad=0.1", "facecolor": entry.colour, "edgecolor": "none"},
-                    )
-                start += part
-            style: dict[str, Any] = {"color": INK} if parts else {"style": "italic", "color": MUTED}
-            axis.annotate(
-                short("", start) if parts else "not measured",
-                (start, line),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-                **style,
-            )
+                if value > limit * 0.016 * len(short("", value)):
+                    axis.bar_label(bar, [short("", value)], label_type="center", fontsize=7)
+                start += value
+            says = short("", start) if stages else "not measured"
+            axis.annotate(says, (start, line), (4, 0), textcoords="offset points", va="center", fontsize=7.5)
         axis.set_xlim(0, limit)
         axis.set_ylim(len(rows) - 0.45, -0.55)
-        axis.set_yticks(range(len(rows)), [_wrapped(system, 18, 2) for system, _parts in rows])
-        axis.tick_params(axis="y", length=0)
-        axis.grid(visible=True, axis="x")
-        axis.xaxis.set_major_formatter(_tick)
-        axis.locator_params(axis="x", nbins=6)
-        axis.set_xlabel(_wrapped(words, 60, 2))
+        _name_rows(axis, range(len(rows)), list(rows), words)
 
     return draw
+
+
+def _family(stage: str) -> str:
+    """Return the name that ``step_1`` and ``step_2`` share."""
+    return re.sub(r"_\d+$", "", stage)
+
+
+# Lines.
+
+
+def _lines(result: SuiteResult, over: str, metrics: Sequence[str], colours: Mapping[str, int]) -> Plot:
+    """Draw values over an axis, a line for each system, a panel for each metric and combination of the other axes."""
+    panels = []
+    for metric in metrics:
+        values = _values(result, metric)
+        scale, unit = _unit(metric, values)
+        limit = 104.0 if is_share(metric) else 1.08 * scale * max(values) or 1.0
+        others = [axis for axis in result.axes if axis != over]
+        for where, inside in _by([(cell.key, cell) for cell in result.cells], others).items():
+            curves: dict[str, list[tuple[float, float]]] = {}
+            told = []
+            for _, cell in inside:
+                x, y = number(cell.key.get(over)), number(cell.values.get(metric))
+                said = _why_missing(cell) if y is None else short(metric, y)
+                told.append(f"{cell.system} {said} at {at(cell.key, over)}")
+                if x is not None and y is not None:
+                    curves.setdefault(cell.system, []).append((x, scale * y))
+            heading = ", ".join(filter(None, (_capital(label(metric)) if len(metrics) > 1 else "", where)))
+            draw = _draw_lines(curves, colours, over, label(metric) + unit, limit)
+            panels.append(Panel(heading, f"{heading or label(metric)}: {', '.join(told)}.", LINES_IN, draw))
+    title = _capital(f"{' and '.join(map(label, metrics))} over {label(over)}")
+    return Plot("curve", title, _legend(result, colours, marked=True), panels)
+
+
+def _draw_lines(
+    curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, int], over: str, words: str, limit: float
+) -> Callable[[Axes], None]:
+    def draw(axis: Axes) -> None:
+        for system, points in curves.items():
+            xs, ys = zip(*sorted(points), strict=True)
+            marker = MARKERS[colours[system] % len(MARKERS)]
+            axis.plot(xs, ys, color=_colour(colours, system), marker=marker, markersize=5, linewidth=1.6)
+        places = sorted({x for points in curves.values() for x, _ in points})
+        if places and all(place >= 1 and math.log2(place).is_integer() for place in places):
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(places, [short(over, int(place) if place.is_integer() else place) for place in places])
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(0, limit)
+        axis.grid(visible=True)
+        axis.yaxis.set_major_formatter(_tick)
+        axis.set_xlabel(_wrapped(label(over), 60))
+        axis.set_ylabel(_wrapped(words, 34))
+
+    return draw
+
+
+# What they share.
+
+
+def _by(items: Sequence[tuple[Key, T]], axes: Sequence[str]) -> dict[str, list[tuple[Key, T]]]:
+    """Group items by where they lie on some axes: ``hyde, cold``, or ``skew 1`` as numbers need their axis's name."""
+    groups: dict[str, list[tuple[Key, T]]] = {}
+    for key, item in items:
+        names = (f"{axis.replace('_', ' ')} " if number(key.get(axis)) is not None else "" for axis in axes)
+        where = ", ".join(name + at(key, axis) for name, axis in zip(names, axes, strict=True))
+        groups.setdefault(where, []).append((key, item))
+    return groups
+
+
+def _legend(result: SuiteResult, colours: Mapping[str, int], *, marked: bool) -> dict[str, tuple[str, str]]:
+    names = dict.fromkeys(cell.system for cell in result.cells)
+    return {name: (_colour(colours, name), MARKERS[colours[name] % len(MARKERS)] if marked else "") for name in names}
+
+
+def _colour(colours: Mapping[str, int], system: str) -> str:
+    return COLOURS[colours[system] % len(COLOURS)]
+
+
+def _values(result: SuiteResult, name: str) -> list[float]:
+    return [value for cell in result.cells if (value := number(cell.values.get(name))) is not None]
+
+
+def _why_missing(cell: Cell) -> str:
+    return "no request completed" if cell.values.get("completed") == 0 else "not measured"
+
+
+def _unit(metric: str, values: Sequence[float]) -> tuple[float, str]:
+    """Return what values are multiplied by to be drawn, and the unit in words: per cent, or that of the most bytes."""
+    if is_share(metric):
+        return 100.0, " (%)"
+    if not is_bytes(metric):
+        return 1.0, ""
+    unit = format_bytes(max(values)).split()[1]
+    return 1024.0 ** -("B", "KiB", "MiB", "GiB", "TiB").index(unit), f" ({unit})"
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
 
 
 def _tick(value: float, _place: float) -> str:
     return f"{value:,.10g}"
-
-
-def lines(
-    curves: Sequence[Curve],
-    xs: Mapping[Any, float],
-    axis_name: str,
-    words: str,
-    limit: float,
-    *,
-    doubling: bool = True,
-    below: str = "",
-) -> Callable[[Axes], None]:
-    """Lines over an axis.
-
-    Args:
-        curves: the lines.
-        xs: where the values of the axis lie on it.
-        axis_name: a key of the cells.
-        words: what the vertical axis shows.
-        limit: where it ends; it begins at 0.
-        doubling: whether the horizontal axis goes in powers of two, if it can.
-        below: stands under the axis.
-    """
-
-    def draw(axis: Axes) -> None:
-        for curve in curves:
-            entry = curve.entry
-            plain = curve.style == STYLES[0]
-            axis.plot(
-                [x for x, _y in curve.points],
-                [y for _x, y in curve.points],
-                color=entry.colour,
-                linestyle=curve.style,
-                marker=entry.marker,
-                markersize=5 if plain else 3.5,
-                linewidth=1.6 if plain else 1.2,
-            )
-            if curve.which and curve.points:
-                axis.annotate(
-                    curve.which,
-                    curve.points[-1],
-                    (5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                    color=MUTED,
-                )
-        _scale(axis, xs, axis_name, doubling)
-        axis.set_ylim(0, limit)
-        axis.grid(visible=True)
-        axis.yaxis.set_major_formatter(_tick)
-        axis.set_xlabel(_wrapped(label(axis_name), 60, 2) + (f"\n{_wrapped(below, 70, 4)}" if below else ""))
-        axis.set_ylabel(_wrapped(words, 34, 2))
-
-    return draw
-
-
-def _scale(axis: Axes, xs: Mapping[Any, float], name: str, doubling: bool) -> None:
-    """The horizontal axis, with what was measured as its ticks, as far as they have room."""
-    places = sorted(xs.values())
-    if not places:
-        return
-    words = any(isinstance(value, str) for value in xs)
-    far: Callable[[float], float] = float
-    if doubling and not words and places[0] > 0:
-        far = math.log2
-        axis.set_xscale("log", base=2)
-        ends = (places[0] / 2**0.3, places[-1] * 2**0.3)
-    else:
-        room = (places[-1] - places[0]) * 0.06 or abs(places[0]) * 0.5 or 1.0
-        ends = (places[0] - room, places[-1] + room)
-    axis.set_xlim(*ends)
-    names = {place: short(name, value) for value, place in xs.items()}
-    whole = far(ends[1]) - far(ends[0])
-    kept = [places[-1]]
-    for place in reversed(places[:-1]):
-        if far(kept[-1]) - far(place) >= whole * 0.0165 * (len(names[place]) + len(names[kept[-1]]) + 1):
-            kept.append(place)
-    if len(kept) == len(places) or words or far is math.log2:
-        axis.set_xticks(kept, [names[place] for place in kept])
-        axis.set_xticks([], minor=True)
-    else:
-        axis.xaxis.set_major_formatter(_tick)
-
-
-def _wrapped(text: str, width: int, most: int) -> str:
-    lines = textwrap.wrap(text, width, max_lines=most, placeholder=" …")
-    return "\n".join(lines)
-
-
-# Where it goes.
-
-
-def save(drawing: Drawing, path: Path) -> None:
-    """Draw it into a PNG: title, panels, legend.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    count = len(drawing.panels)
-    columns = 1 if count == 1 else 2 if count <= 4 else 3
-    rows = -(-count // columns)
-    heights = [
-        max(panel.height_in for panel in drawing.panels[row * columns : (row + 1) * columns]) for row in range(rows)
-    ]
-    titled = any(panel.title for panel in drawing.panels)
-    legend = [_wrapped(entry.label, 44, 2) for entry in drawing.legend]
-    longest = max((len(line) for text in legend for line in text.split("\n")), default=1)
-    across = max(1, min(len(legend), int(columns * WIDTH_IN * 12 / (longest + 6))))
-    legend_in = 0.22 * -(-len(legend) // across) * max((text.count("\n") + 1 for text in legend), default=1) + 0.1
-    heading = _wrapped(drawing.title, int(columns * WIDTH_IN * 10.5), 3)
-    height = sum(heights) + (0.25 * rows if titled else 0) + legend_in + 0.2 * (heading.count("\n") + 1) + 0.1
-    with _style(drawing.name):
-        figure = Figure(figsize=(columns * WIDTH_IN, height), layout="constrained", facecolor=PAPER)
-        grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-        for place, axis in enumerate(grid.flat):
-            if place < count:
-                _panel(axis, drawing.panels[place])
-            else:
-                axis.set_axis_off()
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-        if legend:
-            figure.legend(
-                _handles(drawing), legend, loc="outside lower left", ncols=across, frameon=False, fontsize=8.5
-            )
-        with writing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=DPI)
-
-
-def _handles(drawing: Drawing) -> list[Any]:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    return [
-        Line2D([], [], color=entry.colour, marker=entry.marker, markersize=5, linewidth=1.6, linestyle=entry.style)
-        if entry.marker
-        else Patch(facecolor=entry.colour, hatch=entry.hatch or None, edgecolor=PAPER, linewidth=0)
-        for entry in drawing.legend
-    ]
-
-
-def svg(panel: Panel, identity: str) -> str:
-    """Draw it as an element for a page: words as text, colours as the page's variables, the description as its title.
-
-    Args:
-        panel: what to draw.
-        identity: unique in the page; names inside begin with it.
-    """
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with _style(identity):
-        figure = Figure(figsize=(WIDTH_IN, panel.height_in + (0.25 if panel.title else 0)), layout="constrained")
-        _panel(figure.subplots(), panel)
-        figure.savefig(buffer, format="svg", transparent=True)
-    body = buffer.getvalue()
-    body = re.sub(r"<metadata>.*?</metadata>", "", body[body.index("<svg") :], flags=re.DOTALL)
-    start, rest = body.split(">", 1)
-    found = re.search(r'viewBox="([^"]*)"', start)
-    assert found is not None, "matplotlib's SVG has a view box"
-    rest = re.sub("<[^>]*>", lambda tag: _own(tag[0], identity), rest)
-    title = f'<title id="{identity}-title">{escape(panel.alt)}</title>'
-    return f'<svg viewBox="{found[1]}" role="img" aria-labelledby="{identity}-title">{title}{rest}'
-
-
-def _own(tag: str, identity: str) -> str:
-    """A tag whose names are this drawing's, and whose colours are the page's."""
-    tag = re.sub(r'\bid="', f'id="{identity}-', tag)
-    tag = re.sub(r'(?:xlink:)?href="#', f'href="#{identity}-', tag).replace("url(#", f"url(#{identity}-")
-    return re.sub("#[0-9a-f]{6}", lambda colour: VARIABLES.get(colour[0], colour[0]), tag)
-
-
-def _panel(axis: Axes, panel: Panel) -> None:
-    panel.draw(axis)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    if panel.title:
-        axis.set_title(_wrapped(panel.title, 56, 2), loc="left", fontsize=9, fontweight="bold")
-
-
-def _style(identity: str) -> AbstractContextManager[None]:
-    import matplotlib
-
-    return matplotlib.rc_context(
-        {
-            "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that plots are the same everywhere
-            "font.size": 8.5,
-            "text.color": INK,
-            "text.parse_math": False,  # a dollar in a name is a dollar
-            "axes.labelcolor": MUTED,
-            "axes.labelsize": 8.5,
-            "axes.edgecolor": MUTED,
-            "axes.facecolor": "none",
-            "axes.titlecolor": INK,
-            "xtick.color": MUTED,
-            "xtick.labelcolor": MUTED,
-            "ytick.color": MUTED,
-            "ytick.labelcolor": INK,
-            "grid.color": RULE,
-            "grid.linewidth": 0.7,
-            "hatch.color": PAPER,
-            "hatch.linewidth": 0.8,
-            "svg.fonttype": "none",
-            "svg.hashsalt": identity,
-        }
-    )

@@ -6,13 +6,16 @@ import datetime
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from telerag_cli.bench.answering import Ask, Outcome
+from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.results import SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
+from telerag_cli.engine.assemble import Opened
+from telerag_cli.engine.session import Settings
 from telerag_cli.files import checksum
 from telerag_cli.system import hardware
 
@@ -53,32 +56,35 @@ def keep(suite: SuiteName) -> Started:
     return Started(suite, now, time.perf_counter())
 
 
-def settings_of(ask: Ask, trace: Path | None) -> dict[str, Any]:
-    """What was the same for all systems."""
-    setup = ask.setup
-    manifest = setup.opened.index.manifest
+def settings_of(
+    opened: Opened, settings: Settings, questions: Mapping[str, Sequence[str]], trace: Path | None, **more: Any
+) -> dict[str, Any]:
+    """Return what was the same for all systems.
+
+    Args:
+        opened: index and embedder.
+        settings: how questions were answered.
+        questions: the questions of each dataset.
+        trace: the recording whose texts were replayed, if any.
+        more: other settings, by their names in results.
+    """
+    manifest = opened.index.manifest
     return {
         "index": {
-            "name": setup.opened.index.paths.root.name,
-            "lists_bytes": int(setup.opened.index.list_bytes.sum()),
+            "name": opened.index.paths.root.name,
+            "lists_bytes": int(opened.index.list_bytes.sum()),
             "ntotal": manifest.ntotal,
             "nlist": manifest.nlist,
             "dimension": manifest.dimension,
             "storage": manifest.storage.value,
             "metric": manifest.metric.value,
         },
-        "llm": setup.generator.name,
         "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
-        "embedder": setup.opened.embedder.info.model,
-        "datasets": list(ask.questions),
-        "num_prompts": max(len(questions) for questions in ask.questions.values()) - ask.num_warmups,
-        "num_warmups": ask.num_warmups,
-        "repeats": ask.repeats,
-        "seed": ask.seed,
-        "pipelines": [pipeline.name for pipeline in ask.pipelines],
-        "k": setup.settings.k,
-        "nprobe": setup.settings.nprobe,
-        "max_tokens": setup.settings.max_tokens,
-        "temperature": setup.settings.temperature,
-        "fast_memory_bytes": setup.tier.fast_memory_bytes,
+        "embedder": opened.embedder.info.model,
+        "datasets": list(questions),
+        "k": settings.k,
+        "nprobe": settings.nprobe,
+        "max_tokens": settings.max_tokens,
+        "temperature": settings.temperature,
+        **more,
     }

@@ -18,7 +18,6 @@ class SuiteName(StrEnum):
     SCALING = "scaling"
     EMBED = "embed"
     BUILD = "build"
-    SERVE = "serve"
 
 
 class SystemName(StrEnum):
@@ -73,5 +72,4 @@ SUITES = {
         "Embedding a corpus", "nothing in the paper, which takes embeddings as given", ("batch_size",)
     ),
     SuiteName.BUILD: Suite("Building an index", "nothing in the paper, which takes the index as given", ()),
-    SuiteName.SERVE: Suite("A server under load", "nothing in the paper, which serves nobody", ("request_rate",)),
 }

@@ -13,18 +13,35 @@ from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.cli import console
 from telerag_cli.cli.bench_options import WORK, BenchOptions, ResultOptions, dataset_name, show
 from telerag_cli.cli.bench_report import compare, report
-from telerag_cli.cli.bench_scaling import scaling
-from telerag_cli.cli.bench_serve import serve
 from telerag_cli.cli.grouped import expanded
 from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.keeping import metadata_of, result_path
-from telerag_cli.cli.options import DeviceOption, tier_options
-from telerag_cli.config import CacheKind, GeneratorKind, PipelineName
+from telerag_cli.cli.options import (
+    BatchSizeOption,
+    DeviceOption,
+    LookaheadOption,
+    MicroBatchOption,
+    PlacementOption,
+    ScheduleOption,
+    tier_options,
+)
+from telerag_cli.config import (
+    DEFAULT_BATCH_SIZE,
+    CacheKind,
+    GeneratorKind,
+    Lookahead,
+    PipelineName,
+    PlacementName,
+    ScheduleName,
+)
 from telerag_cli.errors import UsageError
 from telerag_cli.pipelines.registry import make_pipeline
 
 if TYPE_CHECKING:
     from telerag_cli.bench.answering import Ask, Outcome
+    from telerag_cli.cli.opening import Prepared
+    from telerag_cli.engine.llm_plan import LlmOptions
+    from telerag_cli.engine.tier_plan import TierOptions
 
 app = typer.Typer(
     name="bench",
@@ -232,6 +249,87 @@ def cache(
     )
 
 
+def scaling(
+    asking: BenchOptions,
+    keeping: ResultOptions,
+    replicas: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Replicas side by side on this machine; repeatable.  \\[default: 1, 2]",
+            show_default=False,
+            rich_help_panel=WORK,
+        ),
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Questions that each replica answers at once.", rich_help_panel=WORK)
+    ] = 8,
+    lookahead: LookaheadOption = Lookahead.REFINED,
+    schedule: ScheduleOption = ScheduleName.SIMILAR,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
+    micro_batch: MicroBatchOption = None,
+    placement: PlacementOption = PlacementName.CACHE_AWARE,
+) -> None:
+    """Questions answered per second by several replicas on this machine: the paper's scaling over several GPUs."""
+    if asking.system:
+        raise UsageError(
+            "--system cannot be combined with bench scaling, which measures replicas.", remedy="Leave it out."
+        )
+    names = asking.pipeline or [PipelineName.HYDE]
+    if len(names) > 1:
+        raise UsageError(
+            f"bench scaling takes one pipeline and {len(names)} are named.", remedy="Name one with --pipeline."
+        )
+    noted = metadata_of(keeping.metadata)
+    path = result_path(keeping.result_dir, keeping.result_filename, f"{SuiteName.SCALING}.json")
+    questions = _questions(SuiteName.SCALING, asking)
+    counts = tuple(dict.fromkeys(replicas or (1, 2)))
+    with console.stdout_reserved():
+        from telerag_cli.bench.recording import keep, settings_of
+        from telerag_cli.bench.replicas import scaling as measure
+        from telerag_cli.cli.opening import Answering, Searching, prepare
+        from telerag_cli.distributed.replicas import Recipe, check_memory
+        from telerag_cli.engine.scheduler import Schedule, fitted
+        from telerag_cli.tiers.transport import available_bytes
+
+        started = keep(SuiteName.SCALING)
+        llm, tier = _llm(asking), _tier(asking)
+        made = prepare(Searching(asking.index, asking.embedder, tier, asking.k, asking.nprobe), llm, concurrency)
+        index, name = made.opened.index, names[0]
+        settings = Answering(llm, concurrency, lookahead, asking.max_tokens).settings(made.k, made.nprobe)
+        recipe = Recipe(asking.index.resolve(), asking.embedder, tier, llm, settings, make_pipeline(name), concurrency)
+        check_memory(index, tier, max(counts), available_bytes())
+        wish = Schedule(schedule, placement, batch_size)
+        arena_bytes = made.tier.gpu_bytes or made.tier.ram_bytes
+        how = fitted(wish, micro_batch, concurrency, arena_bytes, index.list_bytes, made.nprobe)
+        warmups = next(iter(questions.values()))[: asking.num_warmups]
+        measured = [text for texts in questions.values() for text in texts[asking.num_warmups :]]
+        with console.progress("answering", len(counts) * asking.repeats, unit="runs") as advance:
+            outcome = measure(
+                made.opened,
+                recipe,
+                how,
+                counts,
+                warmups,
+                measured,
+                repeats=asking.repeats,
+                seed=asking.seed,
+                detailed=keeping.save_detailed,
+                advance=advance,
+            )
+        same = settings_of(
+            made.opened,
+            settings,
+            questions,
+            asking.trace,
+            lookahead=lookahead.value,
+            questions_at_once=concurrency,
+            **_extent(asking, made, [name.value], questions),
+        )
+        result = started.done(outcome, same, noted)
+    show(result, keeping, path)
+
+
 def embed(
     source: Annotated[str, typer.Argument(help="What telerag embed reads.", metavar="SOURCE", show_default=False)],
     keeping: ResultOptions,
@@ -292,7 +390,7 @@ for _command, _name in (
     (build, SuiteName.BUILD),
 ):
     app.command(_name.value)(guarded(expanded(_command)))
-for _made in (serve, report, compare):
+for _made in (report, compare):
     app.command()(guarded(_made))
 
 
@@ -311,38 +409,16 @@ def _answering(
     """Open what answering needs, measure, and keep what was found."""
     noted = metadata_of(keeping.metadata)
     path = result_path(keeping.result_dir, keeping.result_filename, f"{suite}.json")
-    if not asking.dataset:
-        raise UsageError(
-            f"bench {suite} needs questions and none are named.",
-            remedy="Give --dataset FILE, or the NAME of a prepared dataset.",
-        )
+    questions = _questions(suite, asking)
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
         from telerag_cli.bench.answering import Ask
         from telerag_cli.bench.recording import keep, settings_of
         from telerag_cli.bench.systems import Setup
         from telerag_cli.cli.opening import Answering, Searching, prepare
-        from telerag_cli.config import Lookahead
-        from telerag_cli.datasets.questions import load_questions
-        from telerag_cli.engine.llm_plan import LlmOptions
         from telerag_cli.retrieval.retriever import check_search
 
         started = keep(suite)
-        count = asking.num_warmups + asking.num_prompts
-        questions = {
-            dataset_name(name): [each.text for each in load_questions(name, limit=count, seed=asking.seed)]
-            for name in asking.dataset
-        }
-        llm = LlmOptions(
-            GeneratorKind.LLAMA,
-            asking.model,
-            asking.hf_repo,
-            None,
-            asking.ctx_size,
-            asking.n_gpu_layers,
-            asking.threads,
-            replay=asking.trace,
-        )
-        where = tier_options(asking.tier, asking.device, asking.fast_memory, asking.gpu_memory, asking.require_pinned)
+        llm, where = _llm(asking), _tier(asking)
         searching = Searching(asking.index, asking.embedder, where, asking.k, asking.nprobe)
         answering = Answering(llm, concurrency, Lookahead.OFF, asking.max_tokens)
         made = prepare(searching, llm, concurrency)
@@ -364,8 +440,66 @@ def _answering(
             counting=console.progress,
         )
         outcome = measure(ask)
-        result = started.done(outcome, settings_of(ask, asking.trace), noted)
+        same = settings_of(
+            made.opened,
+            settings,
+            questions,
+            asking.trace,
+            **_extent(asking, made, [pipeline.name for pipeline in ask.pipelines], questions),
+        )
+        result = started.done(outcome, same, noted)
     show(result, keeping, path)
+
+
+def _questions(suite: SuiteName, asking: BenchOptions) -> dict[str, list[str]]:
+    """The questions of each dataset, those for warming up included."""
+    if not asking.dataset:
+        raise UsageError(
+            f"bench {suite} needs questions and none are named.",
+            remedy="Give --dataset FILE, or the NAME of a prepared dataset.",
+        )
+    from telerag_cli.datasets.questions import load_questions
+
+    count = asking.num_warmups + asking.num_prompts
+    return {
+        dataset_name(name): [each.text for each in load_questions(name, limit=count, seed=asking.seed)]
+        for name in asking.dataset
+    }
+
+
+def _extent(
+    asking: BenchOptions, made: Prepared, pipelines: Sequence[str], questions: dict[str, list[str]]
+) -> dict[str, Any]:
+    """How much was asked, and of what, as settings of a result."""
+    assert made.llm
+    return {
+        "llm": made.llm.name,
+        "num_prompts": max(map(len, questions.values())) - asking.num_warmups,
+        "num_warmups": asking.num_warmups,
+        "repeats": asking.repeats,
+        "seed": asking.seed,
+        "pipelines": pipelines,
+        "fast_memory_bytes": _tier(asking).fast_memory_bytes,
+    }
+
+
+def _llm(asking: BenchOptions) -> LlmOptions:
+    from telerag_cli.engine.llm_plan import LlmOptions
+
+    return LlmOptions(
+        GeneratorKind.LLAMA,
+        asking.model,
+        asking.hf_repo,
+        None,
+        asking.ctx_size,
+        asking.n_gpu_layers,
+        asking.threads,
+        replay=asking.trace and asking.trace.resolve(),
+    )
+
+
+def _tier(asking: BenchOptions) -> TierOptions:
+    return tier_options(asking.tier, asking.device, asking.fast_memory, asking.gpu_memory, asking.require_pinned)
 
 
 Preparing = Callable[[Callable[[int], None]], "tuple[Outcome, dict[str, Any]]"]

@@ -39,7 +39,7 @@ class ResultOptions:
     result_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Write the result there, as SUITE.json; telerag bench report makes pages of it.  \\[default: nowhere]",
+            help="Write the result there, as SUITE.json; telerag bench report makes a report of them.  \\[default: nowhere]",
             metavar="DIR",
             show_default=False,
             rich_help_panel=_WHERE,
@@ -131,17 +131,17 @@ def show(result: Any, keeping: ResultOptions, path: Path | None) -> None:
     """Write the result where it was wanted, and print it."""
     from dataclasses import asdict
 
-    from telerag_cli.bench.tables import headline_table, ratios_table
+    from telerag_cli.bench.report import headline_table, ratios_table
 
     if path:
         result.save(path)
-        console.say(f"{path}; telerag bench report {path.parent} makes a page of it.")
+        console.say(f"{path}; telerag bench report {path.parent} makes a report of it.")
     if keeping.as_json:
         console.emit_json(asdict(result))
     else:
         tables = [headline_table(result), *([ratios_table(result)] if result.ratios else [])]
         for each in tables:
-            console.table(each.caption, [column.label for column in each.columns], each.rows, data=True)
+            console.table(each.caption, each.columns, each.rows, data=True)
     for check in result.checks:
         if not check.held:
             console.warn(f"{check.name}: {check.says}")

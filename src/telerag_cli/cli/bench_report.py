@@ -19,13 +19,13 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="Where report.html, report.md and the plots go; made if needed.  \\[default: DIR]",
+            help="Folder for report.md and the plots; made if needed.  \\[default: DIR]",
             metavar="OUT",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Make a page, a summary and plots of all results in a folder."""
+    """Write report.md and plots of all results in a folder; needs the extra bench."""
     from telerag_cli.bench import report as reports
 
     with console.progress("Drawing", None, unit="files") as advance:
@@ -45,21 +45,23 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what changed between two results, or two folders of them, and what is only noise."""
+    from dataclasses import asdict
+
     from telerag_cli.bench import compare as comparing
-    from telerag_cli.bench.tables import label, plain
+    from telerag_cli.bench.wording import plain
 
     comparisons, alone = comparing.compare_paths(first, second)
     if alone:
         console.warn(f"Only one side has {', '.join(alone)}.")
     if as_json:
-        console.emit_json(comparing.as_json(comparisons, alone), indent=2)
+        console.emit_json({"comparisons": list(map(asdict, comparisons)), "unmatched": alone}, indent=2)
         return
     for comparison in comparisons:
         # Above the tables, which may be narrower than their titles.
         if comparison.differences:
             console.emit(f"{comparison.title}: not the same in A and B")
-            rows = [(each.name, plain(each.first), plain(each.second)) for each in comparison.differences]
+            rows = [[each["name"], plain(each["a"]), plain(each["b"])] for each in comparison.differences]
             console.table("", ("setting", "A", "B"), rows, data=True)
         console.emit(comparison.title)
-        columns = (*map(label, comparison.axes), *comparing.COLUMNS)
-        console.table("", columns, comparing.rows(comparison), data=True)
+        table = comparing.table(comparison)
+        console.table("", table.columns, table.rows, data=True)

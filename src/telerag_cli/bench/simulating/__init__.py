@@ -1,1 +1,0 @@
-"""What more replicas than there are would do: the product's own decisions over simulated clocks."""
