@@ -290,7 +290,7 @@ def scaling(
         from telerag_cli.cli.opening import Answering, Searching, prepare
         from telerag_cli.distributed.replicas import Recipe, check_memory
         from telerag_cli.engine.scheduler import Schedule, fitted
-        from telerag_cli.tiers.transport import available_bytes
+        from telerag_cli.system import available_bytes
 
         started = keep(SuiteName.SCALING)
         llm, tier = _llm(asking), _tier(asking)
