@@ -54,7 +54,7 @@ from telerag_cli.retrieval.retriever import Found, Retriever
 from telerag_cli.system import available_bytes, hardware
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
-from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Event, Gpu, Stream, find_gpu
+from telerag_cli.tiers.cuda.gpu import Copy, Event, Gpu, Stream, find_gpu
 from telerag_cli.tiers.cuda.reference import Launch, decoding_error
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
@@ -264,7 +264,7 @@ class _Failing:
         self._stream.close()
 
 
-class _FailingGpu(CudaGpu):
+class _FailingGpu(Gpu):
     def __init__(self, number: int, dice: _Dice) -> None:
         super().__init__(number)
         self._dice = dice

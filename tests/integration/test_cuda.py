@@ -20,7 +20,7 @@ from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier, coalesce
-from telerag_cli.tiers.cuda.gpu import CudaGpu, find_gpu, gpu_number, translated
+from telerag_cli.tiers.cuda.gpu import Gpu, find_gpu, gpu_number, translated
 from telerag_cli.tiers.cuda.scoring import GpuScorer
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
@@ -398,7 +398,7 @@ def test_a_stream_of_a_lost_device_closes_quietly(monkeypatch):
             raise RuntimeError("CUDA error: the device was lost")
 
     monkeypatch.setattr(torch.cuda, "Stream", Lost)
-    stream = CudaGpu.stream(SimpleNamespace(device=torch.device("cuda", 0)))
+    stream = Gpu.stream(SimpleNamespace(device=torch.device("cuda", 0)))
     stream.close()
 
 
@@ -487,7 +487,7 @@ def test_what_torch_says_of_the_device_is_ours_to_tell():
 def test_on_a_gpu_the_results_are_faiss_s(tmp_path, metric, storage):
     vectors = make_vectors(30_000, 130, 1, 50)
     index, ivf = make_index(tmp_path, vectors, 64, metric, storage)
-    tier, retriever = open_over(index, CudaGpu(0), int(index.list_bytes.sum()) // 2)
+    tier, retriever = open_over(index, Gpu(0), int(index.list_bytes.sum()) // 2)
     for row in range(20):
         queries = vectors[row : row + 1 + row % 4] + np.float32(0.1)
         ahead = retriever.prefetch(queries, 16)
@@ -501,7 +501,7 @@ def test_on_a_gpu_the_results_are_faiss_s(tmp_path, metric, storage):
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 def test_on_a_gpu_memory_is_locked_and_given_back(small):
     index, ivf, vectors = small
-    gpu = CudaGpu(0)
+    gpu = Gpu(0)
     free = gpu.free_bytes()
     tier, retriever = open_over(index, gpu, 64 << 20)
     assert tier.notes == []

@@ -24,7 +24,7 @@ from telerag_cli.planning.profile import Profile
 from telerag_cli.planning.storages import make_index
 from telerag_cli.planning.timing import Effort, times_s
 from telerag_cli.retrieval.retriever import Retriever
-from telerag_cli.tiers.cuda.bandwidth import passages
+from telerag_cli.tiers.cuda.bandwidth import transfers
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier
@@ -60,7 +60,7 @@ def test_disk_points_are_for_every_size_and_depth_and_once_through_the_cache(tmp
 
 @pytest.mark.parametrize("bytes_per_s", [1e8, 4e8])
 def test_a_throttled_link_is_measured_no_faster_than_it_is(bytes_per_s):
-    found = list(passages(SimulatedGpu(bytes_per_s=bytes_per_s), (1 << 18, 1 << 20), 1))
+    found = list(transfers(SimulatedGpu(bytes_per_s=bytes_per_s), (1 << 18, 1 << 20), 1))
     assert {each.way for each in found} == {
         f"{kind}, {way} the GPU" for kind in ("pinned", "pageable") for way in ("to", "from")
     }
@@ -70,13 +70,13 @@ def test_a_throttled_link_is_measured_no_faster_than_it_is(bytes_per_s):
 
 
 def test_what_cannot_be_locked_is_measured_pageable_alone():
-    found = list(passages(SimulatedGpu(lock_refused="not here"), (1 << 16,), 1))
+    found = list(transfers(SimulatedGpu(lock_refused="not here"), (1 << 16,), 1))
     assert {each.way for each in found} == {"pageable, to the GPU", "pageable, from the GPU"}
 
 
 def test_device_memory_is_given_back():
     gpu = SimulatedGpu(bytes_per_s=1e9)
-    list(passages(gpu, (1 << 16,), 1))
+    list(transfers(gpu, (1 << 16,), 1))
     assert not gpu.locked
 
 

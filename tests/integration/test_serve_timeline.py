@@ -30,6 +30,7 @@ from telerag_cli.retrieval.retriever import Retriever, Search
 from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
+from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tracing import Span, Tracer
 
 PASSAGE = " ".join(["owls number 3 live in place 8 and eat food 3 as is well known to all who see them"] * 6)
@@ -216,9 +217,14 @@ def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_pa
     index, _ivf = make_index(tmp_path, vectors, 30, Metric.IP, Storage.FLOAT32)
     coarse = Coarse(index.centroids, Metric.IP)
     tier = open_cuda_tier(
-        index, coarse, SimulatedGpu(), int(index.list_bytes.sum()), tracer=(tracer := Tracer(enabled=False))
+        index,
+        coarse,
+        SimulatedGpu(),
+        int(index.list_bytes.sum()),
+        tracer=(tracer := Tracer(enabled=False)),
+        rates=JoinRates(1e9, 1e9, 1e12, 0.0),
     )
-    retriever = Retriever(index, coarse, tier, link_share=0.5)
+    retriever = Retriever(index, coarse, tier)
     try:
         with tracer.listening() as spans:
             began_s = time.perf_counter()

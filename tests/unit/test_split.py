@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telerag_cli.retrieval.split import ContentionEstimate, Ends, Misses, share_of_link
+from telerag_cli.retrieval.split import ContentionEstimate, Ends, Misses, ends_by_share_s
 
 times = st.lists(st.floats(1e-6, 1.0), min_size=0, max_size=12)
 
 
 @given(link=times, busy=st.tuples(st.floats(0, 2), st.floats(0, 2)), data=st.data())
-def test_the_share_is_the_best_of_all(link, busy, data):
+def test_when_both_ends_are_done_with_every_share_of_the_link(link, busy, data):
     place = data.draw(st.lists(st.floats(1e-6, 1.0), min_size=len(link), max_size=len(link)))
 
     def ends(count):
         return max(busy[0] + sum(link[:count]), busy[1] + sum(place[count:]))
 
-    chosen = share_of_link(np.array(link), np.array(place), *busy)
-    assert ends(chosen) == pytest.approx(min(ends(count) for count in range(len(link) + 1)))
+    found = ends_by_share_s(np.array(link), np.array(place), *busy)
+    assert found.tolist() == pytest.approx([ends(count) for count in range(len(link) + 1)])
 
 
 def finish(misses, link_s, place_s, depth):

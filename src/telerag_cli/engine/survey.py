@@ -159,9 +159,9 @@ def links_of(gpu: Gpu | None, lists: Path) -> Sweep:
 
     def sweep(sizes: Sequence[int], depths: Sequence[int], effort: Effort) -> Iterator[LinkPoint]:
         if gpu is not None:
-            from telerag_cli.tiers.cuda.bandwidth import passages
+            from telerag_cli.tiers.cuda.bandwidth import transfers
 
-            for each in passages(gpu, sizes, effort.repeats):
+            for each in transfers(gpu, sizes, effort.repeats):
                 figure = rate(each.count * each.nbytes, each.took_s)
                 yield LinkPoint("PCIe", each.way, each.nbytes, each.depth, figure)
         yield from disk_points(lists, sizes, depths, effort)

@@ -159,7 +159,6 @@ class TwoEndsJoin(Join):
         place: InPlace,
         beside: Executor,
         contention: ContentionEstimate,
-        link_share: float | None = None,
     ) -> None:
         """Get ready.
 
@@ -170,13 +169,11 @@ class TwoEndsJoin(Join):
             place: scores lists in the slow tier.
             beside: the thread for that.
             contention: how much both ends slow each other; taught by this join.
-            link_share: share of the misses that the link takes, whatever is expected; for measuring.
         """
         super().__init__(tier, probes, observer)
         self._place = place
         self._beside = beside
         self._contention = contention
-        self._link_share = link_share
         self._misses: Misses
         self._scoring_in_place = False
 
@@ -225,9 +222,7 @@ class TwoEndsJoin(Join):
         # The link moves while what has come is scored, so its end is as fast as the slower of both.
         link_s = np.maximum(nbytes / place.link.bytes_per_s, nbytes * queries / place.scoring_moved.bytes_per_s)
         in_place_s = nbytes * queries / place.scoring.bytes_per_s
-        return Misses(
-            absent, link_s, in_place_s, faiss_threads(), place.latency_s, self._contention.slowdown, self._link_share
-        )
+        return Misses(absent, link_s, in_place_s, faiss_threads(), place.latency_s, self._contention.slowdown)
 
     def _feed(self, *, alone: bool) -> None:
         """Give both ends what they should do next."""

@@ -84,7 +84,6 @@ class Retriever:
         cache_fraction: float = 0.5,
         rescore: int | None = None,
         budget_bytes: int | None = None,
-        link_share: float | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         """Begin.
@@ -97,8 +96,6 @@ class Retriever:
             rescore: candidates per result that are re-ranked from the vectors that the index keeps, 0 for none; by
                 default `RESCORE` if it keeps them.
             budget_bytes: what one prefetch may move; without it, as much as there is time for.
-            link_share: share of the misses, in lists, that the link takes where they could be scored in place too; by
-                default what should end soonest. For measuring what that is worth.
             tracer: where joins are recorded.
 
         Raises:
@@ -115,7 +112,6 @@ class Retriever:
         self._coarse = coarse
         self._cache_fraction = cache_fraction
         self.budget_bytes = budget_bytes
-        self._link_share = link_share
         self._tracer = tracer or Tracer(enabled=False)
         self._prefetcher = Prefetcher(tier)
         self._contention = ContentionEstimate(tier.in_place.slowdown if tier.in_place else 1.0)
@@ -226,7 +222,7 @@ class Retriever:
         place = self.tier.in_place
         if place is None:
             return DiskJoin(self.tier, probes, observer)
-        return TwoEndsJoin(self.tier, probes, observer, place, self._beside, self._contention, self._link_share)
+        return TwoEndsJoin(self.tier, probes, observer, place, self._beside, self._contention)
 
     def _lists(self, probed: IntArray) -> IntArray:
         """The distinct lists probed, without empty ones."""

@@ -28,54 +28,40 @@ class ContentionEstimate:
 
     LEARNED = 0.5
     KEPT = 0.98
-    """Of what it says above 1, by each join in which one end works alone: some fifty of those between two attempts."""
+    """Share of what exceeds 1 that each join with one end leaves: some fifty of those between two attempts."""
 
     def __init__(self, slowdown: float = 1.0) -> None:
         """Begin with what was learned before."""
-        self._slowdown = slowdown
-        self._lock = threading.Lock()
-
-    @property
-    def slowdown(self) -> float:
+        self.slowdown = slowdown
         """Measured seconds to expected ones."""
-        return self._slowdown
+        self._lock = threading.Lock()
 
     def observe(self, expected_s: float, took_s: float) -> None:
         """Both have worked."""
         with self._lock:
-            self._slowdown += self.LEARNED * (took_s / max(expected_s, 1e-9) - self._slowdown)
+            self.slowdown += self.LEARNED * (took_s / max(expected_s, 1e-9) - self.slowdown)
 
     def fade(self) -> None:
         """One has worked alone."""
         with self._lock:
-            self._slowdown = 1.0 + self.KEPT * (self._slowdown - 1.0)
+            self.slowdown = 1.0 + self.KEPT * (self.slowdown - 1.0)
 
 
-def end_with_share_s(
-    link_s: DoubleArray, in_place_s: DoubleArray, link_busy_s: float, in_place_busy_s: float
-) -> DoubleArray:
-    """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,); see `share_of_link`."""
-    link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
-    in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
-    ends_s: DoubleArray = np.maximum(link_ends_s, in_place_ends_s)
-    return ends_s
-
-
-def share_of_link(
+def ends_by_share_s(
     link_s: DoubleArray, in_place_s: DoubleArray, link_busy_s: float = 0.0, in_place_busy_s: float = 0.0
-) -> int:
-    """How many lists, from the first, the link should take so that the later of both ends is done soonest.
+) -> DoubleArray:
+    """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,).
 
     Args:
         link_s: seconds the link needs for each list, shape (n,).
         in_place_s: seconds that scoring each in place needs, shape (n,).
         link_busy_s: seconds until the link is done with what it has.
         in_place_busy_s: seconds until scoring in place is done with what it has.
-
-    Returns:
-        0 to n; the least of several that are as good.
     """
-    return int(end_with_share_s(link_s, in_place_s, link_busy_s, in_place_busy_s).argmin())
+    link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
+    in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
+    ends_s: DoubleArray = np.maximum(link_ends_s, in_place_ends_s)
+    return ends_s
 
 
 class Misses:
@@ -93,7 +79,6 @@ class Misses:
         grain: int,
         latency_s: float = 0.0,
         slowdown: float = 1.0,
-        link_share: float | None = None,
     ) -> None:
         """Put the lists in a row.
 
@@ -105,27 +90,22 @@ class Misses:
             latency_s: what the link's end needs beside, once.
             slowdown: how much longer both take side by side than these seconds say. If one of them alone is done sooner
                 than that, it gets everything.
-            link_share: share of the lists that the link takes, whatever is expected; for measuring.
         """
         order = np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")
         self._row: list[int] = np.asarray(lists, np.int64)[order].tolist()
         self._link_s, self._in_place_s = link_s[order], in_place_s[order]
         self._grain = grain
         self._latency_s = latency_s
-        self.expected_s = float(end_with_share_s(self._link_s, self._in_place_s, latency_s, 0.0).min())
+        self.expected_s = float(ends_by_share_s(self._link_s, self._in_place_s, latency_s).min())
         """Seconds of both ends together, if neither slowed the other."""
         alone_s = {Ends.IN_PLACE: float(in_place_s.sum()), Ends.LINK: latency_s + float(link_s.sum())}
         better = min(alone_s, key=alone_s.__getitem__)
         self.ends = better if alone_s[better] <= slowdown * self.expected_s else Ends.BOTH
         """Who takes from the row. What cannot be moved is scored in place all the same."""
-        self._link_takes = None if link_share is None else round(link_share * len(lists))
-        if link_share is not None:
-            self.ends = {0.0: Ends.IN_PLACE, 1.0: Ends.LINK}.get(link_share, Ends.BOTH)
         self._front, self._back = 0, len(lists)
         self._failed: list[int] = []
         self._lock = threading.Lock()
-        self._link_busy_s = 0.0
-        self._in_place_busy_s = 0.0
+        self._link_busy_s = self._in_place_busy_s = 0.0
         self._room = True
 
     def __len__(self) -> int:
@@ -135,9 +115,8 @@ class Misses:
     def for_link(self, most: int) -> list[int]:
         """Take at most ``most`` lists from the front, as far as the link should go; say `moved` when they have come."""
         with self._lock:
-            count = min(most, self._share_of_link())
-            taken = slice(self._front, self._front + count)
-            self._front += count
+            taken = slice(self._front, self._front + min(most, self._share_of_link()))
+            self._front = taken.stop
             self._link_busy_s += float(self._link_s[taken].sum())
             return self._row[taken]
 
@@ -177,20 +156,20 @@ class Misses:
             share = self._back - self._front - self._share_of_link()
             rest_s = float(self._in_place_s[self._front : self._back].sum())
             at_once = self.ends is Ends.IN_PLACE or rest_s <= self._latency_s
-            count = share if at_once else min(share, max(self._grain, -(-share // 2)))
-            taken = slice(self._back - count, self._back)
-            self._back -= count
+            taken = slice(self._back - (share if at_once else min(share, max(self._grain, -(-share // 2)))), self._back)
+            self._back = taken.start
             self._in_place_busy_s = float(self._in_place_s[taken].sum())
             failed, self._failed = self._failed, []
             return self._row[taken] + failed
 
     def _share_of_link(self) -> int:
+        """How many lists of the rest, from the first, the link should take so that the later of both ends is done soonest."""
         if not self._room or self.ends is Ends.IN_PLACE:
             return 0
         if self.ends is Ends.LINK:
             return self._back - self._front
-        if self._link_takes is not None:
-            return max(min(self._link_takes, self._back) - self._front, 0)
         rest = slice(self._front, self._back)
         link_busy_s = self._latency_s + self._link_busy_s
-        return share_of_link(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s)
+        return int(
+            ends_by_share_s(self._link_s[rest], self._in_place_s[rest], link_busy_s, self._in_place_busy_s).argmin()
+        )

@@ -50,7 +50,7 @@ class SlowTier:
 
         Args:
             index: the opened index.
-            advance: told of bytes as they are read.
+            advance: called with bytes as they are read.
 
         Raises:
             ResourceError: there is not that much memory.
@@ -58,11 +58,13 @@ class SlowTier:
         """
         self.nbytes = max(int(index.list_bytes.sum()), PAGE_BYTES)
         path = index.paths.lists
-        name = _name(path)
         try:
+            status = path.stat()
             lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise wrap_os_error(error, path) from error
+        # The name of this very file's memory; another index in its place is another file.
+        name = f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             found = _find(name)
@@ -109,28 +111,11 @@ class SlowTier:
             Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
             for number, begin in enumerate(range(0, nbytes, READ_BYTES))
         ]
-        told = 0
-
-        def progress(ended: int) -> None:
-            nonlocal told
-            done = min(nbytes, ended * READ_BYTES)
-            advance(done - told)
-            told = done
-
         reader = DirectReader(path, self.memory, threads=READ_THREADS)
         try:
-            move_all(reader, moves, progress)
+            move_all(reader, moves, advance)
         finally:
             reader.close(drop=True)
-
-
-def _name(path: Path) -> str:
-    """What the memory of this very file is called; another index in its place is another file."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise wrap_os_error(error, path) from error
-    return f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
 
 
 def _find(name: str) -> int | None:

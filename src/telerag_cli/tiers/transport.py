@@ -20,6 +20,7 @@ from telerag_cli.arrays import ByteArray
 from telerag_cli.config import PAGE_BYTES, format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.files import wrap_os_error
+from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes, give_way
 
 LINK_NICENESS = 10
@@ -54,36 +55,21 @@ class Transport(Protocol):
         """Wait for moves under way, then let go of threads and files."""
 
 
-def move_all(link: Transport, moves: Sequence[Move], progress: Callable[[int], None] = lambda _ended: None) -> None:
-    """Start moves and wait for all of them.
-
-    Args:
-        link: what moves.
-        moves: the moves.
-        progress: told now and then how many have ended.
+def move_all(link: Transport, moves: Sequence[Move], advance: Advance = lambda _nbytes: None) -> None:
+    """Start moves and wait for all of them; ``advance`` is called with bytes as they arrive.
 
     Raises:
         TeleragError: one of them failed; others may be under way still.
     """
+    ended: SimpleQueue[tuple[Sequence[Move], TeleragError | None]] = SimpleQueue()
+    link.submit(moves, lambda some, error: ended.put((some, error)))
     left = len(moves)
-    errors: list[TeleragError] = []
-    ended = threading.Condition()
-
-    def arrived(some: Sequence[Move], error: TeleragError | None) -> None:
-        nonlocal left
-        with ended:
-            left -= len(some)
-            if error is not None:
-                errors.append(error)
-            ended.notify()
-
-    link.submit(moves, arrived)
-    with ended:
-        while left and not errors:
-            ended.wait(0.2)
-            progress(len(moves) - left)
-    if errors:
-        raise errors[0]
+    while left:
+        some, error = ended.get()
+        if error is not None:
+            raise error
+        left -= len(some)
+        advance(sum(move.nbytes for move in some))
 
 
 def allocate(nbytes: int) -> ByteArray:
@@ -93,16 +79,13 @@ def allocate(nbytes: int) -> ByteArray:
         ResourceError: there is not that much memory.
     """
     available = available_bytes()
-    if nbytes > available:
-        raise ResourceError(
-            f"The arena of {format_bytes(nbytes)} does not fit: {format_bytes(available)} of memory are free.",
-            remedy="Choose a smaller --fast-memory.",
-        )
     try:
+        if nbytes > available:
+            raise OSError(errno.ENOMEM, f"{format_bytes(available)} of memory are free")
         block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise ResourceError(
-            f"The arena of {format_bytes(nbytes)} was refused: {error.strerror}.",
+            f"The arena of {format_bytes(nbytes)} does not fit: {error.strerror}.",
             remedy="Choose a smaller --fast-memory.",
         ) from error
     with contextlib.suppress(OSError):  # a kernel without huge pages still works, with more page-table walks
@@ -155,7 +138,7 @@ class DirectReader:
         self.note: str | None = None
         self._path = path
         self._memory = memoryview(memory)  # type: ignore[arg-type]
-        self._file = self._open() if direct else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = self._open(direct)
         self._jobs: SimpleQueue[tuple[Move, Arrived] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"link {i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
@@ -183,26 +166,21 @@ class DirectReader:
         self._memory.release()
         os.close(self._file)
 
-    def _open(self) -> int:
+    def _open(self, direct: bool) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        file = -1
         try:
-            try:
-                file = os.open(self._path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-                try:
-                    # Some file systems accept the flag and refuse the first read.
-                    os.preadv(file, [mmap.mmap(-1, PAGE_BYTES)], 0)
-                except OSError:
-                    os.close(file)
-                    raise
-                return file
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                    raise
-            self.note = (
-                f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
-            )
-            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            file = os.open(self._path, flags)
+            if direct:  # some file systems accept the flag and refuse the first read
+                os.preadv(file, [mmap.mmap(-1, PAGE_BYTES)], 0)
+            return file
         except OSError as error:
-            raise wrap_os_error(error, self._path) from error
+            if file >= 0:
+                os.close(file)
+            if not direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise wrap_os_error(error, self._path) from error
+        self.note = f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
+        return self._open(direct=False)
 
     def _work(self) -> None:
         # A link thread sleeps in the kernel and needs a few per cent of a core. Without this, each time it wakes it

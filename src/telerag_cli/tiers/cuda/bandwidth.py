@@ -18,60 +18,54 @@ OPTION = "--gpu-memory"
 
 
 @dataclass(frozen=True)
-class Passage:
+class Transfers:
     """Some transfers of one size in a row, and the seconds that they took each time."""
 
     way: str
     nbytes: int
     depth: int
-    """Started before the first of them is waited for."""
+    """How many are started before the first of them is waited for."""
     count: int
     took_s: list[float]
 
 
-def passages(gpu: Gpu, sizes: Sequence[int], repeats: int) -> Iterator[Passage]:
-    """Measure each way at each size, after one repeat that warms up.
-
-    Args:
-        gpu: the device.
-        sizes: bytes of a transfer.
-        repeats: how often.
+def transfers(gpu: Gpu, sizes: Sequence[int], repeats: int) -> Iterator[Transfers]:
+    """Measure each way at each size (bytes of a transfer), ``repeats`` times after one that warms up.
 
     Raises:
         ResourceError: the device has no room, or failed.
     """
-    largest = max(sizes)
-    most = max(4 * largest, BATCH_BYTES)
+    most = max(4 * max(sizes), BATCH_BYTES)
     device = gpu.allocate(most, OPTION)
     stream = gpu.stream()
     try:
         for kind in ("pinned", "pageable"):
             memory = np.zeros(most, np.uint8)
-            locked = kind == "pinned" and gpu.lock(memory) is None
-            if kind == "pinned" and not locked:
+            if kind == "pinned" and gpu.lock(memory) is not None:
                 continue  # the tier says that it cannot
             host = torch.from_numpy(memory)
             try:
-                for way, source, target in (
-                    (f"{kind}, to the GPU", host, device),
-                    (f"{kind}, from the GPU", device, host),
-                ):
-                    for nbytes in sizes:
-                        copies = [
-                            Copy(source[i * nbytes : (i + 1) * nbytes], target[i * nbytes : (i + 1) * nbytes])
-                            for i in range(min(most // nbytes, MAX_COPIES))
-                        ]
-                        for depth in sorted({1, min(DEPTH, len(copies))}):
-                            times = [_pass(stream, copies, depth) for _ in range(repeats + 1)]
-                            yield Passage(way, nbytes, depth, len(copies), times[1:])
+                yield from _each_size(stream, f"{kind}, to the GPU", host, device, sizes, repeats)
+                yield from _each_size(stream, f"{kind}, from the GPU", device, host, sizes, repeats)
             finally:
-                if locked:
+                if kind == "pinned":
                     gpu.unlock(memory)
     finally:
         stream.close()
 
 
-def _pass(stream: Stream, copies: Sequence[Copy], depth: int) -> float:
+def _each_size(
+    stream: Stream, way: str, source: torch.Tensor, target: torch.Tensor, sizes: Sequence[int], repeats: int
+) -> Iterator[Transfers]:
+    for nbytes in sizes:
+        count = min(len(source) // nbytes, MAX_COPIES)
+        copies = [Copy(*(end[i * nbytes : (i + 1) * nbytes] for end in (source, target))) for i in range(count)]
+        for depth in sorted({1, min(DEPTH, count)}):
+            times = [_copy_all_s(stream, copies, depth) for _ in range(repeats + 1)]
+            yield Transfers(way, nbytes, depth, count, times[1:])
+
+
+def _copy_all_s(stream: Stream, copies: Sequence[Copy], depth: int) -> float:
     began_s = time.perf_counter()
     for start in range(0, len(copies), depth):
         for event in stream.copy(copies[start : start + depth]):

@@ -17,7 +17,7 @@ from telerag_cli.tiers.transport import Arrived, Move
 
 IN_FLIGHT_S = 0.002
 """The link is kept busy for so long ahead: enough for the interpreter to come round to it, little enough to wait for at the join."""
-FEWEST, MOST = 4, 256
+MIN_IN_FLIGHT, MAX_IN_FLIGHT = 4, 256
 """Bounds of the moves under way that make that."""
 
 
@@ -25,12 +25,30 @@ FEWEST, MOST = 4, 256
 class _Job:
     moves: Sequence[Move]
     arrived: Arrived
-    event: Event
+    event: Event | TeleragError
+    """The error of a copy that never started."""
     started_s: float
+
+    def passed(self) -> bool:
+        """Whether it has ended well; a failure is reported when it is waited for, apart from those that went well."""
+        try:
+            return not isinstance(self.event, TeleragError) and self.event.passed()
+        except TeleragError:
+            return False
+
+    def wait(self) -> TeleragError | None:
+        """Wait for its end; what went wrong."""
+        if isinstance(self.event, TeleragError):
+            return self.event
+        try:
+            self.event.wait()
+        except TeleragError as error:
+            return error
+        return None
 
 
 class Copier:
-    """A `Transport`. Copies are started by whoever asks; a thread waits for their events and tells."""
+    """A `Transport`. Whoever asks starts the copies; a thread waits for their events and reports them."""
 
     def __init__(
         self, stream: Stream, source: torch.Tensor, arena: torch.Tensor, rate: Rate, mean_bytes: float
@@ -44,7 +62,8 @@ class Copier:
             rate: what the link moves, as measured; it goes on learning.
             mean_bytes: of a list.
         """
-        self.depth = int(min(MOST, max(FEWEST, IN_FLIGHT_S * rate.bytes_per_s / max(mean_bytes, 1))))
+        wanted = IN_FLIGHT_S * rate.bytes_per_s / max(mean_bytes, 1)
+        self.depth = int(min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, wanted)))
         self.note: str | None = None
         self.rate = rate
         self._stream = stream
@@ -61,10 +80,11 @@ class Copier:
         runs = coalesce(moves)
         with self._changed:  # under the lock, so that events pass in the order in which they are waited for
             started_s = time.perf_counter()
+            events: Sequence[Event | TeleragError]
             try:
                 events = self._stream.copy([self._copy(run) for run in runs])
             except TeleragError as error:
-                events = [_Refused(error)] * len(runs)
+                events = [error] * len(runs)
             self._jobs.extend(_Job(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True))
             self._changed.notify()
 
@@ -90,16 +110,11 @@ class Copier:
                 self._changed.wait_for(lambda: self._jobs or self._closing)
                 if not self._jobs:
                     return
-            error: TeleragError | None = None
-            try:
-                self._jobs[0].event.wait()
-            except TeleragError as trouble:
-                error = trouble
-            # Only this thread takes away. What has passed meanwhile is told in the same breath, if it is told to the
-            # same.
+            error = self._jobs[0].wait()
+            # Only this thread takes away. What has passed meanwhile is reported together, if to the same receiver.
             first = self._jobs.popleft()
             moves = list(first.moves)
-            while error is None and self._jobs and self._jobs[0].arrived is first.arrived and _passed(self._jobs[0]):
+            while error is None and self._jobs and self._jobs[0].arrived is first.arrived and self._jobs[0].passed():
                 moves += self._jobs.popleft().moves
             ended_s = time.perf_counter()
             if error is None:
@@ -107,26 +122,6 @@ class Copier:
                 self.rate.observe(sum(move.nbytes for move in moves), busy_s)
             idle_since_s = ended_s
             first.arrived(moves, error)
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """The event of a copy that never started."""
-
-    error: TeleragError
-
-    def passed(self) -> bool:
-        raise self.error
-
-    def wait(self) -> None:
-        raise self.error
-
-
-def _passed(job: _Job) -> bool:
-    try:
-        return job.event.passed()
-    except TeleragError:
-        return False  # told when it is waited for, apart from those that went well
 
 
 def coalesce(moves: Sequence[Move]) -> list[list[Move]]:

@@ -43,7 +43,7 @@ class Event(Protocol):
 class Stream(Protocol):
     """Copies that run in order, beside everything else that the device does."""
 
-    def copy(self, copies: Sequence[Copy]) -> list[Event]:
+    def copy(self, copies: Sequence[Copy]) -> Sequence[Event]:
         """Start copies and return at once, with an event for each.
 
         Raises:
@@ -51,17 +51,21 @@ class Stream(Protocol):
         """
 
     def close(self) -> None:
-        """Wait for what was started; what failed of it is told by its event alone."""
+        """Wait for what was started; a failure is reported by its event alone."""
 
 
-class Gpu(Protocol):
-    """A device with memory of its own."""
+class Gpu:
+    """A device with memory of its own, through torch. `SimulatedGpu` is another without the device."""
 
-    name: str
-    device: torch.device
+    def __init__(self, number: int) -> None:
+        self.device = torch.device("cuda", number)
+        self.name = torch.cuda.get_device_name(number)
 
     def free_bytes(self) -> int:
         """Memory that can be allocated now."""
+        torch.cuda.empty_cache()  # what torch keeps for itself is free too
+        free: int = torch.cuda.mem_get_info(self.device)[0]
+        return free
 
     def allocate(self, nbytes: int, option: str) -> torch.Tensor:
         """One block of uint8; ``option`` is what a user would change if it does not fit.
@@ -69,18 +73,39 @@ class Gpu(Protocol):
         Raises:
             ResourceError: it does not fit.
         """
+        free = self.free_bytes()
+        try:
+            if nbytes > free:
+                raise torch.OutOfMemoryError
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
+                remedy=f"Choose a smaller {option}.",
+            ) from error
 
     def lock(self, memory: ByteArray) -> str | None:
         """Page-lock host memory so that the device reads it directly; the reason if that is refused, else None."""
+        with torch.cuda.device(self.device):
+            status = _cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE)
+        if int(status) == 0:
+            return None
+        # The refusal stays behind as the thread's last error, and the next launch would report it as its own.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
+        return str(_cudart().cudaGetErrorString(status))
 
     def unlock(self, memory: ByteArray) -> None:
         """Undo `lock`."""
+        _cudart().cudaHostUnregister(memory.ctypes.data)
 
     def stream(self) -> Stream:
         """A stream of its own for copies."""
+        return _CudaStream(self.device)
 
     def working(self) -> contextlib.AbstractContextManager[None]:
         """Around work on the device: its failures become ResourceError."""
+        return translated("scoring")
 
 
 @contextlib.contextmanager
@@ -97,72 +122,23 @@ def translated(doing: str) -> Iterator[None]:
         ) from error
 
 
-class CudaGpu:
-    """A `Gpu` through torch."""
-
-    def __init__(self, number: int) -> None:
-        self.device = torch.device("cuda", number)
-        self.name = torch.cuda.get_device_name(number)
-
-    def free_bytes(self) -> int:
-        """See `Gpu`."""
-        torch.cuda.empty_cache()  # what torch keeps for itself is free too
-        free: int = torch.cuda.mem_get_info(self.device)[0]
-        return free
-
-    def allocate(self, nbytes: int, option: str) -> torch.Tensor:
-        """See `Gpu`."""
-        free = self.free_bytes()
-        try:
-            if nbytes > free:
-                raise torch.OutOfMemoryError
-            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
-                remedy=f"Choose a smaller {option}.",
-            ) from error
-
-    def lock(self, memory: ByteArray) -> str | None:
-        """See `Gpu`."""
-        with torch.cuda.device(self.device):
-            status = _cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, PORTABLE)
-        if int(status) == 0:
-            return None
-        # The refusal stays behind as the thread's last error, and the next launch would report it as its own.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self.device)
-        return str(_cudart().cudaGetErrorString(status))
-
-    def unlock(self, memory: ByteArray) -> None:
-        """See `Gpu`."""
-        _cudart().cudaHostUnregister(memory.ctypes.data)
-
-    def stream(self) -> Stream:
-        """See `Gpu`."""
-        return _CudaStream(self.device)
-
-    def working(self) -> contextlib.AbstractContextManager[None]:
-        """See `Gpu`."""
-        return translated("scoring")
-
-
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 class _CudaEvent:
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
         # Blocking: the thread sleeps until the driver wakes it, and takes no core from the LLM.
-        self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(stream)
 
     def passed(self) -> bool:
         with translated("moving lists"):
-            return bool(self.event.query())  # type: ignore[no-untyped-call]
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         with translated("moving lists"):
-            self.event.synchronize()
+            self._event.synchronize()
 
 
 class _CudaStream:
@@ -174,9 +150,7 @@ class _CudaStream:
         with translated("moving lists"), torch.cuda.stream(self._stream):
             for each in copies:
                 each.target.copy_(each.source, non_blocking=True)
-                ended = _CudaEvent()
-                ended.event.record(self._stream)
-                events.append(ended)
+                events.append(_CudaEvent(self._stream))
         return events
 
     def close(self) -> None:
@@ -201,7 +175,7 @@ def gpu_number(device: str) -> int | None:
     return int(match[1] or 0)
 
 
-def find_gpu(device: str) -> CudaGpu:
+def find_gpu(device: str) -> Gpu:
     """The GPU that ``auto``, ``cuda`` or ``cuda:N`` means.
 
     Raises:
@@ -217,4 +191,4 @@ def find_gpu(device: str) -> CudaGpu:
             f"GPU {number} was asked for, and {build} finds {found}.",
             remedy="Use --tier host, or install the driver and a torch with CUDA.",
         )
-    return CudaGpu(number)
+    return Gpu(number)

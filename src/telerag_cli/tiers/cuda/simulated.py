@@ -1,7 +1,7 @@
 """A GPU made of threads and host memory: the same tier, link and scoring without the device.
 
-It is what ``--tier simulated`` uses, and tests, which choose its delays and failures. It shows what the cuda tier does
-and is no measure of how fast it does it.
+``--tier simulated`` uses it, and so do tests, which choose its delays and failures. It shows what the cuda tier does,
+not how fast it does it.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from telerag_cli.arrays import ByteArray
 from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.system import available_bytes
-from telerag_cli.tiers.cuda.gpu import Copy, Event, Stream
+from telerag_cli.tiers.cuda.gpu import Copy, Gpu, Stream
 
 Fails = Callable[[], bool]
 
 
-class SimulatedGpu:
+class SimulatedGpu(Gpu):
     """A `Gpu` on the CPU."""
-
-    name = "simulated GPU"
-    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -52,8 +49,8 @@ class SimulatedGpu:
             work_fails: asked before each work on the device.
             lock_refused: why page-locking is refused.
         """
-        if bytes_per_s:
-            self.name = f"simulated GPU, its link {format_bytes(bytes_per_s)}/s"
+        self.device = torch.device("cpu")
+        self.name = "simulated GPU" + (f", its link {format_bytes(bytes_per_s)}/s" if bytes_per_s else "")
         self._memory_bytes = memory_bytes
         self._taken_bytes = 0
         self._pace = (bytes_per_s, longest_s, random.Random(seed))
@@ -64,19 +61,13 @@ class SimulatedGpu:
 
     def free_bytes(self) -> int:
         """See `Gpu`."""
-        free = available_bytes() if self._memory_bytes is None else self._memory_bytes - self._taken_bytes
-        return free
+        return available_bytes() if self._memory_bytes is None else self._memory_bytes - self._taken_bytes
 
     def allocate(self, nbytes: int, option: str) -> torch.Tensor:
         """See `Gpu`."""
-        free = self.free_bytes()
-        if nbytes > free:
-            raise ResourceError(
-                f"{format_bytes(nbytes)} do not fit {self.name}, where {format_bytes(free)} are free.",
-                remedy=f"Choose a smaller {option}.",
-            )
+        memory = super().allocate(nbytes, option)
         self._taken_bytes += nbytes
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return memory
 
     def lock(self, memory: ByteArray) -> str | None:
         """See `Gpu`."""
@@ -113,8 +104,7 @@ class _ThreadEvent:
 
     def wait(self) -> None:
         self.ended.wait()
-        if self.error:
-            raise self.error
+        self.passed()
 
 
 class _ThreadStream:
@@ -126,7 +116,7 @@ class _ThreadStream:
         self._thread = threading.Thread(target=self._work, name="simulated link", daemon=True)
         self._thread.start()
 
-    def copy(self, copies: Sequence[Copy]) -> list[Event]:
+    def copy(self, copies: Sequence[Copy]) -> list[_ThreadEvent]:
         jobs = [(each, _ThreadEvent()) for each in copies]
         for job in jobs:
             self._jobs.put(job)

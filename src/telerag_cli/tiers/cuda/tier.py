@@ -17,7 +17,7 @@ from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.progress import Advance
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
-from telerag_cli.tiers.cuda.gpu import Copy, CudaGpu, Gpu, Stream
+from telerag_cli.tiers.cuda.gpu import Copy, Gpu, Stream
 from telerag_cli.tiers.cuda.scoring import GpuScorer, workspace_bytes
 from telerag_cli.tiers.rates import InPlace, JoinRates, Rate
 from telerag_cli.tiers.slow import HostLists, SlowTier
@@ -55,10 +55,9 @@ def open_cuda_tier(
             takes only what it needs.
         require_pinned: refuse to go on with host memory that is not page-locked.
         cache: what stays between queries.
-        advance: told of bytes as they are read.
+        advance: called with bytes as they are read.
         lists: the lists, if they are in host memory already; they are closed with the tier.
-        rates: of link and scoring, if they were measured before; what a profile says of many repeats is better than
-            one.
+        rates: of link and scoring, if they were measured before: a profile's many repeats are better than one trial.
         tracer: where moves are recorded.
 
     Raises:
@@ -66,7 +65,7 @@ def open_cuda_tier(
         ResourceError: host or device have too little memory, or page-locking is refused and required.
         ArtifactError: the lists cannot be read.
     """
-    accounts = size_arena(index, what_is_left(gpu, index) if arena_bytes is None else arena_bytes, OPTION)
+    accounts = size_arena(index, free_for_arena(gpu, index) if arena_bytes is None else arena_bytes, OPTION)
     with contextlib.ExitStack() as undo:
         # Before minutes of reading: whether the device takes it, and whether pages can be locked at all.
         arena = gpu.allocate(max(accounts.nbytes, 4096), OPTION)
@@ -81,36 +80,42 @@ def open_cuda_tier(
             notes = _lock(gpu, slow.memory, require_pinned)
             if not notes:
                 undo.callback(gpu.unlock, slow.memory)
-        in_place = ListScorer.over(slow.memory, index, coarse)
-        undo.callback(in_place.close)
-        in_place.table[:] = index.table
+        exact = ListScorer.over(slow.memory, index, coarse)
+        undo.callback(exact.close)
+        exact.table[:] = index.table
         stream = gpu.stream()
         undo.callback(stream.close)
         source = torch.from_numpy(slow.memory)
         trial = _Trial(index, min(TRIAL_BYTES, len(arena)))
         link = trial.move(stream, source, arena)
-        scorer, note = _open_scorer(gpu, index, arena, in_place, workspace, trial)
-        choice = _choice(in_place, scorer, link, trial, rates)
-        copier = Copier(stream, source, arena, choice.link, index.list_bytes.mean())
+        scorer, note = _open_scorer(gpu, index, arena, exact, workspace, trial)
+        if rates is None:
+            place = InPlace(exact.score, trial.score_in_place(exact), link, *trial.score_moved(scorer))
+        else:
+            place = rates.in_place_by(exact.score)
+        copier = Copier(stream, source, arena, place.link, index.list_bytes.mean())
         closing = undo.pop_all().close
     del source, arena, workspace  # theirs alone, so that closing frees them
     return FastTier(
-        index,
-        accounts,
-        copier,
-        scorer,
-        cache=cache,
-        in_place=choice,
-        notes=[*notes, *note],
-        closing=closing,
-        tracer=tracer,
+        index, accounts, copier, scorer, cache=cache, in_place=place, notes=notes + note, closing=closing, tracer=tracer
     )
 
 
-def _choice(in_place: ListScorer, scorer: GpuScorer, link: Rate, trial: _Trial, known: JoinRates | None) -> InPlace:
-    if known is None:
-        return InPlace(in_place.score, trial.score_in_place(in_place), link, *trial.score_moved(scorer))
-    return known.in_place_by(in_place.score)
+def free_for_arena(gpu: Gpu, index: Index) -> int:
+    """Bytes for an arena that takes what is free, less scoring's workspace and a reserve.
+
+    Raises:
+        ResourceError: that is less than the largest list.
+    """
+    free, largest, beside = gpu.free_bytes(), int(index.list_bytes.max(initial=0)), workspace_bytes(index)
+    left = free - RESERVE_BYTES - beside
+    if left < largest:
+        raise ResourceError(
+            f"{gpu.name} has {format_bytes(free)} free, and the smallest arena with its reserve takes "
+            f"{format_bytes(largest + RESERVE_BYTES + beside)}.",
+            remedy=f"Free some of it, or give {OPTION}, which has no reserve.",
+        )
+    return left
 
 
 def _lock(gpu: Gpu, memory: ByteArray, required: bool) -> list[str]:
@@ -124,24 +129,6 @@ def _lock(gpu: Gpu, memory: ByteArray, required: bool) -> list[str]:
     return [f"{what} Lists move at a fraction of the link's speed."]
 
 
-def what_is_left(gpu: Gpu, index: Index) -> int:
-    """Bytes for an arena that takes what is free, less scoring's workspace and a reserve.
-
-    Raises:
-        ResourceError: that is less than the largest list.
-    """
-    free, largest = gpu.free_bytes(), int(index.list_bytes.max(initial=0))
-    left = free - RESERVE_BYTES - workspace_bytes(index)
-    if left < largest:
-        needed = largest + RESERVE_BYTES + workspace_bytes(index)
-        raise ResourceError(
-            f"{gpu.name} has {format_bytes(free)} free, and the smallest arena with its reserve takes "
-            f"{format_bytes(needed)}.",
-            remedy=f"Free some of it, or give {OPTION}, which has no reserve.",
-        )
-    return left
-
-
 def _open_scorer(
     gpu: Gpu, index: Index, arena: torch.Tensor, exact: ListScorer, workspace: torch.Tensor, trial: _Trial
 ) -> tuple[GpuScorer, list[str]]:
@@ -151,7 +138,7 @@ def _open_scorer(
     missing.
     """
     note = []
-    if isinstance(gpu, CudaGpu):
+    if gpu.device.type == "cuda":
         try:
             from telerag_cli.tiers.cuda import kernel
 
@@ -171,46 +158,42 @@ class _Trial:
         """Choose lists that are not empty, as they lie; at least one if there is one."""
         lists = np.flatnonzero(index.list_bytes > 0)[:MAX_LISTS_TRIED]
         ends = np.cumsum(index.list_bytes[lists])
-        count = max(1, int(np.searchsorted(ends, most_bytes, side="right")))
-        self.lists: IntArray = lists[:count]
-        self.nbytes = max(1.0, float(index.list_bytes[self.lists].sum()))
+        self._lists: IntArray = lists[: max(1, int(np.searchsorted(ends, most_bytes, side="right")))]
+        self._list_bytes = index.list_bytes[self._lists]
+        self._targets: IntArray = np.cumsum(self._list_bytes) - self._list_bytes
+        self._nbytes = max(1.0, float(self._list_bytes.sum()))
         self._index = index
-        self._targets: IntArray = np.cumsum(index.list_bytes[self.lists]) - index.list_bytes[self.lists]
 
     def move(self, stream: Stream, source: torch.Tensor, arena: torch.Tensor) -> Rate:
         """Move them to the arena's beginning, as lookahead would."""
-        places = zip(
-            self._index.offsets[self.lists].tolist(),
-            self._targets.tolist(),
-            self._index.list_bytes[self.lists].tolist(),
-            strict=True,
-        )
+        columns = (self._index.offsets[self._lists].tolist(), self._targets.tolist(), self._list_bytes.tolist())
         copies = [
-            Copy(source[begin : begin + nbytes], arena[target : target + nbytes]) for begin, target, nbytes in places
+            Copy(source[begin : begin + nbytes], arena[target : target + nbytes])
+            for begin, target, nbytes in zip(*columns, strict=True)
         ]
 
         def move() -> None:
             for event in stream.copy(copies):
                 event.wait()
 
-        return Rate(self.nbytes, _second_s(move))
+        return Rate(self._nbytes, _second_s(move))
 
     def score_in_place(self, scorer: ListScorer) -> Rate:
         """Score them where they lie."""
-        return Rate(self.nbytes, _second_s(lambda: self._score(scorer, len(self.lists))))
+        return Rate(self._nbytes, _second_s(lambda: self._score(scorer, len(self._lists))))
 
     def score_moved(self, scorer: GpuScorer) -> tuple[Rate, float]:
         """Score them where they were moved to: what it takes beside the latency, and the latency in seconds, that of one list."""
-        scorer.table[self.lists, :2] = self._index.table[self.lists, :2]
-        scorer.table[self.lists, 2] = self._targets
+        scorer.table[self._lists, :2] = self._index.table[self._lists, :2]
+        scorer.table[self._lists, 2] = self._targets
         latency_s = _second_s(lambda: self._score(scorer, 1))
-        all_s = _second_s(lambda: self._score(scorer, len(self.lists)))
-        scorer.table[self.lists] = 0
-        return Rate(self.nbytes, max(all_s - latency_s, all_s / 100)), latency_s
+        all_s = _second_s(lambda: self._score(scorer, len(self._lists)))
+        scorer.table[self._lists] = 0
+        return Rate(self._nbytes, max(all_s - latency_s, all_s / 100)), latency_s
 
     def _score(self, scorer: ListScorer | GpuScorer, count: int) -> None:
-        if len(self.lists):
-            scorer.score(self._index.centroids[:1], self.lists[None, :count], 1)
+        if len(self._lists):
+            scorer.score(self._index.centroids[:1], self._lists[None, :count], 1)
 
 
 def _second_s(function: Callable[[], None]) -> float:
