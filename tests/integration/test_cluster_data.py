@@ -20,7 +20,7 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.distributed import data as cluster_data
-from telerag_cli.distributed.data import Pool, stream
+from telerag_cli.distributed.data import Pool
 from telerag_cli.distributed.session import Cluster, cause, joined
 from telerag_cli.embedding.encoder import EncoderInfo
 from telerag_cli.embedding.job import embed_passages, make_shard
@@ -31,7 +31,6 @@ from telerag_cli.index.stages import ASSIGN_ROWS
 from vector_files import clustered, write_parquet
 
 ray = pytest.importorskip("ray")
-pytest.importorskip("ray.data")
 
 POOL = Pool(2, 1, 0.0, {"OMP_NUM_THREADS": "1"})
 
@@ -88,7 +87,7 @@ def test_results_come_in_order_and_a_killed_worker_loses_nothing(cluster, tmp_pa
             yield item
 
     results = []
-    for result in stream(source(), Squares(tmp_path / "died"), 2, ahead=5):
+    for result in POOL(source(), Squares(tmp_path / "died")):
         results.append(result)
         assert len(read) - len(results) < 5
     assert (tmp_path / "died").exists()
@@ -98,14 +97,14 @@ def test_results_come_in_order_and_a_killed_worker_loses_nothing(cluster, tmp_pa
 
 def test_what_a_worker_raises_is_raised_as_it_was(cluster):
     with pytest.raises(TeleragError) as caught:
-        list(stream([1, 2, 3, "bad", 5], Squares(), 2))
+        list(POOL([1, 2, 3, "bad", 5], Squares()))
     assert type(caught.value) is InputError
     assert str(caught.value) == "c.jsonl:4: not a number. Write one."
 
 
 def test_what_kills_every_worker_ends(cluster):
     with pytest.raises(ResourceError, match="Workers died 4 times at the same piece of work"):
-        list(stream(["fatal"], Squares(), 1))
+        list(Pool(1)(["fatal"], Squares()))
 
 
 def test_what_the_items_raise_comes_after_the_results_of_those_before(cluster):
@@ -115,12 +114,12 @@ def test_what_the_items_raise_comes_after_the_results_of_those_before(cluster):
 
     results = []
     with pytest.raises(InputError, match="line 4 is bad"):
-        results.extend(square for square, _pid in stream(source(), Squares(), 2))
+        results.extend(square for square, _pid in POOL(source(), Squares()))
     assert results == [1, 4, 9]
 
 
 def test_a_stream_that_is_not_read_to_its_end_stops_its_workers(cluster):
-    results = stream(iter(range(10_000)), Squares(), 2)
+    results = POOL(iter(range(10_000)), Squares())
     _square, pid = next(results)
     results.close()
     ends = time.monotonic() + 20
