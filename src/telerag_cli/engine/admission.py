@@ -85,6 +85,11 @@ class AdmissionQueue:
         self._working: asyncio.Task[None] | None = None
 
     @property
+    def groups(self) -> bool:
+        """Whether questions run together at all."""
+        return self._scheduler.schedule.micro_batch > 1
+
+    @property
     def running(self) -> int:
         """Questions with a seat."""
         return sum(self._running)

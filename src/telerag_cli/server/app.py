@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from telerag_cli.errors import TeleragError
-from telerag_cli.server import chat, completions, embeddings, models, site, vector_stores
+from telerag_cli.server import answers, embeddings, models, site, vector_stores
 from telerag_cli.server.access_log import CLIENT_CLOSED
 from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error, handle_uncaught
 from telerag_cli.server.replies import Documented, note
@@ -49,7 +49,7 @@ def make_app(service: Service) -> FastAPI:
         responses=ERRORS,
         exception_handlers=_HANDLERS,
     )
-    for part in (chat, completions, embeddings, models, vector_stores):
+    for part in (answers, embeddings, models, vector_stores):
         app.include_router(part.router(service))
     app.include_router(_monitoring(service))
     app.include_router(site.router())

@@ -1,4 +1,4 @@
-"""What stands behind the routes: the engine once it is there, the desk before it, and how one question is answered."""
+"""What stands behind the routes: the engine once it is there, the queue before it, and how one question is answered."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
 from telerag_cli.config import Lookahead, PipelineName
-from telerag_cli.engine.admission import AdmissionQueue, QueueFullError
+from telerag_cli.engine.admission import AdmissionQueue, Permit, QueueFullError
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
-from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.session import Settings
 from telerag_cli.engine.snapshot import snapshot
@@ -34,9 +33,9 @@ T = TypeVar("T")
 WITHOUT_LOOKAHEAD = PipelineName.NAIVE
 """It writes nothing before it retrieves."""
 REMEMBERED = 32
-"""Answers whose times say how long those who wait will probably wait."""
+"""Latest answers whose times predict how long a request will wait."""
 MAX_RETRY_S = 60
-"""OpenAI's clients heed no longer one."""
+"""OpenAI's clients ignore a longer one."""
 LOADING_RETRY_S = 5
 RATES_S = 10.0
 
@@ -104,7 +103,7 @@ class _Open:
     """What there is when everything is loaded."""
 
     engine: Engine
-    desk: AdmissionQueue
+    queue: AdmissionQueue
 
 
 @dataclass
@@ -126,8 +125,6 @@ class Service:
 
     def __post_init__(self) -> None:
         self.metrics.watch(self._watched)
-
-    # What there is
 
     @property
     def status(self) -> Status:
@@ -166,10 +163,8 @@ class Service:
             )
         raise no_model(model)
 
-    # Its life
-
     async def warm_up(self, engine: Engine) -> None:
-        """Have the LLM read and write, and the index searched, once, so that the first question finds all pages in memory."""
+        """Use the LLM and the index once, so that the first question finds their pages in memory."""
         await engine.generator.generate(Request([Message("user", "Hello")], max_tokens=1))
         await engine.shared.retrievals.find(["warm up"], [])
 
@@ -182,90 +177,64 @@ class Service:
         """Take no more requests. The engine stays the caller's."""
         self.draining = True
         if self._open:
-            await self._open.desk.close()
+            await self._open.queue.close()
 
     @property
     def under_way(self) -> int:
         """Questions that are being answered, or wait."""
-        return self._open.desk.running + self._open.desk.waiting if self._open else 0
+        return self._open.queue.running + self._open.queue.waiting if self._open else 0
 
     def state(self) -> dict[str, Any]:
-        """What a person who watches wants to know."""
-        rates = self.metrics.rates(RATES_S)
+        """What the page shows."""
         made: dict[str, Any] = {
             "status": self.status.value,
             "version": self.version,
             "uptime_s": round(time.monotonic() - self.started_s, 1),
-            "model": None,
-            "embedder": None,
-            "queue": None,
-            "llm": None,
-            "index": None,
-            "arena": None,
-            "lookahead": None,
-            "rates": {
-                "window_s": RATES_S,
-                "requests_per_s": rates.requests_per_s,
-                "tokens_per_s": rates.tokens_per_s,
-                "link_bytes_per_s": rates.link_bytes_per_s,
-                "hit_ratio": rates.hit_ratio,
-            },
+            **dict.fromkeys(("model", "embedder", "queue", "llm", "index", "arena", "lookahead")),
+            "rates": {**asdict(self.metrics.rates(RATES_S)), "window_s": RATES_S},
         }
         if self._open is None:
             return made
-        engine, desk = self._open.engine, self._open.desk
-        now, index = snapshot(engine), engine.retriever.index
+        engine, queue = self._open.engine, self._open.queue
+        now, index = asdict(snapshot(engine)), engine.retriever.index
+        arena = ("resident_bytes", "moving_bytes", "lists_resident", "lists_moving", "references")
         return made | {
             "model": engine.generator.name,
             "embedder": _embedder_name(engine),
-            "queue": {"running": desk.running, "waiting": desk.waiting, "limit": desk.limit, "at_once": desk.at_once},
-            "llm": {"slots": now.slots, "running": now.running, "waiting": now.waiting},
+            "queue": {name: getattr(queue, name) for name in ("running", "waiting", "limit", "at_once")},
+            "llm": {name: now[name] for name in ("slots", "running", "waiting")},
             "index": {
                 "passages": index.manifest.ntotal,
                 "lists": index.manifest.nlist,
                 "bytes": int(index.list_bytes.sum()),
             },
-            "arena": {
-                "bytes": now.arena_bytes,
-                "resident_bytes": now.resident_bytes,
-                "moving_bytes": now.moving_bytes,
-                "lists_resident": now.lists_resident,
-                "lists_moving": now.lists_moving,
-                "references": now.references,
-            },
-            "lookahead": {"rounds": now.rounds},
+            "arena": {"bytes": now["arena_bytes"], **{name: now[name] for name in arena}},
+            "lookahead": {"rounds": now["rounds"]},
         }
 
-    # Its work
-
     async def answer(self, asked: Asked, watcher: Watcher) -> Outcome:
-        """Answer a question. If cancelled, nothing of it is left in the engine.
+        """Answer a question: wait in the queue, ask the engine, count. If cancelled, nothing is left in the engine.
 
         Raises:
             ApiError: the queue is full, the time is over, or the server is not ready.
             TeleragError: it cannot be answered.
         """
         opened = self._opened()
-        engine, desk = opened.engine, opened.desk
+        engine, queue = opened.engine, opened.queue
         came_s = time.perf_counter()
+        may_look_ahead = bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
+        groups = may_look_ahead and asked.settings.lookahead is not Lookahead.OFF and queue.groups
+        watcher.queued(queue.waiting)
         try:
-            async with asyncio.timeout(self.limits.request_s) as limit:
-                groups = asked.settings.lookahead is not Lookahead.OFF and (
-                    bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
-                )
-                watcher.queued(desk.waiting)
-                with contextlib.ExitStack() as listening:
-                    # From before the seat: lookahead for this question may begin with that of others beside it.
-                    spans = listening.enter_context(engine.tracer.listening()) if asked.wants_timeline else []
-                    async with desk.submit(asked.question, groups=groups) as seat:
-                        outcome = await self._ask(engine, asked, watcher, seat.batch, came_s, spans)
+            with contextlib.ExitStack() as listening:
+                # From before the seat: lookahead for this question may begin with that of others beside it.
+                spans = listening.enter_context(engine.tracer.listening()) if asked.wants_timeline else []
+                async with self._in_time(), queue.submit(asked.question, groups=groups) as permit:
+                    outcome = await _ask(engine, asked, watcher, permit, came_s, spans)
         except QueueFullError:
-            self.metrics.rejected("queue")
-            raise self._busy(desk) from None
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise self._too_late() from None
+            raise self._busy(queue) from None
+        except ApiError:  # the time is over
+            raise
         except asyncio.CancelledError:
             self.metrics.ended("cancelled")
             raise
@@ -290,42 +259,29 @@ class Service:
         Raises:
             ApiError: the time is over, or as many such requests are under way as questions may wait.
         """
-        desk = self._opened().desk
+        queue = self._opened().queue
         if self._beside >= max(self.limits.queue, 1):
             work.close()
-            self.metrics.rejected("queue")
-            raise self._busy(desk)
+            raise self._busy(queue)
         self._beside += 1
         try:
-            async with asyncio.timeout(self.limits.request_s) as limit:
+            async with self._in_time():
                 return await work
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise self._too_late() from None
         finally:
             self._beside -= 1
 
-    async def _ask(
-        self, engine: Engine, asked: Asked, watcher: Watcher, batch: MicroBatch, came_s: float, spans: Sequence[Span]
-    ) -> Outcome:
-        if asked.fresh:
-            await asyncio.to_thread(engine.forget)
-        began_s = time.perf_counter()
-        answered = await engine.ask(
-            asked.pipeline, asked.question, watcher, turns=asked.turns, batch=batch, settings=asked.settings
-        )
-        ended_s = time.perf_counter()
-        about: dict[str, Any] = {
-            "question": asked.question,
-            **({"standalone": answered.question} if answered.question != asked.question else {}),
-            **answer_body(answered),
-        }
-        for passage, hit in zip(about["passages"], answered.found, strict=True):
-            passage["title"] = hit.passage.name
-        if asked.wants_timeline:
-            about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
-        return Outcome(answered, about, began_s - came_s, (watcher.first_s or ended_s) - came_s)
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Cancel the block when the time of a request is over, and raise ApiError instead."""
+        try:
+            async with asyncio.timeout(self.limits.request_s) as limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            self.metrics.ended("timeout")
+            message = f"The answer was not ready within {self.limits.request_s:g} seconds."
+            raise ApiError(504, message, TIMEOUT, code="timeout", headers=DO_NOT_RETRY) from None
 
     def _opened(self) -> _Open:
         if self._open and not self.draining:
@@ -338,32 +294,40 @@ class Service:
         )
         raise ApiError(503, message, OVERLOADED, code=code, headers={"Retry-After": str(LOADING_RETRY_S)})
 
-    def _too_late(self) -> ApiError:
-        self.metrics.ended("timeout")
-        return ApiError(
-            504,
-            f"The answer was not ready within {self.limits.request_s:g} seconds.",
-            TIMEOUT,
-            code="timeout",
-            headers=DO_NOT_RETRY,
-        )
-
-    def _busy(self, desk: AdmissionQueue) -> ApiError:
+    def _busy(self, queue: AdmissionQueue) -> ApiError:
         """What is said when the queue is full; the wait is what those before it will probably take."""
+        self.metrics.rejected("queue")
         mean_s = sum(self._took_s) / len(self._took_s) if self._took_s else 1.0
-        wait_s = min(max(math.ceil(desk.waiting * mean_s / desk.at_once), 1), MAX_RETRY_S)
-        return ApiError(
-            503,
-            f"As many requests are waiting as may, {self.limits.queue}; try again in {wait_s} s.",
-            OVERLOADED,
-            code="queue_full",
-            headers={"Retry-After": str(wait_s)},
-        )
+        wait_s = min(max(math.ceil(queue.waiting * mean_s / queue.at_once), 1), MAX_RETRY_S)
+        message = f"As many requests are waiting as may, {self.limits.queue}; try again in {wait_s} s."
+        return ApiError(503, message, OVERLOADED, code="queue_full", headers={"Retry-After": str(wait_s)})
 
     def _watched(self) -> State | None:
         if self._open is None:
             return None
-        return State(self._open.desk.running, self._open.desk.waiting, snapshot(self._open.engine))
+        return State(self._open.queue.running, self._open.queue.waiting, snapshot(self._open.engine))
+
+
+async def _ask(
+    engine: Engine, asked: Asked, watcher: Watcher, permit: Permit, came_s: float, spans: Sequence[Span]
+) -> Outcome:
+    if asked.fresh:
+        await asyncio.to_thread(engine.forget)
+    began_s = time.perf_counter()
+    answered = await engine.ask(
+        asked.pipeline, asked.question, watcher, turns=asked.turns, batch=permit.batch, settings=asked.settings
+    )
+    ended_s = time.perf_counter()
+    about: dict[str, Any] = {
+        "question": asked.question,
+        **({"standalone": answered.question} if answered.question != asked.question else {}),
+        **answer_body(answered),
+    }
+    for passage, hit in zip(about["passages"], answered.found, strict=True):
+        passage["title"] = hit.passage.name
+    if asked.wants_timeline:
+        about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
+    return Outcome(answered, about, began_s - came_s, (watcher.first_s or ended_s) - came_s)
 
 
 def _embedder_name(engine: Engine) -> str:
