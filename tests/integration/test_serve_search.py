@@ -28,12 +28,14 @@ from telerag_cli.server.requests import VectorSearchRequest
 from telerag_cli.server.responses import EmbeddingList, ErrorBody, VectorStore, VectorStoreList, VectorStoreSearchPage
 from telerag_cli.server.streams import ClientGoneError
 from telerag_cli.server.validation import invalid_request
-from telerag_cli.server.vector_stores import search, shown_scores
+from telerag_cli.server.vector_stores import shown_scores
 
 MAX_TOKENS = 12
 MODEL = "words"
 SEARCH = "/v1/vector_stores/vs_telerag/search"
 QUERY = "owls number 3 live in place 8"
+OTHER = "bats number 4 live in place 2"
+AT_LEAST_20 = {"type": "gte", "key": "number", "value": 20}
 
 
 class Words(WordHashes):
@@ -115,22 +117,20 @@ def app_over(engine, *, ready=True):
     service = SimpleNamespace(
         engine=engine, embedder_name=MODEL, models=models, require_ready=require_ready, within=within, started_at=1.0
     )
-    app = FastAPI()
-    app.include_router(embeddings.router(service))
-    app.include_router(vector_stores.router(service))
 
-    @app.exception_handler(ApiError)
     async def refused(_request, error):
         return error.response()
 
-    @app.exception_handler(RequestValidationError)
     async def malformed(_request, error):
         return invalid_request(error).response()
 
-    @app.exception_handler(ClientGoneError)
     async def gone(_request, _error):
         return Response(status_code=499)
 
+    handlers = {ApiError: refused, RequestValidationError: malformed, ClientGoneError: gone}
+    app = FastAPI(exception_handlers=handlers)
+    app.include_router(embeddings.router(service))
+    app.include_router(vector_stores.router(service))
     return app
 
 
@@ -144,6 +144,12 @@ def page(client, **body):
     response = client.post(SEARCH, json={"query": QUERY} | body)
     assert response.status_code == 200, response.text
     return VectorStoreSearchPage.model_validate(response.json())
+
+
+def embedded(client, texts, **options):
+    response = client.post("/v1/embeddings", json={"model": MODEL, "input": texts} | options)
+    assert response.status_code == 200, response.text
+    return EmbeddingList.model_validate(response.json())
 
 
 def ids(found):
@@ -169,33 +175,28 @@ def error_of(response, status):
 
 
 def test_embeddings_are_those_of_questions(client, engine):
-    body = client.post("/v1/embeddings", json={"model": MODEL, "input": [QUERY, "bats"]}).json()
-    answer = EmbeddingList.model_validate(body)
+    answer = embedded(client, [QUERY, "bats"])
     assert [item.index for item in answer.data] == [0, 1]
-    np.testing.assert_array_equal(
-        np.array([item.embedding for item in answer.data], np.float32), engine.embedder.encode_queries([QUERY, "bats"])
-    )
+    vectors = np.array([item.embedding for item in answer.data], np.float32)
+    np.testing.assert_array_equal(vectors, WordHashes().encode_queries([QUERY, "bats"]))
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == 8
     assert answer.model == MODEL
 
 
 def test_base64_holds_the_same_numbers(client):
-    plain, packed = (
-        client.post("/v1/embeddings", json={"model": MODEL, "input": QUERY, "encoding_format": form}).json()
-        for form in ("float", "base64")
-    )
-    data = base64.b64decode(packed["data"][0]["embedding"])
-    assert list(struct.unpack(f"<{DIMENSION}f", data)) == plain["data"][0]["embedding"]
-    assert packed["usage"] == plain["usage"]
+    plain, packed = (embedded(client, QUERY, encoding_format=form) for form in ("float", "base64"))
+    data = base64.b64decode(packed.data[0].embedding)
+    assert list(struct.unpack(f"<{DIMENSION}f", data)) == plain.data[0].embedding
+    assert packed.usage == plain.usage
 
 
-def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
+def test_many_texts_are_embedded_in_batches_and_keep_their_order(client, engine):
     texts = [f"{animal} {n}" for n in range(7) for animal in ANIMALS]
-    answer = EmbeddingList.model_validate(client.post("/v1/embeddings", json={"model": MODEL, "input": texts}).json())
+    answer = embedded(client, texts)
     assert engine.embedder.batches == [32, 32, 6]
     assert [item.index for item in answer.data] == list(range(70))
-    expected = WordHashes().encode_queries(texts)
-    np.testing.assert_array_equal(np.array([item.embedding for item in answer.data], np.float32), expected)
+    vectors = np.array([item.embedding for item in answer.data], np.float32)
+    np.testing.assert_array_equal(vectors, WordHashes().encode_queries(texts))
 
 
 @pytest.mark.parametrize(
@@ -209,31 +210,29 @@ def test_many_texts_are_embedded_in_pieces_and_keep_their_order(client, engine):
         ([1] * 64, [(0, 32), (32, 64)]),
     ],
 )
-def test_a_piece_is_short_in_texts_and_tokens(counts, expected):
+def test_a_batch_is_short_in_texts_and_tokens(counts, expected):
     assert list(embeddings.batches(counts)) == expected
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "param", "words"),
+    ("body", "status", "param", "values"),
     [
-        ({"model": "gpt-5"}, 404, "model", "does not exist"),
-        ({"model": "telerag-naive"}, 404, "model", "makes no embeddings; `words` makes them"),
-        ({"dimensions": DIMENSION + 1}, 400, "dimensions", f"vectors of {DIMENSION}"),
-        ({"input": "word " * 13}, 400, "input", "13 tokens and the model sees 12"),
-        ({"input": ["a"] * 40 + ["word " * 13]}, 400, "input.40", "13 tokens"),
+        ({"model": "gpt-5"}, 404, "model", ["gpt-5"]),
+        ({"model": "telerag-naive"}, 404, "model", ["telerag-naive", "words"]),
+        ({"dimensions": DIMENSION + 1}, 400, "dimensions", [DIMENSION + 1, DIMENSION]),
+        ({"input": "word " * 13}, 400, "input", [13, 12]),
+        ({"input": ["a"] * 40 + ["word " * 13]}, 400, "input.40", [13, 12]),
     ],
 )
-def test_what_cannot_be_embedded_is_refused_before_anything_is(client, engine, body, status, param, words):
-    response = client.post("/v1/embeddings", json={"model": MODEL, "input": "owls"} | body)
-    error = error_of(response, status)
+def test_what_cannot_be_embedded_is_refused_before_anything_is(client, engine, body, status, param, values):
+    error = error_of(client.post("/v1/embeddings", json={"model": MODEL, "input": "owls"} | body), status)
     assert error.param == param
-    assert words in error.message
+    assert [value for value in values if str(value) not in error.message] == []
     assert engine.embedder.batches == []
 
 
 def test_the_models_own_dimension_may_be_named(client):
-    body = {"model": MODEL, "input": "word " * MAX_TOKENS, "dimensions": DIMENSION}
-    assert client.post("/v1/embeddings", json=body).status_code == 200
+    assert embedded(client, "word " * MAX_TOKENS, dimensions=DIMENSION)
 
 
 async def post(app, path, body, gone):
@@ -250,20 +249,8 @@ async def post(app, path, body, gone):
     async def send(message):
         sent.append(message)
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "path": path,
-        "raw_path": b"",
-        "query_string": b"",
-        "root_path": "",
-        "scheme": "http",
-        "server": ("test", 80),
-        "client": ("test", 1),
-        "headers": [(b"content-type", b"application/json")],
-    }
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": b"", "root_path": ""}
+    scope |= {"query_string": b"", "scheme": "http", "headers": [(b"content-type", b"application/json")]}
     await app(scope, receive, send)
     return sent[0]["status"]
 
@@ -316,8 +303,7 @@ def test_the_index_is_the_one_vector_store(client, engine):
     ("method", "path"), [("GET", "/v1/vector_stores/vs_1"), ("POST", "/v1/vector_stores/vs_1/search")]
 )
 def test_there_is_no_other(client, method, path):
-    error = error_of(client.request(method, path, json={"query": "x"}), 404)
-    assert error.message == "No vector store found with id 'vs_1'."
+    assert "vs_1" in error_of(client.request(method, path, json={"query": "x"}), 404).message
 
 
 @pytest.mark.parametrize("k", [1, 10, 50])
@@ -341,7 +327,7 @@ def test_a_result_tells_what_is_known_of_its_passage(client):
 
 
 def test_of_several_queries_the_best_over_all_are_found_each_once(client, engine):
-    queries = [QUERY, "bats number 4 live in place 2", QUERY]
+    queries = [QUERY, OTHER, QUERY]
     found = page(client, query=queries, max_num_results=20)
     expected = all_candidates(engine, *queries)[:20]
     assert ids(found) == [f"p{row}" for row, _score in expected]
@@ -353,15 +339,12 @@ def test_of_several_queries_the_best_over_all_are_found_each_once(client, engine
     [
         {"type": "eq", "key": "even", "value": True},
         {"type": "ne", "key": "animal", "value": "owls"},
-        {
-            "type": "and",
-            "filters": [{"type": "gte", "key": "number", "value": 20}, {"type": "lt", "key": "half", "value": 12.5}],
-        },
+        {"type": "and", "filters": [AT_LEAST_20, {"type": "lt", "key": "half", "value": 12.5}]},
         {"type": "eq", "key": "number", "value": 29},
         {"type": "eq", "key": "animal", "value": "wolves"},
     ],
 )
-@pytest.mark.parametrize("queries", [[QUERY], [QUERY, "bats number 4 live in place 2"]])
+@pytest.mark.parametrize("queries", [[QUERY], [QUERY, OTHER]])
 def test_a_filter_looks_as_deep_as_the_probed_lists_go(client, engine, some, queries):
     request = VectorSearchRequest.model_validate({"query": queries, "filters": some})
     expected = [
@@ -415,67 +398,6 @@ def test_a_search_ends_when_its_client_is_gone(engine):
         return status
 
     assert asyncio.run(run()) == 499
-
-
-# Filters
-
-
-@pytest.mark.parametrize(
-    ("some", "expected"),
-    [
-        (("eq", "text", "b"), True),
-        (("eq", "text", "B"), False),
-        (("eq", "number", 2), True),
-        (("eq", "number", 2.0), True),
-        (("eq", "number", "2"), False),
-        (("eq", "number", True), False),
-        (("eq", "truth", True), True),
-        (("eq", "truth", 1), False),
-        (("ne", "text", "a"), True),
-        (("ne", "text", "b"), False),
-        (("eq", "other", "b"), False),
-        (("ne", "other", "b"), True),
-        (("gt", "number", 1), True),
-        (("gt", "number", 2), False),
-        (("gte", "number", 2), True),
-        (("lt", "number", 2.5), True),
-        (("lte", "number", 1), False),
-        (("gt", "text", "a"), True),
-        (("lt", "text", "a"), False),
-        (("gt", "text", 1), False),
-        (("lt", "text", 1), False),
-        (("gt", "truth", 0), False),
-        (("gte", "other", 0), False),
-        (("in", "text", ["a", "b"]), True),
-        (("in", "text", ["a"]), False),
-        (("nin", "text", ["a"]), True),
-        (("nin", "text", ["b"]), False),
-        (("in", "truth", [1, "true"]), False),
-        (("nin", "other", ["b"]), True),
-        (("in", "list", ["x"]), False),
-    ],
-)
-def test_a_comparison(some, expected):
-    values = attributes({"text": "b", "number": 2, "truth": True, "list": ["x"]})
-    request = VectorSearchRequest.model_validate(
-        {"query": "q", "filters": dict(zip(("type", "key", "value"), some, strict=True))}
-    )
-    assert passes(request.filters, values) is expected
-
-
-def test_compound_filters_hold_for_all_or_for_any():
-    yes, no = ({"type": "eq", "key": "a", "value": value} for value in (1, 2))
-    for kind, parts, expected in [
-        ("and", [yes, yes], True),
-        ("and", [yes, no], False),
-        ("or", [no, yes], True),
-        ("or", [no, no], False),
-        ("and", [{"type": "or", "filters": [no, yes]}, yes], True),
-        ("or", [{"type": "and", "filters": [no, yes]}, no], False),
-    ]:
-        request = VectorSearchRequest.model_validate({"query": "q", "filters": {"type": kind, "filters": parts}})
-        assert passes(request.filters, {"a": 1}) is expected
-    assert passes(None, {})
 
 
 # Deep searches beside others
@@ -543,9 +465,3 @@ def test_ranking_keeps_what_scoring_again_finds(engine, monkeypatch):
         np.testing.assert_allclose(ranking.scores, vectors[ranking.rows] @ query[0], rtol=1e-5)
     assert [hit.row for hit in found.found] == engine.retriever.search(query, 3, 4).rows[0].tolist()
     assert rankings[0].rows.tolist() != rankings[1].rows[:2].tolist()
-
-
-def test_search_alone_needs_no_server(engine):
-    request = VectorSearchRequest.model_validate({"query": QUERY, "max_num_results": 2})
-    found = asyncio.run(search(engine.shared.retrievals, Metric.IP, request))
-    assert [hit.row for hit in found] == [row for row, _score in all_candidates(engine, QUERY)[:2]]
