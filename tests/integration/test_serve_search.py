@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import dataclasses
 import json
 import struct
 import threading
@@ -15,11 +14,10 @@ from fastapi import FastAPI, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 
+import animals
 from animals import ANIMALS, DIMENSION, TEXTS, WordHashes, World
-from indexes import make_vectors
 from telerag_cli.config import Metric
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
-from telerag_cli.engine import retrieval
 from telerag_cli.index.passages import write_passages
 from telerag_cli.server import embeddings, vector_stores
 from telerag_cli.server.errors import ApiError
@@ -73,21 +71,21 @@ def metadata_of(row):
 
 @pytest.fixture(scope="module")
 def only_engine(tmp_path_factory):
-    """Over passages of which something is known."""
+    """An engine over passages with metadata, whose embedder is `Words`."""
     world = World(tmp_path_factory.mktemp("search") / "index")
-    known = [json.dumps(metadata_of(n)) for n in range(len(TEXTS))]
-    rows = pa.record_batch([[f"p{n}" for n in range(len(TEXTS))], TEXTS, known], schema=PASSAGE_SCHEMA)
+    metadata = [json.dumps(metadata_of(n)) for n in range(len(TEXTS))]
+    rows = pa.record_batch([[f"p{n}" for n in range(len(TEXTS))], TEXTS, metadata], schema=PASSAGE_SCHEMA)
     assert sum(write_passages([rows], world.index.paths.passages)) == len(TEXTS)
-    yield world.engine({})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(animals, "WordHashes", Words)
+        engine = world.engine({})
+    yield engine
     world.close()
 
 
 @pytest.fixture
-def engine(only_engine, monkeypatch):
-    """It, with an embedder that counts from the start."""
-    words = Words()
-    monkeypatch.setattr(only_engine, "embedder", words)
-    monkeypatch.setattr(only_engine.shared.retrievals, "_embedder", words)
+def engine(only_engine):
+    only_engine.embedder.batches.clear()
     return only_engine
 
 
@@ -398,70 +396,3 @@ def test_a_search_ends_when_its_client_is_gone(engine):
         return status
 
     assert asyncio.run(run()) == 499
-
-
-# Deep searches beside others
-
-
-def test_searches_of_several_depths_find_what_they_find_alone(engine, batches):
-    finder = engine.shared.retrievals
-    texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
-
-    def same(one, other):
-        return [(hit.row, hit.score) for hit in one.found] == [(hit.row, hit.score) for hit in other.found]
-
-    async def run():
-        alone = [(await finder.find([text], []), await finder.rank([text], 40)) for text in texts]
-        batches.clear()
-        engine.embedder.gate.clear()
-        first = asyncio.create_task(finder.find(["held up"], []))
-        await until(lambda: len(engine.embedder.batches) > 2 * len(texts))
-        jobs = [job for text in texts for job in (finder.find([text], []), finder.rank([text], 40))]
-        tasks = list(map(asyncio.create_task, jobs))
-        await asyncio.sleep(0.01)
-        engine.embedder.gate.set()
-        together = await asyncio.gather(*tasks)
-        await first
-        return alone, together
-
-    alone, together = asyncio.run(run())
-    assert batches == [(3, 1), (3, len(texts)), (40, len(texts))]
-    for (found, ranking), found_too, ranking_too in zip(alone, together[::2], together[1::2], strict=True):
-        assert same(found, found_too)
-        np.testing.assert_array_equal(ranking.rows, ranking_too.rows)
-        np.testing.assert_array_equal(ranking.scores, ranking_too.scores)
-        assert [hit.row for hit in found.found] == ranking.rows[:3].tolist()
-
-
-def test_a_deep_search_takes_few_queries_at_once_and_finds_the_same(engine, batches, monkeypatch):
-    finder = engine.shared.retrievals
-    queries = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
-    expected = all_candidates(engine, *queries)
-    batches.clear()
-    monkeypatch.setattr(retrieval, "MAX_HITS", 200)
-    ranking = asyncio.run(finder.rank(queries, 90))
-    assert batches == [(min(90, finder._deepest), 1)] * 5
-    assert list(zip(ranking.rows.tolist(), ranking.scores.tolist(), strict=True)) == expected[:90]
-    everything = asyncio.run(finder.rank(queries, 10**9))
-    assert everything.rows.tolist() == [row for row, _score in expected]
-    assert finder._deepest <= len(TEXTS)
-
-
-def test_ranking_keeps_what_scoring_again_finds(engine, monkeypatch):
-    """With kept vectors, how many are scored again depends on k, so each depth is a batch of its own."""
-    vectors = make_vectors(len(TEXTS), DIMENSION, seed=1)
-    monkeypatch.setattr(engine.retriever, "index", dataclasses.replace(engine.retriever.index, vectors=vectors))
-    monkeypatch.setattr(engine.retriever, "_rescore", 4)
-    finder = engine.shared.retrievals
-    query = WordHashes().encode_queries([QUERY])
-
-    async def run():
-        return await asyncio.gather(*(finder.rank([QUERY], k) for k in (2, 5, 2)), finder.find([QUERY], []))
-
-    *rankings, found = asyncio.run(run())
-    for k, ranking in zip((2, 5, 2), rankings, strict=True):
-        alone = engine.retriever.search(query, k, engine.settings.nprobe)
-        np.testing.assert_array_equal(ranking.rows, alone.rows[0])
-        np.testing.assert_allclose(ranking.scores, vectors[ranking.rows] @ query[0], rtol=1e-5)
-    assert [hit.row for hit in found.found] == engine.retriever.search(query, 3, 4).rows[0].tolist()
-    assert rankings[0].rows.tolist() != rankings[1].rows[:2].tolist()
