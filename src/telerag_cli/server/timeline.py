@@ -148,34 +148,34 @@ def _written(answered: Answered) -> Iterator[_Bar]:
 
 def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
     """What was moved ahead for these retrievals and by them; None for a move that was not seen."""
-    for course in (join.trace for join in joins if join.trace):
-        wanted = set(course.wanted.tolist())
-        for number, at_s in zip(course.moved.tolist(), course.moved_s.tolist(), strict=True):
+    for trace in (join.trace for join in joins if join.trace):
+        wanted = set(trace.wanted.tolist())
+        for number, at_s in zip(trace.moved.tolist(), trace.moved_s.tolist(), strict=True):
             yield link.last(number, "hit" if number in wanted else "wasted", at_s)
-        for number in course.fetched.tolist():
-            yield link.last(number, "missed", course.ended_s, course.arrived_s)
+        for number in trace.fetched.tolist():
+            yield link.last(number, "missed", trace.ended_s, trace.arrived_s)
 
 
 def _scored(join: JoinReport) -> Iterator[_Bar]:
-    course = join.trace
-    if course is None:
+    trace = join.trace
+    if trace is None:
         return
-    yield _Bar(course.arrived_s, course.arrived_s + join.coarse_s, "find lists")
+    yield _Bar(trace.arrived_s, trace.arrived_s + join.coarse_s, "find lists")
     for (start_s, end_s), lists, in_place in zip(
-        course.scored_s.tolist(), course.scored.tolist(), course.scored_in_place.tolist(), strict=True
+        trace.scored_s.tolist(), trace.scored.tolist(), trace.scored_in_place.tolist(), strict=True
     ):
         yield _Bar(start_s, end_s, "score {} in place" if in_place else "score {}", {"lists": lists})
-    if course.again_s:
-        yield _Bar(course.ended_s - course.again_s, course.ended_s, "score again")
+    if trace.again_s:
+        yield _Bar(trace.ended_s - trace.again_s, trace.ended_s, "score again")
 
 
 def _embedded(retrievals: Iterable[Retrieval]) -> Iterator[_Bar]:
     for retrieval in retrievals:
-        if course := retrieval.join.trace:
+        if trace := retrieval.join.trace:
             # A retrieval embeds right before it searches.
-            start_s = course.arrived_s - retrieval.embed_s
+            start_s = trace.arrived_s - retrieval.embed_s
             count = len(retrieval.queries)
-            yield _Bar(start_s, course.arrived_s, "embed the query" if count == 1 else f"embed {count} queries")
+            yield _Bar(start_s, trace.arrived_s, "embed the query" if count == 1 else f"embed {count} queries")
 
 
 def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, Any]]:
@@ -183,17 +183,17 @@ def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, A
         return {"at_s": axis.at(moment_s), "kind": kind, "label": label}
 
     for number, retrieval in enumerate(retrievals, 1):
-        course = retrieval.join.trace
-        if course is None:
+        trace = retrieval.join.trace
+        if trace is None:
             continue
         which = f" {number}" if len(retrievals) > 1 else ""
-        for order in course.orders:
+        for order in trace.orders:
             if order.fraction:
                 yield mark(order.at_s, "refinement", f"{100 * order.fraction:.0f} % of the text")
             else:
                 yield mark(order.at_s, "lookahead", f"lookahead{which} begins")
         asked = "query arrives" if len(retrieval.queries) == 1 else f"{len(retrieval.queries)} queries arrive"
-        yield mark(course.arrived_s, "query", f"retrieval{which}: {asked}" if which else asked)
+        yield mark(trace.arrived_s, "query", f"retrieval{which}: {asked}" if which else asked)
 
 
 def _gathered(moves: Iterable[_Bar]) -> list[_Bar]:
