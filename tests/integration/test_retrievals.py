@@ -44,13 +44,13 @@ class Finder(Retrievals):
         self.searcher = Retriever(index, coarse, tier, **options)
         self.embedder = HeldUp()
         self.batches = []
-        search_together = self.searcher.search_together
+        search_batch = self.searcher.search_batch
 
         def noting(searches, k, nprobe):
             self.batches.append((k, len(searches)))
-            return search_together(searches, k, nprobe)
+            return search_batch(searches, k, nprobe)
 
-        self.searcher.search_together = noting
+        self.searcher.search_batch = noting
         passages = Passages.open(index.paths.passages)
         super().__init__(self.embedder, self.searcher, passages, K, NPROBE, Tracer(enabled=False))
 

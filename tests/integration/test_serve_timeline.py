@@ -237,7 +237,7 @@ def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_pa
         with tracer.listening() as spans:
             began_s = time.perf_counter()
             searches = [Search(vectors[:1]), Search(vectors[300:303])]
-            found = retriever.search_together(searches, 3, 6)
+            found = retriever.search_batch(searches, 3, 6)
             ended_s = time.perf_counter()
     finally:
         retriever.close()
