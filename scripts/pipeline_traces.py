@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 
 from telerag_cli.cli.chat_screen import seconds, timeline
-from telerag_cli.config import Lookahead, PipelineName, TierKind
-from telerag_cli.engine.assemble import default_nprobe, open_engine, open_index
-from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
-from telerag_cli.engine.session import Settings
-from telerag_cli.engine.tier_plan import TierOptions, plan_tier
-from telerag_cli.index.artifact import Index
-from telerag_cli.pipelines.registry import make_pipeline
+from telerag_cli.config import NONE, EngineConfig, PipelineName, TierKind
+from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.tracing import Tracer
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "pipelines.md"
@@ -36,18 +29,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("index", type=Path, help="the index that telerag quickstart made")
     options = parser.parse_args()
-    opened = open_index(Index.open(options.index), None)
     text = DOCUMENT.read_text(encoding="utf-8")
     for name in PipelineName:
         tracer = Tracer()
-        settings = Settings(3, default_nprobe(opened.index), Lookahead.REFINED, MAX_TOKENS)
-        tier = plan_tier(opened.index, TierOptions(TierKind.HOST, fast_memory_bytes=ARENA_BYTES))
-        llm = plan_llm(LlmOptions(), 1, tier, print)
-        engine = open_engine(opened, llm.open, tier, settings, tracer=tracer)
-        try:
-            answered = asyncio.run(engine.ask(make_pipeline(name), QUESTION))
-        finally:
-            engine.close()
+        config = EngineConfig(
+            index=options.index,
+            pipeline=name,
+            k=3,
+            tier=TierKind.HOST,
+            fast_memory=str(ARENA_BYTES),
+            max_tokens=MAX_TOKENS,
+            concurrency=1,
+            profile=NONE,
+        )
+        with Engine.open(config, tracer=tracer) as engine:
+            answered = engine.ask(QUESTION)
         begin, end = f"<!-- trace:{name} -->", "<!-- trace:end -->"
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n```text\n{drawn(answered, tracer)}\n```\n{end}{rest.partition(end)[2]}"

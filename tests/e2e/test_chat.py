@@ -60,7 +60,7 @@ def last_words(request):
 
 def test_a_follow_up_is_rewritten_with_what_was_said_and_then_answered(engine_of):
     engine = engine_of(script)
-    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
+    answered = asyncio.run(engine.aask(FOLLOW_UP, pipeline=NAIVE, turns=TURNS))
     assert [stage.name for stage in answered.stages] == ["rewrite", "answer"]
     rewriting, answering = engine.generator.requests
     assert all(part in last_words(rewriting) for part in (TURNS[0].question, TURNS[0].answer, FOLLOW_UP))
@@ -94,10 +94,10 @@ def test_lookahead_follows_the_rewriting_from_its_beginning():
 def test_lists_are_moved_while_the_follow_up_is_rewritten(engine_of):
     tracer = Tracer()
     engine = engine_of(script, Lookahead.QUESTION, token_s=0.01, tracer=tracer, arena=0.9)
-    first = asyncio.run(engine.ask(NAIVE, "bees"))
+    first = asyncio.run(engine.aask("bees", pipeline=NAIVE))
     assert first.joins[0].lists_moved == 0  # nothing is written before, so nothing runs ahead
     tracer.clear()
-    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
+    answered = asyncio.run(engine.aask(FOLLOW_UP, pipeline=NAIVE, turns=TURNS))
     assert answered.joins[0].lists_moved > 0
     rewriting = next(span for span in tracer.spans() if span.name == "rewrite")
     assert min(span.start_s for span in tracer.spans() if span.lane.startswith("link")) < rewriting.end_s
@@ -106,7 +106,7 @@ def test_lists_are_moved_while_the_follow_up_is_rewritten(engine_of):
 @pytest.mark.parametrize("written", ["", "  "])
 def test_an_empty_rewriting_leaves_the_question(engine_of, written):
     engine = engine_of(lambda request: written if "Complete question:" in last_words(request) else "yes")
-    answered = asyncio.run(engine.ask(NAIVE, FOLLOW_UP, turns=TURNS))
+    answered = asyncio.run(engine.aask(FOLLOW_UP, pipeline=NAIVE, turns=TURNS))
     assert answered.retrievals[0].queries == (FOLLOW_UP,)
 
 
@@ -160,9 +160,11 @@ class Table:
         self.engine = engine
         self.out, self.talk = Stream(terminal), Stream(terminal)
         self.screen = Screen(self.out, self.talk, apart=not terminal)
-        if not isinstance(pipeline, Pipeline):
-            pipeline = make_pipeline(pipeline, **given)
-        self.chat = Chat(engine, self.screen, pipeline, make_pipelines(given), tracing=tracing)
+        if isinstance(pipeline, Pipeline):
+            engine.pipeline = pipeline
+        else:
+            engine.configure(pipeline=pipeline, **given)
+        self.chat = Chat(engine, self.screen, make_pipelines(given), tracing=tracing)
 
     def say(self, *lines, interactive=True):
         """Have these lines answered; returns how many failed and what came to stdout and stderr."""
@@ -310,7 +312,7 @@ def test_pipeline_and_lookahead_change_with_the_next_question(table):
     assert failed == 2
     assert "There is no pipeline none. Choose one of naive, hyde" in talk
     assert "There is no lookahead sometimes. Choose one of refined, question, off." in " ".join(talk.split())
-    assert chat.engine.settings.lookahead is Lookahead.OFF
+    assert chat.engine.config.lookahead is Lookahead.OFF
 
 
 def test_options_of_pipelines_stay_with_those_that_know_them(table):

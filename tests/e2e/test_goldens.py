@@ -327,7 +327,9 @@ def parameter(of):
 
 
 def tree(command):
-    found = {"parameters": [parameter(of) for of in command.params]}
+    # Arguments come in their order, and options in any.
+    params = sorted(command.params, key=lambda of: of.opts[0] if of.param_type_name == "option" else "")
+    found = {"parameters": [parameter(of) for of in params]}
     if commands := getattr(command, "commands", None):
         found["commands"] = {name: tree(each) for name, each in commands.items()}
     return found

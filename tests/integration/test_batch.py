@@ -170,13 +170,13 @@ def test_similar_questions_run_together_and_every_question_once(engine_of):
     engine = engine_of(echo)
     embedder = watched(engine)
     batches = []
-    usual = engine.ask
+    usual = engine.aask
 
-    def ask(pipeline, question, *, batch):
+    def ask(question, *, batch, **how):
         batches.append(batch)
-        return usual(pipeline, question, batch=batch)
+        return usual(question, batch=batch, **how)
 
-    engine.ask = ask
+    engine.aask = ask
     taken = Taken()
     schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2)
     summary = answer_with(engine, PipelineName.HYDE, questions_of(*MIXED), taken.outputs, schedule, concurrency=2)
@@ -288,7 +288,7 @@ def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():
 
 def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):
     engine = engine_of(echo)
-    answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), "Where do owls live?"))
+    answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
     line = json.loads(json.dumps(trace_line(Question("7", "Where do owls live?"), answered)))
     assert (line["id"], line["pipeline"], line["answer"]) == ("7", "hyde", answered.answer)
     passage, final = line["generations"]

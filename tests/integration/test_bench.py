@@ -17,10 +17,8 @@ from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take
 from telerag_cli.bench.statistics import MIN_PAIRS, mean_ratio, ratio, summary
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Setup
-from telerag_cli.config import CacheKind, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.session import Settings
-from telerag_cli.engine.tier_plan import TierOptions
+from telerag_cli.config import CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
@@ -59,10 +57,17 @@ def script(request):
 @pytest.fixture
 def setup(tmp_path):
     world = World(tmp_path / "index")
-    opened = Opened(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.list_bytes.sum() // 2))
-    settings = Settings(3, 6, Lookahead.OFF, 20)
-    return Setup(opened, ScriptedGenerator(script, token_s=0.0005), settings, options, Pages.COLD)
+    opened = OpenedIndex(world.index, Passages.open(world.index.paths.passages), WordHashes())
+    config = EngineConfig(
+        index=world.index.paths.root,
+        k=3,
+        nprobe=6,
+        lookahead=Lookahead.OFF,
+        max_tokens=20,
+        tier=TierKind.HOST,
+        fast_memory=int(world.index.list_bytes.sum() // 2),
+    )
+    return Setup(opened, ScriptedGenerator(script, token_s=0.0005), config, Pages.COLD)
 
 
 class Counting:

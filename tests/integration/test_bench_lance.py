@@ -14,7 +14,7 @@ from telerag_cli.bench import lance
 from telerag_cli.bench.baselines import FaissMemory
 from telerag_cli.bench.lance import open_lance
 from telerag_cli.config import Metric, Storage
-from telerag_cli.engine.assemble import Opened
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import checksum
 from telerag_cli.index import partial
@@ -57,7 +57,7 @@ def an_index(root, metric=Metric.IP, storage=Storage.FLOAT32, count=400):
 
 def opened(index, progress=silent):
     """What `open_lance` makes; it takes no more of what was opened than the index."""
-    return open_lance(Opened(index, None, None), progress)
+    return open_lance(OpenedIndex(index, None, None), progress)
 
 
 def same(ours, theirs):

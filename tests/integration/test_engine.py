@@ -35,7 +35,7 @@ def script(request):
 
 
 def run(engine, pipeline, question="Where do owls live?"):
-    return asyncio.run(engine.ask(make_pipeline(pipeline), question))
+    return asyncio.run(engine.aask(question, pipeline=make_pipeline(pipeline)))
 
 
 def test_hyde_writes_retrieves_and_answers(engine_of):

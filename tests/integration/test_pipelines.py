@@ -53,7 +53,7 @@ def script_of(**changed):
 
 
 def run(engine, name, **given):
-    return asyncio.run(engine.ask(make_pipeline(name, **given), QUESTION))
+    return asyncio.run(engine.aask(QUESTION, pipeline=make_pipeline(name, **given)))
 
 
 def stages(answered):
@@ -108,8 +108,8 @@ def test_answers_are_the_same_with_and_without_lookahead_one_by_one_and_together
             async def all_of_them(engine=engine, together=together):
                 pipeline = make_pipeline(name)
                 if together:
-                    return await asyncio.gather(*(engine.ask(pipeline, text) for text in asked))
-                return [await engine.ask(pipeline, text) for text in asked]
+                    return await asyncio.gather(*(engine.aask(text, pipeline=pipeline) for text in asked))
+                return [await engine.aask(text, pipeline=pipeline) for text in asked]
 
             done = asyncio.run(all_of_them())
             outcomes.append(
@@ -251,12 +251,12 @@ def test_cancelling_in_any_call_leaves_nothing_and_the_next_question_is_answered
         engine = engine_of(script, token_s=0.0005)
 
         async def cancel(engine=engine, asking=asking):
-            asking.append(asyncio.create_task(engine.ask(make_pipeline(name), QUESTION)))
+            asking.append(asyncio.create_task(engine.aask(QUESTION, pipeline=make_pipeline(name))))
             with pytest.raises(asyncio.CancelledError):
                 await asking[0]
             assert engine.generator.running == 0
             assert engine.retriever.tier.occupancy().references == 0
-            return await engine.ask(make_pipeline(PipelineName.HYDE), QUESTION)
+            return await engine.aask(QUESTION, pipeline=make_pipeline(PipelineName.HYDE))
 
         assert asyncio.run(cancel()).found
 

@@ -144,7 +144,7 @@ def test_what_a_request_says_reaches_the_llm(engine_of, client_of):
         assert request.shape.schema == schema
         assert json.dumps(schema) in request.messages[0].content
         assert body["choices"][0]["message"]["content"] == '{"place": 8}'
-        assert engine.settings.max_tokens == 20  # the next request has the server's own again
+        assert engine.config.max_tokens == 20  # the next request has the server's own again
 
 
 def test_an_answer_takes_half_of_the_context_at_most(engine_of, client_of):

@@ -287,7 +287,7 @@ def test_a_real_answer_agrees_with_its_own_report(tmp_path):
     metrics = Metrics("0")
     metrics.watch(lambda: State(0, 0, snapshot(engine)))
     try:
-        answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), "Where do owls live?"))
+        answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
         count(metrics, answered)
         (report,) = answered.joins
         assert value(metrics, "lookahead_bytes_total") == report.bytes_moved > 0

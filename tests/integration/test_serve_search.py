@@ -156,7 +156,7 @@ def ids(found):
 
 def all_candidates(engine, *queries):
     """Rows and scores of all that the probed lists hold, best first, each once."""
-    found = engine.retriever.search(WordHashes().encode_queries(queries), len(TEXTS), engine.settings.nprobe)
+    found = engine.retriever.search(WordHashes().encode_queries(queries), len(TEXTS), engine.nprobe)
     best = {}
     for score, row in zip(found.scores.ravel().tolist(), found.rows.ravel().tolist(), strict=True):
         if row >= 0:

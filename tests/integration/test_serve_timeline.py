@@ -51,7 +51,7 @@ async def ask(engine, name=PipelineName.HYDE, question=QUESTION):
     """An answer and its timeline."""
     with engine.tracer.listening() as spans:
         began_s = time.perf_counter()
-        answered = await engine.ask(make_pipeline(name), question)
+        answered = await engine.aask(question, pipeline=make_pipeline(name))
         ended_s = time.perf_counter()
     return answered, timeline(answered, spans, began_s, ended_s)
 
@@ -199,7 +199,7 @@ def test_texts_written_side_by_side_have_lanes_of_their_own(traced):
 def test_moves_that_nobody_listened_to_are_counted_as_undrawn(traced):
     engine = traced(script, token_s=0.001)
     began_s = time.perf_counter()
-    answered = asyncio.run(engine.ask(make_pipeline(PipelineName.HYDE), QUESTION))
+    answered = asyncio.run(engine.aask(QUESTION, pipeline=make_pipeline(PipelineName.HYDE)))
     drawn = timeline(answered, [], began_s, time.perf_counter())
     check(drawn, answered.joins)
     assert not bars_of(drawn, "link")

@@ -6,10 +6,9 @@ import numpy as np
 import pyarrow as pa
 
 from indexes import make_index
-from telerag_cli.config import Lookahead, Metric, Storage
+from telerag_cli.config import EngineConfig, Lookahead, Metric, Storage
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.session import Settings
 from telerag_cli.index.passages import Passages, write_passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.scripted import ScriptedGenerator
@@ -76,9 +75,8 @@ class World:
         generator = ScriptedGenerator(script, token_s=token_s, context_tokens=context_tokens)
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)
-        engine = Engine(
-            generator, WordHashes(), retriever, passages, Settings(3, 4, lookahead, max_tokens), tracer=tracer
-        )
+        config = EngineConfig(index=self.index.paths.root, k=3, nprobe=4, lookahead=lookahead, max_tokens=max_tokens)
+        engine = Engine(generator, WordHashes(), retriever, passages, config, tracer=tracer)
         self.opened.append(engine)
         return engine
 

@@ -14,10 +14,8 @@ from telerag_cli.bench.caching import cache, sequence
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Setup
 from telerag_cli.cli.app import app
-from telerag_cli.config import PAGE_BYTES, CacheKind, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.session import Settings
-from telerag_cli.engine.tier_plan import TierOptions
+from telerag_cli.config import PAGE_BYTES, CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import EXIT_USAGE, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.scripted import ScriptedGenerator
@@ -150,10 +148,18 @@ def written(request):
 def ask(tmp_path):
     """Six questions over an arena of half the lists, without warming up."""
     world = World(tmp_path / "index")
-    opened = Opened(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    options = TierOptions(TierKind.HOST, fast_memory_bytes=int(world.index.list_bytes.sum() // 2))
+    opened = OpenedIndex(world.index, Passages.open(world.index.paths.passages), WordHashes())
+    config = EngineConfig(
+        index=world.index.paths.root,
+        k=3,
+        nprobe=6,
+        lookahead=Lookahead.OFF,
+        max_tokens=20,
+        tier=TierKind.HOST,
+        fast_memory=int(world.index.list_bytes.sum() // 2),
+    )
     texts = ScriptedGenerator(written)
-    setup = Setup(opened, texts, Settings(3, 6, Lookahead.OFF, 20), options, Pages.COLD)
+    setup = Setup(opened, texts, config, Pages.COLD)
     advances = []
     made = Ask(
         setup,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from indexes import make_index, make_vectors
-from telerag_cli.config import Metric, Storage, TierKind
-from telerag_cli.engine.assemble import byte_plan, open_retriever
-from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
-from telerag_cli.engine.tier_plan import TierOptions, plan_tier
+from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind
+from telerag_cli.engine.llm_plan import plan_llm
+from telerag_cli.engine.opening import open_retriever
+from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import best, score_again
 from telerag_cli.tiers.cuda import gpu as cuda_gpu
@@ -41,42 +41,42 @@ def test_a_machine_without_a_gpu_takes_the_host_tier_and_says_why(index, monkeyp
         raise ResourceError("none")
 
     monkeypatch.setattr(cuda_gpu, "find_gpu", none)
-    planned = plan_tier(index, TierOptions())
+    planned = plan_tier(index, TierConfig())
     assert (planned.kind, planned.why) == (TierKind.HOST, "no GPU found")
-    for named in (TierOptions(device="cuda:0"), TierOptions(gpu_memory_bytes=1 << 20), TierOptions(TierKind.CUDA)):
+    for named in (TierConfig(device="cuda:0"), TierConfig(gpu_memory=1 << 20), TierConfig(tier=TierKind.CUDA)):
         with pytest.raises(ResourceError, match="none"):
             plan_tier(index, named)
 
 
 def test_a_machine_with_a_gpu_takes_it_unless_told_otherwise(index, found):
-    planned = plan_tier(index, TierOptions())
+    planned = plan_tier(index, TierConfig())
     assert (planned.kind, planned.why) == (TierKind.CUDA, "simulated GPU found")
-    assert plan_tier(index, TierOptions(device="cpu")).why == "--device cpu"
-    assert plan_tier(index, TierOptions(fast_memory_bytes=1 << 20)).why == "--fast-memory"
-    assert plan_tier(index, TierOptions(TierKind.HOST)).kind is TierKind.HOST
+    assert plan_tier(index, TierConfig(device="cpu")).why == "--device cpu"
+    assert plan_tier(index, TierConfig(fast_memory=1 << 20)).why == "--fast-memory"
+    assert plan_tier(index, TierConfig(tier=TierKind.HOST)).kind is TierKind.HOST
     with pytest.raises(ResourceError, match="not there"):
-        plan_tier(index, TierOptions(device="cuda:1"))
+        plan_tier(index, TierConfig(device="cuda:1"))
 
 
 def test_an_index_larger_than_the_hosts_memory_takes_the_host_tier(index, found, monkeypatch):
     monkeypatch.setattr("telerag_cli.engine.tier_plan.available_bytes", lambda: 1000)
-    planned = plan_tier(index, TierOptions())
+    planned = plan_tier(index, TierConfig())
     assert planned.kind is TierKind.HOST
     assert "of host memory are free" in planned.why
     # Asked for, it is refused in its own words when it is opened.
     monkeypatch.setattr("telerag_cli.tiers.slow.available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match=r"lists take 80\.0 KiB of host memory, and 1000 B are free"):
-        open_retriever(index, plan_tier(index, TierOptions(TierKind.CUDA)))
+        open_retriever(index, plan_tier(index, TierConfig(tier=TierKind.CUDA)), EngineConfig(index="."))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (TierOptions(TierKind.HOST, gpu_memory_bytes=1), "--gpu-memory has no part in the host tier"),
-        (TierOptions(TierKind.HOST, require_pinned=True), "--require-pinned has no part in the host tier"),
-        (TierOptions(TierKind.CUDA, fast_memory_bytes=1), "--fast-memory has no part in --tier cuda"),
-        (TierOptions(TierKind.CUDA, device="cpu"), "--device cpu has no GPU"),
-        (TierOptions(TierKind.CUDA, device="tpu"), "names no GPU"),
+        (TierConfig(tier=TierKind.HOST, gpu_memory=1), "--gpu-memory has no part in the host tier"),
+        (TierConfig(tier=TierKind.HOST, require_pinned=True), "--require-pinned has no part in the host tier"),
+        (TierConfig(tier=TierKind.CUDA, fast_memory=1), "--fast-memory has no part in --tier cuda"),
+        (TierConfig(tier=TierKind.CUDA, device="cpu"), "--device cpu has no GPU"),
+        (TierConfig(tier=TierKind.CUDA, device="tpu"), "names no GPU"),
     ],
 )
 def test_what_contradicts_itself(index, options, message):
@@ -86,26 +86,24 @@ def test_what_contradicts_itself(index, options, message):
 
 def test_what_a_tier_takes_where(index):
     total = int(index.list_bytes.sum())
-    host = plan_tier(index, TierOptions(TierKind.HOST, fast_memory_bytes=8192))
+    host = plan_tier(index, TierConfig(tier=TierKind.HOST, fast_memory=8192))
     assert (host.ram_bytes, host.gpu_bytes) == (8192, 0)
-    left = plan_tier(index, TierOptions(TierKind.SIMULATED))
+    left = plan_tier(index, TierConfig(tier=TierKind.SIMULATED))
     assert (left.ram_bytes, left.gpu_bytes) == (total, 0)
-    given = plan_tier(index, TierOptions(TierKind.SIMULATED, gpu_memory_bytes=8192))
+    given = plan_tier(index, TierConfig(tier=TierKind.SIMULATED, gpu_memory=8192))
     assert (given.ram_bytes, given.gpu_bytes) == (total, 8192 + WORKSPACE_BYTES)
-    rows = byte_plan(given, [("LLM", "RAM", "1 B")])
-    assert ("index lists", "RAM, page-locked", "80.0 KiB") in rows
-    assert ("arena", "simulated GPU", "8.00 KiB") in rows
-    assert [row[0] for row in rows[-2:]] == ["LLM", "free"]
+    assert ("index lists", "RAM, page-locked", "80.0 KiB") in given.rows
+    assert ("arena", "simulated GPU", "8.00 KiB") in given.rows
 
 
 @pytest.mark.model
 def test_an_llm_that_goes_to_a_gpu_whole_is_planned_by_its_memory(index, found, monkeypatch):
-    tier = plan_tier(index, TierOptions(TierKind.SIMULATED, gpu_memory_bytes=8192))
+    tier = plan_tier(index, TierConfig(tier=TierKind.SIMULATED, gpu_memory=8192))
     monkeypatch.setattr("telerag_cli.llm.llama_model.llama_cpp.llama_supports_gpu_offload", lambda: True)
     found._memory_bytes = 300 << 20
     with pytest.raises(ResourceError, match=r"16 contexts of 4,096 tokens take .*Lower .*--gpu-memory"):
-        plan_llm(LlmOptions(n_gpu_layers=-1), 16, tier, print)
-    planned = plan_llm(LlmOptions(n_gpu_layers=-1), None, tier, print)
+        plan_llm(EngineConfig(index=".", n_gpu_layers=-1, concurrency=16), tier, print)
+    planned = plan_llm(EngineConfig(index=".", n_gpu_layers=-1), tier, print)
     assert planned.concurrency == 1
     assert planned.rows[0][1] == "GPU"
 
@@ -119,8 +117,8 @@ def test_vectors_that_the_index_keeps_are_used(tmp_path):
     true = np.argsort(distances, axis=1)[:, :10]
     recall = {}
     for name, kept, rescore in (("bare", None, None), ("again", vectors, None), ("unused", vectors, 0)):
-        tier = plan_tier(index, TierOptions(TierKind.SIMULATED))
-        retriever = open_retriever(replace(index, vectors=kept), tier, rescore=rescore)
+        tier = plan_tier(index, TierConfig(tier=TierKind.SIMULATED))
+        retriever = open_retriever(replace(index, vectors=kept), tier, EngineConfig(index=".", rescore=rescore))
         found = retriever.search(queries, 10, 4)
         recall[name] = np.mean([np.isin(rows, truth).mean() for rows, truth in zip(found.rows, true, strict=True)])
         if name == "again":

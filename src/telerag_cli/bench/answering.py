@@ -97,8 +97,8 @@ def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:
     """One question at a time, by lists probed."""
     parts = []
     for value in values:
-        settings = replace(ask.setup.settings, nprobe=value)
-        probing = replace(ask, setup=replace(ask.setup, settings=settings))
+        config = replace(ask.setup.config, nprobe=value)
+        probing = replace(ask, setup=replace(ask.setup, config=config))
         parts.append(_simple(probing, _one_by_one(ask, (), nprobe=value), ("e2el_ms", "retrieval_ms")))
     return _joined(parts)
 
@@ -125,7 +125,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     Raises:
         UsageError: the pipeline retrieves more than once, or nothing is predicted for it.
     """
-    ask = replace(ask, setup=replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1)))
+    ask = replace(ask, setup=replace(ask.setup, pages=Pages.COLD, config=replace(ask.setup.config, max_tokens=1)))
     pipeline, *others = ask.pipelines
     if others:
         raise UsageError(

@@ -20,7 +20,7 @@ from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Setup
 from telerag_cli.config import CacheKind, format_bytes
-from telerag_cli.engine.assemble import open_retriever
+from telerag_cli.engine.opening import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.retrieval.report import JoinReport
@@ -76,7 +76,7 @@ def cache(
         ResourceError: the arenas do not fit the memory together.
         UsageError: several pipelines are named, or one that retrieves more than once.
     """
-    setup = replace(ask.setup, pages=Pages.COLD, settings=replace(ask.setup.settings, max_tokens=1))
+    setup = replace(ask.setup, pages=Pages.COLD, config=replace(ask.setup.config, max_tokens=1))
     pipeline, *others = ask.pipelines
     if others:
         raise UsageError(
@@ -110,7 +110,7 @@ def cache(
             )
             for question, answered in zip(questions, known, strict=True)
         ]
-        plans = [plan_tier(setup.opened.index, replace(setup.tier, cache=policy)) for policy, _fraction in wanted]
+        plans = [plan_tier(setup.opened.index, replace(setup.config, cache=policy)) for policy, _fraction in wanted]
         if (needed := sum(plan.ram_bytes for plan in plans)) > (free := available_bytes()):
             raise ResourceError(
                 f"{len(plans)} arenas take {format_bytes(needed)} and {format_bytes(free)} are free.",
@@ -118,7 +118,7 @@ def cache(
             )
         arenas = []
         for (policy, fraction), plan in zip(wanted, plans, strict=True):
-            base = undo.enter_context(closing(open_retriever(setup.opened.index, plan)))
+            base = undo.enter_context(closing(open_retriever(setup.opened.index, plan, setup.config)))
             arenas.append(
                 _Cached(policy, fraction, Retriever(base.index, rig.coarse(), base.tier, cache_fraction=fraction))
             )
@@ -182,10 +182,10 @@ def _key(skew: float, fraction: float) -> Key:
 
 
 def _retrieve(retriever: Retriever, asked: _Asked, setup: Setup, window_s: float) -> JoinReport:
-    nprobe = setup.settings.nprobe
+    k, nprobe = setup.depth
     begun = retriever.prefetch(asked.ahead, nprobe)
     time.sleep(window_s)
-    return retriever.search(asked.query, setup.settings.k, nprobe, begun).report
+    return retriever.search(asked.query, k, nprobe, begun).report
 
 
 def _joins(reports: Sequence[JoinReport]) -> dict[str, Any]:

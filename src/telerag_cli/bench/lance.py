@@ -23,7 +23,7 @@ import pyarrow as pa
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench.baselines import Plain
 from telerag_cli.config import Metric, Storage
-from telerag_cli.engine.assemble import Opened
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import read_json, wrap_os_error, write_json
 from telerag_cli.index.artifact import ID_BYTES, Index
@@ -130,7 +130,7 @@ class Made:
         return cls(raw["source"], raw["pylance"], raw["files"])
 
 
-def open_lance(opened: Opened, progress: Progress) -> tuple[LanceSearch, dict[str, Any], tuple[Path, ...]]:
+def open_lance(opened: OpenedIndex, progress: Progress) -> tuple[LanceSearch, dict[str, Any], tuple[Path, ...]]:
     """A search through LanceDB; its table is made if there is none of this index yet.
 
     Returns:

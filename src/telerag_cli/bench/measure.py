@@ -111,10 +111,10 @@ async def _turn(rig: Harness, system: System, work: Work) -> Turn:
     work.prepare(system)
     began_s = time.perf_counter()
     if work.at_once is None:
-        asked = [system.engine.ask(work.pipeline, question) for question in work.questions]
+        asked = [system.engine.aask(question, pipeline=work.pipeline) for question in work.questions]
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
     else:
-        tier, nprobe = system.engine.retriever.tier, system.engine.settings.nprobe
+        tier, nprobe = system.engine.retriever.tier, system.engine.nprobe
         wish = Schedule(system.schedule, batch_size=len(work.questions))
         schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
         worker = Local(system.engine, work.at_once, work.pipeline)

@@ -14,8 +14,8 @@ from typing import Any
 from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.results import SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
-from telerag_cli.engine.assemble import Opened
-from telerag_cli.engine.session import Settings
+from telerag_cli.config import EngineConfig
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.files import checksum
 from telerag_cli.system import hardware
 
@@ -57,13 +57,13 @@ def keep(suite: SuiteName) -> Started:
 
 
 def settings_of(
-    opened: Opened, settings: Settings, questions: Mapping[str, Sequence[str]], trace: Path | None, **more: Any
+    opened: OpenedIndex, config: EngineConfig, questions: Mapping[str, Sequence[str]], trace: Path | None, **more: Any
 ) -> dict[str, Any]:
     """Return what was the same for all systems.
 
     Args:
         opened: index and embedder.
-        settings: how questions were answered.
+        config: how questions were answered.
         questions: the questions of each dataset.
         trace: the recording whose texts were replayed, if any.
         more: other settings, by their names in results.
@@ -82,9 +82,9 @@ def settings_of(
         "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
         "embedder": opened.embedder.info.model,
         "datasets": list(questions),
-        "k": settings.k,
-        "nprobe": settings.nprobe,
-        "max_tokens": settings.max_tokens,
-        "temperature": settings.temperature,
+        "k": config.k,
+        "nprobe": config.nprobe,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
         **more,
     }

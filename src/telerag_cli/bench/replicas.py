@@ -15,17 +15,18 @@ from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.bench.suites import Pages
 from telerag_cli.distributed.replicas import Recipe, open_replicas
 from telerag_cli.distributed.session import joined
-from telerag_cli.engine.assemble import Opened
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.progress import Advance
 
 REPLICAS, ONE = "replicas", "one replica"
 
 
 def scaling(
-    opened: Opened,
+    opened: OpenedIndex,
     recipe: Recipe,
     schedule: Schedule,
     counts: Sequence[int],
@@ -54,7 +55,7 @@ def scaling(
     Raises:
         TeleragError: replicas cannot be opened, or answer none of the questions for warming up.
     """
-    index, nprobe = opened.index, recipe.settings.nprobe
+    index, nprobe = opened.index, recipe.config.nprobe or 1
     coarse = Coarse(index.centroids, index.manifest.metric)
     turns: list[Turn] = []
     with joined() as cluster, asyncio.Runner() as runner:
@@ -63,7 +64,7 @@ def scaling(
             for count in (*counts[first:], *counts[:first]):
                 page_cache.drop(index.paths.lists)
                 left = page_cache.share(index.paths.lists)
-                work = Work({"replicas": count}, recipe.pipeline, tuple(questions), repeat)
+                work = Work({"replicas": count}, make_pipeline(recipe.config.pipeline), tuple(questions), repeat)
                 with open_replicas(recipe, count, cluster, index.manifest.nlist) as workers:
                     scheduler = Scheduler(schedule, opened.embedder, coarse.nearest, index.list_bytes, nprobe, count)
                     warm = replace(work, questions=tuple(text for text in warmups for _ in workers))

@@ -15,18 +15,17 @@ from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.baselines import FaissGpu, FaissMemory, FaissOnDisk, Plain, Recalled
 from telerag_cli.bench.suites import Pages, SystemName
-from telerag_cli.config import Lookahead, ScheduleName, TierKind, format_bytes
-from telerag_cli.engine.assemble import Opened, open_retriever
+from telerag_cli.config import EngineConfig, Lookahead, ScheduleName, TierKind, format_bytes
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import SILENT, Reporter, open_retriever
 from telerag_cli.engine.retrieval import Finder, Retrievals
-from telerag_cli.engine.session import Settings
-from telerag_cli.engine.tier_plan import TierOptions, device_number, plan_tier
+from telerag_cli.engine.tier_plan import device_number, plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import Coarse, faiss_threads
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.lists import bring
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.progress import Progress, silent
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
 from telerag_cli.tracing import Tracer
@@ -36,13 +35,20 @@ from telerag_cli.tracing import Tracer
 class Setup:
     """What all systems of a benchmark have in common."""
 
-    opened: Opened
+    opened: OpenedIndex
     generator: Generator
-    settings: Settings
-    tier: TierOptions
+    config: EngineConfig
+    """With ``k`` and ``nprobe``."""
     pages: Pages
     cache_fraction: float = 0.5
-    progress: Progress = silent
+    reporter: Reporter = SILENT
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """``k`` and ``nprobe``."""
+        assert self.config.k
+        assert self.config.nprobe
+        return self.config.k, self.config.nprobe
 
 
 @dataclass(frozen=True)
@@ -173,8 +179,8 @@ class Harness:
         setup = self.setup
 
         def open_base() -> Retriever:
-            plan = plan_tier(setup.opened.index, setup.tier)
-            opened = open_retriever(setup.opened.index, plan, progress=setup.progress)
+            plan = plan_tier(setup.opened.index, setup.config)
+            opened = open_retriever(setup.opened.index, plan, setup.config, reporter=setup.reporter)
             self._undo.callback(opened.close)
             return opened
 
@@ -186,7 +192,9 @@ class Harness:
         index = self.setup.opened.index
 
         def read() -> FaissMemory:
-            with self.setup.progress("reading lists into memory", int(index.list_bytes.sum()), unit="bytes") as advance:
+            with self.setup.reporter.progress(
+                "reading lists into memory", int(index.list_bytes.sum()), unit="bytes"
+            ) as advance:
                 return FaissMemory(index, self.coarse(), advance)
 
         made: FaissMemory = self._once("memory", read)
@@ -195,15 +203,13 @@ class Harness:
     def engine(self, retriever: Retriever, lookahead: Lookahead, finder: Finder | None = None) -> Engine:
         """An engine over the shared LLM."""
         setup = self.setup
-        settings = replace(setup.settings, lookahead=lookahead)
-        return Engine(setup.generator, setup.opened.embedder, retriever, setup.opened.passages, settings, finder=finder)
+        config = replace(setup.config, lookahead=lookahead)
+        return Engine(setup.generator, setup.opened.embedder, retriever, setup.opened.passages, config, finder=finder)
 
     def plain(self, searcher: Plain) -> Engine:
         """An engine that finds passages with something else than a fast tier."""
-        setup, settings = self.setup, self.setup.settings
-        finder = Retrievals(
-            setup.opened.embedder, searcher, setup.opened.passages, settings.k, settings.nprobe, Tracer(enabled=False)
-        )
+        setup, (k, nprobe) = self.setup, self.setup.depth
+        finder = Retrievals(setup.opened.embedder, searcher, setup.opened.passages, k, nprobe, Tracer(enabled=False))
         return self.engine(self._idle(), Lookahead.OFF, finder)
 
     def _idle(self) -> Retriever:
@@ -221,7 +227,7 @@ def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
     lists = int(setup.opened.index.list_bytes.sum())
     whole = [name for name in names if name in (SystemName.FAISS_MEMORY, SystemName.RESIDENT)]
     free = available_bytes()
-    if len(whole) * lists > free and setup.tier.kind in (TierKind.HOST, TierKind.AUTO):
+    if len(whole) * lists > free and setup.config.tier in (TierKind.HOST, TierKind.AUTO):
         raise ResourceError(
             f"{' and '.join(whole)} take {format_bytes(lists)} of RAM each, and {format_bytes(free)} are free.",
             remedy="Leave one of them out, or use a smaller index.",
@@ -242,10 +248,10 @@ def _telerag(
         "what": f"telerag, {what}",
         "lookahead": lookahead.value,
         "arena_bytes": tier.arena_bytes,
-        "cache": rig.setup.tier.cache.value,
+        "cache": rig.setup.config.cache.value,
         "cache_fraction": rig.setup.cache_fraction,
         "schedule": schedule.value,
-        "tier": plan_tier(rig.setup.opened.index, rig.setup.tier).name,
+        "tier": plan_tier(rig.setup.opened.index, rig.setup.config).name,
     }
     return System(
         name,
@@ -274,14 +280,14 @@ def _open_memory(rig: Harness) -> System:
 
 
 def _open_gpu(rig: Harness) -> System:
-    searcher = FaissGpu(rig.memory(), device_number(rig.setup.tier.device))
+    searcher = FaissGpu(rig.memory(), device_number(rig.setup.config.device))
     return _faiss(SystemName.FAISS_GPU, "all lists on the GPU (GpuIndexIVF)", rig.plain(searcher))
 
 
 def _open_lance(rig: Harness) -> System:
     from telerag_cli.bench.lance import open_lance
 
-    searcher, configuration, files = open_lance(rig.setup.opened, rig.setup.progress)
+    searcher, configuration, files = open_lance(rig.setup.opened, rig.setup.reporter.progress)
     return System(
         SystemName.LANCEDB, configuration, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map, files=files
     )
@@ -291,14 +297,14 @@ def _open_resident(rig: Harness) -> System:
     setup = rig.setup
     index = setup.opened.index
     everything = int(index.list_bytes.sum())
-    on_gpu = setup.tier.kind in (TierKind.CUDA, TierKind.SIMULATED)
+    on_gpu = setup.config.tier in (TierKind.CUDA, TierKind.SIMULATED)
     options = (
-        replace(setup.tier, gpu_memory_bytes=everything)
+        replace(setup.config, gpu_memory=str(everything))
         if on_gpu
-        else replace(setup.tier, fast_memory_bytes=everything)
+        else replace(setup.config, fast_memory=str(everything))
     )
     plan = plan_tier(index, options)
-    retriever = open_retriever(index, plan, progress=setup.progress)
+    retriever = open_retriever(index, plan, setup.config, reporter=setup.reporter)
     rig._undo.callback(retriever.close)
     bring(retriever.tier, np.flatnonzero(index.list_bytes > 0))
     configuration = {

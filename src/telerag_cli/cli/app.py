@@ -17,10 +17,10 @@ from telerag_cli.cli.doctor import doctor
 from telerag_cli.cli.embed import embed
 from telerag_cli.cli.eval import evaluate
 from telerag_cli.cli.export_index import export_index
-from telerag_cli.cli.grouped import expanded
 from telerag_cli.cli.guard import DEBUG_VARIABLE, guarded
 from telerag_cli.cli.import_index import import_index
 from telerag_cli.cli.inspect import inspect
+from telerag_cli.cli.options import expanded
 from telerag_cli.cli.profile import profile
 from telerag_cli.cli.quickstart import quickstart
 from telerag_cli.cli.run import run
@@ -75,9 +75,9 @@ for command in (
     build_index,
     import_index,
     export_index,
-    profile,
+    expanded(profile),
     inspect,
-    search,
+    expanded(search),
     expanded(run),
     expanded(chat),
     expanded(serve_local),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,35 +14,16 @@ from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.cli import console
 from telerag_cli.cli.bench_options import WORK, BenchOptions, ResultOptions, dataset_name, show
 from telerag_cli.cli.bench_report import compare, report
-from telerag_cli.cli.grouped import expanded
 from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.keeping import metadata_of, result_path
-from telerag_cli.cli.options import (
-    BatchSizeOption,
-    DeviceOption,
-    LookaheadOption,
-    MicroBatchOption,
-    PlacementOption,
-    ScheduleOption,
-    tier_options,
-)
-from telerag_cli.config import (
-    DEFAULT_BATCH_SIZE,
-    CacheKind,
-    GeneratorKind,
-    Lookahead,
-    PipelineName,
-    PlacementName,
-    ScheduleName,
-)
+from telerag_cli.cli.options import expanded, one
+from telerag_cli.config import CacheKind, Lookahead, PipelineName, PlacementName, ReplicaConfig, ScheduleName
 from telerag_cli.errors import UsageError
 from telerag_cli.pipelines.registry import make_pipeline
 
 if TYPE_CHECKING:
     from telerag_cli.bench.answering import Ask, Outcome
-    from telerag_cli.cli.opening import Prepared
-    from telerag_cli.engine.llm_plan import LlmOptions
-    from telerag_cli.engine.tier_plan import TierOptions
+    from telerag_cli.engine.opening import Prepared
 
 app = typer.Typer(
     name="bench",
@@ -264,11 +246,11 @@ def scaling(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Questions that each replica answers at once.", rich_help_panel=WORK)
     ] = 8,
-    lookahead: LookaheadOption = Lookahead.REFINED,
-    schedule: ScheduleOption = ScheduleName.SIMILAR,
-    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
-    micro_batch: MicroBatchOption = None,
-    placement: PlacementOption = PlacementName.CACHE_AWARE,
+    lookahead: Annotated[Lookahead, one("lookahead")] = Lookahead.REFINED,
+    schedule: Annotated[ScheduleName, one("schedule", ReplicaConfig)] = ScheduleName.SIMILAR,
+    batch_size: Annotated[int, one("batch_size", ReplicaConfig)] = 64,
+    micro_batch: Annotated[int | None, one("micro_batch", ReplicaConfig)] = None,
+    placement: Annotated[PlacementName, one("placement", ReplicaConfig)] = PlacementName.CACHE_AWARE,
 ) -> None:
     """Questions answered per second by several replicas on this machine: the paper's scaling over several GPUs."""
     if asking.system:
@@ -287,27 +269,26 @@ def scaling(
     with console.stdout_reserved():
         from telerag_cli.bench.recording import keep, settings_of
         from telerag_cli.bench.replicas import scaling as measure
-        from telerag_cli.cli.opening import Answering, Searching, prepare
+        from telerag_cli.cli.reporting import ConsoleReporter
         from telerag_cli.distributed.replicas import Recipe, check_memory
-        from telerag_cli.engine.scheduler import Schedule, fitted
+        from telerag_cli.engine.opening import prepare
+        from telerag_cli.engine.scheduler import scheduled
         from telerag_cli.system import available_bytes
 
         started = keep(SuiteName.SCALING)
-        llm, tier = _llm(asking), _tier(asking)
-        made = prepare(Searching(asking.index, asking.embedder, tier, asking.k, asking.nprobe), llm, concurrency)
+        config = replace(asking.config(concurrency), pipeline=names[0], lookahead=lookahead)
+        made = prepare(config, ConsoleReporter())
         index, name = made.opened.index, names[0]
-        settings = Answering(llm, concurrency, lookahead, asking.max_tokens).settings(made.k, made.nprobe)
-        recipe = Recipe(asking.index.resolve(), asking.embedder, tier, llm, settings, make_pipeline(name), concurrency)
-        check_memory(index, tier, max(counts), available_bytes())
-        wish = Schedule(schedule, placement, batch_size)
-        arena_bytes = made.tier.gpu_bytes or made.tier.ram_bytes
-        how = fitted(wish, micro_batch, concurrency, arena_bytes, index.list_bytes, made.nprobe)
+        config = replace(config, k=made.k, nprobe=made.nprobe)
+        check_memory(index, config, max(counts), available_bytes())
+        wish = ReplicaConfig(schedule=schedule, placement=placement, batch_size=batch_size, micro_batch=micro_batch)
+        how = scheduled(wish, concurrency, made.tier.gpu_bytes or made.tier.ram_bytes, index, made.nprobe)
         warmups = next(iter(questions.values()))[: asking.num_warmups]
         measured = [text for texts in questions.values() for text in texts[asking.num_warmups :]]
         with console.progress("answering", len(counts) * asking.repeats, unit="runs") as advance:
             outcome = measure(
                 made.opened,
-                recipe,
+                Recipe(config),
                 how,
                 counts,
                 warmups,
@@ -319,7 +300,7 @@ def scaling(
             )
         same = settings_of(
             made.opened,
-            settings,
+            config,
             questions,
             asking.trace,
             lookahead=lookahead.value,
@@ -342,7 +323,7 @@ def embed(
         str | None,
         typer.Option(help="The model.  \\[default: the bundled one]", metavar="NAME|PATH", show_default=False),
     ] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[str, one("device")] = "auto",
 ) -> None:
     """Embedding a corpus, against SentenceTransformer.encode with its defaults; not in the paper."""
     from telerag_cli.bench.preparing import embedding
@@ -414,22 +395,21 @@ def _answering(
         from telerag_cli.bench.answering import Ask
         from telerag_cli.bench.recording import keep, settings_of
         from telerag_cli.bench.systems import Setup
-        from telerag_cli.cli.opening import Answering, Searching, prepare
+        from telerag_cli.cli.reporting import ConsoleReporter
+        from telerag_cli.engine.opening import prepare
         from telerag_cli.retrieval.retriever import check_search
 
         started = keep(suite)
-        llm, where = _llm(asking), _tier(asking)
-        searching = Searching(asking.index, asking.embedder, where, asking.k, asking.nprobe)
-        answering = Answering(llm, concurrency, Lookahead.OFF, asking.max_tokens)
-        made = prepare(searching, llm, concurrency)
+        config = asking.config(concurrency)
+        made = prepare(config, ConsoleReporter())
         assert made.llm
         for value in nprobes:
             check_search(made.opened.index, made.k, value)
         made.opened.embedder.warm_up(approximate=True)
         generator = opened_here.enter_context(contextlib.closing(made.llm.open()))
-        settings = answering.settings(made.k, made.nprobe)
+        config = replace(config, k=made.k, nprobe=made.nprobe)
         ask = Ask(
-            setup=Setup(made.opened, generator, settings, where, pages, progress=console.progress),
+            setup=Setup(made.opened, generator, config, pages, reporter=ConsoleReporter()),
             systems=tuple(dict.fromkeys(asking.system or systems)),
             questions=questions,
             pipelines=[make_pipeline(name) for name in asking.pipeline or pipelines],
@@ -442,7 +422,7 @@ def _answering(
         outcome = measure(ask)
         same = settings_of(
             made.opened,
-            settings,
+            config,
             questions,
             asking.trace,
             **_extent(asking, made, [pipeline.name for pipeline in ask.pipelines], questions),
@@ -479,27 +459,8 @@ def _extent(
         "repeats": asking.repeats,
         "seed": asking.seed,
         "pipelines": pipelines,
-        "fast_memory_bytes": _tier(asking).fast_memory_bytes,
+        "fast_memory_bytes": asking.config(1).fast_memory_bytes,
     }
-
-
-def _llm(asking: BenchOptions) -> LlmOptions:
-    from telerag_cli.engine.llm_plan import LlmOptions
-
-    return LlmOptions(
-        GeneratorKind.LLAMA,
-        asking.model,
-        asking.hf_repo,
-        None,
-        asking.ctx_size,
-        asking.n_gpu_layers,
-        asking.threads,
-        replay=asking.trace and asking.trace.resolve(),
-    )
-
-
-def _tier(asking: BenchOptions) -> TierOptions:
-    return tier_options(asking.tier, asking.device, asking.fast_memory, asking.gpu_memory, asking.require_pinned)
 
 
 Preparing = Callable[[Callable[[int], None]], "tuple[Outcome, dict[str, Any]]"]

@@ -10,23 +10,8 @@ import typer
 
 from telerag_cli.bench.suites import SystemName
 from telerag_cli.cli import console
-from telerag_cli.cli.options import (
-    CtxSizeOption,
-    DeviceOption,
-    EmbedderOption,
-    FastMemoryOption,
-    GpuMemoryOption,
-    HfRepoOption,
-    IndexArgument,
-    KOption,
-    ModelOption,
-    NGpuLayersOption,
-    NprobeOption,
-    RequirePinnedOption,
-    ThreadsOption,
-    TierOption,
-)
-from telerag_cli.config import DEFAULT_CTX_SIZE, PipelineName, TierKind
+from telerag_cli.cli.options import one
+from telerag_cli.config import NONE, EngineConfig, Lookahead, PipelineName, TierKind
 
 _WHERE = "What is kept"
 WORK = "How much"
@@ -75,7 +60,7 @@ class ResultOptions:
 class BenchOptions:
     """Options of the suites that answer questions."""
 
-    index: IndexArgument
+    index: Annotated[Path, one("index")]
     dataset: Annotated[
         list[str] | None,
         typer.Option(
@@ -111,20 +96,32 @@ class BenchOptions:
             rich_help_panel=WORK,
         ),
     ] = None
-    k: KOption = None
-    nprobe: NprobeOption = None
-    tier: TierOption = TierKind.AUTO
-    fast_memory: FastMemoryOption = None
-    gpu_memory: GpuMemoryOption = "auto"
-    require_pinned: RequirePinnedOption = False
-    embedder: EmbedderOption = None
-    device: DeviceOption = "auto"
-    model: ModelOption = None
-    hf_repo: HfRepoOption = None
-    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE
-    n_gpu_layers: NGpuLayersOption = 0
-    threads: ThreadsOption = None
+    k: Annotated[int | None, one("k")] = None
+    nprobe: Annotated[int | None, one("nprobe")] = None
+    tier: Annotated[TierKind, one("tier")] = TierKind.AUTO
+    fast_memory: Annotated[str | None, one("fast_memory")] = None
+    gpu_memory: Annotated[str, one("gpu_memory")] = "auto"
+    require_pinned: Annotated[bool, one("require_pinned")] = False
+    embedder: Annotated[str | None, one("embedder")] = None
+    device: Annotated[str, one("device")] = "auto"
+    model: Annotated[str | None, one("model")] = None
+    hf_repo: Annotated[str | None, one("hf_repo")] = None
+    ctx_size: Annotated[int, one("ctx_size")] = 4096
+    n_gpu_layers: Annotated[int, one("n_gpu_layers")] = 0
+    threads: Annotated[int | None, one("threads")] = None
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel="The LLM")] = 64
+
+    def config(self, concurrency: int) -> EngineConfig:
+        """What the engines of all systems have in common."""
+        own = {"dataset", "system", "pipeline", "num_prompts", "num_warmups", "repeats", "seed", "trace"}
+        shared = {name: value for name, value in vars(self).items() if name not in own}
+        return EngineConfig(
+            **shared,
+            lookahead=Lookahead.OFF,
+            concurrency=concurrency,
+            replay=self.trace and self.trace.resolve(),
+            profile=NONE,
+        )
 
 
 def show(result: Any, keeping: ResultOptions, path: Path | None) -> None:

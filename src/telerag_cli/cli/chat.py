@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
-from telerag_cli.cli.options import PipelineOption, check_trace
-from telerag_cli.config import PipelineName
+from telerag_cli.cli.options import Without, check_trace
+from telerag_cli.config import EngineConfig
 from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
 
 
 def chat(
-    search: SearchOptions,
-    pipelines: PipelineOptions,
-    llm: LlmOptionsGiven,
-    pipeline: PipelineOption = PipelineName.HYDE,
+    config: Annotated[EngineConfig, Without("concurrency", "explain", "replay")],
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -33,14 +30,14 @@ def chat(
 
     From a pipe, each line is a question.
     """
-    given = pipelines.given
-    chosen = make_pipeline(pipeline, **given)  # what is impossible is said before anything is opened
+    make_pipeline(config.pipeline, **config.pipeline_options)  # what is impossible is said before anything is opened
     check_trace(trace)
     with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:
         from telerag_cli.cli.chat_input import Piped, Typed
         from telerag_cli.cli.chat_screen import Screen
         from telerag_cli.cli.chat_session import COMMANDS, Chat, converse
-        from telerag_cli.cli.opening import open_answering
+        from telerag_cli.cli.reporting import ConsoleReporter
+        from telerag_cli.engine.engine import Engine
         from telerag_cli.tracing import Tracer
 
         tracer = Tracer()
@@ -48,12 +45,10 @@ def chat(
             opened_here.callback(tracer.save, trace)
         interactive = sys.stdin.isatty()
         screen = Screen(out, sys.stderr, apart=not (interactive and out.isatty()))
-        engine, _at_once = opened_here.enter_context(
-            open_answering(
-                search.searching, llm.answering(search.lookahead, 1), tracer, screen.warn, planned=search.planned()
-            )
+        engine = opened_here.enter_context(
+            Engine.open(replace(config, concurrency=1), reporter=ConsoleReporter(screen.warn), tracer=tracer)
         )
-        talk = Chat(engine, screen, chosen, make_pipelines(given), tracing=trace is not None)
+        talk = Chat(engine, screen, make_pipelines(config.pipeline_options), tracing=trace is not None)
         if interactive:
             screen.note("Ask a question. /help says what else can be typed; Ctrl-D ends.")
             words = {name: command.words for name, command in COMMANDS.items()}

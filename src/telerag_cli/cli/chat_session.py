@@ -95,27 +95,20 @@ class Chat:
     """The state of a conversation. An answer that fails or is interrupted leaves it as it was."""
 
     def __init__(
-        self,
-        engine: Engine,
-        screen: Screen,
-        pipeline: Pipeline,
-        pipelines: Mapping[PipelineName, Pipeline],
-        *,
-        tracing: bool,
+        self, engine: Engine, screen: Screen, pipelines: Mapping[PipelineName, Pipeline], *, tracing: bool
     ) -> None:
         """Begin.
 
         Args:
             engine: what answers; its tracer is on.
             screen: where everything is shown.
-            pipeline: how to answer at first.
             pipelines: those that can be chosen.
             tracing: keep the spans of all turns, not only of the last.
         """
         self.ended = False
         self._engine = engine
         self._screen = screen
-        self._pipeline = pipeline
+        self._pipeline = engine.pipeline
         self._pipelines = pipelines
         self._tracing = tracing
         self._exchanges: list[Exchange] = []
@@ -158,7 +151,8 @@ class Chat:
         """Let the engine answer, and show what it writes while it does."""
         shown = Shown(self._screen)
         turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self._exchanges]
-        answering = asyncio.create_task(self._engine.ask(self._pipeline, question, shown, turns=turns))
+        asked = self._engine.aask(question, pipeline=self._pipeline, listener=shown, turns=turns)
+        answering = asyncio.create_task(asked)
         answering.add_done_callback(lambda _task: shown.written.put_nowait(None))
         try:
             while (text := await shown.written.get()) is not None:
@@ -201,8 +195,8 @@ class Chat:
 
     def _change_lookahead(self, argument: str) -> None:
         if argument:
-            self._engine.set_lookahead(Lookahead(_chosen(argument, list(Lookahead), "lookahead")))
-        self._show_choice("Lookahead", self._engine.settings.lookahead, list(Lookahead))
+            self._engine.configure(lookahead=_chosen(argument, list(Lookahead), "lookahead"))
+        self._show_choice("Lookahead", self._engine.config.lookahead, list(Lookahead))
 
     def _show_choice(self, what: str, chosen: str, words: Sequence[str]) -> None:
         others = ", ".join(word for word in words if word != chosen)

@@ -10,7 +10,7 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.config import COLUMNS, Row, rows_of, settings_of, shown
-from telerag_cli.cli.options import EmbedderOption, HfRepoOption, ModelOption
+from telerag_cli.cli.options import one
 from telerag_cli.cli.settings import Settings
 from telerag_cli.config import GeneratorKind
 from telerag_cli.errors import EXIT_FAILED, UsageError
@@ -27,9 +27,9 @@ def doctor(
             help="An index, or the folder to work in.  \\[default: this one]", metavar="INDEX", show_default=False
         ),
     ] = Path(),
-    model: ModelOption = None,
-    hf_repo: HfRepoOption = None,
-    embedder: EmbedderOption = None,
+    model: Annotated[str | None, one("model")] = None,
+    hf_repo: Annotated[str | None, one("hf_repo")] = None,
+    embedder: Annotated[str | None, one("embedder")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what is installed, which devices, memory, disk and models there are, what is set, and how to mend what is wrong.

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.cli.options import IndexArgument
+from telerag_cli.cli.options import one
 from telerag_cli.config import format_bytes
 
 
 def export_index(
-    index: IndexArgument,
+    index: Annotated[Path, one("index")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write, which faiss.read_index reads.", show_default=False)
     ],

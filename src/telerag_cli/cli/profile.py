@@ -7,48 +7,19 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.cli.options import (
-    BaseUrlOption,
-    CtxSizeOption,
-    DeviceOption,
-    EmbedderOption,
-    FastMemoryOption,
-    GeneratorOption,
-    GpuMemoryOption,
-    HfRepoOption,
-    ModelOption,
-    NGpuLayersOption,
-    NprobeOption,
-    RequirePinnedOption,
-    ThreadsOption,
-    TierOption,
-    TimeoutOption,
-    tier_options,
-)
-from telerag_cli.config import (
-    DEFAULT_CTX_SIZE,
-    DEFAULT_EMBEDDER,
-    DEFAULT_TIMEOUT_S,
-    GeneratorKind,
-    Lookahead,
-    TierKind,
-    format_bytes,
-    parse_bytes,
-)
+from telerag_cli.cli.options import Only
+from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, Lookahead, TierKind, format_bytes, parse_bytes
 from telerag_cli.errors import UsageError
 from telerag_cli.files import wrap_os_error
 
 if TYPE_CHECKING:
-    from telerag_cli.cli.opening import Searching
-    from telerag_cli.engine.llm_plan import LlmOptions
-    from telerag_cli.engine.tier_plan import TierOptions
     from telerag_cli.planning.hits import Replayed
     from telerag_cli.planning.planner import Planner
     from telerag_cli.planning.profile import Measured, Profile
@@ -61,7 +32,34 @@ Row = tuple[str, str, str]
 WIDTH = 100
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig(EngineConfig):
+    """What is measured; an index is not needed."""
+
+    index: Path = Path()
+
+
 def profile(
+    config: Annotated[
+        ProfileConfig,
+        Only(
+            "nprobe",
+            "tier",
+            "fast_memory",
+            "gpu_memory",
+            "require_pinned",
+            "generator",
+            "model",
+            "hf_repo",
+            "base_url",
+            "timeout",
+            "ctx_size",
+            "n_gpu_layers",
+            "threads",
+            "embedder",
+            "device",
+        ),
+    ],
     index: Annotated[
         Path | None,
         typer.Argument(
@@ -111,21 +109,6 @@ def profile(
             show_default=False,
         ),
     ] = None,
-    nprobe: NprobeOption = None,
-    tier: TierOption = TierKind.AUTO,
-    fast_memory: FastMemoryOption = None,
-    gpu_memory: GpuMemoryOption = "auto",
-    require_pinned: RequirePinnedOption = False,
-    generator: GeneratorOption = GeneratorKind.LLAMA,
-    model: ModelOption = None,
-    hf_repo: HfRepoOption = None,
-    base_url: BaseUrlOption = None,
-    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
-    ctx_size: CtxSizeOption = DEFAULT_CTX_SIZE,
-    n_gpu_layers: NGpuLayersOption = 0,
-    threads: ThreadsOption = None,
-    embedder: EmbedderOption = None,
-    device: DeviceOption = "auto",
 ) -> None:
     """Measure what lookahead depends on: links, scoring, embedding, the LLM, and how they disturb each other.
 
@@ -138,22 +121,16 @@ def profile(
         from telerag_cli.planning.plots import check_format
 
         check_format(plot)
-    if throttle is not None and tier is not TierKind.SIMULATED:
-        raise UsageError(f"--throttle has no part in --tier {tier}.", remedy="Add --tier simulated.")
+    if throttle is not None and config.tier is not TierKind.SIMULATED:
+        raise UsageError(f"--throttle cannot be combined with --tier {config.tier}.", remedy="Add --tier simulated.")
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
-        from telerag_cli.cli.opening import Searching
-        from telerag_cli.engine.llm_plan import LlmOptions
-
-        llm = LlmOptions(generator, model, hf_repo, base_url, ctx_size, n_gpu_layers, threads, timeout)
-        where = replace(
-            tier_options(tier, device, fast_memory, gpu_memory, require_pinned),
-            throttle_bytes_per_s=None if throttle is None else parse_bytes(throttle),
-        )
+        if throttle is not None:
+            config = replace(config, simulated_link_bytes_per_s=parse_bytes(throttle))
         if index is None:
-            made, planner = _machine_only(where, embedder, llm, quick=quick), None
+            made, planner = _machine_only(config, quick=quick), None
         else:
-            searching = Searching(index, embedder, where, None, nprobe)
-            made, planner = opened_here.enter_context(_of_index(searching, llm, recording, quick=quick))
+            of_index = replace(config, index=index, concurrency=QUICK_WIDTH if quick else None)
+            made, planner = opened_here.enter_context(_of_index(of_index, recording, quick=quick))
         if output == "-":
             console.emit_json(made.as_json(), indent=2)
         else:
@@ -202,32 +179,31 @@ def _figure(name: str, value: float) -> str:
 
 
 @contextlib.contextmanager
-def _of_index(
-    searching: Searching, options: LlmOptions, recording: Path | None, *, quick: bool
-) -> Iterator[tuple[Profile, Planner]]:
-    from telerag_cli.cli.opening import open_parts
+def _of_index(config: EngineConfig, recording: Path | None, *, quick: bool) -> Iterator[tuple[Profile, Planner]]:
+    from telerag_cli.cli.reporting import ConsoleReporter
+    from telerag_cli.engine.opening import open_parts
     from telerag_cli.engine.survey import Replays, survey
     from telerag_cli.planning.averages import Averages
     from telerag_cli.planning.planner import Planner
 
     replays = Replays(_replayed(recording), recording.name) if recording else Replays()
-    with open_parts(searching, options, QUICK_WIDTH if quick else None) as parts:
+    with open_parts(config, ConsoleReporter()) as (prepared, generator, retriever):
+        identity, versions = prepared.identity
         with console.progress("measuring", None, unit="figures") as advance:
             made = survey(
-                parts.opened,
-                parts.tier,
-                parts.retriever,
-                parts.generator,
-                parts.nprobe,
+                prepared.opened,
+                prepared.tier,
+                retriever,
+                generator,
+                prepared.nprobe,
                 replays,
-                identity=parts.identity,
-                versions=parts.versions,
+                identity=identity,
+                versions=versions,
                 quick=quick,
                 advance=advance,
                 command=_command(),
             )
-        arena = parts.retriever.tier.arena_bytes
-        yield made, Planner(made, Averages(), nprobe=parts.nprobe, arena_bytes=arena)
+        yield made, Planner(made, Averages(), nprobe=prepared.nprobe, arena_bytes=retriever.tier.arena_bytes)
 
 
 def _replayed(recording: Path) -> list[Replayed]:
@@ -245,15 +221,15 @@ def _replayed(recording: Path) -> list[Replayed]:
         ) from error
 
 
-def _machine_only(where: TierOptions, embedder: str | None, options: LlmOptions, *, quick: bool) -> Profile:
+def _machine_only(config: EngineConfig, *, quick: bool) -> Profile:
     from telerag_cli.embedding.encoder import Encoder
     from telerag_cli.engine.llm_plan import plan_llm
     from telerag_cli.engine.survey import survey_machine
     from telerag_cli.engine.tier_plan import plan_device
 
-    gpu, name = plan_device(where.kind, where.device, where.throttle_bytes_per_s)
-    llm = plan_llm(options, None, None, console.warn, where.device)
-    encoder = Encoder.load(embedder or DEFAULT_EMBEDDER, device=where.device)
+    gpu, name = plan_device(config)
+    llm = plan_llm(config, None, console.warn)
+    encoder = Encoder.load(config.embedder or DEFAULT_EMBEDDER, device=config.device)
     with contextlib.closing(llm.open()) as generator, console.progress("measuring", None, unit="figures") as advance:
         return survey_machine(gpu, name, encoder, llm, generator, quick=quick, advance=advance, command=_command())
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.config import Lookahead, PipelineName, format_bytes
+from telerag_cli.config import NONE, EngineConfig, Lookahead, format_bytes
 from telerag_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -116,31 +116,34 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     """All questions, from an empty arena; the models have run before, so that no mode pays for loading them."""
     import asyncio
 
-    from telerag_cli.cli.opening import Answering, Searching, open_answering
-    from telerag_cli.engine.assemble import Opened
-    from telerag_cli.engine.llm_plan import LlmOptions
-    from telerag_cli.engine.tier_plan import TierOptions
+    from telerag_cli.cli.reporting import ConsoleReporter
+    from telerag_cli.engine.engine import Engine
+    from telerag_cli.engine.opened_index import OpenedIndex
     from telerag_cli.index.passages import Passages
     from telerag_cli.llm.base import Message, Request
-    from telerag_cli.pipelines.registry import make_pipeline
 
-    opened = Opened(index, Passages.open(index.paths.passages), encoder)
-    where = TierOptions(fast_memory_bytes=arena_bytes)
-    searching = Searching(index.paths.root, None, where, min(K, index.manifest.ntotal), None)
-    answering = Answering(LlmOptions(), 1, mode, MAX_TOKENS)
+    config = EngineConfig(
+        index=index.paths.root,
+        k=min(K, index.manifest.ntotal),
+        fast_memory=str(arena_bytes),
+        lookahead=mode,
+        max_tokens=MAX_TOKENS,
+        concurrency=1,
+        profile=NONE,
+    )
+    opened = OpenedIndex(index, Passages.open(index.paths.passages), encoder)
 
     async def ask_all(engine: Engine) -> list[Answered]:
         encoder.encode_queries(QUESTIONS[:1])
         await engine.generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
-        pipeline = make_pipeline(PipelineName.HYDE)
         answered = []
         with console.progress(f"Asking, lookahead {mode}", len(QUESTIONS), unit="questions") as advance:
             for question in QUESTIONS:
-                answered.append(await engine.ask(pipeline, question))
+                answered.append(await engine.aask(question))
                 advance(1)
         return answered
 
-    with open_answering(searching, answering, tracer, opened=opened) as (engine, _at_once):
+    with Engine.open(config, reporter=ConsoleReporter(), tracer=tracer, opened=opened) as engine:
         return asyncio.run(ask_all(engine))
 
 

@@ -9,20 +9,17 @@ from typing import Annotated
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
-from telerag_cli.cli.options import PipelineOption, check_trace
-from telerag_cli.cli.scheduling import SchedulingOptions, open_workers
+from telerag_cli.cli.options import check_trace
+from telerag_cli.cli.scheduling import open_workers
 from telerag_cli.cli.search import no_question, open_lines
-from telerag_cli.config import PipelineName
+from telerag_cli.config import EngineConfig, ReplicaConfig
 from telerag_cli.errors import EXIT_PARTIAL
 from telerag_cli.pipelines.registry import make_pipeline
 
 
 def run(
-    search: SearchOptions,
-    pipelines: PipelineOptions,
-    llm: LlmOptionsGiven,
-    scheduling: SchedulingOptions,
+    config: EngineConfig,
+    replicas: ReplicaConfig,
     questions: Annotated[
         str,
         typer.Option(
@@ -35,18 +32,6 @@ def run(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Where answers go, one JSON line each; - is stdout.", metavar="FILE|-")
     ] = "-",
-    pipeline: PipelineOption = PipelineName.HYDE,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print the plan before starting.", rich_help_panel="The plan")
-    ] = False,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Questions that each replica answers at once.  \\[default: what memory holds contexts for, at most 16; 8 with a server]",
-            show_default=False,
-        ),
-    ] = None,
     ordered: Annotated[bool, typer.Option("--ordered", help="Write answers in the order of the questions.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the output file: skip what it has answered.")
@@ -61,17 +46,9 @@ def run(
             help="Keep every prompt, text, query and length, as JSON lines.", metavar="FILE", show_default=False
         ),
     ] = None,
-    replay: Annotated[
-        Path | None,
-        typer.Option(
-            help="Give the texts of a recording, in the time the model takes for as many tokens.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""
-    how = make_pipeline(pipeline, **pipelines.given)
+    make_pipeline(config.pipeline, **config.pipeline_options)  # what is impossible is said before anything is opened
     check_trace(trace)
     with console.stdout_reserved(), open_lines(questions) as (lines, name), contextlib.ExitStack() as opened_here:
         from telerag_cli.engine.batch import Outputs, answer_all
@@ -84,11 +61,7 @@ def run(
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
-        answering = llm.answering(search.lookahead, concurrency, replay)
-        planned = search.planned(explain=explain, pipeline=how)
-        workers, scheduler = opened_here.enter_context(
-            open_workers(search.searching, answering, scheduling, how, tracer, planned)
-        )
+        workers, scheduler = opened_here.enter_context(open_workers(config, replicas, tracer))
         with console.progress("answering", None, unit="questions") as advance:
             write = file.append if file else console.emit_json
             summary = answer_all(

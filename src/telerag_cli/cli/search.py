@@ -11,27 +11,15 @@ from typing import IO, Annotated, Any
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.cli.options import (
-    DeviceOption,
-    EmbedderOption,
-    FastMemoryOption,
-    GpuMemoryOption,
-    IndexArgument,
-    KOption,
-    NprobeOption,
-    RequirePinnedOption,
-    RescoreOption,
-    TierOption,
-    tier_options,
-)
-from telerag_cli.config import TierKind
+from telerag_cli.cli.options import Only
+from telerag_cli.config import EngineConfig, SearchConfig
 from telerag_cli.errors import EXIT_PARTIAL, InputError, UsageError
 
 SHOWN_CHARACTERS = 300
 
 
 def search(
-    index: IndexArgument,
+    config: Annotated[EngineConfig, Only(SearchConfig)],
     question: Annotated[
         list[str] | None, typer.Argument(help="Questions.", metavar="[QUESTION]...", show_default=False)
     ] = None,
@@ -41,15 +29,6 @@ def search(
             help="A file of questions, one a line or JSONL; - is stdin.", metavar="FILE|-", show_default=False
         ),
     ] = None,
-    k: KOption = None,
-    nprobe: NprobeOption = None,
-    rescore: RescoreOption = None,
-    tier: TierOption = TierKind.AUTO,
-    fast_memory: FastMemoryOption = None,
-    gpu_memory: GpuMemoryOption = "auto",
-    require_pinned: RequirePinnedOption = False,
-    embedder: EmbedderOption = None,
-    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question on stdout.")] = False,
 ) -> None:
     """Find the passages nearest to questions."""
@@ -59,13 +38,12 @@ def search(
             remedy="For example: telerag search INDEX 'What is a generator?'",
         )
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
-        from telerag_cli.cli.opening import Searching, open_search
+        from telerag_cli.cli.reporting import ConsoleReporter
+        from telerag_cli.engine.engine import Engine
         from telerag_cli.engine.questions import Question, read_questions
         from telerag_cli.retrieval.report import JoinReport
 
-        where = tier_options(tier, device, fast_memory, gpu_memory, require_pinned)
-        searching = Searching(index, embedder, where, k, nprobe, rescore)
-        opened, retriever, wanted, probes = opened_here.enter_context(open_search(searching))
+        engine = opened_here.enter_context(Engine.open(config, reporter=ConsoleReporter(), generate=False))
         name = ""
         asked: Iterable[Question] = (Question(str(n), text) for n, text in enumerate(question or [], 1))
         if queries:
@@ -80,18 +58,17 @@ def search(
                 if as_json:
                     console.emit_json({"id": item.id, "error": {"message": item.problem}})
                 continue
-            found = retriever.search(opened.embedder.encode_queries([item.text]), wanted, probes)
-            lists_failed += found.report.lists_failed
-            rows = [int(row) for row in found.rows[0] if row >= 0]
+            retrieval = engine.search(item.text)
+            lists_failed += retrieval.join.lists_failed
             hits = [
                 {
                     "rank": rank,
-                    "id": passage.id,
-                    "score": float(score),
-                    "text": passage.text,
-                    "metadata": passage.metadata,
+                    "id": hit.passage.id,
+                    "score": hit.score,
+                    "text": hit.passage.text,
+                    "metadata": hit.passage.metadata,
                 }
-                for rank, (passage, score) in enumerate(zip(opened.passages[rows], found.scores[0], strict=False), 1)
+                for rank, hit in enumerate(retrieval.found, 1)
             ]
             if as_json:
                 console.emit_json({"id": item.id, "question": item.text, "passages": hits})

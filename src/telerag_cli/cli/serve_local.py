@@ -13,10 +13,8 @@ import typer
 
 from telerag_cli import __version__
 from telerag_cli.cli import console
-from telerag_cli.cli.answering_options import LlmOptionsGiven, PipelineOptions, SearchOptions
-from telerag_cli.cli.options import MaxWaitOption
-from telerag_cli.cli.scheduling import Together
-from telerag_cli.config import parse_bytes
+from telerag_cli.cli.options import Without
+from telerag_cli.config import EngineConfig, ScheduleConfig, Setting, parse_bytes, settings_of
 from telerag_cli.errors import EXIT_INTERRUPTED, UsageError
 from telerag_cli.server.access_log import LogFormat
 from telerag_cli.system import bound_kernel_caches
@@ -94,15 +92,6 @@ class ServerOptions:
 class LimitOptions:
     """How much the server takes on."""
 
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Questions answered at once.  \\[default: what memory holds contexts for, at most 16; 8 with a server]",
-            show_default=False,
-            rich_help_panel=_LIMITS,
-        ),
-    ] = None
     max_queue: Annotated[
         int, typer.Option(min=0, help="Questions that may wait; more are refused with 503.", rich_help_panel=_LIMITS)
     ] = 64
@@ -119,20 +108,33 @@ class LimitOptions:
     ] = 30.0
 
 
-@dataclass(frozen=True)
-class TogetherOptions(Together):
+@dataclass(frozen=True, kw_only=True)
+class ServedConfig(EngineConfig):
+    """An engine behind a server."""
+
+    concurrency: Annotated[
+        int | None,
+        Setting(
+            "Questions answered at once.",
+            min=1,
+            panel=_LIMITS,
+            default="what memory holds contexts for, at most 16; 8 with a server",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedScheduleConfig(ScheduleConfig):
     """Which questions are answered together; a person waits for each."""
 
-    max_wait: MaxWaitOption = 0.02
+    max_wait: Annotated[float, settings_of(ScheduleConfig)["max_wait"][1]] = 0.02
 
 
 def serve_local(
-    search: SearchOptions,
+    config: Annotated[ServedConfig, Without("pipeline", "explain", "replay")],
     server: ServerOptions,
     limits: LimitOptions,
-    pipelines: PipelineOptions,
-    llm: LlmOptionsGiven,
-    together: TogetherOptions,
+    schedule: ServedScheduleConfig,
 ) -> None:
     """Serve an index to OpenAI clients, and a page to ask and to watch at the same address.
 
@@ -141,8 +143,9 @@ def serve_local(
     key = server.key
     bound_kernel_caches()
     with console.stdout_reserved(), console.talking(as_json=server.log_format is LogFormat.JSON):
-        from telerag_cli.cli.opening import open_answering
-        from telerag_cli.engine.scheduler import Scheduler
+        from telerag_cli.cli.reporting import ConsoleReporter
+        from telerag_cli.engine.engine import Engine
+        from telerag_cli.engine.scheduler import Scheduler, scheduled
         from telerag_cli.pipelines.registry import make_pipelines
         from telerag_cli.server.access_log import AccessLog
         from telerag_cli.server.app import make_app
@@ -150,27 +153,27 @@ def serve_local(
         from telerag_cli.server.middleware import with_middleware
         from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind
         from telerag_cli.server.service import Limits, Service
-        from telerag_cli.tracing import Tracer
 
         metrics = Metrics(__version__)
         service = Service(
-            make_pipelines(pipelines.given), Limits(limits.max_queue, limits.request_timeout), metrics, __version__
+            make_pipelines(config.pipeline_options),
+            Limits(limits.max_queue, limits.request_timeout),
+            metrics,
+            __version__,
         )
         log = AccessLog(_write, server.log_format)
         app = with_middleware(make_app(service), _access(server, limits, key), log, metrics)
         listening = bind(server.host, server.port)
-        answering = llm.answering(search.lookahead, limits.concurrency)
 
         @contextlib.contextmanager
         def load() -> Iterator[Loaded]:
-            tracer = Tracer(enabled=False)
-            with open_answering(search.searching, answering, tracer, planned=search.planned()) as (engine, at_once):
-                retriever = engine.retriever
-                schedule = together.made(at_once, retriever.tier.arena_bytes, retriever.index, engine.settings.nprobe)
-                yield Loaded(engine, Scheduler.over(engine, schedule), at_once)
+            with Engine.open(config, reporter=ConsoleReporter()) as engine:
+                arena_bytes, index = engine.retriever.tier.arena_bytes, engine.retriever.index
+                fitting = scheduled(schedule, engine.concurrency, arena_bytes, index, engine.nprobe)
+                yield Loaded(engine, Scheduler.over(engine, fitting), engine.concurrency)
 
         with listening, log.capturing():
-            console.say(f"Listening at {address_of(listening)}; loading {search.index}")
+            console.say(f"Listening at {address_of(listening)}; loading {config.index}")
             ended = Serving(app, service, load, drain_s=limits.drain, tell=console.say).run(listening)
         console.say("Stopped.")
     if ended is Ended.INTERRUPTED:

@@ -13,25 +13,20 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import numpy as np
 
 from telerag_cli.arrays import BoolArray, FloatArray
-from telerag_cli.config import format_bytes
+from telerag_cli.config import NONE, EngineConfig, TierConfig, format_bytes
 from telerag_cli.distributed.session import Cluster, unwrapped
-from telerag_cli.engine.assemble import Planning, open_engine, open_index
-from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.llm_plan import LlmOptions, plan_llm
+from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.session import Settings
-from telerag_cli.engine.tier_plan import TierOptions, plan_tier
+from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
-from telerag_cli.pipelines.base import Pipeline
 
 RETRIES = 1
 """Times that a question is asked again because its replica died: one that dies of it would otherwise die for ever."""
@@ -79,19 +74,14 @@ class Opens(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a replica opens and how it answers, as options."""
+    """What a replica opens and how it answers."""
 
-    index: Path
-    embedder: str | None
-    tier: TierOptions
-    llm: LlmOptions
-    settings: Settings
-    pipeline: Pipeline
-    at_once: int | None = None
-    """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
-    rescore: int | None = None
-    budget_bytes: int | None = None
-    """That lookahead may move in one round."""
+    config: EngineConfig
+
+    @property
+    def at_once(self) -> int | None:
+        """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
+        return self.config.concurrency
 
     def open(self, share: Share) -> Opened:
         """See `Opens`."""
@@ -100,22 +90,11 @@ class Recipe:
 
         faiss.omp_set_num_threads(share.threads)
         torch.set_num_threads(share.threads)
-        index = Index.open(self.index)
-        tier = plan_tier(index, self.tier)
-        options = replace(self.llm, threads=self.llm.threads or share.threads)
-        llm = plan_llm(
-            options, self.at_once, tier, lambda _notice: None, self.tier.device, sharers=share.on_its_machine
+        config = replace(
+            self.config, index=self.config.index.absolute(), threads=self.config.threads or share.threads, profile=NONE
         )
-        opened = open_index(index, self.embedder, self.tier.device)
-        engine = open_engine(
-            opened,
-            llm.open,
-            tier,
-            self.settings,
-            rescore=self.rescore,
-            planning=Planning(budget_bytes=self.budget_bytes),
-        )
-        return Opened(Local(engine, llm.concurrency, self.pipeline), tier.name)
+        engine = Engine.open(config, sharers=share.on_its_machine)
+        return Opened(Local(engine, engine.concurrency, engine.pipeline), engine.tier_name)
 
 
 @dataclass(frozen=True)
@@ -289,13 +268,13 @@ def _end(actors: Sequence[Any]) -> None:
             ray.kill(actor)
 
 
-def check_memory(index: Index, options: TierOptions, replicas: int, free_bytes: int) -> None:
+def check_memory(index: Index, config: TierConfig, replicas: int, free_bytes: int) -> None:
     """Refuse arenas that this machine's memory does not hold together.
 
     Raises:
         ResourceError: they are larger.
     """
-    tier = plan_tier(index, options)
+    tier = plan_tier(index, config)
     if tier.gpu is None and replicas * tier.ram_bytes > free_bytes:
         raise ResourceError(
             f"{replicas} arenas of {format_bytes(tier.ram_bytes)} do not fit: {format_bytes(free_bytes)} of memory are free.",

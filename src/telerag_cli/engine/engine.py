@@ -1,31 +1,41 @@
-"""Ties an LLM, an embedder and a retriever together and answers questions with a pipeline, many at a time."""
+"""The engine: an LLM, an embedder and a retriever that answer questions with a pipeline, many at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from telerag_cli.arrays import FloatArray
-from telerag_cli.config import Lookahead
+from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
 from telerag_cli.engine.citations import Citation, cite
 from telerag_cli.engine.forecast import Forecast, Prediction
+from telerag_cli.engine.loop_thread import LoopThread
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
-from telerag_cli.engine.session import Session, Settings, Shared, Stage, Writing
+from telerag_cli.engine.session import Session, Shared, Stage, Writing
+from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.base import FinishReason, Generator, find_stop
 from telerag_cli.pipelines.base import Listener, Pipeline
 from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, recalled, rewrite
 from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
 from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.retrieval.retriever import Retriever, check_search
 from telerag_cli.tracing import Tracer
 
+if TYPE_CHECKING:
+    from telerag_cli.engine.opened_index import OpenedIndex
+    from telerag_cli.engine.opening import Reporter
+
 SKETCH = "sketch"
+ANSWER_FIELDS = {field.name for field in fields(AnswerConfig)}
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,46 @@ class Answered:
         return [retrieval.join for retrieval in self.retrievals]
 
 
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a text as it is written."""
+
+    stage: str
+    """The stage that writes; ``answer`` for the answer itself."""
+    text: str
+
+
+class News(Listener):
+    """What the stages of one question write, as pieces."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Queue[tuple[str, str] | None] = asyncio.Queue()
+
+    def wrote(self, stage: str, text: str) -> None:
+        """See `Listener`."""
+        self._loop.call_soon_threadsafe(self._news.put_nowait, (stage, text))
+
+    def end(self) -> None:
+        """Nothing more will be written."""
+        self._loop.call_soon(self._news.put_nowait, None)
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The pieces, until the end."""
+        written: dict[str, int] = {}
+        while (item := await self._news.get()) is not None:
+            stage, text = item
+            if len(text) > written.get(stage, 0):
+                yield Delta(stage, text[written.get(stage, 0) :])
+                written[stage] = len(text)
+
+
 class Engine:
-    """Long-lived: the models, the index and its fast tier. Any number of questions may be under way in one event loop."""
+    """Models, index and fast tier, opened once for any number of questions; a context manager.
+
+    The methods whose names begin with ``a`` are for an event loop, one loop for all of them. The others run those in a
+    thread of the engine's own, for programs without a loop.
+    """
 
     def __init__(
         self,
@@ -72,12 +120,13 @@ class Engine:
         embedder: QueryEmbedder,
         retriever: Retriever,
         passages: Passages,
-        settings: Settings,
+        config: EngineConfig,
         *,
         averages: Averages | None = None,
         planner: Planner | None = None,
         finder: Finder | None = None,
         tracer: Tracer | None = None,
+        concurrency: int = 1,
     ) -> None:
         """Put together what is open.
 
@@ -86,35 +135,93 @@ class Engine:
             embedder: embeds what lookahead follows, and queries.
             retriever: the index and its fast tier.
             passages: of the index.
-            settings: how to answer.
+            config: the settings, ``k`` and ``nprobe`` among them or left to the defaults.
             averages: what earlier runs showed.
             planner: predicts, if there is a profile.
             finder: finds passages when the query is there; by default the retriever, over the passages.
             tracer: where work is recorded.
+            concurrency: questions to answer at once.
 
         Raises:
             UsageError: the index cannot be searched so.
         """
-        check_search(retriever.index, settings.k, settings.nprobe)
+        index = retriever.index
+        self.k = config.k or min(DEFAULT_K, index.manifest.ntotal)
+        self.nprobe = config.nprobe or min(DEFAULT_NPROBE, index.manifest.nlist)
+        check_search(index, self.k, self.nprobe)
+        self.config = config
+        self.pipeline = make_pipeline(config.pipeline, **config.pipeline_options)
+        self.concurrency = concurrency
+        self.tier_name = ""
+        """Kind and device of the fast tier, by which a profile knows it."""
         self.tracer = tracer or Tracer(enabled=False)
         self.embedder = embedder
-        retrievals = finder or Retrievals(embedder, retriever, passages, settings.k, settings.nprobe, self.tracer)
+        self._loop: LoopThread | None = None
         self.shared = Shared(
             generator,
             retriever,
-            retrievals,
+            finder or Retrievals(embedder, retriever, passages, self.k, self.nprobe, self.tracer),
             RefinementEmbedder(self._embed_approx),
-            settings,
+            config,
+            self.nprobe,
             averages or Averages(),
             planner,
             Writing(),
             self.tracer,
         )
 
-    @property
-    def settings(self) -> Settings:
-        """How questions are answered."""
-        return self.shared.settings
+    @classmethod
+    def open(
+        cls,
+        config: EngineConfig,
+        *,
+        reporter: Reporter | None = None,
+        tracer: Tracer | None = None,
+        opened: OpenedIndex | None = None,
+        generator: Generator | None = None,
+        finder: Finder | None = None,
+        retriever: type[Retriever] = Retriever,
+        sharers: int = 1,
+        generate: bool = True,
+    ) -> Engine:
+        """Open an engine: index, embedder, LLM and fast tier, ready for the first question. Close it, or use ``with``.
+
+        Args:
+            config: the settings.
+            reporter: is told the memory plan, warnings and progress.
+            tracer: where work is recorded.
+            opened: index, passages and embedder, if they are open already; they stay the caller's.
+            generator: the LLM, if it is open already.
+            finder: finds passages in the retriever's place, for baselines.
+            retriever: the class of the retriever, for baselines.
+            sharers: processes that share this machine's memory alike, this one included.
+            generate: whether an LLM is wanted; without one the engine only searches.
+
+        Raises:
+            UsageError: settings contradict each other or the index.
+            ArtifactError: the index is missing or damaged.
+            ModelError: a model is missing or does not fit the index.
+            ResourceError: memory or a device is missing.
+        """
+        from telerag_cli.engine.opening import SILENT, open_engine
+
+        return open_engine(
+            config,
+            reporter=reporter or SILENT,
+            tracer=tracer,
+            opened=opened,
+            generator=generator,
+            finder=finder,
+            retriever=retriever,
+            sharers=sharers,
+            generate=generate,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
 
     @property
     def retriever(self) -> Retriever:
@@ -126,35 +233,139 @@ class Engine:
         """The LLM."""
         return self.shared.generator
 
-    def set_lookahead(self, mode: Lookahead) -> None:
-        """Choose what predicts the lists to move, from the next question on."""
-        self.shared = replace(self.shared, settings=replace(self.shared.settings, lookahead=mode))
+    def configure(self, **settings: Any) -> None:
+        """Change how questions are answered from the next one on: pipeline, its options, or fields of `AnswerConfig`.
 
-    async def ask(
+        Raises:
+            UsageError: a value is not one of its field, or the pipeline has no such option.
+        """
+        self.config = replace(self.config, **settings)
+        self.pipeline = make_pipeline(self.config.pipeline, **self.config.pipeline_options)
+        self.shared = replace(self.shared, config=self.config)
+
+    def ask(self, question: str, **settings: Any) -> Answered:
+        """Answer one question; see `aask`."""
+        return self._loop_thread.run(self.aask(question, settings=self.answer_config(**settings)))
+
+    def ask_many(
+        self, questions: Iterable[str], schedule: ScheduleConfig | None = None
+    ) -> Iterator[Answered | TeleragError]:
+        """Answer many questions; see `aask_many`."""
+        return self._loop_thread.iterate(self.aask_many(questions, schedule))
+
+    def search(self, *queries: str) -> Retrieval:
+        """Find passages; see `asearch`."""
+        return self._loop_thread.run(self.asearch(*queries))
+
+    def stream(self, question: str, **settings: Any) -> Iterator[Delta | Answered]:
+        """Answer one question piece by piece; see `astream`."""
+        return self._loop_thread.iterate(self.astream(question, **settings))
+
+    def answer_config(self, **settings: Any) -> AnswerConfig:
+        """How to answer one question: the engine's settings with some of `AnswerConfig`'s fields changed.
+
+        Raises:
+            UsageError: a name or a value is not one of them.
+        """
+        for name in settings.keys() - ANSWER_FIELDS:
+            raise UsageError(
+                f"{name} cannot differ from question to question.",
+                remedy=f"Give it to EngineConfig, or change one of {', '.join(sorted(ANSWER_FIELDS))}.",
+            )
+        return replace(self.config, **settings)
+
+    async def asearch(self, *queries: str) -> Retrieval:
+        """Find the best ``k`` passages for one query, or for several together.
+
+        Raises:
+            TeleragError: a list could not be read.
+        """
+        return await self.shared.retrievals.find(queries, [])
+
+    async def astream(self, question: str, **settings: Any) -> AsyncIterator[Delta | Answered]:
+        """Answer one question; the texts of all stages come as they are written, and last the whole answer.
+
+        Args:
+            question: the question.
+            settings: fields of `AnswerConfig` that differ for this question.
+
+        Raises:
+            TeleragError: see `aask`.
+        """
+        news = News()
+        answering = asyncio.create_task(self.aask(question, listener=news, settings=self.answer_config(**settings)))
+        answering.add_done_callback(lambda _task: news.end())
+        try:
+            async for delta in news.deltas():
+                yield delta
+            yield answering.result()
+        finally:
+            answering.cancel()
+            await asyncio.wait([answering])
+
+    async def aask_many(
+        self, questions: Iterable[str], schedule: ScheduleConfig | None = None
+    ) -> AsyncIterator[Answered | TeleragError]:
+        """Answer many questions, similar ones together; the answers come in the questions' order.
+
+        A question that cannot be answered yields its error, and costs the others nothing.
+
+        Args:
+            questions: read as they are needed, in a thread.
+            schedule: which of them run together.
+        """
+        from telerag_cli.engine.batch import InOrder, answer_each
+        from telerag_cli.engine.questions import Question
+        from telerag_cli.engine.scheduler import Scheduler, scheduled
+        from telerag_cli.engine.workers import Local
+
+        arena_bytes, index = self.retriever.tier.arena_bytes, self.retriever.index
+        fitting = scheduled(schedule or ScheduleConfig(), self.concurrency, arena_bytes, index, self.nprobe)
+        results: asyncio.Queue[Answered | TeleragError | None] = asyncio.Queue()
+        asked = (Question(str(number), text) for number, text in enumerate(questions, 1))
+        answering = asyncio.create_task(
+            answer_each(
+                [Local(self, self.concurrency, self.pipeline)],
+                Scheduler.over(self, fitting),
+                asked,
+                InOrder(lambda _place, _question, outcome: results.put_nowait(outcome)),
+            )
+        )
+        answering.add_done_callback(lambda _task: results.put_nowait(None))
+        try:
+            while (outcome := await results.get()) is not None:
+                yield outcome
+            answering.result()
+        finally:
+            answering.cancel()
+            await asyncio.wait([answering])
+
+    async def aask(
         self,
-        pipeline: Pipeline,
         question: str,
-        listener: Listener | None = None,
         *,
+        pipeline: Pipeline | None = None,
+        listener: Listener | None = None,
         turns: Sequence[Turn] = (),
         batch: MicroBatch | None = None,
-        settings: Settings | None = None,
+        settings: AnswerConfig | None = None,
     ) -> Answered:
         """Answer one question.
 
         Args:
-            pipeline: how.
             question: the question.
+            pipeline: how; by default the engine's.
             listener: hears what happens, as it happens.
             turns: the conversation before it, which the question may lean on.
             batch: the questions that it is answered together with, itself included.
-            settings: how to answer this one; ``k`` and ``nprobe`` stay the engine's.
+            settings: how to answer this one; by default as the engine was opened.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
+        pipeline = pipeline or self.pipeline
         forecast = Forecast(self.shared.averages, self.shared.planner, pipeline.name)
-        shared = replace(self.shared, settings=settings) if settings else self.shared
+        shared = replace(self.shared, config=settings) if settings else self.shared
         generator = shared.generator
         known = recalled(turns, question, generator.context_tokens - REWRITE_TOKENS, generator.count_tokens)
         started_s = time.perf_counter()
@@ -164,11 +375,11 @@ class Engine:
                 listener.rewritten(standalone)
             answer = await pipeline.run(session, standalone)
         session.timings["total_s"] = time.perf_counter() - started_s
-        text = _before_stop(answer.text, shared.settings.stop)
+        text = _before_stop(answer.text, shared.config.stop)
         return Answered(
             standalone,
             pipeline.name,
-            shared.settings.lookahead,
+            shared.config.lookahead,
             text,
             list(answer.found),
             cite(text, answer.found),
@@ -186,14 +397,23 @@ class Engine:
 
     def release(self) -> None:
         """End what belongs to this engine alone; models, index and arena stay open for others."""
+        if self._loop is not None:
+            self._loop.close()
         self.shared.refinement_embedder.close()
         self.shared.retrievals.close()
 
     def close(self) -> None:
-        """Free the models and the arena."""
+        """Keep what was learned, and free the models and the arena."""
+        self.shared.averages.save()
         self.release()
         self.shared.generator.close()
         self.shared.retriever.close()
+
+    @property
+    def _loop_thread(self) -> LoopThread:
+        if self._loop is None:
+            self._loop = LoopThread()
+        return self._loop
 
     def _embed_approx(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):

@@ -17,10 +17,10 @@ from telerag_cli.system import available_bytes
 def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:
     """(what, how much, why) for a question of usual length, asked alone."""
     name = pipeline.name
-    settings, averages = engine.settings, planner.averages
+    config, averages = engine.config, planner.averages
     rows: list[Row] = []
-    texts = written_ahead(pipeline, settings.max_tokens)
-    window_s, mode, key = 0.0, settings.lookahead, ""
+    texts = written_ahead(pipeline, config.max_tokens)
+    window_s, mode, key = 0.0, config.lookahead, ""
     if mode is Lookahead.OFF or not texts:
         why = "--lookahead off" if texts else f"{name} writes nothing before it retrieves"
         rows.append(("window", "none", why))

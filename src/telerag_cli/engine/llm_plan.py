@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S, MAX_CONCURRENT, GeneratorKind, format_bytes
+from telerag_cli.config import MAX_CONCURRENT, EngineConfig, GeneratorKind, LlmConfig, format_bytes
 from telerag_cli.engine.tier_plan import PlannedTier, Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.llm.base import Generator
@@ -17,24 +16,6 @@ ALL_LAYERS = -1
 MIN_SLOTS = 4
 """Requests that are written at once, memory permitting, even for one question: some pipelines ask several things together,
 and a slot that is free keeps a prompt's beginning for the next."""
-
-
-@dataclass(frozen=True)
-class LlmOptions:
-    """What a user said about the LLM."""
-
-    kind: GeneratorKind = GeneratorKind.LLAMA
-    model: str | None = None
-    hf_repo: str | None = None
-    base_url: str | None = None
-    ctx_size: int = DEFAULT_CTX_SIZE
-    n_gpu_layers: int = 0
-    threads: int | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    reproducible: bool = True
-    """Whether a text is to be kept from depending on what is written beside it, at some cost in reading prompts."""
-    replay: Path | None = None
-    """A recorded trace: its texts are given, in the time that the model takes for as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +34,15 @@ class PlannedLlm:
 
 
 def plan_llm(
-    options: LlmOptions,
-    concurrency: int | None,
-    tier: PlannedTier | None,
-    notice: Callable[[str], None],
-    device: str = "auto",
-    sharers: int = 1,
+    config: EngineConfig, tier: PlannedTier | None, notice: Callable[[str], None], sharers: int = 1
 ) -> PlannedLlm:
     """Choose how many questions to answer at once and say what memory that takes.
 
     Args:
-        options: which model.
-        concurrency: questions at once; by default as many as half of the memory left holds contexts for, at most 16.
+        config: which model, and the questions at once; by default as many as half of the memory left holds contexts for,
+            at most 16. ``device`` names the GPU that the LLM's layers go to, if any do.
         tier: what the index will take of the memory that is free; None if there is none.
         notice: takes what a user should know of a server.
-        device: ``cuda:N`` for the GPU that the LLM's layers go to, if any do; else they go to all there are.
         sharers: processes that plan to share this machine's memory, this one included.
 
     Raises:
@@ -75,13 +50,13 @@ def plan_llm(
         ModelError: there is no such model.
         ResourceError: the contexts do not fit the memory.
     """
-    if options.kind is GeneratorKind.OPENAI:
-        planned = _plan_endpoint(options, concurrency or MAX_CONCURRENT // 2, notice)
+    if config.generator is GeneratorKind.OPENAI:
+        planned = _plan_endpoint(config, config.concurrency or MAX_CONCURRENT // 2, notice)
     else:
-        planned = _plan_llama(options, concurrency, tier, device, sharers)
-    if options.replay is None:
+        planned = _plan_llama(config, tier, sharers)
+    if config.replay is None:
         return planned
-    replay = options.replay
+    replay = config.replay
 
     def open_replay() -> Generator:
         from telerag_cli.llm.replay import Replay
@@ -91,67 +66,65 @@ def plan_llm(
     return PlannedLlm(planned.concurrency, planned.rows, open_replay, planned.name)
 
 
-def _plan_endpoint(options: LlmOptions, concurrency: int, notice: Callable[[str], None]) -> PlannedLlm:
-    if options.base_url is None:
+def _plan_endpoint(config: LlmConfig, concurrency: int, notice: Callable[[str], None]) -> PlannedLlm:
+    if config.base_url is None:
         raise UsageError(
             "--generator openai needs the server's address.", remedy="Give --base-url, like http://127.0.0.1:8000/v1."
         )
     for name, value in (
-        ("--hf-repo", options.hf_repo),
-        ("--n-gpu-layers", options.n_gpu_layers),
-        ("--threads", options.threads),
+        ("--hf-repo", config.hf_repo),
+        ("--n-gpu-layers", config.n_gpu_layers),
+        ("--threads", config.threads),
     ):
         if value:
             raise UsageError(
                 f"{name} {value} has no part in --generator openai.", remedy="Leave it out; the server decides."
             )
-    if options.replay is not None:
+    if config.replay is not None:
         raise UsageError("--replay needs a model in this process for its time.", remedy="Leave out --generator openai.")
-    base_url = options.base_url
+    base_url = config.base_url
 
     def open_endpoint() -> Generator:
         from telerag_cli.llm.endpoint import Endpoint
 
         return Endpoint(
             base_url,
-            options.model,
-            context_tokens=options.ctx_size,
+            config.model,
+            context_tokens=config.ctx_size,
             parallel=max(concurrency, MIN_SLOTS),
-            timeout_s=options.timeout_s,
+            timeout_s=config.timeout,
             notice=notice,
         )
 
-    name = f"LLM {options.model or ''}".rstrip()
+    name = f"LLM {config.model or ''}".rstrip()
     return PlannedLlm(
         concurrency,
         [(name, base_url, "")],
         open_endpoint,
-        f"{options.model or 'the one served'} at {base_url}",
+        f"{config.model or 'the one served'} at {base_url}",
         GeneratorKind.OPENAI,
     )
 
 
-def _plan_llama(
-    options: LlmOptions, concurrency: int | None, tier: PlannedTier | None, device: str, sharers: int
-) -> PlannedLlm:
+def _plan_llama(config: EngineConfig, tier: PlannedTier | None, sharers: int) -> PlannedLlm:
     from telerag_cli.llm.llama_model import LlamaModel
     from telerag_cli.llm.llamacpp import LlamaCpp
     from telerag_cli.llm.models import resolve_model
     from telerag_cli.tiers.cuda.gpu import gpu_number
 
-    if options.base_url is not None:
+    if config.base_url is not None:
         raise UsageError(
-            f"--base-url {options.base_url} has no part in --generator llama.cpp.", remedy="Add --generator openai."
+            f"--base-url {config.base_url} has no part in --generator llama.cpp.", remedy="Add --generator openai."
         )
     # The CPU is for embedder and index then; the LLM's layers are sent to a GPU by an option of their own.
-    gpu = "auto" if device == "cpu" else device
-    path = resolve_model(options.model, options.hf_repo)
-    model = LlamaModel(path, gpu_layers=options.n_gpu_layers, gpu=gpu_number(gpu))
-    context_tokens = min(options.ctx_size, model.trained_tokens)
+    gpu = "auto" if config.device == "cpu" else config.device
+    path = resolve_model(config.model, config.hf_repo)
+    model = LlamaModel(path, gpu_layers=config.n_gpu_layers, gpu=gpu_number(gpu))
+    context_tokens = min(config.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = memory_left_bytes(_free_bytes(options, tier, gpu) // sharers, model.weights_bytes)
+    free_bytes = memory_left_bytes(_free_bytes(config, tier, gpu) // sharers, model.weights_bytes)
     fitting = max(1, min(MAX_CONCURRENT, free_bytes // 2 // slot_bytes))
-    at_once = concurrency or fitting
+    at_once = config.concurrency or fitting
     slots = max(at_once, min(fitting, MIN_SLOTS))
     if slots * slot_bytes > free_bytes:
         raise ResourceError(
@@ -159,7 +132,7 @@ def _plan_llama(
             f"{format_bytes(max(free_bytes, 0))} of memory are free.",
             remedy=f"Lower --concurrency, --ctx-size or {'--gpu-memory' if tier and tier.gpu_bytes else '--fast-memory'}.",
         )
-    where = "GPU" if options.n_gpu_layers else "RAM"
+    where = "GPU" if config.n_gpu_layers else "RAM"
     rows = [
         (f"LLM {model.name}", where, format_bytes(model.weights_bytes)),
         (f"LLM context, {slots} x {context_tokens:,} tokens", where, format_bytes(slots * slot_bytes)),
@@ -171,23 +144,23 @@ def _plan_llama(
             model,
             context_tokens=context_tokens,
             parallel=slots,
-            threads=options.threads,
-            reproducible=options.reproducible,
+            threads=config.threads,
+            reproducible=config.reproducible,
         ),
-        f"{model.name} ({model.weights_bytes:,} bytes), {_where(options)}",
+        f"{model.name} ({model.weights_bytes:,} bytes), {_where(config)}",
     )
 
 
-def _where(options: LlmOptions) -> str:
+def _where(config: LlmConfig) -> str:
     on_gpu = {0: "on the CPU", ALL_LAYERS: "all layers on the GPU"}.get(
-        options.n_gpu_layers, f"{options.n_gpu_layers} layers on the GPU"
+        config.n_gpu_layers, f"{config.n_gpu_layers} layers on the GPU"
     )
-    return f"{on_gpu}, {options.threads or 'all'} threads{'' if options.reproducible else ', not reproducible'}"
+    return f"{on_gpu}, {config.threads or 'all'} threads{'' if config.reproducible else ', not reproducible'}"
 
 
-def _free_bytes(options: LlmOptions, tier: PlannedTier | None, gpu: str) -> int:
+def _free_bytes(config: LlmConfig, tier: PlannedTier | None, gpu: str) -> int:
     """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
-    if options.n_gpu_layers != ALL_LAYERS:
+    if config.n_gpu_layers != ALL_LAYERS:
         return memory_left_bytes(available_bytes(), tier.ram_bytes if tier else 0)
     from telerag_cli.tiers.cuda.gpu import find_gpu
 

@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.config import DEFAULT_BATCH_SIZE, DEFAULT_MAX_WAIT_S, DEFAULT_MICRO_BATCH, PlacementName, ScheduleName
+from telerag_cli.config import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_MAX_WAIT_S,
+    DEFAULT_MICRO_BATCH,
+    PlacementName,
+    ReplicaConfig,
+    ScheduleConfig,
+    ScheduleName,
+)
 from telerag_cli.engine.dispatch import Dispatcher
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.grouping import HORIZON, arrival, likely, similar
@@ -16,6 +24,7 @@ from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.placement import make_placement
 from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.errors import UsageError
+from telerag_cli.index.artifact import Index
 
 EMBEDDED_TOGETHER = 32
 """Questions embedded in one call: an LLM that decodes on the same cores waits for it."""
@@ -82,6 +91,21 @@ def fitted(
     """
     size = micro_batch_size(micro_batch, at_once, arena_bytes, float(list_bytes.mean()) * nprobe)
     return replace(wish, micro_batch=size, batch_size=max(wish.batch_size, size))
+
+
+def scheduled(config: ScheduleConfig, at_once: int, arena_bytes: int, index: Index, nprobe: int) -> Schedule:
+    """The schedule that was asked for, with micro-batches that fit a worker.
+
+    Args:
+        config: what was asked for.
+        at_once: questions that a worker answers at once.
+        arena_bytes: size of a worker's arena.
+        index: what is searched.
+        nprobe: lists that a query probes.
+    """
+    placement = config.placement if isinstance(config, ReplicaConfig) else PlacementName.CACHE_AWARE
+    wish = Schedule(config.schedule, placement, config.batch_size, max_wait_s=config.max_wait)
+    return fitted(wish, config.micro_batch, at_once, arena_bytes, index.list_bytes, nprobe)
 
 
 class Grouping:
@@ -152,7 +176,7 @@ class Scheduler:
     def over(cls, engine: Engine, schedule: Schedule) -> Scheduler:
         """For questions that an engine of this process answers alone."""
         retriever = engine.retriever
-        return cls(schedule, engine.embedder, retriever.nearest, retriever.tier.list_bytes, engine.settings.nprobe, 1)
+        return cls(schedule, engine.embedder, retriever.nearest, retriever.tier.list_bytes, engine.nprobe, 1)
 
     def cut(self, questions: Sequence[str], *, compare: bool = True) -> list[MicroBatch]:
         """Micro-batches of these questions, in the order in which they should run; their members are places.

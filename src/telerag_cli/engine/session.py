@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
-from telerag_cli.config import Lookahead
+from telerag_cli.config import AnswerConfig, Lookahead
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch, give_up
 from telerag_cli.engine.prompt import fit
@@ -31,25 +31,6 @@ from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How questions are answered."""
-
-    k: int
-    nprobe: int
-    lookahead: Lookahead
-    max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer, beside those of its pipeline."""
-    shape: Shape | None = None
-    """What the answer must look like."""
-    instructions: str = ""
-    """What the LLM is told for the answer, beside what its pipeline tells it."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +71,9 @@ class Shared:
     retriever: Retriever
     retrievals: Finder
     refinement_embedder: RefinementEmbedder
-    settings: Settings
+    config: AnswerConfig
+    """How this question is answered."""
+    nprobe: int
     averages: Averages
     planner: Planner | None
     writing: Writing
@@ -126,12 +109,12 @@ class Session:
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
         """See `Rag`. It goes on after the block, until the next retrieval, and ends with the session at the latest."""
         shared = self.shared
-        if shared.settings.lookahead is Lookahead.OFF:
+        if shared.config.lookahead is Lookahead.OFF:
             yield Ahead()
             return
-        refining = shared.settings.lookahead is Lookahead.REFINED
+        refining = shared.config.lookahead is Lookahead.REFINED
 
-        start = partial(shared.retriever.prefetch_batch, nprobe=shared.settings.nprobe, refining=refining)
+        start = partial(shared.retriever.prefetch_batch, nprobe=shared.nprobe, refining=refining)
         prefetch = self.batch.lookahead(query, start, shared.refinement_embedder)
         self._prefetches.append(prefetch)
         self.forecast.lookahead_begins()
@@ -152,10 +135,8 @@ class Session:
         """See `Rag`."""
         if self.listener:
             self.listener.begins(stage)
-        settings = self.shared.settings
-        request = Request(
-            messages, max_tokens, settings.temperature, settings.top_p, settings.seed, stop, shape, logprobs
-        )
+        config = self.shared.config
+        request = Request(messages, max_tokens, config.temperature, config.top_p, config.seed, stop, shape, logprobs)
         refiner = self._refiner(stage, max_tokens, refining, expect)
         started_s = time.perf_counter()
         with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
@@ -187,7 +168,7 @@ class Session:
         retrieval = await self.shared.retrievals.find(queries, prefetches)
         self._prefetches.clear()
         self.retrievals.append(retrieval)
-        if plan := self.forecast.retrieved(retrieval.join, self.shared.settings.lookahead):
+        if plan := self.forecast.retrieved(retrieval.join, self.shared.config.lookahead):
             self.plans.append(plan)
         self.timings["embed_s"] += retrieval.embed_s
         self.timings["join_s"] += retrieval.join.join_s
@@ -209,12 +190,12 @@ class Session:
         expect: Expect | None = None,
     ) -> Answer:
         """See `Rag`."""
-        generator, settings = self.shared.generator, self.shared.settings
-        longest = max_tokens or settings.max_tokens
+        generator, config = self.shared.generator, self.shared.config
+        longest = max_tokens or config.max_tokens
         shape = None
         if is_answer(stage):
-            stop, shape = (*stop, *settings.stop), settings.shape
-            prompt = _instructed(prompt, settings.instructions)
+            stop, shape = (*stop, *config.stop), config.shape
+            prompt = _instructed(prompt, config.instructions)
         messages, kept = fit(question, found, prompt, generator.context_tokens - longest, generator.count_tokens)
         self.dropped += len(found) - kept
         generation = await self.generate(
@@ -232,12 +213,10 @@ class Session:
 
     def _refiner(self, stage: str, max_tokens: int, ahead: Ahead | None, expect: Expect | None) -> Refiner | None:
         shared = self.shared
-        if shared.settings.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
+        if shared.config.lookahead is not Lookahead.REFINED or not isinstance(ahead, _Ahead):
             return None
         expected = self.forecast.expected_tokens(stage, max_tokens)
-        return Refiner(
-            ahead.prefetch, shared.retriever, shared.settings.nprobe, expected, shared.refinement_embedder, expect
-        )
+        return Refiner(ahead.prefetch, shared.retriever, shared.nprobe, expected, shared.refinement_embedder, expect)
 
     def _on_text(self, stage: str, refiner: Refiner | None) -> OnText | None:
         listener = self.listener

@@ -15,8 +15,8 @@ import numpy as np
 
 from telerag_cli.config import Metric, Storage
 from telerag_cli.embedding.encoder import Encoder
-from telerag_cli.engine.assemble import Opened
 from telerag_cli.engine.llm_plan import PlannedLlm
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.engine.tier_plan import PlannedTier
 from telerag_cli.errors import ResourceError
 from telerag_cli.files import wrap_os_error
@@ -74,7 +74,7 @@ def identity_of(
 
 
 def survey(
-    opened: Opened,
+    opened: OpenedIndex,
     tier: PlannedTier,
     retriever: Retriever,
     generator: Generator,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from telerag_cli.config import DEFAULT_FAST_MEMORY, CacheKind, TierKind, format_bytes, parse_bytes
+from telerag_cli.config import DEFAULT_FAST_MEMORY, TierConfig, TierKind, format_bytes, parse_bytes
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
@@ -23,21 +23,6 @@ if TYPE_CHECKING:
 
 Row = tuple[str, str, str]
 """Of a byte plan: what, where, how much."""
-
-
-@dataclass(frozen=True)
-class TierOptions:
-    """What a user said about where the index is kept; None where nothing was said."""
-
-    kind: TierKind = TierKind.AUTO
-    device: str = "auto"
-    fast_memory_bytes: int | None = None
-    gpu_memory_bytes: int | None = None
-    """None for what the LLM leaves."""
-    require_pinned: bool = False
-    cache: CacheKind = CacheKind.FREQUENCY
-    throttle_bytes_per_s: int | None = None
-    """Of the simulated GPU's link."""
 
 
 @dataclass(frozen=True)
@@ -58,39 +43,38 @@ class PlannedTier:
     gpu: Gpu | None = None
 
 
-def plan_tier(index: Index, options: TierOptions) -> PlannedTier:
+def plan_tier(index: Index, config: TierConfig) -> PlannedTier:
     """Choose the tier and say what memory it takes.
 
     Raises:
         UsageError: options contradict each other.
         ResourceError: a device was asked for and is not there.
     """
-    if options.kind is TierKind.AUTO:
-        gpu, why = _usable_gpu(index, options)
-    elif options.kind is TierKind.HOST:
+    if config.tier is TierKind.AUTO:
+        gpu, why = _usable_gpu(index, config)
+    elif config.tier is TierKind.HOST:
         gpu, why = None, "as asked"
     else:
-        gpu, why = _named_gpu(options), "as asked"
+        gpu, why = _named_gpu(config), "as asked"
     if gpu is None:
-        return _plan_host(index, options, why)
-    return _plan_cuda(index, options, gpu, why)
+        return _plan_host(index, config, why)
+    return _plan_cuda(index, config, gpu, why)
 
 
-def plan_device(kind: TierKind, device: str, throttle_bytes_per_s: int | None = None) -> tuple[Gpu | None, str]:
-    """The GPU that a tier of this kind would be on, if any, without an index to put there; and the tier's name.
+def plan_device(config: TierConfig) -> tuple[Gpu | None, str]:
+    """The GPU that a tier would be on, if any, without an index to put there; and the tier's name.
 
     Raises:
         UsageError: options contradict each other.
         ResourceError: a device was asked for and is not there.
     """
-    options = TierOptions(kind, device, throttle_bytes_per_s=throttle_bytes_per_s)
     gpu: Gpu | None = None
-    if kind is TierKind.AUTO:
+    if config.tier is TierKind.AUTO:
         with contextlib.suppress(ResourceError):
-            gpu = None if device == "cpu" else _found(device)
-    elif kind is not TierKind.HOST:
-        gpu = _named_gpu(options)
-    return gpu, _tier_name(kind, gpu)
+            gpu = None if config.device == "cpu" else _found(config.device)
+    elif config.tier is not TierKind.HOST:
+        gpu = _named_gpu(config)
+    return gpu, _tier_name(config.tier, gpu)
 
 
 def device_number(device: str) -> int:
@@ -117,18 +101,18 @@ def _tier_name(kind: TierKind, gpu: Gpu | None) -> str:
     return gpu.name if kind is TierKind.SIMULATED else f"{TierKind.CUDA}: {gpu.name}"
 
 
-def _usable_gpu(index: Index, options: TierOptions) -> tuple[Gpu | None, str]:
+def _usable_gpu(index: Index, config: TierConfig) -> tuple[Gpu | None, str]:
     """The GPU that ``auto`` takes, if any, and the reason."""
-    if options.device == "cpu":
+    if config.device == "cpu":
         return None, "--device cpu"
-    if options.fast_memory_bytes is not None:
+    if config.fast_memory_bytes is not None:
         return None, "--fast-memory"
     from telerag_cli.tiers.cuda.gpu import find_gpu, gpu_number
 
     try:
-        gpu = find_gpu(options.device)
+        gpu = find_gpu(config.device)
     except ResourceError:
-        if gpu_number(options.device) is not None or options.gpu_memory_bytes is not None:
+        if gpu_number(config.device) is not None or config.gpu_memory_bytes is not None:
             raise
         return None, "no GPU found"
     lists, free = int(index.list_bytes.sum()), available_bytes()
@@ -137,38 +121,38 @@ def _usable_gpu(index: Index, options: TierOptions) -> tuple[Gpu | None, str]:
     return gpu, f"{gpu.name} found"
 
 
-def _named_gpu(options: TierOptions) -> Gpu:
-    if options.fast_memory_bytes is not None:
+def _named_gpu(config: TierConfig) -> Gpu:
+    if config.fast_memory_bytes is not None:
         raise UsageError(
-            f"--fast-memory has no part in --tier {options.kind}.", remedy="Give --gpu-memory, or use --tier host."
+            f"--fast-memory has no part in --tier {config.tier}.", remedy="Give --gpu-memory, or use --tier host."
         )
-    if options.kind is TierKind.SIMULATED:
+    if config.tier is TierKind.SIMULATED:
         from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
-        return SimulatedGpu(bytes_per_s=options.throttle_bytes_per_s)
-    if options.device == "cpu":
+        return SimulatedGpu(bytes_per_s=config.simulated_link_bytes_per_s)
+    if config.device == "cpu":
         raise UsageError("--device cpu has no GPU for --tier cuda.", remedy="Leave one of them out.")
     from telerag_cli.tiers.cuda.gpu import find_gpu
 
-    return find_gpu(options.device)
+    return find_gpu(config.device)
 
 
-def _plan_host(index: Index, options: TierOptions, why: str) -> PlannedTier:
+def _plan_host(index: Index, config: TierConfig, why: str) -> PlannedTier:
     for name, given in (
-        ("--gpu-memory", options.gpu_memory_bytes is not None),
-        ("--require-pinned", options.require_pinned),
+        ("--gpu-memory", config.gpu_memory_bytes is not None),
+        ("--require-pinned", config.require_pinned),
     ):
         if given:
             raise UsageError(
                 f"{name} has no part in the host tier ({why}).", remedy="Leave it out, or use --tier cuda."
             )
     lists = int(index.list_bytes.sum())
-    arena_bytes = options.fast_memory_bytes
+    arena_bytes = config.fast_memory_bytes
     if arena_bytes is None:
         arena_bytes = parse_bytes(DEFAULT_FAST_MEMORY)
 
     def open_tier(coarse: Coarse, tracer: Tracer | None, _progress: Progress, _rates: JoinRates | None) -> FastTier:
-        return open_host_tier(index, coarse, arena_bytes, cache=options.cache, tracer=tracer)
+        return open_host_tier(index, coarse, arena_bytes, cache=config.cache, tracer=tracer)
 
     rows = [
         ("index lists", "disk", format_bytes(lists)),
@@ -178,12 +162,12 @@ def _plan_host(index: Index, options: TierOptions, why: str) -> PlannedTier:
     return PlannedTier(TierKind.HOST, _tier_name(TierKind.HOST, None), why, rows, min(arena_bytes, lists), 0, open_tier)
 
 
-def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> PlannedTier:
+def _plan_cuda(index: Index, config: TierConfig, gpu: Gpu, why: str) -> PlannedTier:
     from telerag_cli.tiers.cuda.scoring import workspace_bytes
     from telerag_cli.tiers.cuda.tier import open_cuda_tier
 
     lists = int(index.list_bytes.sum())
-    given = options.gpu_memory_bytes
+    given = config.gpu_memory_bytes
 
     def open_tier(coarse: Coarse, tracer: Tracer | None, progress: Progress, rates: JoinRates | None) -> FastTier:
         with progress("Reading lists into host memory", lists, unit="bytes") as advance:
@@ -192,8 +176,8 @@ def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> Planne
                 coarse,
                 gpu,
                 given,
-                require_pinned=options.require_pinned,
-                cache=options.cache,
+                require_pinned=config.require_pinned,
+                cache=config.cache,
                 advance=advance,
                 rates=rates,
                 tracer=tracer,
@@ -207,7 +191,7 @@ def _plan_cuda(index: Index, options: TierOptions, gpu: Gpu, why: str) -> Planne
         _centroids(index),
         ("free", gpu.name, format_bytes(gpu.free_bytes())),
     ]
-    kind = TierKind.SIMULATED if options.kind is TierKind.SIMULATED else TierKind.CUDA
+    kind = TierKind.SIMULATED if config.tier is TierKind.SIMULATED else TierKind.CUDA
     on_device = 0 if given is None else min(given, lists) + workspace_bytes(index)
     return PlannedTier(kind, _tier_name(kind, gpu), why, rows, lists, on_device, open_tier, gpu)
 

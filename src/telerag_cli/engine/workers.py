@@ -53,4 +53,4 @@ class Local(EngineSeats):
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
-        return await self.engine.ask(self.pipeline, batch.questions[place], batch=batch)
+        return await self.engine.aask(batch.questions[place], pipeline=self.pipeline, batch=batch)

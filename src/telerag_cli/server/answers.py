@@ -11,9 +11,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from telerag_cli.config import Lookahead, PipelineName
+from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.session import Settings
 from telerag_cli.errors import TeleragError
 from telerag_cli.llm.shapes import Json, Shape
 from telerag_cli.pipelines.base import ANSWER, Pipeline
@@ -141,9 +140,9 @@ def read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Turn], str, str
     return turns, messages[last].text.strip(), "\n\n".join(text for text in told if text)
 
 
-def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> Settings:
+def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> AnswerConfig:
     """The server's settings, unless the request says otherwise; an answer leaves half of the context to passages."""
-    usual = engine.settings
+    usual = engine.config
     mode = body.telerag.lookahead if body.telerag else None
     said: dict[str, Any] = {
         "max_tokens": min(body.longest or usual.max_tokens, engine.generator.context_tokens // 2),

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from telerag_cli.config import Lookahead, PipelineName
+from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.admission import AdmissionQueue, Permit, QueueFullError
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
-from telerag_cli.engine.session import Settings
 from telerag_cli.engine.snapshot import snapshot
 from telerag_cli.engine.workers import EngineSeats
 from telerag_cli.llm.base import Message, Request
@@ -64,7 +63,7 @@ class Asked:
 
     pipeline: Pipeline
     question: str
-    settings: Settings
+    settings: AnswerConfig
     turns: Sequence[Turn] = ()
     """Said before it."""
     wants_timeline: bool = False
@@ -314,8 +313,13 @@ async def _ask(
     if asked.fresh:
         await asyncio.to_thread(engine.forget)
     began_s = time.perf_counter()
-    answered = await engine.ask(
-        asked.pipeline, asked.question, watcher, turns=asked.turns, batch=permit.batch, settings=asked.settings
+    answered = await engine.aask(
+        asked.question,
+        pipeline=asked.pipeline,
+        listener=watcher,
+        turns=asked.turns,
+        batch=permit.batch,
+        settings=asked.settings,
     )
     ended_s = time.perf_counter()
     about: dict[str, Any] = {
