@@ -7,16 +7,19 @@ BENCH := bench-data
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs bench clean
+.PHONY: help demo test test-fast check format docs bench clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## ask five questions of the Python documentation, with lookahead off and on
 	$(BIN)/telerag quickstart
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=20
+
+test-fast: $(READY) ## run those that need neither a model nor llama.cpp, in under a minute
+	PYTHONPATH=tests/support $(BIN)/python -m pytest -p without_models -m "not model" tests/unit
 
 check: $(READY) ## lint, types, and generated documents that must be current
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The cuda tier over the simulated GPU, and over a real one where there is one."""
 
+import json
 import os
 import random
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -509,3 +511,24 @@ def test_on_a_gpu_memory_is_locked_and_given_back(small):
     retriever.close()
     del tier, retriever
     assert gpu.free_bytes() >= free - (16 << 20)
+
+
+# The kernel
+
+
+def test_the_kernel_compiles_for_gpus_with_wide_loads_and_without_spills():
+    """For Ampere and Hopper, neither of which need be here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = Path(__file__).parents[1] / "support" / "compile_kernel.py"
+    ran = subprocess.run(
+        [sys.executable, program, "80,90"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert len(found) == 2 * 2 * 3 * 2
+    for each in found:
+        assert each["spilled_bytes"] == each["spills"] == 0, each
+        assert 0 < each["registers"] <= 255, each
+        if each["dimension"] % 16 == 0:
+            assert each["loads_of_16_bytes"] > 0, each
+    assert "warn" not in ran.stderr.lower(), "what the compiler says would reach the user"

@@ -1,8 +1,11 @@
-"""The direction of imports, read from the sources: late and type-checking imports count too."""
+"""The house: which part may import which, how large files and signatures get, and what `--help` may load."""
 
 import ast
+import functools
+import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import telerag_cli
 
 PACKAGE = Path(telerag_cli.__file__).parent
+ROOT = Path(__file__).parents[2]
 BASE = {"arrays", "config", "errors", "files", "tracing", "system", "progress"}
 LAYERS = [
     {"__main__"},
@@ -28,7 +32,7 @@ LAYERS = [
     {"corpus"},
     BASE,
 ]
-"""From top to bottom. A module imports its own part and lower ones; siblings keep apart, save in the base."""
+"""From top to bottom. A module imports its own part and lower ones; siblings keep apart, except in the base."""
 
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HEAVY = [
@@ -56,14 +60,34 @@ HEAVY = [
 ]
 
 
+MAX_LINES = 450
+MAX_PARAMETERS = 10
+
+not_yet = pytest.mark.xfail(reason="the house is being rebuilt", strict=False)
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
 def part_of(path: Path) -> str:
     """``index`` for ``index/build.py``, ``config`` for ``config.py``."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported anywhere in a module."""
-    for node in ast.walk(tree):
+def imports(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything imported anywhere in a module: late and type-checking imports count too."""
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -81,14 +105,10 @@ def allowed(importer: str, imported: str) -> bool:
     return LEVEL[importer] < LEVEL[imported]
 
 
-def sources() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-
-
-def violations(path: Path, tree: ast.Module) -> list[str]:
+def violations(path: Path, module: ast.Module) -> list[str]:
     importer = part_of(path)
     found = []
-    for line, name in imports(tree):
+    for line, name in imports(module):
         root, _, rest = name.partition(".")
         if root != "telerag_cli" or not rest:
             continue
@@ -96,18 +116,16 @@ def violations(path: Path, tree: ast.Module) -> list[str]:
         if imported.startswith("__"):  # __version__ lives in the package itself
             continue
         if not allowed(importer, imported):
-            found.append(f"{path.relative_to(PACKAGE)}:{line}: {importer} imports {imported}")
+            found.append(f"{name_of(path)}:{line}: {importer} imports {imported}")
     return found
 
 
 def test_every_part_has_a_layer():
-    parts = {part_of(path) for path in sources()}
-    assert parts - set(LEVEL) == set()
+    assert {part_of(path) for path in sources()} - set(LEVEL) == set()
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_downward(path):
-    assert violations(path, ast.parse(path.read_text())) == []
+def test_imports_point_downward():
+    assert [each for path in sources() for each in violations(path, tree(path))] == []
 
 
 @pytest.mark.parametrize(
@@ -130,23 +148,24 @@ def test_only_the_transport_reads_with_descriptors():
     """Policy and accounting are pure; only the transport knows of files and streams."""
     direct = {"preadv", "pread", "O_DIRECT"}
     users = {
-        str(path.relative_to(PACKAGE))
+        name_of(path)
         for path in sources()
-        if part_of(path) in ("tiers", "lookahead", "engine", "pipelines")
-        for node in ast.walk(ast.parse(path.read_text()))
+        if part_of(path) in ("tiers", "prefetch", "retrieval", "engine", "pipelines")
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and node.attr in direct
     }
     assert users <= {"tiers/transport.py"}
 
 
-def test_planning_and_accounting_name_no_library_that_touches_a_device():
+def test_policy_and_accounting_name_no_library_that_touches_a_device():
     """They can be tested anywhere, because they are integers; what is on a device is in a folder of its own."""
+    device = {"torch", "llama_cpp", "pyarrow", "sentence_transformers"}
     found = [
-        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        f"{name_of(path)}:{line}: {name}"
         for path in sources()
-        if part_of(path) in ("lookahead", "tiers") and "cuda" not in path.parts
-        for line, name in imports(ast.parse(path.read_text()))
-        if name.split(".")[0] in ("torch", "llama_cpp", "pyarrow", "sentence_transformers")
+        if part_of(path) in ("prefetch", "retrieval", "tiers") and "cuda" not in path.parts
+        for line, name in imports(tree(path))
+        if name.split(".")[0] in device
     ]
     assert found == []
 
@@ -154,10 +173,10 @@ def test_planning_and_accounting_name_no_library_that_touches_a_device():
 def test_only_what_opens_a_tier_knows_of_devices():
     """Torch costs seconds, so a host tier must not load it, and no policy may depend on it."""
     users = {
-        str(path.relative_to(PACKAGE))
+        name_of(path)
         for path in sources()
         if "cuda" not in path.parts
-        for _line, name in imports(ast.parse(path.read_text()))
+        for _line, name in imports(tree(path))
         if name.startswith("telerag_cli.tiers.cuda")
     }
     assert users == {"engine/tier_plan.py", "engine/llm_plan.py", "engine/survey.py"}
@@ -165,32 +184,83 @@ def test_only_what_opens_a_tier_knows_of_devices():
 
 def test_click_is_never_imported():
     """Typer carries its own."""
+    roots = {name.split(".")[0] for path in sources() for _line, name in imports(tree(path))}
+    assert "typer" in roots
+    assert "click" not in roots
+
+
+def python_files() -> list[Path]:
+    """All Python of the project, apart from what is not written by hand."""
+    return [path for folder in ("src", "tests", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@not_yet
+def test_no_file_is_too_long_to_read():
+    counts = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in python_files()}
+    assert {name: lines for name, lines in counts.items() if lines > MAX_LINES} == {}
+
+
+@not_yet
+def test_no_formatter_is_switched_off():
+    off = ["# fmt" + ": skip", "# fmt" + ": off"]
+    assert [str(path) for path in python_files() if any(mark in path.read_text() for mark in off)] == []
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    given = function.args
+    return len([*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, (given.vararg, given.kwarg))])
+
+
+@not_yet
+def test_no_signature_is_too_wide():
+    """Commands are excepted, as their parameters are options, and so is Triton's kernel, which takes pointers and strides."""
+    wide = [
+        f"{name_of(path)}: {node.name} has {parameters(node)}"
+        for path in sources()
+        if part_of(path) != "cli" and name_of(path) != "tiers/cuda/kernel.py"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and parameters(node) > MAX_PARAMETERS
+    ]
+    assert wide == []
+
+
+@not_yet
+def test_no_two_classes_have_one_name():
+    where = defaultdict(list)
     for path in sources():
-        assert "click" not in {name.split(".")[0] for _, name in imports(ast.parse(path.read_text()))}, path
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                where[node.name].append(name_of(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
+HELP = """
+from telerag_cli.cli.app import app
+try: app(sys.argv[1:])
+except SystemExit as exit: assert not exit.code, exit.code
+"""
+
+
+def loaded_by(code: str, *arguments: str) -> set[str]:
+    """What a new process has imported when it has run this."""
+    listing = "print(*(name for name in sys.modules if '.' not in name), file=sys.stderr)"
+    command = [sys.executable, "-c", f"import os, sys\n{code}\n{listing}", *arguments]
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    return set(subprocess.run(command, capture_output=True, text=True, check=True, env=plain).stderr.split())
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["run", "--help"],
-        ["embed", "--help"],
-        ["chat", "--help"],
-        ["serve-local", "--help"],
-        ["eval", "--help"],
-        ["bench", "latency", "--help"],
-    ],
+    ["", "run", "embed", "chat", "serve-local", "eval", "bench latency"],
+    ids=lambda words: words or "telerag",
 )
 def test_help_loads_nothing_heavy(arguments):
-    code = (
-        "import sys\n"
-        "from telerag_cli.cli.app import app\n"
-        "try: app(sys.argv[1:])\n"
-        "except SystemExit as exit: assert not exit.code, exit.code\n"
-        "print(*(name for name in sys.modules if '.' not in name), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
-    loaded = set(done.stderr.split())
+    loaded = loaded_by(HELP, *arguments.split(), "--help")
     assert "typer" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+@not_yet
+def test_importing_the_library_loads_nothing_heavy_and_sets_no_variable():
+    code = "before = dict(os.environ)\nimport telerag_cli\nassert dict(os.environ) == before"
+    assert loaded_by(code).isdisjoint({*HEAVY, "typer"})
