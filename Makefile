@@ -32,7 +32,7 @@ format: $(READY) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write docs/cli.md and the README's figures again
+docs: $(READY) ## write docs/cli.md and the figures of docs/benchmarks.md again
 	$(BIN)/python scripts/generate_cli_docs.py
 	$(BIN)/python scripts/readme_figures.py
 

@@ -1,8 +1,8 @@
-"""Fill the README's figures from benchmarks/results; with --check, fail when they are stale.
+"""Fill the figures of docs/benchmarks.md from benchmarks/results; with --check, fail when they are stale.
 
-Each folder there holds results of ``telerag bench`` on one machine: the README has its latency by pipeline, what else
+Each folder there holds results of ``telerag bench`` on one machine: the document has its latency by pipeline, what else
 it shows in a line each, and its report. A JSON file directly there holds `command`, `hardware`
-(`telerag_cli.system.hardware`) and `figures`: rows for the README, each `what` was measured, its `value`, and
+(`telerag_cli.system.hardware`) and `figures`: rows for the document, each `what` was measured, its `value`, and
 optionally what it is compared `against` and the `goal`. Results without `figures` are left out.
 """
 
@@ -19,6 +19,7 @@ from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult, load_all
 from telerag_cli.config import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = "docs/benchmarks.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SUITES_BEGIN, SUITES_END = "<!-- suites:begin -->", "<!-- suites:end -->"
 BASELINE, OURS, LIMIT = "faiss-ondisk", "refined", "llm-only"
@@ -26,7 +27,7 @@ COLUMNS = {"what": "what", "value": "measured", "against": "compared with", "goa
 
 
 def load(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file name, result) of each result that has rows for the README, by name."""
+    """(file name, result) of each result that has rows for the document, by name."""
     results = ((path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json")))
     return [(name, result) for name, result in results if result.get("figures")]
 
@@ -39,7 +40,7 @@ def render(results: list[tuple[str, dict[str, Any]]]) -> str:
     for name, result in results:
         for row in result["figures"]:
             cells = [str(row.get(column, "")) for column in COLUMNS]
-            lines.append("| " + " | ".join([*cells, f"[{name}](benchmarks/results/{name})"]) + " |")
+            lines.append("| " + " | ".join([*cells, f"[{name}](../benchmarks/results/{name})"]) + " |")
     machines: dict[str, list[str]] = {}
     for name, result in results:
         machines.setdefault(describe(result["hardware"]), []).append(name)
@@ -64,7 +65,7 @@ def render_suites(folders: list[Path]) -> str:
         place = folder.relative_to(ROOT)
         parts += [*_latency(results["latency"]), "", *(f"- {line}" for line in _lines(results)), ""]
         parts += [
-            f"All figures, with plots, how each system is configured, and the commands: [{place}/report.md]({place}/report.md).",
+            f"All figures, with plots, how each system is configured, and the commands: [{place}/report.md](../{place}/report.md).",
             "",
         ]
         parts += [f"Measured on: {describe(results['latency'].hardware)}."]
@@ -224,21 +225,21 @@ def _told(ratio: Ratio | None) -> str:
     return f"**{ratio.ratio:.2f}** ({ratio.low:.2f} to {ratio.high:.2f})" if ratio.ratio is not None else ratio.note
 
 
-def fill(readme: str, section: str, begin: str = BEGIN, end: str = END) -> str:
-    """The README with the section between its marks."""
-    before, first, rest = readme.partition(begin)
+def fill(document: str, section: str, begin: str = BEGIN, end: str = END) -> str:
+    """The document with the section between its marks."""
+    before, first, rest = document.partition(begin)
     _, last, after = rest.partition(end)
     if not (first and last):
-        sys.exit(f"error: README.md lacks {begin} or {end}; put both on lines of their own.")
+        sys.exit(f"error: {DOCUMENT} lacks {begin} or {end}; put both on lines of their own.")
     return f"{before}{begin}\n{section}\n{end}{after}"
 
 
 def main() -> None:
     """Write or check."""
-    parser = argparse.ArgumentParser(description="Fill the README's figures from benchmarks/results.")
+    parser = argparse.ArgumentParser(description="Fill the figures of docs/benchmarks.md from benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when they are stale")
     options = parser.parse_args()
-    target = ROOT / "README.md"
+    target = ROOT / DOCUMENT
     found = target.read_text(encoding="utf-8")
     folder = ROOT / "benchmarks" / "results"
     folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
@@ -246,9 +247,9 @@ def main() -> None:
     if found == wanted:
         return
     if options.check:
-        sys.exit("error: the figures in README.md are stale; run make docs.")
+        sys.exit(f"error: the figures in {DOCUMENT} are stale; run make docs.")
     target.write_text(wanted, encoding="utf-8")
-    print("wrote README.md")
+    print(f"wrote {DOCUMENT}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def figures(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ROOT", tmp_path)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     marks = "<!-- suites:begin -->\nold\n<!-- suites:end -->\n<!-- figures:begin -->\nold\n<!-- figures:end -->\n"
-    (tmp_path / "README.md").write_text(f"above\n{marks}below\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "benchmarks.md").write_text(f"above\n{marks}below\n")
     return module
 
 
@@ -48,14 +49,14 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
         run(figures, monkeypatch, "--check")
     run(figures, monkeypatch)
     run(figures, monkeypatch, "--check")
-    readme = (tmp_path / "README.md").read_text()
-    assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](benchmarks/results/speed.json) |" in readme
-    assert f"speed.json: {result['hardware']['cpu']}, {result['hardware']['cores']} cores" in readme
-    assert "- `speed.json`: `python scripts/bench.py --n 3`" in readme
-    assert readme.startswith("above\n")
-    assert readme.endswith("\nbelow\n")
-    assert "old" not in readme
-    assert "raw.json" not in readme
+    document = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](../benchmarks/results/speed.json) |" in document
+    assert f"speed.json: {result['hardware']['cpu']}, {result['hardware']['cores']} cores" in document
+    assert "- `speed.json`: `python scripts/bench.py --n 3`" in document
+    assert document.startswith("above\n")
+    assert document.endswith("\nbelow\n")
+    assert "old" not in document
+    assert "raw.json" not in document
 
 
 def latency(folder, ratio):
@@ -103,15 +104,15 @@ def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(figures
         Ratio(key, "faiss-ondisk", "refined", "e2el_ms", 4, 2.0 if known else None, 1.0, 3.0, note),
     )
     run(figures, monkeypatch)
-    readme = (tmp_path / "README.md").read_text()
+    document = (tmp_path / "docs" / "benchmarks.md").read_text()
     told = "**2.00** (1.00 to 3.00)" if known else note
-    assert f"| `hyde` | 4.00 | 2.00 | {told} |  | 90% |" in readme
-    assert "4 questions one at a time, cold; 8 of 64 lists of an index of 1.0 GB" in readme
-    assert "(benchmarks/results/here/report.md)" in readme
+    assert f"| `hyde` | 4.00 | 2.00 | {told} |  | 90% |" in document
+    assert "4 questions one at a time, cold; 8 of 64 lists of an index of 1.0 GB" in document
+    assert "(../benchmarks/results/here/report.md)" in document
 
 
-def test_a_readme_without_marks_is_refused(figures, tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("nothing\n")
+def test_a_document_without_marks_is_refused(figures, tmp_path, monkeypatch):
+    (tmp_path / "docs" / "benchmarks.md").write_text("nothing\n")
     with pytest.raises(SystemExit, match="lacks <!-- figures:begin -->"):
         run(figures, monkeypatch)
 
