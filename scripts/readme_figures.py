@@ -23,6 +23,10 @@ DOCUMENT = "docs/benchmarks.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SUITES_BEGIN, SUITES_END = "<!-- suites:begin -->", "<!-- suites:end -->"
 BASELINE, OURS, LIMIT = "faiss-ondisk", "refined", "llm-only"
+STUDIES = (
+    "Each file names the command that made it. The scripts of finished studies are in the history: commit `c766e1c` of "
+    "2026-12-01 is the last that has them."
+)
 COLUMNS = {"what": "what", "value": "measured", "against": "compared with", "goal": "goal"}
 
 
@@ -33,7 +37,7 @@ def load(folder: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def render(results: list[tuple[str, dict[str, Any]]]) -> str:
-    """The section in Markdown: a table, the hardware, and the command behind each file."""
+    """The section in Markdown: a table, the hardware, and where the scripts are."""
     if not results:
         return "Nothing is recorded in `benchmarks/results/` yet."
     lines = ["| " + " | ".join([*COLUMNS.values(), "from"]) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
@@ -46,8 +50,7 @@ def render(results: list[tuple[str, dict[str, Any]]]) -> str:
         machines.setdefault(describe(result["hardware"]), []).append(name)
     for machine, names in machines.items():
         lines += ["", f"{', '.join(names)}: {machine}."]
-    lines += ["", *(f"- `{name}`: `{result['command']}`" for name, result in results)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", STUDIES])
 
 
 def describe(hardware: dict[str, Any]) -> str:
@@ -106,50 +109,47 @@ def _latency(result: SuiteResult) -> list[str]:
     return [about, "", *rows]
 
 
-def _lines(results: dict[str, SuiteResult]) -> list[str]:
+LIMITS = (("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT), ("useless", "fetch"))
+STATES = {
+    "latency-limits": ("the limits, cold", LIMITS),
+    "latency-warm": (
+        "warm, the whole index in the page cache and arenas as they were left",
+        ((BASELINE, OURS), ("fetch", OURS), (OURS, LIMIT)),
+    ),
+}
+"""What a second and third run of the suite `latency` stand for, and the ratios to tell of them."""
+
+
+def _lines(results: dict[str, SuiteResult]) -> Iterator[str]:
     """What the other suites found, a sentence each; those that were not run are left out."""
-    lines = []
-    for name, what, pairs in (
-        (
-            "latency-limits",
-            "the limits, cold",
-            (("faiss-memory", OURS), (OURS, "resident"), (OURS, LIMIT), ("useless", "fetch")),
-        ),
-        (
-            "latency-warm",
-            "warm, the whole index in the page cache and arenas as they were left",
-            ((BASELINE, OURS), ("fetch", OURS), (OURS, LIMIT)),
-        ),
-    ):
+    for name, (what, pairs) in STATES.items():
         if result := results.get(name):
             key = _keys(result)[0]
             found = [(over, under, _ratio(result, key, over, under)) for over, under in pairs]
             told = [f"{over} ÷ {under} {_told(ratio)}" for over, under, ratio in found if ratio]
-            lines.append(f"`{key['pipeline']}`, {what}: {'; '.join(told)}.")
+            yield f"`{key['pipeline']}`, {what}: {'; '.join(told)}."
     if hits := results.get("hit-rate"):
-        share = {cell.system: cell.values["hit_share"] for cell in hits.cells if cell.key["budget"] == 1.0}
-        lines.append(
-            "Lists in fast memory at the join when as many bytes may be moved as are probed: "
-            + ", ".join(f"{value:.0%} {name}" for name, value in share.items())
-            + "."
-        )
+        told = [f"{each.values['hit_share']:.0%} {each.system}" for each in hits.cells if each.key["budget"] == 1.0]
+        yield f"Lists in fast memory at the join when as many bytes may be moved as are probed: {', '.join(told)}."
     for name, axis, word in (("nprobe", "nprobe", "lists probed"), ("throughput", "batch_size", "at once")):
         if result := results.get(name):
             told = [f"{_told(_ratio(result, key, BASELINE, OURS))} at {key[axis]} {word}" for key in _keys(result)]
-            lines.append(f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}.")
+            yield f"{result.title}: {BASELINE} ÷ {OURS} {', '.join(told)}."
     if many := results.get("throughput-schedule"):
         size = max(cell.key["batch_size"] for cell in many.cells)
         by_system = {cell.system: cell.values for cell in many.cells if cell.key["batch_size"] == size}
         told = [
-            f"{by_system[system]['hit_share']:.0%} of the probed lists there at the join, "
-            f"{(by_system[system]['bytes_moved'] + by_system[system]['bytes_missed']) / 1e6:.0f} MB moved a question, "
-            f"{by_system[system]['request_throughput']:.3f} questions/s {words}"
-            for system, words in (("arrival", "in order of arrival"), (OURS, "similar ones together"))
+            f"{values['hit_share']:.0%} of the probed lists there at the join, "
+            f"{(values['bytes_moved'] + values['bytes_missed']) / 1e6:.0f} MB moved a question, "
+            f"{values['request_throughput']:.3f} questions/s {words}"
+            for values, words in (
+                (by_system["arrival"], "in order of arrival"),
+                (by_system[OURS], "similar ones together"),
+            )
         ]
-        lines.append(f"{size} questions, 8 at once: {'; '.join(told)}.")
+        yield f"{size} questions, 8 at once: {'; '.join(told)}."
     if cache := results.get("cache"):
-        skews = list(dict.fromkeys(cell.key.get("skew", 0) for cell in cache.cells))
-        for skew in skews:
+        for skew in dict.fromkeys(cell.key.get("skew", 0) for cell in cache.cells):
             shares = [
                 f"{cell.values['hit_share']:.0%} {cell.system}"
                 + (f" ({cell.key['cache_fraction']:g} kept)" if cell.system == "hotness" else "")
@@ -157,52 +157,28 @@ def _lines(results: dict[str, SuiteResult]) -> list[str]:
                 if cell.key.get("skew", 0) == skew
             ]
             asked = f"questions drawn by Zipf's law with exponent {skew:g}" if skew else "every question once"
-            lines.append(f"Cache policies, {asked}, lists hit: {', '.join(shares)}.")
+            yield f"Cache policies, {asked}, lists hit: {', '.join(shares)}."
     if scaling := results.get("scaling"):
-        lines += list(_scaling(scaling))
+        rates = {cell.key["replicas"]: cell.values for cell in scaling.cells if cell.system == "replicas"}
+        told = [f"{values['request_throughput']:.2f} by {count}" for count, values in rates.items()]
+        yield f"Replicas that share these cores, questions per second: {', '.join(told)}."
     if embed := results.get("embed"):
-        rates = {cell.system: cell.values["request_throughput"] for cell in embed.cells}
-        lines.append(
-            f"Embedding: {rates['telerag']:.0f} passages/s, {_told(embed.ratios[0])} times SentenceTransformer.encode. "
-            + embed.checks[0].says
-        )
+        rate = next(cell.values["request_throughput"] for cell in embed.cells if cell.system == "telerag")
+        times = f"{_told(embed.ratios[0])} times SentenceTransformer.encode"
+        yield f"Embedding: {rate:.0f} passages/s, {times}. {embed.checks[0].says}"
     if build := results.get("build"):
-        cell, ratio = build.cells[0], build.ratios[0]
-        lines.append(
-            f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
-            f"{cell.values['us_per_vector']:.1f} µs a vector, {ratio.ratio:.2f} times Faiss's train and add in memory, "
-            f"at most {format_bytes(cell.values['peak_rss_bytes'])} of memory."
-        )
-    return lines
-
-
-def _scaling(result: SuiteResult) -> Iterator[str]:
-    """What replicas did, and what others are said to do."""
-    rates: dict[str, dict[int, float]] = {}
-    for cell in result.cells:
-        rates.setdefault(cell.system, {})[int(cell.key["replicas"])] = cell.values["request_throughput"]
-    measured, simulated = rates.get("replicas", {}), rates["simulated"]
-    if measured:
-        told = [f"{rate:.2f} by {count} (simulated {simulated[count]:.2f})" for count, rate in measured.items()]
-        yield f"Replicas that share these cores, questions a second: {', '.join(told)}."
-    base = simulated[min(simulated)]
-    told = [f"{rate / base:.1f} at {count}" for count, rate in simulated.items() if count not in measured]
-    slow = {cell.values["bottleneck"] for cell in result.cells if cell.system == "simulated"}
-    if told:
+        values = build.cells[0].values
         yield (
-            f"More of them, **simulated**, as a multiple of one: {', '.join(told)}; most of the time goes to: "
-            f"{', '.join(sorted(slow))}."
+            f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
+            f"{values['us_per_vector']:.1f} µs a vector, {build.ratios[0].ratio:.2f} times Faiss's train and add in memory, "
+            f"at most {format_bytes(values['peak_rss_bytes'])} of memory."
         )
 
 
 def _keys(result: SuiteResult) -> list[Key]:
     """Where something was measured, means last."""
     measured: list[Cell | Ratio] = [*result.cells, *result.ratios]
-    keys: list[Key] = []
-    for each in measured:
-        if each.key not in keys:
-            keys.append(each.key)
-    return keys
+    return list({tuple(each.key.items()): each.key for each in measured}.values())
 
 
 def _ratio(result: SuiteResult, key: Key, over: str, under: str) -> Ratio | None:

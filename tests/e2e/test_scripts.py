@@ -52,7 +52,6 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
     document = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](../benchmarks/results/speed.json) |" in document
     assert f"speed.json: {result['hardware']['cpu']}, {result['hardware']['cores']} cores" in document
-    assert "- `speed.json`: `python scripts/bench.py --n 3`" in document
     assert document.startswith("above\n")
     assert document.endswith("\nbelow\n")
     assert "old" not in document
