@@ -1,25 +1,24 @@
-"""Many questions at a time: their lines, their order, shared retrieval, shared lookahead, and what happens when one fails."""
+"""Many questions at a time: their lines and their order, shared retrieval and lookahead, and what fails with one."""
 
 import asyncio
-import json
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from animals import ANIMALS, WordHashes
 from doubles import ChosenLink, StubTier, answer_in_order, answer_with
-from telerag_cli.config import Lookahead, PipelineName, ScheduleName
+from expect import fails
+from telerag_cli.config import Lookahead, PipelineName, ScheduleConfig, ScheduleName
 from telerag_cli.engine.batch import Outputs
-from telerag_cli.engine.lines import trace_line
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.questions import Question
-from telerag_cli.engine.scheduler import Schedule, micro_batch_size
+from telerag_cli.engine.scheduler import Schedule, scheduled
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.pipelines.base import Pipeline
-from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.tracing import Tracer
 
@@ -101,7 +100,7 @@ def test_an_output_that_cannot_be_written_ends_the_run(engine_of):
     def full(line):
         raise ResourceError("The disk is full.")
 
-    with pytest.raises(ResourceError, match="disk is full"):
+    with fails(ResourceError, "disk is full"):
         answer_in_order(
             engine, PipelineName.HYDE, questions_of(*["why"] * 8), Outputs(full, None, taken.told.append, taken.advance)
         )
@@ -118,29 +117,9 @@ def test_questions_are_read_as_they_are_needed_and_their_trouble_is_told(engine_
             if n == 5:
                 raise ArtifactError("The questions end in the middle.")
 
-    with pytest.raises(ArtifactError, match="end in the middle"):
+    with fails(ArtifactError, "end in the middle"):
         answer(engine_of(echo), source(), Taken(), concurrency=2)
     assert read == [0, 1, 2, 3, 4, 5]
-
-
-def test_a_source_that_waits_holds_nothing_up(engine_of):
-    gate = threading.Event()
-    taken = Taken()
-
-    def source():
-        yield Question("1", "why")
-        assert gate.wait(5), "the first answer waited for the second question"
-        yield Question("2", "why")
-
-    def write(line):
-        taken.lines.append(line)
-        gate.set()
-
-    engine = engine_of(echo)
-    answer_in_order(
-        engine, PipelineName.NAIVE, source(), Outputs(write, None, taken.told.append, taken.advance), concurrency=2
-    )
-    assert [line["id"] for line in taken.lines] == ["1", "2"]
 
 
 class Watched(WordHashes):
@@ -158,17 +137,13 @@ class Watched(WordHashes):
         return super().encode_queries(texts)
 
 
-def watched(engine):
-    engine.embedder = Watched()
-    return engine.embedder
-
-
 MIXED = [f"{animal} {animal} {animal} {how}?" for how in ("live", "eat") for animal in ("bees", "cows", "eels")]
 
 
 def test_similar_questions_run_together_and_every_question_once(engine_of):
+    embedder = Watched()
     engine = engine_of(echo)
-    embedder = watched(engine)
+    engine.embedder = embedder
     batches = []
     usual = engine.aask
 
@@ -216,7 +191,7 @@ def test_a_micro_batch_is_one_round_and_its_first_moves_are_planned_together(eng
     assert len(rounds) == 1
 
 
-def test_lookahead_that_a_member_never_asks_for_ends_with_its_company(engine_of):
+def test_lookahead_that_a_member_never_asks_for_ends_with_its_batch(engine_of):
     engine = engine_of(echo, Lookahead.QUESTION)
 
     async def other_question(rag, question):
@@ -275,35 +250,22 @@ def test_questions_that_come_soon_after_each_other_are_compared_and_others_not_w
     assert len(taken.lines) == 7
 
 
-def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena():
-    assert micro_batch_size(None, 16, 1 << 30, 1 << 20) == 4
-    assert micro_batch_size(None, 4, 1 << 30, 1 << 20) == 2
-    assert micro_batch_size(None, 1, 1 << 30, 1 << 20) == 1
-    assert micro_batch_size(None, 16, 2 << 20, 1 << 20) == 2
-    assert micro_batch_size(None, 16, 1 << 10, 1 << 20) == 1
-    assert micro_batch_size(8, 8, 1, 1 << 20) == 8
-    with pytest.raises(UsageError, match="--micro-batch is 9 and 8 questions"):
-        micro_batch_size(9, 8, 1, 1)
-
-
-def test_a_recording_holds_every_prompt_text_query_and_length(engine_of):
-    engine = engine_of(echo)
-    answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
-    line = json.loads(json.dumps(trace_line(Question("7", "Where do owls live?"), answered)))
-    assert (line["id"], line["pipeline"], line["answer"]) == ("7", "hyde", answered.answer)
-    passage, final = line["generations"]
-    assert (passage["stage"], final["stage"]) == ("passage", "answer")
-    assert "Where do owls live?" in passage["messages"][-1]["content"]
-    assert (passage["text"], passage["completion_tokens"]) == ("owls number 3 live in place 8", 7)
-    assert line["retrievals"][0]["queries"] == [passage["text"]]
-    assert [hit["id"] for hit in line["retrievals"][0]["passages"]] == [hit.passage.id for hit in answered.found]
+@pytest.mark.parametrize(
+    ("given", "at_once", "arena", "size"),
+    [(None, 16, 1 << 30, 4), (None, 4, 1 << 30, 2), (None, 1, 1 << 30, 1), (None, 16, 2 << 20, 2), (8, 8, 1, 8)],
+)
+def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena(given, at_once, arena, size):
+    index = SimpleNamespace(list_bytes=np.full(8, 1 << 18))
+    schedule = scheduled(ScheduleConfig(micro_batch=given, batch_size=1), at_once, arena, index, 4)
+    assert (schedule.micro_batch, schedule.batch_size) == (size, size)
+    with fails(UsageError, "--micro-batch", at_once + 1, at_once):
+        scheduled(ScheduleConfig(micro_batch=at_once + 1), at_once, arena, index, 4)
 
 
 class CountingEmbedder(WordHashes):
     def __init__(self):
         self.batches = []
         self.gate = threading.Event()
-        self.gate.set()
 
     def encode_queries(self, texts):
         self.batches.append(len(texts))
@@ -312,13 +274,11 @@ class CountingEmbedder(WordHashes):
 
 
 def test_what_is_retrieved_while_a_batch_runs_is_the_next_batch(engine_of):
-    alone = engine_of(echo)
-    together = engine_of(echo)
-    embedder = together.shared.retrievals._embedder = CountingEmbedder()
+    embedder = CountingEmbedder()
+    alone, together = engine_of(echo), engine_of(echo, embedder=embedder)
     texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
 
     async def ask_all():
-        embedder.gate.clear()
         tasks = [asyncio.create_task(together.shared.retrievals.find([text], [])) for text in texts]
         while not embedder.batches:
             await asyncio.sleep(0.001)
@@ -344,8 +304,7 @@ def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
 
     engine = engine_of(echo, link=link)
     texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
-    coarse = engine.retriever._coarse
-    probes = [set(coarse.probe(WordHashes().encode_queries([text]), 4)[1][0].tolist()) for text in texts]
+    probes = [set(each.tolist()) for each in engine.retriever.nearest(WordHashes().encode_queries(texts), 4)]
     broken = next(number for number in probes[0] if any(number not in others for others in probes[1:]))
     links[0].broken.add(broken)
 
@@ -358,8 +317,7 @@ def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
     async def find_all():
         return await asyncio.gather(*map(find, texts))
 
-    results = asyncio.run(find_all())
-    for needed, result in zip(probes, results, strict=True):
+    for needed, result in zip(probes, asyncio.run(find_all()), strict=True):
         assert isinstance(result, str) == (broken in needed)
     links[0].broken.clear()
 

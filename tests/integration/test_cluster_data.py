@@ -1,6 +1,7 @@
 """Work spread over processes by Ray: the same bytes, whatever happens to the workers, and Ray left as it was found."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -15,16 +16,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.distributed import data as cluster_data
-from telerag_cli.distributed.data import Pool
+from telerag_cli.distributed.data import MAX_TRIES, Pool
 from telerag_cli.distributed.session import Cluster, cause, joined
 from telerag_cli.embedding.encoder import EncoderInfo
 from telerag_cli.embedding.job import embed_passages, make_shard
-from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
+from telerag_cli.errors import InputError, ResourceError, UsageError
 from telerag_cli.index.build import BuildOptions, build
 from telerag_cli.index.recall import Nearest
 from telerag_cli.index.stages import ASSIGN_ROWS
@@ -96,14 +97,12 @@ def test_results_come_in_order_and_a_killed_worker_loses_nothing(cluster, tmp_pa
 
 
 def test_what_a_worker_raises_is_raised_as_it_was(cluster):
-    with pytest.raises(TeleragError) as caught:
+    with fails(InputError, "c.jsonl:4"):
         list(POOL([1, 2, 3, "bad", 5], Squares()))
-    assert type(caught.value) is InputError
-    assert str(caught.value) == "c.jsonl:4: not a number. Write one."
 
 
 def test_what_kills_every_worker_ends(cluster):
-    with pytest.raises(ResourceError, match="Workers died 4 times at the same piece of work"):
+    with fails(ResourceError, MAX_TRIES):
         list(Pool(1)(["fatal"], Squares()))
 
 
@@ -113,7 +112,7 @@ def test_what_the_items_raise_comes_after_the_results_of_those_before(cluster):
         raise InputError("line 4 is bad")
 
     results = []
-    with pytest.raises(InputError, match="line 4 is bad"):
+    with fails(InputError, "line 4"):
         results.extend(square for square, _pid in POOL(source(), Squares()))
     assert results == [1, 4, 9]
 
@@ -162,7 +161,7 @@ def test_embeddings_are_the_same_bytes_and_go_on_from_each_other(cluster, tmp_pa
     rows = [Passage(str(index), "a" * index + "b", {"n": index}) for index in range(30)]
     here, there = tmp_path / "here", tmp_path / "there"
     embed_passages(rows, Letters(), here, shard_rows=4)
-    with pytest.raises(ResourceError, match="It does not fit"):
+    with fails(ResourceError, "It does not fit"):
         embed_passages(rows, Letters(), there, shard_rows=4, makers=makers(rows[22].text))
     left = {path.name for path in there.glob("*.parquet")}
     assert "shard-00005.parquet" not in left
@@ -220,18 +219,17 @@ def test_answers_found_with_what_was_known_earlier_are_the_same():
 @pytest.mark.parametrize(
     ("cluster_has", "options", "workers", "cpus", "gpus"),
     [
-        (Cluster(1, 8, 0, True), {}, 8, 1, 0),
-        (Cluster(1, 8, 0, True), {"workers": 3}, 3, 2, 0),
-        (Cluster(1, 2, 0, True), {"workers": 4}, 4, 0.5, 0),
-        (Cluster(2, 16, 2, False), {"gpus": True}, 2, 1, 1),
-        (Cluster(2, 16, 2, False), {"gpus": True, "workers": 3}, 3, 1, 0.5),
-        (Cluster(2, 16, 2, False), {}, 16, 1, 0),
-        (Cluster(2, 16, 0, False), {"threads": 8}, 2, 8, 0),
-        (Cluster(2, 16, 0, False), {"threads": 32}, 2, 8, 0),  # no machine has 32
+        (Cluster(1, 8, 0, True, 8), {}, 8, 1, 0),
+        (Cluster(1, 8, 0, True, 8), {"workers": 3}, 3, 2, 0),
+        (Cluster(1, 2, 0, True, 2), {"workers": 4}, 4, 0.5, 0),
+        (Cluster(2, 16, 2, False, 8), {"gpus": True}, 2, 1, 1),
+        (Cluster(2, 16, 2, False, 8), {"gpus": True, "workers": 3}, 3, 1, 0.5),
+        (Cluster(2, 16, 2, False, 8), {}, 16, 1, 0),
+        (Cluster(2, 16, 0, False, 8), {"threads": 8}, 2, 8, 0),
+        (Cluster(2, 16, 0, False, 8), {"threads": 32}, 2, 8, 0),  # no machine has 32
     ],
 )
-def test_shares_of_workers(monkeypatch, cluster_has, options, workers, cpus, gpus):
-    monkeypatch.setattr(cluster_data, "_fewest_cpus", lambda: 8 if cluster_has.cpus > 2 else 2)
+def test_shares_of_workers(cluster_has, options, workers, cpus, gpus):
     pool = Pool.of(cluster_has, options.pop("workers", None), **{"gpus": False, **options})
     assert (pool.workers, pool.cpus_each, pool.gpus_each) == (workers, cpus, gpus)
     threads = options.get("threads")
@@ -240,15 +238,13 @@ def test_shares_of_workers(monkeypatch, cluster_has, options, workers, cpus, gpu
 
 def test_without_ray_the_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ResourceError) as caught, joined():
+    with fails(ResourceError, "telerag-cli[ray]"), joined():
         pass
-    assert "needs the package ray" in caught.value.message
-    assert "pip install 'telerag-cli[ray]'" in caught.value.remedy
 
 
 @pytest.mark.parametrize("address", ["here", "host:port", "host:0", ":6379", "ray://host:10001"])
 def test_what_is_no_address(address):
-    with pytest.raises(UsageError, match="--ray-address is"), joined(address):
+    with fails(UsageError, "--ray-address", address), joined(address):
         pass
 
 
@@ -256,17 +252,12 @@ def test_nobody_at_the_address_is_found_out_at_once():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        with (
-            pytest.raises(ResourceError, match=f"no Ray cluster to join at {address}: Connection refused"),
-            joined(address),
-        ):
+        with fails(ResourceError, address, os.strerror(errno.ECONNREFUSED)), joined(address):
             pass
 
 
 def test_a_lost_worker_is_a_sentence():
-    told = cause(ray.exceptions.WorkerCrashedError())
-    assert isinstance(told, ResourceError)
-    assert told.message.startswith("A worker of Ray was lost: ")
+    assert isinstance(cause(ray.exceptions.WorkerCrashedError()), ResourceError)
 
 
 def telerag(*arguments):
@@ -278,7 +269,7 @@ def test_workers_without_ray_are_refused(tmp_path, command):
     write_parquet(tmp_path / "e.parquet", clustered(100, 8))
     result = telerag(command, tmp_path / "e.parquet", "-o", tmp_path / "out", "--workers", 2)
     assert result.exit_code == 2
-    assert "--workers is 2, and without Ray this process is the only one" in result.stderr
+    assert "--workers is 2" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -286,7 +277,7 @@ def test_ray_chooses_the_gpu(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n')
     result = telerag("embed", tmp_path / "c.jsonl", "-o", tmp_path / "e", "--ray", "--device", "cuda:1")
     assert result.exit_code == 2
-    assert "--device is cuda:1, and Ray gives each worker a GPU" in result.stderr
+    assert "--device is cuda:1" in result.stderr
 
 
 def test_a_running_cluster_is_joined_and_goes_on(cluster):
@@ -297,7 +288,7 @@ def test_a_running_cluster_is_joined_and_goes_on(cluster):
     )
     address = ray.get_runtime_context().gcs_address
     done = subprocess.run([sys.executable, "-c", code, address], capture_output=True, text=True, check=False)
-    assert done.stdout == "Cluster(nodes=1, cpus=2, gpus=0, local=False)\n", done.stderr
+    assert done.stdout == "Cluster(nodes=1, cpus=2, gpus=0, local=False, node_cpus=2)\n", done.stderr
     assert done.stderr == ""
     assert ray.get(ray.put(1)) == 1
 
@@ -317,7 +308,6 @@ def commands(cluster, tmp_path, monkeypatch):
         assert telerag(*arguments, "-o", "alone").exit_code == 0
         result = telerag(*arguments, "-o", "spread", "--ray", "--workers", 1)
         assert (result.exit_code, result.stdout) == (0, "spread\n"), result.stderr
-        assert "Ray runs 1 worker on this machine." in result.stderr
         return contents(tmp_path / "alone") == contents(tmp_path / "spread")
 
     return both

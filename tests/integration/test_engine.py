@@ -343,7 +343,7 @@ def test_a_run_file_resumes_after_a_torn_line_and_tries_failures_again(tmp_path)
         file.append({"id": "2", "answer": "b"})
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "3", "2"]
     path.write_text("not a run\n")
-    with pytest.raises(ArtifactError, match="no line of a run"):
+    with pytest.raises(ArtifactError, match="out.jsonl:1 "):
         RunFile(path, resume=True)
     assert path.read_text() == "not a run\n"
 

@@ -1,4 +1,4 @@
-"""Replicas: real Ray actors over the small world of the engine's tests, with a scripted LLM; they die, and nothing is lost."""
+"""Replicas: real Ray actors over the engine tests' small world, with a scripted LLM; they die, and nothing is lost."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 import threading
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 
 pytest.importorskip("ray")
 
 from animals import ANIMALS, World
+from expect import fails
 from telerag_cli.config import PipelineName, PlacementName, ScheduleName
-from telerag_cli.distributed.replicas import Opened, open_replicas, share_of
+from telerag_cli.distributed.replicas import open_replicas, share_of
 from telerag_cli.distributed.session import Cluster, joined
 from telerag_cli.engine.batch import Outputs, answer_all
 from telerag_cli.engine.questions import Question
@@ -48,7 +48,7 @@ class WorldRecipe:
         if self.index is None:
             raise ModelError("There is no world.", remedy="Make one.")
         engine = World.over(self.index).engine(script, token_s=self.token_s)
-        return Opened(Local(engine, self.at_once, make_pipeline(HYDE)), "host")
+        return Local(engine, self.at_once, make_pipeline(HYDE)), "host"
 
 
 class Lines:
@@ -159,19 +159,25 @@ def test_a_killed_replica_loses_nothing_and_doubles_nothing(replicas, scheduler_
 
 
 def test_what_cannot_be_opened_is_told(cluster):
-    with pytest.raises(ModelError, match="There is no world"), open_replicas(WorldRecipe(None), 3, cluster, 4):
+    with fails(ModelError, "world"), open_replicas(WorldRecipe(None), 3, cluster, 4):
         pass
 
 
-def test_the_share_of_a_replica():
-    count, share = share_of(Cluster(1, 2, 0, True), 2)
-    assert (count, share.cpus, share.gpus, share.threads, share.on_its_machine) == (2, 1.0, 0, 1, 2)
-    count, share = share_of(Cluster(1, 2, 0, True), 3)
-    assert (count, share.threads) == (3, 1)
-    assert np.isclose(share.cpus, 2 / 3, atol=1e-4)
-    assert 3 * share.cpus <= 2
-    count, share = share_of(Cluster(2, 32, 8, False), None)
-    assert (count, share.cpus, share.gpus, share.on_its_machine) == (8, 4.0, 1, 4)
-    assert share_of(Cluster(3, 12, 0, False), None)[0] == 3
-    with pytest.raises(UsageError, match="--replicas is 9 and the cluster has 8 GPUs"):
+@pytest.mark.parametrize(
+    ("cluster_has", "asked", "count", "cpus", "gpus", "beside"),
+    [
+        (Cluster(1, 2, 0, True), 2, 2, 1.0, 0, 2),
+        (Cluster(1, 2, 0, True), 3, 3, 0.6666, 0, 3),  # never more than there are, together
+        (Cluster(2, 32, 8, False), None, 8, 4.0, 1, 4),
+        (Cluster(3, 12, 0, False), None, 3, 4.0, 0, 1),
+    ],
+)
+def test_the_share_of_a_replica(cluster_has, asked, count, cpus, gpus, beside):
+    made, share = share_of(cluster_has, asked)
+    assert (made, share.cpus, share.gpus, share.on_its_machine) == (count, cpus, gpus, beside)
+    assert share.threads == max(1, int(cpus))
+
+
+def test_more_replicas_than_gpus_are_refused():
+    with fails(UsageError, "--replicas", 9, 8):
         share_of(Cluster(2, 32, 8, False), 9)

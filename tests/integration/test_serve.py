@@ -18,32 +18,51 @@ ANSWERS = {
     "Question: where do cats": "Cats number 3 live in place 8 and eat food 3. [1]",
     "Complete question:": "where do cats number 3 live exactly",
 }
+CHAT = "/v1/chat/completions"
+
+
+class Asking:
+    """A server and a client of it."""
+
+    def __init__(self, engine, running, client):
+        self.engine, self.running, self.client = engine, running, client
+        self.get = client.get
+
+    def post(self, body, path=CHAT, **how):
+        return self.client.post(path, json=body, **how)
+
+    def stream(self, body, path=CHAT):
+        return self.client.stream("POST", path, json=body | {"stream": True})
+
+    def streamed(self, body, path=CHAT):
+        """The JSON of a stream's events, and whether it ended as it should."""
+        with self.stream(body, path) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+        return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
 
 
 @pytest.fixture
-def client_of():
+def server(engine_of):
     @contextmanager
-    def made(running, **headers):
-        with httpx2.Client(base_url=running.url, timeout=10, headers=headers, trust_env=False) as client:
-            yield client
+    def started(script=ANSWERS, lookahead=Lookahead.REFINED, *, token_s=0.0, max_tokens=20, context=4096, **limits):
+        engine = engine_of(script, lookahead, token_s=token_s, max_tokens=max_tokens, context_tokens=context)
+        with (
+            serving(engine, **limits) as running,
+            httpx2.Client(base_url=running.url, timeout=10, trust_env=False) as client,
+        ):
+            yield Asking(engine, running, client)
 
-    return made
+    return started
 
 
 def ask(question="where do cats number 3 live", model="telerag-naive", **more):
     return {"model": model, "messages": [{"role": "user", "content": question}], **more}
 
 
-def events(response):
-    """The JSON of a stream's events, and whether it ended as it should."""
-    data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
-    return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
-
-
-def test_an_answer_carries_citations_passages_and_times(engine_of, client_of):
-    engine = engine_of(ANSWERS)
-    with serving(engine) as running, client_of(running) as client:
-        response = client.post("/v1/chat/completions", json=ask(model="telerag-hyde", telerag={"timeline": True}))
+def test_an_answer_carries_citations_passages_and_times(server):
+    with server() as made:
+        response = made.post(ask(model="telerag-hyde", telerag={"timeline": True}))
         assert response.status_code == 200, response.text
         body = response.json()
         assert body["object"] == "chat.completion"
@@ -57,24 +76,16 @@ def test_an_answer_carries_citations_passages_and_times(engine_of, client_of):
         assert {stage["name"] for stage in body["telerag"]["stages"]} == {"passage", "answer"}
         assert body["usage"]["total_tokens"] == body["usage"]["prompt_tokens"] + body["usage"]["completion_tokens"]
         assert {lane["kind"] for lane in body["telerag"]["timeline"]["lanes"]} >= {"llm", "scoring"}
-        running.idle()
-        line = running.line()
-        assert (line["path"], line["status"], line["outcome"], line["model"]) == (
-            "/v1/chat/completions",
-            200,
-            "done",
-            "telerag-hyde",
-        )
+        made.running.idle()
+        line = made.running.line()
+        assert (line["path"], line["status"], line["outcome"], line["model"]) == (CHAT, 200, "done", "telerag-hyde")
         assert line["request_id"] == response.headers["x-request-id"]
 
 
-def test_a_stream_is_the_same_answer_in_pieces(engine_of, client_of):
-    with serving(engine_of(ANSWERS, token_s=0.002)) as running, client_of(running) as client:
-        whole = client.post("/v1/chat/completions", json=ask(model="telerag-hyde")).json()
-        body = ask(model="telerag-hyde", stream=True, stream_options={"include_usage": True})
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            chunks, complete = events(response)
+def test_a_stream_is_the_same_answer_in_pieces(server):
+    with server(token_s=0.002) as made:
+        whole = made.post(ask(model="telerag-hyde")).json()
+        chunks, complete = made.streamed(ask(model="telerag-hyde", stream_options={"include_usage": True}))
         assert complete
         texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"]]
         assert len([text for text in texts if text]) > 3
@@ -87,11 +98,9 @@ def test_a_stream_is_the_same_answer_in_pieces(engine_of, client_of):
         assert all("telerag" not in chunk for chunk in chunks[:-2])
 
 
-def test_events_tell_what_goes_on(engine_of, client_of):
-    with serving(engine_of(ANSWERS, token_s=0.002)) as running, client_of(running) as client:
-        body = ask(model="telerag-hyde", stream=True, telerag={"events": True, "timeline": True})
-        with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            chunks, complete = events(response)
+def test_events_tell_what_goes_on(server):
+    with server(token_s=0.002) as made:
+        chunks, complete = made.streamed(ask(model="telerag-hyde", telerag={"events": True, "timeline": True}))
         told = [chunk["telerag"] for chunk in chunks if "telerag" in chunk]
         kinds = [each.get("event") for each in told]
         assert complete
@@ -101,100 +110,84 @@ def test_events_tell_what_goes_on(engine_of, client_of):
         assert told[-1]["timeline"]["total_s"] > 0
 
 
-def test_a_conversation_is_rewritten_with_its_history(engine_of, client_of):
-    engine = engine_of(ANSWERS)
-    with serving(engine) as running, client_of(running) as client:
-        messages = [
-            {"role": "system", "content": "Speak plainly."},
-            {"role": "user", "content": "tell me of cats number 3"},
-            {"role": "assistant", "content": "They live in place 8."},
-            {"role": "user", "content": "and where do they live"},
-        ]
-        body = client.post("/v1/chat/completions", json={"model": "telerag-naive", "messages": messages}).json()
+def test_a_conversation_is_rewritten_with_its_history(server):
+    messages = [
+        {"role": "system", "content": "Speak plainly."},
+        {"role": "user", "content": "tell me of cats number 3"},
+        {"role": "assistant", "content": "They live in place 8."},
+        {"role": "user", "content": "and where do they live"},
+    ]
+    with server() as made:
+        body = made.post({"model": "telerag-naive", "messages": messages}).json()
         assert body["telerag"]["standalone"] == "where do cats number 3 live exactly"
         assert body["telerag"]["question"] == "and where do they live"
-        rewriting, answering = engine.generator.requests
+        rewriting, answering = made.engine.generator.requests
         assert "They live in place 8." in rewriting.messages[-1].content
         assert answering.messages[0].content.endswith("Speak plainly.")
 
 
-def test_what_a_request_says_reaches_the_llm(engine_of, client_of):
-    engine = engine_of({"Question:": '{"place": 8} STOP more'})
+def test_what_a_request_says_reaches_the_llm(server):
     schema = {"type": "object", "properties": {"place": {"type": "integer"}}, "required": ["place"]}
-    with serving(engine) as running, client_of(running) as client:
-        body = client.post(
-            "/v1/chat/completions",
-            json=ask(
-                max_completion_tokens=7,
-                temperature=0.5,
-                top_p=0.9,
-                seed=3,
-                stop=[" STOP"],
-                response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
-            ),
-        ).json()
-        (request,) = engine.generator.requests
-        assert (request.max_tokens, request.temperature, request.top_p, request.seed, request.stop) == (
-            7,
-            0.5,
-            0.9,
-            3,
-            (" STOP",),
-        )
+    said = {"max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": [" STOP"]}
+    form = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    with server({"Question:": '{"place": 8} STOP more'}) as made:
+        body = made.post(ask(**said, response_format=form)).json()
+        (request,) = made.engine.generator.requests
+        reached = (request.max_tokens, request.temperature, request.top_p, request.seed, list(request.stop))
+        assert reached == tuple(said.values())
         assert request.shape.schema == schema
         assert json.dumps(schema) in request.messages[0].content
         assert body["choices"][0]["message"]["content"] == '{"place": 8}'
-        assert engine.config.max_tokens == 20  # the next request has the server's own again
+        assert made.engine.config.max_tokens == 20  # the next request has the server's own again
 
 
-def test_an_answer_takes_half_of_the_context_at_most(engine_of, client_of):
-    engine = engine_of(ANSWERS, context_tokens=400)
-    with serving(engine) as running, client_of(running) as client:
-        assert client.post("/v1/chat/completions", json=ask(max_tokens=10**9)).status_code == 200
-        assert engine.generator.requests[0].max_tokens == 200
+def test_an_answer_takes_half_of_the_context_at_most(server):
+    with server(context=400) as made:
+        assert made.post(ask(max_tokens=10**9)).status_code == 200
+        assert made.engine.generator.requests[0].max_tokens == 200
 
 
-def test_lookahead_is_chosen_for_each_request(engine_of, client_of):
-    with serving(engine_of(ANSWERS, token_s=0.003), at_once=1) as running, client_of(running) as client:
-        moved = {
-            mode: client.post(
-                "/v1/chat/completions", json=ask(model="telerag-hyde", telerag={"lookahead": mode})
-            ).json()["telerag"]
+def test_lookahead_is_chosen_for_each_request(server):
+    with server(token_s=0.003, at_once=1) as made:
+        off, refined = (
+            made.post(ask(model="telerag-hyde", telerag={"lookahead": mode})).json()["telerag"]
             for mode in ("off", "refined")
-        }
-        assert moved["off"]["lookahead"]["orders"] == 0
-        assert moved["refined"]["lookahead"]["orders"] >= 1
-        assert moved["off"]["passages"] == moved["refined"]["passages"]
+        )
+        assert off["lookahead"]["orders"] == 0
+        assert refined["lookahead"]["orders"] >= 1
+        assert off["passages"] == refined["passages"]
 
 
-def test_a_fresh_answer_finds_nothing_of_earlier_ones(engine_of, client_of):
-    with serving(engine_of(ANSWERS)) as running, client_of(running) as client:
-        found = []
-        for fresh in (False, False, True):
-            body = ask(telerag={"lookahead": "off", "fresh": fresh})
-            found.append(client.post("/v1/chat/completions", json=body).json()["telerag"])
+def test_a_fresh_answer_finds_nothing_of_earlier_ones(server):
+    with server() as made:
+        found = [
+            made.post(ask(telerag={"lookahead": "off", "fresh": fresh})).json()["telerag"]
+            for fresh in (False, False, True)
+        ]
         cold, warm, fresh = (each["lookahead"] for each in found)
         assert (cold["lists_hit"], fresh["lists_hit"]) == (0, 0)
         assert warm["lists_hit"] == cold["lists_wanted"]
         assert found[2]["passages"] == found[0]["passages"]
 
 
-def test_completions_answer_each_prompt(engine_of, client_of):
-    with (
-        serving(engine_of({"where do cats": "Cats. [1]", "what do bees": "Bees hum. [2]"}, token_s=0.002)) as running,
-        client_of(running) as client,
-    ):
-        prompts = {"model": "telerag-naive", "prompt": ["where do cats live", "what do bees eat"]}
-        whole = client.post("/v1/completions", json=prompts).json()
+def test_completions_answer_each_prompt(server):
+    prompts = {"model": "telerag-naive", "prompt": ["where do cats live", "what do bees eat"]}
+    with server({"where do cats": "Cats. [1]", "what do bees": "Bees hum. [2]"}, token_s=0.002) as made:
+        whole = made.post(prompts, "/v1/completions").json()
         assert [choice["text"] for choice in whole["choices"]] == ["Cats. [1]", "Bees hum. [2]"]
-        with client.stream("POST", "/v1/completions", json=prompts | {"stream": True}) as response:
-            chunks, complete = events(response)
+        chunks, complete = made.streamed(prompts, "/v1/completions")
         assert complete
         for index, choice in enumerate(whole["choices"]):
             pieces = [c["choices"][0]["text"] for c in chunks if c["choices"][0]["index"] == index]
             assert "".join(pieces) == choice["text"]
 
 
+def schema_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+OUTSIDE = schema_of({"type": "object", "$ref": "https://x.org"})
+JSON = {"type": "json_object"}
 WRONG = [
     (ask(model="gpt-4o"), 404, "model", "model_not_found"),
     (ask(question=""), 400, "messages.0.content", "invalid_value"),
@@ -203,145 +196,114 @@ WRONG = [
     (ask(temperature=3), 400, "temperature", "invalid_value"),
     (ask(question="where " * 5000), 400, "messages", "context_length_exceeded"),
     ({"model": "telerag-naive"}, 400, "messages", "missing_required_parameter"),
-    (
-        ask(model="telerag-flare", response_format={"type": "json_object"}),
-        400,
-        "response_format",
-        "unsupported_parameter",
-    ),
-    (
-        ask(
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "x", "schema": {"type": "object", "$ref": "https://x.org"}},
-            }
-        ),
-        400,
-        "response_format.json_schema.schema",
-        "invalid_json_schema",
-    ),
+    (ask(model="telerag-flare", response_format=JSON), 400, "response_format", "unsupported_parameter"),
+    (ask(response_format=OUTSIDE), 400, "response_format.json_schema.schema", "invalid_json_schema"),
 ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_errors_are_openais(engine_of, client_of, stream):
-    with serving(engine_of(ANSWERS)) as running, client_of(running) as client:
+def test_errors_are_openais(server, stream):
+    with server() as made:
         for body, status, param, code in WRONG:
-            response = client.post("/v1/chat/completions", json=body | {"stream": stream})
+            response = made.post(body | {"stream": stream})
             error = response.json()["error"]
             assert (response.status_code, error["param"], error["code"]) == (status, param, code), error
             assert set(error) == {"message", "type", "param", "code"}
-        running.idle()
+        made.running.idle()
 
 
-def test_an_error_of_the_engine_says_nothing_of_it(engine_of, client_of):
-    with serving(engine_of({})) as running, client_of(running) as client:  # the script has no answer
-        response = client.post("/v1/chat/completions", json=ask())
+def test_an_error_of_the_engine_says_nothing_of_it(server):
+    with server({}) as made:  # the script has no answer
+        response = made.post(ask())
         assert response.status_code == 500
-        error = response.json()["error"]
-        assert response.headers["x-request-id"] in error["message"]
+        assert response.headers["x-request-id"] in response.json()["error"]["message"]
         assert "script" not in response.text
-        assert "script" in running.line()["error"]
-        running.idle()
+        assert "script" in made.running.line()["error"]
+        made.running.idle()
 
 
-def test_an_error_in_a_stream_ends_it_without_done(engine_of, client_of):
-    script = {"Question:": Reply("Cats live here and there.", fails_after=3)}
-    with serving(engine_of(script, token_s=0.01)) as running, client_of(running) as client:
-        with client.stream("POST", "/v1/chat/completions", json=ask(stream=True)) as response:
-            assert response.status_code == 200
-            chunks, complete = events(response)
+def test_an_error_in_a_stream_ends_it_without_done(server):
+    with server({"Question:": Reply("Cats live here and there.", fails_after=3)}, token_s=0.01) as made:
+        chunks, complete = made.streamed(ask())
         assert not complete
         assert chunks[-1]["error"]["code"] == "internal_error"
-        running.idle()
+        made.running.idle()
 
 
-def test_who_leaves_frees_everything(engine_of, client_of):
+@pytest.mark.parametrize("model", ["telerag-naive", "telerag-hyde"])
+def test_who_leaves_frees_everything(server, model):
     script = {"answers the question": "word " * 400, "Question:": "word " * 400}
-    with serving(engine_of(script, token_s=0.01, max_tokens=400), at_once=1) as running, client_of(running) as client:
-        for model in ("telerag-naive", "telerag-hyde"):
-            with client.stream(
-                "POST", "/v1/chat/completions", json=ask(model=model, stream=True, telerag={"events": True})
-            ) as response:
-                next(response.iter_lines())
-            running.idle()
-            with pytest.raises(httpx2.ReadTimeout):
-                client.post("/v1/chat/completions", json=ask(model=model), timeout=0.2)
-            running.idle()
-        assert running.service.engine.generator.running == 0
+    with server(script, token_s=0.01, max_tokens=400, at_once=1) as made:
+        with made.stream(ask(model=model, telerag={"events": True})) as response:
+            next(response.iter_lines())
+        made.running.idle()
+        with pytest.raises(httpx2.ReadTimeout):
+            made.post(ask(model=model), timeout=0.2)
+        made.running.idle()
+        assert made.engine.generator.running == 0
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again(engine_of, client_of):
-    script = {"Question:": "word " * 30}
-    with (
-        serving(engine_of(script, token_s=0.015, max_tokens=50), at_once=1, queue=1) as running,
-        client_of(running) as client,
-    ):
-        others = [threading.Thread(target=lambda: client.post("/v1/chat/completions", json=ask())) for _ in range(2)]
+def test_a_full_queue_refuses_and_says_when_to_come_again(server):
+    with server({"Question:": "word " * 30}, token_s=0.015, max_tokens=50, at_once=1, queue=1) as made:
+        others = [threading.Thread(target=made.post, args=(ask(),)) for _ in range(2)]
         for other in others:
             other.start()
         deadline = time.monotonic() + 5
-        while running.service.state()["queue"]["waiting"] < 1:
+        while made.running.service.state()["queue"]["waiting"] < 1:
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        refused = client.post("/v1/chat/completions", json=ask())
+        refused = made.post(ask())
         assert refused.status_code == 503
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["code"] == "queue_full"
         for other in others:
             other.join()
-        assert client.post("/v1/chat/completions", json=ask()).status_code == 200
-        assert 'telerag_requests_rejected_total{reason="queue"} 1.0' in client.get("/metrics").text
+        assert made.post(ask()).status_code == 200
+        assert 'telerag_requests_rejected_total{reason="queue"} 1.0' in made.get("/metrics").text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_may_take_only_so_long(engine_of, client_of, stream):
-    script = {"answers the question": "word " * 400}
-    with (
-        serving(engine_of(script, token_s=0.01, max_tokens=400), request_s=0.3) as running,
-        client_of(running) as client,
-    ):
-        response = client.post("/v1/chat/completions", json=ask(model="telerag-hyde", stream=stream))
+def test_a_request_may_take_only_so_long(server, stream):
+    with server({"answers the question": "word " * 400}, token_s=0.01, max_tokens=400, request_s=0.3) as made:
+        response = made.post(ask(model="telerag-hyde", stream=stream))
         assert response.status_code == 504
         assert response.headers["x-should-retry"] == "false"
-        running.idle()
+        made.running.idle()
 
 
-def test_while_loading_it_is_there_but_not_ready(engine_of, client_of):
-    with serving(engine_of(ANSWERS), is_open=False) as running, client_of(running) as client:
-        assert client.get("/health").status_code == 200
-        assert client.get("/ready").status_code == 503
-        refused = client.post("/v1/chat/completions", json=ask())
+def test_while_loading_it_is_there_but_not_ready(server):
+    with server(is_open=False) as made:
+        assert made.get("/health").status_code == 200
+        assert made.get("/ready").status_code == 503
+        refused = made.post(ask())
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
         assert int(refused.headers["retry-after"]) > 0
-        assert client.get("/telerag/state").json()["status"] == "loading"
-        assert client.get("/metrics").status_code == 200
+        assert made.get("/telerag/state").json()["status"] == "loading"
+        assert made.get("/metrics").status_code == 200
 
 
-def test_a_server_that_is_to_stop_ends_what_it_began(engine_of, client_of):
-    script = {"Question:": "word " * 30}
-    with serving(engine_of(script, token_s=0.02, max_tokens=50)) as running, client_of(running) as client:
-        with client.stream("POST", "/v1/chat/completions", json=ask(stream=True)) as response:
-            lines = response.iter_lines()
-            next(lines)
-            running.service.draining = True
-            running.server.should_exit = True
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
+def test_a_server_that_is_to_stop_ends_what_it_began(server):
+    with server({"Question:": "word " * 30}, token_s=0.02, max_tokens=50) as made, made.stream(ask()) as response:
+        lines = response.iter_lines()
+        next(lines)
+        made.running.service.draining = True
+        made.running.server.should_exit = True
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
 
 
-def test_the_key_is_asked_for_everywhere_but_at_the_door(engine_of, client_of):
-    with serving(engine_of(ANSWERS), key="secret") as running, client_of(running) as client:
+def test_the_key_is_asked_for_everywhere_but_at_the_door(server):
+    with server(key="secret") as made:
         for path in ("/v1/models", "/metrics", "/openapi.json", "/telerag/state"):
-            assert client.get(path).status_code == 401, path
+            assert made.get(path).status_code == 401, path
         for path in ("/", "/docs", "/health", "/ready"):
-            assert client.get(path).status_code == 200, path
-        with client_of(running, authorization="Bearer secret") as known:
-            assert known.get("/v1/models").status_code == 200
-            assert known.post("/v1/chat/completions", json=ask()).status_code == 200
+            assert made.get(path).status_code == 200, path
+        key = {"authorization": "Bearer secret"}
+        assert made.get("/v1/models", headers=key).status_code == 200
+        assert made.post(ask(), headers=key).status_code == 200
 
 
-def test_answers_are_not_crossed(engine_of):
+def test_answers_are_not_crossed(server):
     animals = ["cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows"]
     script = {f"Question: where do {animal}": f"{animal} live there." for animal in animals}
 
@@ -350,25 +312,23 @@ def test_answers_are_not_crossed(engine_of):
 
             async def one(animal):
                 body = ask(f"where do {animal} number 1 live", model=f"telerag-{'hyde' if animal < 'c' else 'naive'}")
-                response = await client.post("/v1/chat/completions", json=body)
-                return animal, response.json()
+                return animal, (await client.post(CHAT, json=body)).json()
 
-            return await asyncio.gather(*(one(animal) for animal in animals * 3))
+            return await asyncio.gather(*map(one, animals * 3))
 
     script["answers the question"] = "somewhere"
-    with serving(engine_of(script, token_s=0.001), at_once=3, queue=64) as running:
-        for animal, body in asyncio.run(all_at_once(running.url)):
+    with server(script, token_s=0.001, at_once=3, queue=64) as made:
+        for animal, body in asyncio.run(all_at_once(made.running.url)):
             assert body["choices"][0]["message"]["content"] == f"{animal} live there."
             assert animal in body["telerag"]["question"]
-        running.idle()
+        made.running.idle()
 
 
-def test_models_are_the_pipelines_and_the_embedder(engine_of, client_of):
-    with serving(engine_of(ANSWERS, Lookahead.OFF)) as running, client_of(running) as client:
-        names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+def test_models_are_the_pipelines_and_the_embedder(server):
+    with server(lookahead=Lookahead.OFF) as made:
+        names = [model["id"] for model in made.get("/v1/models").json()["data"]]
         assert "telerag-naive" in names
         assert len(names) == 8
-        assert client.get("/v1/models/telerag-hyde").json()["id"] == "telerag-hyde"
-        assert client.get("/v1/models/other").status_code == 404
-        assert client.get("/nowhere").json()["error"]["type"] == "not_found_error"
-        assert client.delete("/v1/models").status_code == 405
+        assert made.get("/v1/models/telerag-hyde").json()["id"] == "telerag-hyde"
+        assert made.get("/v1/models/other").status_code == 404
+        assert made.get("/nowhere").json()["error"]["type"] == "not_found_error"

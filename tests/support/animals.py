@@ -68,6 +68,7 @@ class World:
         arena=0.5,
         max_tokens=20,
         link=None,
+        embedder=None,
     ):
         coarse = Coarse(self.index.centroids, Metric.IP)
         chosen = {"transport": link} if link else {}
@@ -76,7 +77,7 @@ class World:
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)
         config = EngineConfig(index=self.index.paths.root, k=3, nprobe=4, lookahead=lookahead, max_tokens=max_tokens)
-        engine = Engine(generator, WordHashes(), retriever, passages, config, tracer=tracer)
+        engine = Engine(generator, embedder or WordHashes(), retriever, passages, config, tracer=tracer)
         self.opened.append(engine)
         return engine
 

@@ -11,10 +11,11 @@ from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.statistics import mean_ratio, pairs_of, ratio, short, summary
 from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.bench.systems import Harness, System
+from telerag_cli.config import ScheduleConfig
 from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import Answered
 from telerag_cli.engine.questions import Question
-from telerag_cli.engine.scheduler import Schedule, Scheduler, fitted
+from telerag_cli.engine.scheduler import Scheduler, scheduled
 from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
@@ -114,9 +115,9 @@ async def _turn(rig: Harness, system: System, work: Work) -> Turn:
         asked = [system.engine.aask(question, pipeline=work.pipeline) for question in work.questions]
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
     else:
-        tier, nprobe = system.engine.retriever.tier, system.engine.nprobe
-        wish = Schedule(system.schedule, batch_size=len(work.questions))
-        schedule = fitted(wish, None, work.at_once, tier.arena_bytes, tier.list_bytes, nprobe)
+        retriever, nprobe = system.engine.retriever, system.engine.nprobe
+        wish = ScheduleConfig(schedule=system.schedule, batch_size=len(work.questions))
+        schedule = scheduled(wish, work.at_once, retriever.tier.arena_bytes, retriever.index, nprobe)
         worker = Local(system.engine, work.at_once, work.pipeline)
         outcomes = await outcomes_of([worker], Scheduler.over(system.engine, schedule), work.questions)
     turn = turn_of(system.name, work, outcomes, time.perf_counter() - began_s, left)

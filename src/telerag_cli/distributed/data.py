@@ -17,7 +17,7 @@ R = TypeVar("R")
 UNDER_WAY = 2
 """Items that a worker has at once: the one it works on and the next."""
 MAX_TRIES = 4
-"""Of an item: without a bound Ray would begin again for ever what kills its worker each time, as too little memory does."""
+"""Of an item: without a bound Ray would restart for ever what kills its worker each time, as too little memory does."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Pool:
             threads: of a worker, whatever it takes; None: as many as it has CPUs.
         """
         total = cluster.gpus if gpus else 0
-        each = min(threads or 1, _fewest_cpus())
+        each = min(threads or 1, cluster.node_cpus)
         count = workers or total or max(1, cluster.cpus // each)
         cpus = cluster.cpus / count
         if cluster.local and threads is None:
@@ -139,13 +139,3 @@ def _least_busy(workers: int, coming: Iterable[tuple[Any, int]]) -> int:
     done = set(ray.wait(references, num_returns=len(references), timeout=0)[0]) if references else set()
     busy = [number for reference, number in coming if reference not in done]
     return min(range(workers), key=busy.count)
-
-
-def _fewest_cpus() -> int:
-    """CPUs of the smallest machine that has any: a worker that needs more might be placed nowhere, and be waited for."""
-    import ray
-
-    return min(
-        (int(cpus) for node in ray.nodes() if node["Alive"] and (cpus := node["Resources"].get("CPU", 0)) >= 1),
-        default=1,
-    )

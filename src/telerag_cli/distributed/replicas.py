@@ -1,8 +1,7 @@
 """Replicas as Ray actors: each an LLM with an embedder and an arena of its own, on one machine or on many.
 
-Ray starts them, places them, begins a dead one again and has it do again what it was doing; what a replica answered
-comes back once. The process that starts them holds an index's centroids and an embedder, to schedule, and no LLM and no
-lists.
+Ray starts and places them, restarts one that died and has it do again what it was doing; each answer comes once. The
+process that starts them holds an index's centroids and an embedder, to schedule, and no LLM and no lists.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,7 +28,7 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 
 RETRIES = 1
-"""Times that a question is asked again because its replica died: one that dies of it would otherwise die for ever."""
+"""Times that a question is asked again because its replica died; without a bound one could kill it for ever."""
 CALLS_BESIDE = 8
 """Calls that a replica takes beside the questions under way."""
 
@@ -49,14 +48,6 @@ class Share:
         return max(1, int(self.cpus))
 
 
-@dataclass(frozen=True)
-class Opened:
-    """What a replica has opened."""
-
-    worker: Local
-    tier: str
-
-
 class Opens(Protocol):
     """What a replica is made from. It travels to where the replica is."""
 
@@ -64,8 +55,8 @@ class Opens(Protocol):
     def at_once(self) -> int | None:
         """Questions that a replica answers at once, if that is known."""
 
-    def open(self, share: Share) -> Opened:
-        """Take the memory and be ready.
+    def open(self, share: Share) -> tuple[Local, str]:
+        """Take the memory and be ready; returns the worker and the name of its tier.
 
         Raises:
             TeleragError: a part cannot be opened.
@@ -83,7 +74,7 @@ class Recipe:
         """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
         return self.config.concurrency
 
-    def open(self, share: Share) -> Opened:
+    def open(self, share: Share) -> tuple[Local, str]:
         """See `Opens`."""
         import faiss
         import torch
@@ -94,7 +85,7 @@ class Recipe:
             self.config, index=self.config.index.absolute(), threads=self.config.threads or share.threads, profile=NONE
         )
         engine = Engine.open(config, sharers=share.on_its_machine)
-        return Opened(Local(engine, engine.concurrency, engine.pipeline), engine.tier_name)
+        return Local(engine, engine.concurrency, engine.pipeline), engine.tier_name
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ def share_of(cluster: Cluster, replicas: int | None) -> tuple[int, Share]:
 class Replica:
     """The actor: a `Local` in a process of its own.
 
-    It opens what it needs with its first call, so that what goes wrong then is told like any other error.
+    It opens what it needs with its first call, so that what goes wrong then is raised like any other error.
     """
 
     def __init__(self, recipe: Opens, share: Share) -> None:
@@ -143,24 +134,24 @@ class Replica:
         self._batches: WeakValueDictionary[int, MicroBatch] = WeakValueDictionary()
         """Those that have members here."""
 
+    @cached_property
+    def _opened(self) -> tuple[Local, str]:
+        return self._recipe.open(self._share)
+
     async def open(self) -> About:
         """Be ready."""
-        worker, tier = self._opened.worker, self._opened.worker.engine.retriever.tier
-        host = socket.gethostname()
-        return About(host, os.getpid(), worker.at_once, tier.arena_bytes, self._opened.tier, tuple(tier.notes))
+        worker, name = self._opened
+        tier = worker.engine.retriever.tier
+        return About(socket.gethostname(), os.getpid(), worker.at_once, tier.arena_bytes, name, tuple(tier.notes))
 
     async def answer(
         self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
     ) -> tuple[Answered, bytes]:
         """Answer one question of the micro-batch of this number; also return the residency as bits."""
-        worker = self._opened.worker
+        worker, _name = self._opened
         batch = self._batches.setdefault(number, MicroBatch(questions, vectors, number))
         answered = await worker.answer(batch, place)
         return answered, np.packbits(worker.resident()).tobytes()
-
-    @cached_property
-    def _opened(self) -> Opened:
-        return self._recipe.open(self._share)
 
 
 class Remote:
@@ -176,7 +167,7 @@ class Remote:
         """See `Worker`."""
         with unwrapped():
             answered, bits = await self._actor.answer.remote(batch.number, batch.questions, batch.vectors, place)
-        # As of the last answer, so it is stale by what has moved since: a round at most.
+        # As of the last answer, so it is stale by what has moved since: one lookahead at most.
         self._resident = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._resident)).astype(np.bool_)
         return answered  # type: ignore[no-any-return]
 
@@ -185,12 +176,12 @@ class Remote:
         return self._resident
 
     def pid(self) -> int:
-        """Of its process now: one that died was begun again as another.
+        """Of its process now: one that died was restarted as another.
 
         Raises:
             TeleragError: it cannot be opened any more.
         """
-        about: About = _get([self._actor.open.remote()])[0]
+        about: About = _get(self._actor.open.remote())
         return about.pid
 
 
@@ -215,68 +206,47 @@ def open_replicas(
         UsageError: there cannot be so many.
         TeleragError: one cannot be opened.
     """
-    count, share = share_of(cluster, replicas)
-    actors = _start(recipe, count, share)
-    try:
-        yield [Remote(actor, about, nlist) for actor, about in zip(actors, _ready(actors, opening), strict=True)]
-    finally:
-        _end(actors)
-
-
-def _start(recipe: Opens, count: int, share: Share) -> list[Any]:
     import ray
 
-    calls = CALLS_BESIDE + (recipe.at_once or 4 * CALLS_BESIDE)
+    count, share = share_of(cluster, replicas)
     actor = ray.remote(Replica).options(
         num_cpus=share.cpus,
         num_gpus=share.gpus,
         max_restarts=-1,
         max_task_retries=RETRIES,
-        max_concurrency=calls,
+        max_concurrency=CALLS_BESIDE + (recipe.at_once or 4 * CALLS_BESIDE),
         scheduling_strategy="SPREAD",
     )
-    return [actor.remote(recipe, share) for _ in range(count)]
+    actors = [actor.remote(recipe, share) for _ in range(count)]
+    try:
+        coming = [each.open.remote() for each in actors]
+        left = list(coming)
+        while left:
+            (ready,), left = ray.wait(left)
+            _get(ready)
+            opening(1)
+        yield [Remote(each, _get(about), nlist) for each, about in zip(actors, coming, strict=True)]
+    finally:
+        # Of a cluster that lives on, too: an actor lives as long as somebody may call it.
+        for each in actors:
+            with contextlib.suppress(Exception):  # it is dead, or Ray is
+                ray.kill(each)
 
 
-def _ready(actors: Sequence[Any], opening: Callable[[int], None]) -> list[About]:
-    import ray
-
-    coming = [actor.open.remote() for actor in actors]
-    left = list(coming)
-    while left:
-        done, left = ray.wait(left)
-        _get(done)
-        opening(len(done))
-    return _get(coming)
-
-
-def _get(references: Sequence[Any]) -> list[Any]:
-    """Their values; raises the error itself where there is one."""
+def _get(reference: Any) -> Any:
+    """Its value; raises the error itself if there is one."""
     import ray
 
     with unwrapped():
-        values: list[Any] = ray.get(list(references))
-    return values
-
-
-def _end(actors: Sequence[Any]) -> None:
-    """Of a cluster that lives on, too: an actor lives as long as somebody may call it."""
-    import ray
-
-    for actor in actors:
-        with contextlib.suppress(Exception):  # it is dead, or Ray is
-            ray.kill(actor)
+        return ray.get(reference)
 
 
 def check_memory(index: Index, config: TierConfig, replicas: int, free_bytes: int) -> None:
-    """Refuse arenas that this machine's memory does not hold together.
-
-    Raises:
-        ResourceError: they are larger.
-    """
+    """Refuse arenas that this machine's memory does not hold together; raises ResourceError."""
     tier = plan_tier(index, config)
     if tier.gpu is None and replicas * tier.ram_bytes > free_bytes:
+        arenas, free = format_bytes(tier.ram_bytes), format_bytes(free_bytes)
         raise ResourceError(
-            f"{replicas} arenas of {format_bytes(tier.ram_bytes)} do not fit: {format_bytes(free_bytes)} of memory are free.",
+            f"{replicas} arenas of {arenas} do not fit: {free} of memory are free.",
             remedy="Choose a smaller --fast-memory, or fewer --replicas.",
         )

@@ -1,8 +1,8 @@
 """Being part of a Ray cluster for a while: one of this process's own on this machine, or one that is there already.
 
-Ray is left as it was found: what it changes in this process (the SIGTERM handler, the excepthook, the environment) is
-put back, and what was started here is gone afterwards, its folder of logs and sockets too. A process that is killed
-takes it along within seconds: Ray's daemons watch the process that started them.
+What Ray changes in this process (SIGTERM's handler, the excepthook, the environment) is put back, and what was started
+here is gone afterwards, its folder of logs and sockets too. If this process is killed it ends within seconds: Ray's
+daemons watch the process that started them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_TEMPORARY = 16
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told that Ray is used
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers run in the environment they find, not in one made for them
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning, and workers without a GPU that cannot look for one
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning, and workers that see no GPU
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what concerns a caller comes as an exception too
     "RAY_worker_niceness": "0",  # what runs in a worker is the work itself
     "RAY_py_gcs_connect_timeout_s": str(CONNECT_S),
@@ -51,6 +51,8 @@ class Cluster:
     gpus: int
     local: bool
     """It was started here, and ends here."""
+    node_cpus: int = 1
+    """CPUs of the smallest machine that has any: a worker that needs more might never be placed."""
 
 
 @contextlib.contextmanager
@@ -60,11 +62,11 @@ def joined(address: str | None = None, *, cpus: int | None = None) -> Iterator[C
     Args:
         address: of a cluster that is running (``auto`` for this machine's, or ``host:port``); None: one is started on
             this machine, whatever else runs on it, and ended with the block.
-        cpus: how many a Ray started here believes to have; None: those of the machine.
+        cpus: of a Ray started here; None: those of the machine.
 
     Raises:
         ResourceError: Ray is not installed, cannot be started, or there is no cluster at ``address``.
-        UsageError: ``address`` is none.
+        UsageError: ``address`` is not an address.
     """
     if address is not None:
         _check(address)
@@ -72,25 +74,18 @@ def joined(address: str | None = None, *, cpus: int | None = None) -> Iterator[C
         ray = _ray()
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         if address is None:
-            folder = ended.enter_context(_folder())
-            options |= {
-                "address": "local",
-                "num_cpus": cpus,
-                "include_dashboard": False,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "_temp_dir": folder,
-            }
-        else:
-            options |= {"address": address}
+            options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+            options["_temp_dir"] = ended.enter_context(_folder())
         ended.callback(ray.shutdown)  # also what was begun when it failed
         try:
-            with _own_signals(), _muted():
-                ray.init(**options)
+            with _starting():
+                ray.init(address or "local", **options)
         except Exception as error:  # Ray has a dozen ways to say it
             raise _refused(address, error) from error
         total = ray.cluster_resources()
-        nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-        yield Cluster(nodes, int(total.get("CPU", 0)), int(total.get("GPU", 0)), address is None)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        smallest = min((int(cpus) for node in nodes if (cpus := node.get("CPU", 0)) >= 1), default=1)
+        yield Cluster(len(nodes), int(total.get("CPU", 0)), int(total.get("GPU", 0)), address is None, smallest)
 
 
 def cause(error: Exception) -> Exception:
@@ -149,15 +144,15 @@ def _check(address: str) -> None:
 
 
 def _refused(address: str | None, error: BaseException) -> ResourceError:
-    if address is None:
-        return ResourceError(
-            f"Ray could not be started on this machine: {_first_sentence(error)}.",
-            remedy="Leave out --ray, or join a cluster with --ray-address.",
+    what, remedy = (
+        ("Ray could not be started on this machine", "Leave out --ray, or join a cluster with --ray-address.")
+        if address is None
+        else (
+            f"There is no Ray cluster to join at {address}",
+            "Start one with ray start --head, or leave out --ray-address.",
         )
-    return ResourceError(
-        f"There is no Ray cluster to join at {address}: {_first_sentence(error)}.",
-        remedy="Start one with ray start --head, or leave out --ray-address.",
     )
+    return ResourceError(f"{what}: {_first_sentence(error)}.", remedy=remedy)
 
 
 def _first_sentence(error: BaseException) -> str:
@@ -188,23 +183,13 @@ def _as_it_was() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """SIGTERM does afterwards what it did before: Ray would turn it into an exception, at any line of ours."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _starting() -> Iterator[None]:
+    """Drop what Ray's native code writes to stderr while it starts, and keep the handler of SIGTERM.
 
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Drop what Ray's native code says while it starts: it tells us, among other things, that it was told to be quiet."""
+    Ray's own handler would raise an exception, at any line of ours.
+    """
     sys.stderr.flush()
-    saved = os.dup(2)
+    handler, saved = signal.getsignal(signal.SIGTERM), os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     os.close(nowhere)
@@ -213,6 +198,8 @@ def _muted() -> Iterator[None]:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextlib.contextmanager

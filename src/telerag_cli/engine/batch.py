@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from telerag_cli.engine.admission import AdmissionQueue, Permit
@@ -22,44 +23,40 @@ Write = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Summary:
-    """What a run came to; seconds are sums over the questions answered, save ``wall_s``."""
+    """What a run came to, summed over the questions answered."""
 
     asked: int = 0
     failed: int = 0
     skipped: int = 0
     wall_s: float = 0.0
-    total_s: float = 0.0
-    llm_s: float = 0.0
-    retrieval_s: float = 0.0
-    lists_hit: int = 0
-    lists_wanted: int = 0
-    lists_failed: int = 0
-    passages_dropped: int = 0
+    dropped_passages: int = 0
+    timings: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    joins: Counter[str] = field(default_factory=Counter)
 
     def add(self, answered: Answered) -> None:
         """Count an answer."""
-        self.total_s += answered.timings["total_s"]
-        self.llm_s += answered.timings.get("llm_s", 0.0)
-        self.retrieval_s += answered.timings.get("retrieval_s", 0.0)
-        self.lists_hit += sum(join.lists_hit for join in answered.joins)
-        self.lists_wanted += sum(join.lists_wanted for join in answered.joins)
-        self.lists_failed += sum(join.lists_failed for join in answered.joins)
-        self.passages_dropped += answered.dropped_passages
+        for name, seconds in answered.timings.items():
+            self.timings[name] += seconds
+        for join in answered.joins:
+            self.joins.update(join.counts())
+        self.dropped_passages += answered.dropped_passages
 
     def lines(self) -> list[str]:
         """In words, for the person who waited."""
         words = []
-        count = self.asked - self.failed
-        if count:
+        if count := self.asked - self.failed:
+            mean_s = {name: seconds / count for name, seconds in self.timings.items()}
+            wanted = self.joins["lists_wanted"]
             words.append(
-                f"{count} answered in {self.wall_s:.1f} s ({count / self.wall_s:.2f} a second): mean {self.total_s / count:.2f} s, of "
-                f"which LLM {self.llm_s / count:.2f} s and retrieval {self.retrieval_s / count:.3f} s; "
-                f"{self.lists_hit / max(self.lists_wanted, 1):.0%} of {self.lists_wanted:,} probed lists were in fast memory."
+                f"{count} answered in {self.wall_s:.1f} s ({count / self.wall_s:.2f} a second): "
+                f"mean {mean_s['total_s']:.2f} s, of which LLM {mean_s.get('llm_s', 0.0):.2f} s "
+                f"and retrieval {mean_s.get('retrieval_s', 0.0):.3f} s; "
+                f"{self.joins['lists_hit'] / max(wanted, 1):.0%} of {wanted:,} probed lists were in fast memory."
             )
-        if self.lists_failed:
-            words.append(JoinReport.failures(self.lists_failed))
-        if self.passages_dropped:
-            words.append(f"{self.passages_dropped} passages did not fit the context and were left out.")
+        if self.joins["lists_failed"]:
+            words.append(JoinReport.failures(self.joins["lists_failed"]))
+        if self.dropped_passages:
+            words.append(f"{self.dropped_passages} passages did not fit the context and were left out.")
         if self.failed:
             words.append(f"{self.failed} failed; their lines say why.")
         if self.skipped:
@@ -129,7 +126,7 @@ def answer_all(
                 yield question
 
     started_s = time.perf_counter()
-    asyncio.run(answer_each(workers, scheduler, wanted(), InOrder(take) if ordered else take))
+    asyncio.run(answer_each(workers, scheduler, wanted(), in_order(take) if ordered else take))
     summary.wall_s = time.perf_counter() - started_s
     return summary
 
@@ -177,17 +174,16 @@ async def answer_each(
         await queue.close()
 
 
-class InOrder:
+def in_order(take: Take) -> Take:
     """A `Take` that keeps outcomes back until all before them are known."""
+    kept: dict[int, tuple[Question, Outcome]] = {}
+    place = 0
 
-    def __init__(self, take: Take) -> None:
-        self._take = take
-        self._next = 0
-        self._kept: dict[int, tuple[Question, Outcome]] = {}
+    def takein_order(number: int, question: Question, outcome: Outcome) -> None:
+        nonlocal place
+        kept[number] = question, outcome
+        while place in kept:
+            take(place, *kept.pop(place))
+            place += 1
 
-    def __call__(self, place: int, question: Question, outcome: Outcome) -> None:
-        """See `Take`."""
-        self._kept[place] = question, outcome
-        while self._next in self._kept:
-            self._take(self._next, *self._kept.pop(self._next))
-            self._next += 1
+    return takein_order

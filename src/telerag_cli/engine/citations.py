@@ -28,7 +28,7 @@ class Citation(TypedDict):
 
 
 def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
-    """Markers like ``[2]`` that name a passage; for a sentence without one, the passage that holds most of its words."""
+    """Markers like ``[2]`` that name a passage; for a sentence without one, the passage with most of its words."""
     words = [set(_WORD.findall(hit.passage.embedded_text.lower())) for hit in found]
     citations: list[Citation] = []
     for start, end in (match.span() for match in _SENTENCE.finditer(answer)):

@@ -314,7 +314,7 @@ class Engine:
             questions: read as they are needed, in a thread.
             schedule: which of them run together.
         """
-        from telerag_cli.engine.batch import InOrder, answer_each
+        from telerag_cli.engine.batch import answer_each, in_order
         from telerag_cli.engine.questions import Question
         from telerag_cli.engine.scheduler import Scheduler, scheduled
         from telerag_cli.engine.workers import Local
@@ -328,7 +328,7 @@ class Engine:
                 [Local(self, self.concurrency, self.pipeline)],
                 Scheduler.over(self, fitting),
                 asked,
-                InOrder(lambda _place, _question, outcome: results.put_nowait(outcome)),
+                in_order(lambda _place, _question, outcome: results.put_nowait(outcome)),
             )
         )
         answering.add_done_callback(lambda _task: results.put_nowait(None))

@@ -7,8 +7,8 @@ import numpy as np
 from telerag_cli.arrays import DoubleArray, FloatArray, IntArray
 
 FADING = 0.65
-"""What sharing with the micro-batch before is worth, as a share of what sharing within one is; with the one before that, the
-square of it, and so on. Source: docs/scheduling.md; little changes from 0.5 to 0.8."""
+"""What sharing with the previous micro-batch is worth, as a share of sharing within one; with the one before that, its
+square, and so on. Source: docs/scheduling.md; little changes from 0.5 to 0.8."""
 HORIZON = 4
 """Micro-batches to either side that count when queries change places; fading leaves little beyond."""
 TOGETHER = 64
@@ -89,7 +89,7 @@ def _cosines(vectors: FloatArray) -> FloatArray:
 
 
 def _walk(near: FloatArray, ran: int, size: int) -> IntArray:
-    """An order of the queries from place ``ran`` on, which are numbered from 0; those before ran already, the oldest first."""
+    """An order of the queries from place ``ran`` on, numbered from 0; those before ran already, oldest first."""
     count = len(near) - ran
     if ran:
         age = 1 + (ran - 1 - np.arange(ran)) // size

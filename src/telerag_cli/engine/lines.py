@@ -1,4 +1,4 @@
-"""Output lines of a run: one JSON object a question, in OpenAI's Batch form where the input was."""
+"""Output lines of a run: one JSON object per question, in OpenAI's Batch form where the input was."""
 
 from __future__ import annotations
 
@@ -6,40 +6,47 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from telerag_cli.config import model_name
 from telerag_cli.engine.engine import Answered
-from telerag_cli.engine.forecast import Prediction
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
-from telerag_cli.files import wrap_os_error
-from telerag_cli.planning.planner import ExpectedText
+from telerag_cli.files import wrap_os_error, writing
 from telerag_cli.retrieval.report import JoinReport
 
 
 def answer_line(question: Question, answered: Answered) -> dict[str, Any]:
     """The line for an answered question. Times are seconds, rounded to a microsecond."""
-    body = {"answer": answered.answer, **answer_body(answered)}
+    body = answer_body(answered)
     if question.batch is None:
-        return {"id": question.id, "question": question.text, **body}
-    return _batch_line(question, answered, body)
+        return {"id": question.id, "question": question.text, "answer": answered.answer, **body}
+    message = {"role": "assistant", "content": answered.answer}
+    completion = {
+        "id": f"chatcmpl-{question.id}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": question.batch.get("model") or model_name(answered.pipeline),
+        "choices": [{"index": 0, "message": message, "finish_reason": answered.finish_reason}],
+        "usage": usage(answered),
+        "telerag": body,
+    }
+    response = {"status_code": 200, "request_id": f"req_{question.id}", "body": completion}
+    return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
 
 
 def answer_body(answered: Answered) -> dict[str, Any]:
     """How an answer came about, beside its text."""
+    joins = Counter(dict.fromkeys(JoinReport.count_names(), 0))
+    for join in answered.joins:
+        joins.update(join.counts())
     return {
         "passages": [
-            {
-                "rank": rank,
-                "id": hit.passage.id,
-                "score": hit.score,
-                "text": hit.passage.text,
-                "metadata": hit.passage.metadata,
-            }
+            {"rank": rank, "id": hit.passage.id, "score": hit.score, **_picked(hit.passage, "text", "metadata")}
             for rank, hit in enumerate(answered.found, 1)
         ],
         "citations": answered.citations,
@@ -48,21 +55,16 @@ def answer_body(answered: Answered) -> dict[str, Any]:
         "stages": [
             {
                 "name": stage.name,
-                "text": stage.generation.text,
-                "finish_reason": stage.generation.finish_reason,
-                "prompt_tokens": stage.generation.prompt_tokens,
-                "cached_tokens": stage.generation.cached_tokens,
-                "completion_tokens": stage.generation.completion_tokens,
-                "queue_s": round(stage.generation.queue_s, 6),
-                "prefill_s": round(stage.generation.prefill_s, 6),
-                "decode_s": round(stage.generation.decode_s, 6),
-                **({"expected": _rounded(stage.expected)} if stage.expected else {}),
+                **_picked(stage.generation, "text", "finish_reason"),
+                **_picked(stage.generation, "prompt_tokens", "cached_tokens", "completion_tokens"),
+                **_picked(stage.generation, "queue_s", "prefill_s", "decode_s"),
+                **({"expected": asdict(stage.expected, dict_factory=_rounded)} if stage.expected else {}),
             }
             for stage in answered.stages
         ],
-        "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
-        "lookahead": {"mode": answered.lookahead.value} | _sum(answered.joins),
-        "plan": [_rounded(plan) for plan in answered.plans],
+        "timings": _rounded(answered.timings.items()),
+        "lookahead": {"mode": answered.lookahead.value, **joins},
+        "plan": [asdict(plan, dict_factory=_rounded) for plan in answered.plans],
         "dropped_passages": answered.dropped_passages,
     }
 
@@ -76,15 +78,10 @@ def usage(answered: Answered) -> dict[str, int]:
 
 def error_line(question: Question, message: str) -> dict[str, Any]:
     """The line for a question that could not be answered."""
-    error = {"message": message}
     if question.batch is None:
-        return {"id": question.id, "question": question.text, "error": error}
-    return {
-        "id": f"batch_req_{question.id}",
-        "custom_id": question.id,
-        "response": None,
-        "error": {"code": "failed", **error},
-    }
+        return {"id": question.id, "question": question.text, "error": {"message": message}}
+    error = {"code": "failed", "message": message}
+    return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": None, "error": error}
 
 
 def trace_line(question: Question, answered: Answered) -> dict[str, Any]:
@@ -97,13 +94,11 @@ def trace_line(question: Question, answered: Answered) -> dict[str, Any]:
         "generations": [
             {
                 "stage": stage.name,
-                "messages": [{"role": turn.role, "content": turn.content} for turn in stage.request.messages],
+                "messages": [_picked(turn, "role", "content") for turn in stage.request.messages],
                 "max_tokens": stage.request.max_tokens,
-                "text": stage.generation.text,
-                "finish_reason": stage.generation.finish_reason,
-                "stopped_by": stage.generation.stopped_by,
-                "prompt_tokens": stage.generation.prompt_tokens,
-                "completion_tokens": stage.generation.completion_tokens,
+                **_picked(
+                    stage.generation, "text", "finish_reason", "stopped_by", "prompt_tokens", "completion_tokens"
+                ),
                 "tokens": [[token.start, token.end, token.logprob] for token in stage.generation.tokens],
                 "took_s": round(stage.took_s, 6),
             }
@@ -116,48 +111,20 @@ def trace_line(question: Question, answered: Answered) -> dict[str, Any]:
             }
             for retrieval in answered.retrievals
         ],
-        "timings": {name: round(seconds, 6) for name, seconds in answered.timings.items()},
+        "timings": _rounded(answered.timings.items()),
     }
 
 
-def _batch_line(question: Question, answered: Answered, body: dict[str, Any]) -> dict[str, Any]:
-    completion = {
-        "id": f"chatcmpl-{question.id}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": (question.batch or {}).get("model") or model_name(answered.pipeline),
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answered.answer},
-                "finish_reason": answered.finish_reason,
-            }
-        ],
-        "usage": usage(answered),
-        "telerag": {key: value for key, value in body.items() if key != "answer"},
+def _picked(value: object, *names: str) -> dict[str, Any]:
+    return _rounded((name, getattr(value, name)) for name in names)
+
+
+def _rounded(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Numbers as JSON, with whole bytes and times to a microsecond."""
+    return {
+        name: (round(item) if "bytes" in name else round(item, 6)) if isinstance(item, float) else item
+        for name, item in items
     }
-    response = {"status_code": 200, "request_id": f"req_{question.id}", "body": completion}
-    return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
-
-
-def _rounded(value: ExpectedText | Prediction) -> dict[str, Any]:
-    """As JSON, with whole bytes and times to a microsecond."""
-
-    def short(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {
-            name: (round(item) if "bytes" in name else round(item, 6)) if isinstance(item, float) else item
-            for name, item in items
-        }
-
-    return asdict(value, dict_factory=short)
-
-
-def _sum(joins: list[JoinReport]) -> dict[str, int]:
-    total = dict.fromkeys(JoinReport.count_names(), 0)
-    for join in joins:
-        for name, value in join.counts().items():
-            total[name] += value
-    return total
 
 
 class RunFile:
@@ -171,7 +138,7 @@ class RunFile:
             resume: keep the lines that are there; a torn last one, left by a kill, is cut off.
 
         Raises:
-            ArtifactError: it exists, holds something, and ``resume`` is off; or a line of it is no run's line.
+            ArtifactError: it exists, holds something, and ``resume`` is off; or a line of it is not a run's.
             ResourceError: it cannot be written.
         """
         self.path = path
@@ -212,32 +179,23 @@ class RunFile:
         self._file.close()
 
     def _take_up(self) -> None:
+        """Note what was answered. Failed lines go, so that they are tried again, and so does a torn one."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise wrap_os_error(error, self.path) from error
         kept = []
-        for number, raw in enumerate(self._lines(), 1):
-            if not raw.endswith(b"\n"):
-                break
+        for number, raw in enumerate(data.split(b"\n")[:-1], 1):
             try:
                 value = json.loads(raw)
                 key = str(value.get("custom_id", value.get("id")))
             except (ValueError, AttributeError) as error:
                 raise ArtifactError(
-                    f"{self.path}:{number} is no line of a run: {error}.", remedy="Give another -o."
+                    f"{self.path}:{number} is not a line of a run: {error}.", remedy="Give another -o."
                 ) from error
             if value.get("error") is None:
                 self.answered.add(key)
-                kept.append(raw)
-        # Failed lines are tried again, so they go, and so does a torn one.
-        if sum(map(len, kept)) != self.path.stat().st_size:
-            temporary = self.path.with_name(f".{self.path.name}.partial")
-            try:
-                temporary.write_bytes(b"".join(kept))
-                temporary.replace(self.path)
-            except OSError as error:
-                raise wrap_os_error(error, self.path) from error
-
-    def _lines(self) -> Iterator[bytes]:
-        try:
-            with self.path.open("rb") as lines:
-                yield from lines
-        except OSError as error:
-            raise wrap_os_error(error, self.path) from error
+                kept.append(raw + b"\n")
+        if (whole := b"".join(kept)) != data:
+            with writing(self.path) as temporary:
+                temporary.write_bytes(whole)

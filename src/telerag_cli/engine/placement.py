@@ -73,7 +73,7 @@ class Greedy:
 
 
 class CacheAware:
-    """Shares out what waits among all replicas, so that the fewest bytes move; a free one takes the oldest of its share.
+    """Shares what waits among all replicas, so that the fewest bytes move; a free one takes the oldest of its share.
 
     Each replica has an equal share, and that of a busy one is left for it: what it has the lists of is not given away
     only because another is free now. What it takes of its share is the oldest and not what shares most with its arena,

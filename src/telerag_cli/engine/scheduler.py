@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,52 +49,11 @@ class Schedule:
     """For which a question waits for others at most."""
 
 
-def micro_batch_size(given: int | None, at_once: int, arena_bytes: int, probed_bytes: float) -> int:
-    """How many questions run together.
-
-    Args:
-        given: what the user said, if anything.
-        at_once: questions that a replica answers at once.
-        arena_bytes: of a replica.
-        probed_bytes: that one question probes, about.
-
-    Returns:
-        By default `DEFAULT_MICRO_BATCH`, or half of ``at_once`` if that is less, so that the next micro-batch can begin
-        while one ends; and no more than the arena holds the lists of.
-
-    Raises:
-        UsageError: more are wanted than run at once.
-    """
-    if given is not None and given > at_once:
-        raise UsageError(
-            f"--micro-batch is {given} and {at_once} questions are answered at once.",
-            remedy="Lower --micro-batch, or raise --concurrency.",
-        )
-    if given is not None:
-        return given
-    fitting = int(arena_bytes / max(probed_bytes, 1.0))
-    return max(1, min(DEFAULT_MICRO_BATCH, at_once // 2, fitting))
-
-
-def fitted(
-    wish: Schedule, micro_batch: int | None, at_once: int, arena_bytes: int, list_bytes: IntArray, nprobe: int
-) -> Schedule:
-    """A schedule whose micro-batches have the size that fits, and whose batches hold at least one of them.
-
-    Args:
-        wish: all else of it.
-        micro_batch: see `micro_batch_size`, as for ``at_once`` and ``arena_bytes``.
-        at_once: questions that a replica answers at once.
-        arena_bytes: of a replica.
-        list_bytes: bytes each list takes, shape (nlist,).
-        nprobe: lists that a query probes.
-    """
-    size = micro_batch_size(micro_batch, at_once, arena_bytes, float(list_bytes.mean()) * nprobe)
-    return replace(wish, micro_batch=size, batch_size=max(wish.batch_size, size))
-
-
 def scheduled(config: ScheduleConfig, at_once: int, arena_bytes: int, index: Index, nprobe: int) -> Schedule:
-    """The schedule that was asked for, with micro-batches that fit a worker.
+    """The schedule that was asked for, with micro-batches that fit a worker, and batches of at least one of them.
+
+    By default a micro-batch has `DEFAULT_MICRO_BATCH` questions, or half of ``at_once`` if that is less, so that the
+    next one can begin while one ends; and no more than the arena holds the lists of.
 
     Args:
         config: what was asked for.
@@ -102,45 +61,20 @@ def scheduled(config: ScheduleConfig, at_once: int, arena_bytes: int, index: Ind
         arena_bytes: size of a worker's arena.
         index: what is searched.
         nprobe: lists that a query probes.
+
+    Raises:
+        UsageError: more questions are to run together than are answered at once.
     """
+    size = config.micro_batch
+    if size is not None and size > at_once:
+        raise UsageError(
+            f"--micro-batch is {size} and {at_once} questions are answered at once.",
+            remedy="Lower --micro-batch, or raise --concurrency.",
+        )
+    fitting = int(arena_bytes / max(float(index.list_bytes.mean()) * nprobe, 1.0))
+    size = size or max(1, min(DEFAULT_MICRO_BATCH, at_once // 2, fitting))
     placement = config.placement if isinstance(config, ReplicaConfig) else PlacementName.CACHE_AWARE
-    wish = Schedule(config.schedule, placement, config.batch_size, max_wait_s=config.max_wait)
-    return fitted(wish, config.micro_batch, at_once, arena_bytes, index.list_bytes, nprobe)
-
-
-class Grouping:
-    """Which of some questions run together; what was cut before is remembered, because it is what the arena holds."""
-
-    def __init__(self, schedule: Schedule, list_bytes: IntArray, nprobe: int) -> None:
-        """Begin with nothing before.
-
-        Args:
-            schedule: how.
-            list_bytes: bytes each list takes, shape (nlist,).
-            nprobe: lists that a query probes.
-        """
-        self.depth = min(LOOKED_DOWN * nprobe, len(list_bytes))
-        """Lists ranked for each question."""
-        self._schedule = schedule
-        self._list_bytes = list_bytes
-        self._nprobe = nprobe
-        self._before: FloatArray | None = None
-
-    def cut(self, count: int, ranked: IntArray | None) -> list[IntArray]:
-        """Places of each micro-batch.
-
-        Args:
-            count: questions.
-            ranked: the lists nearest to each, best first, shape (count, depth); not needed in order of arrival.
-        """
-        size = self._schedule.micro_batch
-        if ranked is None or self._schedule.name is ScheduleName.ARRIVAL:
-            return arrival(count, size)
-        vectors = likely(ranked, self._nprobe, self._list_bytes)
-        places = similar(vectors, size, self._before)
-        ran = [] if self._before is None else [self._before]
-        self._before = np.concatenate([*ran, vectors[np.concatenate(places)]])[-HORIZON * size :]
-        return places
+    return Schedule(config.schedule, placement, max(config.batch_size, size), size, config.max_wait)
 
 
 class Scheduler:
@@ -162,10 +96,12 @@ class Scheduler:
         self.schedule = schedule
         self._embedder = embedder
         self._rank = rank
-        self._nlist = len(list_bytes)
+        self._list_bytes = list_bytes
         self._nprobe = nprobe
         self._alone = workers == 1
-        self._grouping = Grouping(schedule, list_bytes, nprobe)
+        self._depth = min(LOOKED_DOWN * nprobe, len(list_bytes))
+        self._before: FloatArray | None = None
+        """What the queries that were cut last will probably probe, because that is what the arena holds."""
         # A single worker gets the next micro-batch whatever it holds.
         placement = PlacementName.ROUND_ROBIN if self._alone else schedule.placement
         self._compares = schedule.name is not ScheduleName.ARRIVAL or placement is not PlacementName.ROUND_ROBIN
@@ -186,10 +122,10 @@ class Scheduler:
         """
         compare = compare and self._compares and not (self._alone and len(questions) == 1)
         vectors = self._embed(questions) if compare else None
-        ranked = None if vectors is None else self._rank(vectors, self._grouping.depth)
+        ranked = None if vectors is None else self._rank(vectors, self._depth)
         batches = []
-        for some in self._grouping.cut(len(questions), ranked):
-            lists = np.zeros(self._nlist, np.bool_)
+        for some in self._grouped(len(questions), ranked):
+            lists = np.zeros(len(self._list_bytes), np.bool_)
             if ranked is not None:
                 lists[ranked[some, : self._nprobe].ravel()] = True
             texts = tuple(questions[place] for place in some)
@@ -197,6 +133,17 @@ class Scheduler:
             batches.append(MicroBatch(texts, known, self._made, tuple(some.tolist()), lists))
             self._made += 1
         return batches
+
+    def _grouped(self, count: int, ranked: IntArray | None) -> list[IntArray]:
+        """Places of each micro-batch, by the lists ranked for each question, shape (count, depth), if there are any."""
+        size = self.schedule.micro_batch
+        if ranked is None or self.schedule.name is ScheduleName.ARRIVAL:
+            return arrival(count, size)
+        vectors = likely(ranked, self._nprobe, self._list_bytes)
+        places = similar(vectors, size, self._before)
+        ran = [] if self._before is None else [self._before]
+        self._before = np.concatenate([*ran, vectors[np.concatenate(places)]])[-HORIZON * size :]
+        return places
 
     def _embed(self, questions: Sequence[str]) -> FloatArray:
         starts = range(0, len(questions), EMBEDDED_TOGETHER)

@@ -237,7 +237,7 @@ class ChatChunks(CompletionChunks):
     def news(self, news: News) -> bytes:
         """See `Chunks`."""
         if not isinstance(news, Text):
-            return self._chunk(0, {"delta": {}}, telerag=news.body)
+            return self._chunk(0, {"delta": {}}, telerag=news)
         if news.stage != ANSWER:
             about = {"event": "text", "stage": news.stage, "text": news.text.strip()}
             return self._chunk(0, {"delta": {}}, telerag=about)

@@ -30,7 +30,7 @@ class ClientGoneError(Exception):
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of the work; if the client hangs up, the work is cancelled and ended, then `ClientGoneError` raised."""
+    """The work's result; if the client hangs up, the work is cancelled and ended, and `ClientGoneError` raised."""
     working = asyncio.create_task(work)
     gone = asyncio.create_task(_gone(request))
     try:
@@ -58,42 +58,30 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something else to tell, as JSON."""
-
-    index: int
-    body: dict[str, Any]
-
-
-News = Text | Event
+News = Text | dict[str, Any]
+"""A text that grows, or something else to tell, as JSON."""
 
 
 class Stream:
     """Keeps the news of answers until they are fetched, however slowly: of a growing text only its last state."""
 
     def __init__(self, *, events: bool) -> None:
-        """Begin with no news.
-
-        Args:
-            events: whether more than the answers' texts is wanted.
-        """
         self.events = events
+        """Whether more than the answers' texts is wanted."""
         self._loop = asyncio.get_running_loop()
         self._news: deque[News] = deque()
         self._there = asyncio.Event()
-        self._ended = False
 
     async def news(self, answering: asyncio.Task[Any]) -> AsyncIterator[News]:
         """What happens while answers are written; ends with the task that writes them, whatever becomes of it."""
-        answering.add_done_callback(lambda _task: self._end())
+        answering.add_done_callback(lambda _task: self._there.set())
         while True:
             await self._there.wait()
+            self._there.clear()
             while self._news:
                 yield self._news.popleft()
-            if self._ended:
+            if answering.done():
                 return
-            self._there.clear()
 
     def add(self, news: News) -> None:
         """Tell something; in the event loop."""
@@ -111,10 +99,6 @@ class Stream:
         """Tell something; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended: the server was stopped by force
             self._loop.call_soon_threadsafe(self.add, news)
-
-    def _end(self) -> None:
-        self._ended = True
-        self._there.set()
 
 
 @dataclass
@@ -152,7 +136,7 @@ class Watching(Watcher):
 
     def _tell(self, body: dict[str, Any]) -> None:
         if self.stream.events:
-            self.stream.add(Event(self.index, body))
+            self.stream.add(body)
 
 
 class Growing:
@@ -186,7 +170,7 @@ class Chunks(Protocol):
 async def streamed(
     request: Request, service: Service, asked: Sequence[Asked], chunks: Chunks, *, events: bool
 ) -> Response:
-    """Answer in pieces. The response begins with the first news, so that what goes wrong before has a status of its own.
+    """Answer in pieces. The response begins with the first news, so that an error before it has a status of its own.
 
     Raises:
         ApiError: it cannot be answered now.
@@ -197,6 +181,23 @@ async def streamed(
         together(service.answer(each, Watching(stream, index)) for index, each in enumerate(asked))
     )
     news = stream.news(answering)
+
+    async def pieces(first: News | None) -> AsyncIterator[bytes]:
+        try:
+            yield chunks.begin()
+            if first is not None and (data := chunks.news(first)):
+                yield data
+            async for each in news:
+                if data := chunks.news(each):
+                    yield data
+            outcomes = answering.result()
+            note_outcomes(request, outcomes)
+            yield chunks.end(outcomes) + DONE
+        except Exception as error:
+            yield failed(request, error)
+        finally:
+            answering.cancel()
+
     try:
         first = await until_gone(request, anext(news, None))
         if first is None and (error := answering.exception()):
@@ -205,27 +206,4 @@ async def streamed(
         answering.cancel()
         await asyncio.gather(answering, return_exceptions=True)
         raise
-    return EventSourceResponse(_events(request, answering, first, news, chunks), headers=UNBUFFERED)
-
-
-async def _events(
-    request: Request,
-    answering: asyncio.Task[list[Outcome]],
-    first: News | None,
-    news: AsyncIterator[News],
-    chunks: Chunks,
-) -> AsyncIterator[bytes]:
-    try:
-        yield chunks.begin()
-        if first is not None and (data := chunks.news(first)):
-            yield data
-        async for each in news:
-            if data := chunks.news(each):
-                yield data
-        outcomes = answering.result()
-        note_outcomes(request, outcomes)
-        yield chunks.end(outcomes) + DONE
-    except Exception as error:
-        yield failed(request, error)
-    finally:
-        answering.cancel()
+    return EventSourceResponse(pieces(first), headers=UNBUFFERED)
