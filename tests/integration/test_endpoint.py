@@ -18,10 +18,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from doubles import answer_in_order
+from expect import fails
 from telerag_cli.config import PipelineName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
-from telerag_cli.errors import InputError, ModelError, UsageError
+from telerag_cli.errors import ContextError, ModelError, UsageError
 from telerag_cli.llm import endpoint as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
@@ -281,17 +282,17 @@ def test_a_schema_goes_out_as_openai_wants_it_and_comes_back_as_text(server):
 
 
 @pytest.mark.parametrize(
-    ("shape", "reply", "wanted"),
+    ("shape", "reply"),
     [
-        (Choice(("yes", "no")), "Yes, I think so.", "one of yes, no in JSON"),
-        (Choice(("yes", "no")), '{"choice": "maybe"}', "one of yes, no in JSON"),
-        (Lines(2), "1. red 2. blue", "JSON of the schema"),
-        (Lines(2), '{"queries": ["red"]}', "JSON of the schema"),
-        (Json({"type": "object", "required": ["a"]}), '{"a": 1', "JSON of the schema"),
+        (Choice(("yes", "no")), "Yes, I think so."),
+        (Choice(("yes", "no")), '{"choice": "maybe"}'),
+        (Lines(2), "1. red 2. blue"),
+        (Lines(2), '{"queries": ["red"]}'),
+        (Json({"type": "object", "required": ["a"]}), '{"a": 1'),
     ],
 )
-def test_a_server_that_ignores_the_schema_is_found_out(server, shape, reply, wanted):
-    with pytest.raises(ModelError, match=f"which is not {wanted}"):
+def test_a_server_that_ignores_the_schema_is_found_out(server, shape, reply):
+    with fails(ModelError, server.url, repr(reply), shape.description):
         run(server.endpoint(stream(reply)), ask(shape=shape))
 
 
@@ -305,17 +306,17 @@ def test_a_server_that_knows_the_older_form_of_schemas_gets_that(server):
     assert server.bodies[1]["response_format"]["schema"] == Choice(("yes", "no")).schema
     assert endpoint.schema_format == "json_object"
     assert len(notices) == 1
-    with pytest.raises(ModelError, match="not 'json_schema'"):
+    with fails(ModelError, "not 'json_schema'"):
         run(server.endpoint(no, retries=0), ask())  # nothing to do with a request that has no schema
 
 
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(server):
     endpoint = server.endpoint(stream("x"))
-    with pytest.raises(UsageError, match="a JSON schema and not a grammar"):
+    with fails(UsageError, "JSON"):
         run(endpoint, ask(shape=Gbnf('root ::= "x"')))
-    with pytest.raises(UsageError, match="wants all of its max_tokens"):
+    with fails(UsageError, "max_tokens"):
         run(endpoint, ask(ignore_eos=True))
-    with pytest.raises(UsageError, match="does not begin with http"):
+    with fails(UsageError, "'localhost:8000/v1'"):
         Endpoint("localhost:8000/v1", "small")
     assert server.bodies == []
 
@@ -323,10 +324,10 @@ def test_what_a_server_cannot_do_is_refused_before_it_is_asked(server):
 def test_the_only_model_is_found_and_several_are_listed(server):
     assert Endpoint(server.url).name == "small"
     server.models = ["b", "a"]
-    with pytest.raises(UsageError, match="has 2 models: a, b"):
+    with fails(UsageError, 2, "a, b"):
         Endpoint(server.url)
     server.models = []
-    with pytest.raises(ModelError, match="lists no model"):
+    with fails(ModelError, server.url):
         Endpoint(server.url)
 
 
@@ -345,60 +346,42 @@ def test_a_wait_that_the_server_asks_for_is_kept_and_counts_as_waiting(server):
     date = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=2))  # which has no fractions
     assert run(server.endpoint(refuse(503, "Soon", retry_after=date), stream("Blue")), ask()).queue_s > 0.9
     endpoint = server.endpoint(refuse(429, "Come back tomorrow", retry_after="86400"), stream("Blue"))
-    with pytest.raises(ModelError, match="answers 429: Come back tomorrow"):
+    with fails(ModelError, 429, "Come back tomorrow"):
         run(endpoint, ask())
 
 
+def told(code, message):
+    """An error within a stream that has begun."""
+    return raw(f"data: {json.dumps({'error': {'message': message, 'code': code}})}\n\n")
+
+
+CONTEXT = "This model's maximum context length is 64 tokens"
+
+
 @pytest.mark.parametrize(
-    ("reply", "tries", "error", "says", "remedy"),
+    ("reply", "tries", "error", "values"),
     [
-        (refuse(429, "Slow down."), 3, ModelError, "answers 429 after 3 tries: Slow down.", "fewer requests"),
-        (refuse(500, "Out of\nmemory"), 3, ModelError, "answers 500 after 3 tries: Out of memory.", "log"),
-        (answer(502, {"detail": "Bad gateway"}), 3, ModelError, "502 after 3 tries: Bad gateway.", "log"),
-        (refuse(401, "Wrong key"), 1, ModelError, "answers 401: Wrong key.", "Set OPENAI_API_KEY"),
-        (refuse(404, "No such model"), 1, ModelError, "404: No such model; it has small, tiny.", "Name one"),
-        (refuse(400, "Bad seed"), 1, ModelError, "answers 400: Bad seed.", "log"),
-        (
-            refuse(400, "This model's maximum context length is 64 tokens.", "context_length_exceeded"),
-            1,
-            InputError,
-            "maximum context length is 64 tokens.",
-            "Shorten",
-        ),
-        (
-            raw(f"data: {json.dumps({'error': {'message': 'exceeds the context size', 'code': 400}})}\n\n"),
-            1,
-            InputError,
-            "answers 400: exceeds the context size.",
-            "Shorten",
-        ),
-        (
-            raw(f"data: {json.dumps({'error': {'message': 'Overloaded', 'code': 503}})}\n\n"),
-            3,
-            ModelError,
-            "answers 503 after 3 tries: Overloaded.",
-            "log",
-        ),
-        (raw("data: {oops\n\n"), 1, ModelError, "stream that cannot be read: Expecting property", "/v1"),
-        (raw('data: {"hello": 1}\n\n'), 1, ModelError, "is not a chunk of a completion.", "/v1"),
-        (raw("data: 5\n\n"), 1, ModelError, "5 is not a chunk of a completion.", "/v1"),
-        (stream("a", finish=None), 3, ModelError, "ended its stream after 3 tries and 1 token without", "log"),
-        (stream("a", finish="tool_calls"), 1, ModelError, "ended the answer with 'tool_calls'", "another"),
-        (
-            raw(event({"refusal": "I will not."}), event({}, "stop")),
-            1,
-            ModelError,
-            "refuses to answer: I will not.",
-            "another",
-        ),
+        (refuse(429, "Slow down."), 3, ModelError, (429, "Slow down.")),
+        (refuse(500, "Out of\nmemory"), 3, ModelError, (500, "Out of memory.")),
+        (answer(502, {"detail": "Bad gateway"}), 3, ModelError, (502, "Bad gateway.")),
+        (refuse(401, "Wrong key"), 1, ModelError, (401, "Wrong key.", "OPENAI_API_KEY")),
+        (refuse(404, "No such model"), 1, ModelError, (404, "No such model", "small, tiny")),
+        (refuse(400, "Bad seed"), 1, ModelError, (400, "Bad seed.")),
+        (refuse(400, CONTEXT, "context_length_exceeded"), 1, ContextError, (400, CONTEXT)),
+        (told(400, "exceeds the context size"), 1, ContextError, (400, "exceeds the context size.")),
+        (told(503, "Overloaded"), 3, ModelError, (503, "Overloaded.")),
+        (raw("data: {oops\n\n"), 1, ModelError, ("line 1 column 2", "/v1")),
+        (raw('data: {"hello": 1}\n\n'), 1, ModelError, ("choices=None", "/v1")),
+        (raw("data: 5\n\n"), 1, ModelError, ("5", "/v1")),
+        (stream("a", finish=None), 3, ModelError, (3, 1)),
+        (stream("a", finish="tool_calls"), 1, ModelError, ("'tool_calls'",)),
+        (raw(event({"refusal": "I will not."}), event({}, "stop")), 1, ModelError, ("small", "I will not.")),
     ],
 )
-def test_errors_say_what_the_server_said(server, reply, tries, error, says, remedy):
+def test_errors_say_what_the_server_said(server, reply, tries, error, values):
     server.models = ["tiny", "small"]
-    with pytest.raises(error) as caught:
+    with fails(error, *values) as caught:
         run(server.endpoint(reply), ask())
-    assert says in caught.value.message
-    assert remedy in caught.value.remedy
     assert len(server.bodies) == tries
     assert "\n" not in str(caught.value)
 
@@ -414,20 +397,20 @@ def test_a_stream_that_breaks_is_tried_again_unless_text_was_shown(server, broke
     assert run(server.endpoint(broken, stream("Green")), ask()).text == "Green"
     assert len(server.bodies) == 2
     seen = []
-    with pytest.raises(ModelError, match="after 1 token"):
+    with fails(ModelError, 1):
         run(server.endpoint(broken, stream("Green")), ask(), lambda text, _tokens: seen.append(text))
     assert len(seen) == 1
     assert len(server.bodies) == 3
 
 
 def test_a_broken_connection_says_so(server):
-    with pytest.raises(ModelError, match=r"broke the connection after 2 tries and 1 token: .+"):
+    with fails(ModelError, server.url, 2, 1):
         run(server.endpoint(cut_short, retries=1), ask())
 
 
 def test_silence_ends_at_its_limit_and_slow_text_does_not(server):
     endpoint = server.endpoint(raw(event({"content": "Bl"}), silence_s=0.6), timeout_s=0.2, retries=1)
-    with pytest.raises(ModelError, match=r"sent nothing for 0.2 s after 2 tries and 1 token"):
+    with fails(ModelError, "0.2 s", 2, 1):
         run(endpoint, ask())
     slow = server.endpoint(stream(*"abcdef", pause_s=0.1), timeout_s=0.3, retries=0)
     assert run(slow, ask()).text == "abcdef"
@@ -438,11 +421,26 @@ def test_no_server_at_all(monkeypatch):
     with socket.create_server((ADDRESS, 0)) as taken:
         port = taken.getsockname()[1]
     url = f"http://{ADDRESS}:{port}/v1"
-    with pytest.raises(ModelError) as caught:
+    with fails(ModelError, url, 2, "connection refused"):
         run(Endpoint(url, "small", retries=1), ask())
-    assert caught.value.message == f"The server at {url} cannot be reached after 2 tries: connection refused."
-    with pytest.raises(ModelError, match="cannot be reached: connection refused"):
+    with fails(ModelError, url, "connection refused"):
         Endpoint(url, retries=0)
+
+
+def test_what_tls_and_name_look_ups_say_is_passed_on(server):
+    secure = server.url.replace("http:", "https:")
+    with fails(ModelError, secure, "[SSL"):
+        Endpoint(secure, retries=0)
+    nowhere = "http://nowhere.invalid/v1"
+    with fails(ModelError, nowhere, socket_says("nowhere.invalid")):
+        Endpoint(nowhere, retries=0)
+
+
+def socket_says(host):
+    try:
+        socket.getaddrinfo(host, 80)
+    except socket.gaierror as error:
+        return error.strerror[1:]
 
 
 def test_at_most_so_many_at_once(server):
@@ -500,7 +498,6 @@ def test_every_event_loop_has_its_own_connections_and_close_ends_them(server):
         endpoint.close()
 
     asyncio.run(within())
-    assert endpoint._sessions == {}
 
 
 def answer_by_a_server(engine, endpoint, texts):
@@ -518,9 +515,9 @@ def answer_by_a_server(engine, endpoint, texts):
 TROUBLES = {
     "limited": (refuse(429, "Slow down."), "Slow down."),
     "broken": (refuse(500, "The model burnt down."), "The model burnt down."),
-    "malformed": (raw("data: {no json\n\n"), "stream"),
-    "silent": (raw(silence_s=2.0), "sent nothing for 0.3 s"),
-    "cut": (raw(event({"content": "Blu"})), "without saying that the answer is complete"),
+    "malformed": (raw("data: {no json\n\n"), "line 1 column 2"),
+    "silent": (raw(silence_s=2.0), "0.3 s"),
+    "cut": (raw(event({"content": "Blu"})), "1 token"),
 }
 
 
@@ -544,7 +541,7 @@ def test_a_server_that_is_gone_is_every_lines_error(server, engine_of):
         unused.bind((ADDRESS, 0))
         gone = f"http://{ADDRESS}:{unused.getsockname()[1]}/v1"
     lines = answer_by_a_server(engine_of({}), Endpoint(gone, "small", retries=1), ["one?", "two?"])
-    assert ["cannot be reached" in line["error"]["message"] for line in lines] == [True, True]
+    assert [gone in line["error"]["message"] for line in lines] == [True, True]
 
 
 @pytest.fixture(scope="module")
@@ -613,7 +610,7 @@ def test_llama_keeps_to_shapes(llama_url):
     assert len(notices) == 1
     lines = run(endpoint, ask("Name colours.", 40, shape=Lines(3)))
     assert 1 <= len(lines.text.splitlines()) <= 3
-    with pytest.raises(ModelError, match="without saying that the answer is complete"):
+    with fails(ModelError, llama_url):
         run(Endpoint(llama_url, "small", retries=0), ask("word " * 2000))
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from telerag_cli.errors import InputError, ModelError, UsageError
+from expect import fails
+from telerag_cli.errors import ContextError, InputError, ModelError, UsageError
 from telerag_cli.llm.base import Message, Request
+from telerag_cli.llm.batcher import Batcher
 from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
 
 pytestmark = pytest.mark.model
@@ -95,15 +97,17 @@ def test_the_text_is_the_same_at_any_width(llama):
 
 @pytest.mark.parametrize(("wanted", "chunk"), [(True, 64), (False, 256)])
 def test_prompts_are_read_in_larger_pieces_where_texts_need_not_be_reproducible(wanted, chunk, monkeypatch):
+    import llama_cpp
+
     llama = load(2, reproducible=wanted)
     try:
-        decoded, decode = [], llama._decoder.decode
+        decoded, decode = [], llama_cpp.llama_decode
 
-        def noting(parts):
-            decoded.append(sum(len(part.tokens) for part in parts))
-            return decode(parts)
+        def noting(context, batch):
+            decoded.append(batch.n_tokens)
+            return decode(context, batch)
 
-        monkeypatch.setattr(llama._decoder, "decode", noting)
+        monkeypatch.setattr(llama_cpp, "llama_decode", noting)
         (generation,) = write(llama, ask(" ".join(f"word{n}" for n in range(120)), 2), width=2)
         assert max(decoded) == min(chunk, generation.prompt_tokens)
         assert sum(decoded) >= generation.prompt_tokens > chunk
@@ -196,14 +200,14 @@ def test_shapes_are_obeyed_however_wild_the_model(llama):
 
 
 def test_a_grammar_that_cannot_be_obeyed_or_read(llama):
-    with pytest.raises(InputError, match="cannot read the grammar 'root ::= nothing'"):
+    with fails(InputError, "'root ::= nothing'"):
         write(llama, ask("Tell me.", shape=Gbnf("root ::= nothing")))
     one = write(llama, ask("Tell me.", 20, shape=Choice(("yes",)), ignore_eos=True))[0]
     assert (one.text, one.finish_reason) == ("yes", "stop")  # the shape is the stronger
 
 
 def test_probabilities_are_the_models_own(llama):
-    from telerag_cli.llm.sampling import log_probability
+    from telerag_cli.llm.llamacpp import log_probability
 
     logits = np.random.default_rng(0).normal(0, 5, 1000).astype(np.float32)
     wanted = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
@@ -241,7 +245,7 @@ def test_nothing_is_written_when_nothing_may_be(llama):
 
 
 def test_what_does_not_fit_is_refused(llama):
-    with pytest.raises(InputError, match=f"the context holds {CONTEXT_TOKENS:,}"):
+    with fails(ContextError, f"{CONTEXT_TOKENS:,}"):
         write(llama, ask("word " * 1100))
 
 
@@ -307,16 +311,16 @@ def test_a_failure_of_llama_cpp_ends_what_was_in_the_call(llama, monkeypatch):
     whole = write(llama, ask("Name a colour."))[0]
     with monkeypatch.context() as patch:
         patch.setattr(llama_cpp, "llama_decode", lambda _context, _batch: -3)
-        with pytest.raises(ModelError, match=r"failed to evaluate \d+ tokens \(status -3\)"):
+        with fails(ModelError, -3):
             write(llama, ask("Name a colour."))
     llama.check_integrity()
     assert write(llama, ask("Name a colour."))[0].text == whole.text
 
 
 def test_nobody_waits_for_ever_when_the_thread_breaks(own_llama, monkeypatch):
-    monkeypatch.setattr(own_llama._batcher, "step", lambda: 1 // 0)
+    monkeypatch.setattr(Batcher, "step", lambda _batcher: 1 // 0)
     for _ in range(2):
-        with pytest.raises(ModelError, match="The thread that decodes broke: ZeroDivisionError"):
+        with fails(ModelError, "ZeroDivisionError"):
             write(own_llama, ask("Name a colour."), ask("Count."))
 
 
@@ -328,11 +332,11 @@ def test_closing_ends_what_is_under_way(own_llama):
         await asyncio.to_thread(own_llama.close)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
-    assert [str(error) for error in asyncio.run(close())] == ["The model was closed. Open it again."] * 3
+    assert [type(error) for error in asyncio.run(close())] == [ModelError] * 3
     own_llama.close()
-    with pytest.raises(ModelError, match="was closed"):
+    with fails(ModelError):
         write(own_llama, ask("Name a colour."))
-    with pytest.raises(ModelError, match="was closed"):
+    with fails(ModelError):
         own_llama.count_tokens([Message("user", "Name a colour.")])
 
 
@@ -349,7 +353,7 @@ def test_the_memory_is_known_before_it_is_taken(own_llama):
     assert own_llama.context_bytes == 2 * model.context_bytes(512)
     assert 0.9 < model.weights_bytes / path.stat().st_size < 1
     assert (model.name, model.trained_tokens) == (path.stem, 8192)
-    with pytest.raises(UsageError, match=r"1000 requests .* takes 256"):
+    with fails(UsageError, 1000, 256):
         LlamaCpp(model, context_tokens=256, parallel=1000)
     model.close()
 
@@ -373,7 +377,7 @@ def test_a_model_touches_the_gpu_that_it_was_given_and_no_other(layers, gpu, dev
 
     monkeypatch.setattr(llama_model.llama_cpp, "llama_supports_gpu_offload", lambda: True)
     monkeypatch.setattr(llama_model.llama_cpp, "llama_model_load_from_file", load)
-    with pytest.raises(ModelError, match="cannot load"):
+    with fails(ModelError, "model.gguf"):
         llama_model.LlamaModel(Path("model.gguf"), gpu_layers=layers, gpu=gpu)
     assert told == [(layers, None if devices else "unset", chosen)]
 
@@ -383,5 +387,5 @@ def test_a_file_that_is_no_model(tmp_path):
 
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF" + b"\0" * 100)
-    with pytest.raises(ModelError, match="cannot load"):
+    with fails(ModelError, broken):
         LlamaModel(broken)

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from animals import TEXTS
+from expect import fails
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ModelError, UsageError
@@ -153,7 +154,7 @@ def test_flare_goes_on_until_the_model_has_no_more_to_say(engine_of):
 
 
 def test_flare_needs_probabilities():
-    with pytest.raises(ModelError, match="does not tell how probable"):
+    with fails(ModelError, "--pipeline"):
         doubts(Generation("text", "stop", 1, 1, 0.0, 0.0), 0.4)
     tokens = (Token(0, 4, math.log(0.9)), Token(4, 8, math.log(0.3)), Token(8, 12, math.log(0.1)), Token(12, 16, 0.0))
     assert doubts(Generation("one  twothreefour", "stop", 1, 4, 0.0, 0.0, tokens=tokens), 0.4) == ["twothre"]
@@ -230,7 +231,7 @@ def test_a_generator_that_fails_in_the_middle_of_any_call_leaves_nothing(engine_
             return answer
 
         engine = engine_of(script, token_s=0.0005)
-        with pytest.raises(ModelError, match="broke after 0 tokens"):
+        with fails(ModelError, 0):
             run(engine, name)
         assert engine.generator.running == 0
 
@@ -264,9 +265,8 @@ def test_cancelling_in_any_call_leaves_nothing_and_the_next_question_is_answered
 def test_options_are_a_pipelines_own():
     assert options(PipelineName.FLARE) == {"flare_threshold": 0.4, "sentences": 4}
     assert options(PipelineName.HYDE) == {}
-    with pytest.raises(UsageError, match="--rounds has no part in the pipeline hyde") as caught:
+    with fails(UsageError, "--rounds", "hyde", "iterative and iter_retgen"):
         make_pipeline(PipelineName.HYDE, rounds=2)
-    assert "iterative and iter_retgen" in str(caught.value)
     assert make_pipeline(PipelineName.HYDE, rounds=None)
     assert set(PIPELINES) == set(PipelineName)
 

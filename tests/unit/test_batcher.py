@@ -33,20 +33,20 @@ class FakeDecoder:
         self.calls = []
         self.copies = []
         self.failing = set()
-        """Numbers of calls that break, half of their parts computed."""
+        """Numbers of calls that break, half of their chunks computed."""
 
-    def decode(self, parts):
-        self.calls.append(parts)
-        numbers = [part.slot for part in parts]
+    def decode(self, chunks):
+        self.calls.append(chunks)
+        numbers = [chunk.slot for chunk in chunks]
         assert numbers == sorted(set(numbers))
-        assert sum(len(part.tokens) for part in parts) <= CHUNK + len(self.held)
-        for place, part in enumerate(parts):
-            if len(self.calls) in self.failing and place >= len(parts) // 2:
+        assert sum(len(chunk.tokens) for chunk in chunks) <= CHUNK + len(self.held)
+        for place, chunk in enumerate(chunks):
+            if len(self.calls) in self.failing and place >= len(chunks) // 2:
                 raise ModelError("The decoder broke.")
-            assert part.start == len(self.held[part.slot])
-            assert part.tokens
-            self.held[part.slot] += part.tokens
-        return [list(self.held[part.slot]) for part in parts if part.wants_output]
+            assert chunk.start == len(self.held[chunk.slot])
+            assert chunk.tokens
+            self.held[chunk.slot] += chunk.tokens
+        return [list(self.held[chunk.slot]) for chunk in chunks if chunk.wants_output]
 
     def copy(self, source, target, tokens):
         assert source != target
@@ -65,10 +65,10 @@ class FakeDecoder:
 
     def sizes(self):
         """{slot: tokens} of each call."""
-        return [{part.slot: len(part.tokens) for part in parts} for parts in self.calls]
+        return [{chunk.slot: len(chunk.tokens) for chunk in chunks} for chunks in self.calls]
 
 
-class FakeTask:
+class FakeRequest:
     def __init__(self, prompt, count):
         self.prompt = prompt
         self.count = count
@@ -87,16 +87,16 @@ class FakeTask:
         self.written.append(next_token(output))
         return self.written[-1] if len(self.written) < self.count else None
 
-    def end(self):
+    def finish(self):
         assert self.written == alone(self.prompt, self.count)
         self.outcomes.append("done")
 
     def fail(self, error):
         self.outcomes.append(str(error))
 
-    def drop(self):
+    def abort(self):
         assert self.cancelled
-        self.outcomes.append("dropped")
+        self.outcomes.append("aborted")
 
 
 class Bench:
@@ -106,7 +106,7 @@ class Bench:
         self.tasks = []
 
     def submit(self, prompt, count=3):
-        task = FakeTask(list(prompt), count)
+        task = FakeRequest(list(prompt), count)
         self.tasks.append(task)
         self.batcher.submit(task)
         return task
@@ -134,7 +134,7 @@ def test_first_come_first_served():
     bench = Bench(2)
     tasks = [bench.submit(words(number, 5), count=2 + number) for number in range(4)]
     bench.step()
-    assert (bench.batcher.running, bench.batcher.waiting) == (2, 2)
+    assert (bench.batcher.stats.running, bench.batcher.stats.waiting) == (2, 2)
     assert [task.cached_tokens for task in tasks] == [0, 0, None, None]
     bench.step()
     assert [task.outcomes for task in tasks] == [["done"], [], [], []]
@@ -151,7 +151,7 @@ def test_prompts_are_read_in_chunks_beside_answers():
     bench.submit(words(2, 150), count=2)
     bench.finish()
     assert bench.decoder.sizes() == [{0: 10}, {0: 1, 1: 64}, {0: 1, 1: 64}, {0: 1, 1: 22}, {0: 1, 1: 1}, {0: 1}]
-    wanted = [[part.wants_output for part in parts] for parts in bench.decoder.calls]
+    wanted = [[chunk.wants_output for chunk in chunks] for chunks in bench.decoder.calls]
     assert wanted == [[True], [True, False], [True, False], [True, True], [True, True], [True]]
 
 
@@ -178,9 +178,9 @@ def test_a_conversation_goes_on_in_its_slot():
     # The last token written was never computed.
     assert second.cached_tokens == 50 + 4 - 1
     assert bench.decoder.copies == []
-    assert bench.batcher.counts.cached_tokens == 53
-    assert bench.batcher.counts.computed_tokens == 50 + 11
-    assert bench.batcher.counts.written == 3 + 2
+    assert bench.batcher.stats.cached_tokens == 53
+    assert bench.batcher.stats.computed_tokens == 50 + 11
+    assert bench.batcher.stats.written_tokens == 3 + 2
 
 
 def test_a_whole_prompt_that_is_known_leaves_one_token_to_compute():
@@ -224,7 +224,7 @@ def test_a_beginning_that_many_share_is_computed_once(shared):
     bench = Bench(4)
     tasks = [bench.submit(words(0, shared) + words(number, 5)) for number in range(1, 17)]
     bench.finish()
-    assert bench.batcher.counts.computed_tokens == shared + 16 * 5
+    assert bench.batcher.stats.computed_tokens == shared + 16 * 5
     assert [task.cached_tokens for task in tasks] == [0] + [shared] * 15
     assert {task.outcomes[0] for task in tasks} == {"done"}
 
@@ -251,7 +251,7 @@ def test_who_waits_for_a_beginning_goes_on_when_its_reader_ends(end):
     else:
         bench.decoder.failing = {3}
     bench.finish()
-    assert reader.outcomes == (["dropped"] if end == "cancelled" else ["The decoder broke."])
+    assert reader.outcomes == (["aborted"] if end == "cancelled" else ["The decoder broke."])
     # What the cancelled one had read is good; what a broken call left is not.
     assert [task.cached_tokens for task in others] == ([2 * CHUNK, 300] if end == "cancelled" else [0, 300])
     assert [task.outcomes for task in others] == [["done"], ["done"]]
@@ -293,7 +293,7 @@ def test_a_memory_that_cannot_be_cut_shares_nothing():
     bench.step()
     assert [task.cached_tokens for task in tasks] == [0, 0, None]
     bench.finish()
-    assert bench.batcher.counts.computed_tokens == 300
+    assert bench.batcher.stats.computed_tokens == 300
 
 
 def test_a_call_that_fails_takes_its_requests_and_no_others():
@@ -362,8 +362,8 @@ def test_whatever_happens_each_request_ends_once_with_its_own_text(events, faili
         elif bench.tasks:
             bench.tasks[event[1] % len(bench.tasks)].cancelled = True
     bench.finish()
-    assert bench.batcher.running == bench.batcher.waiting == 0
+    assert bench.batcher.stats.running == bench.batcher.stats.waiting == 0
     for task in bench.tasks:
         broke = task.outcomes == ["The decoder broke."]
-        assert broke or task.outcomes == ["done"] or (task.cancelled and task.outcomes == ["dropped"])
+        assert broke or task.outcomes == ["done"] or (task.cancelled and task.outcomes == ["aborted"])
         assert not broke or failing

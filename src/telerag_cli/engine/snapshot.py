@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from telerag_cli.engine.engine import Engine
-
-if TYPE_CHECKING:
-    from telerag_cli.llm.llamacpp import Stats  # imports llama.cpp, which an engine need not have
+from telerag_cli.llm.batcher import Stats
 
 
 @dataclass(frozen=True)

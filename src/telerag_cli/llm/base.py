@@ -25,7 +25,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Request:
-    """What to write. At temperature 0 the most likely token is taken each time and the seed has no part."""
+    """What to write. At temperature 0 the most likely token is taken each time, whatever the seed."""
 
     messages: Sequence[Message]
     max_tokens: int
@@ -39,7 +39,7 @@ class Request:
     logprobs: bool = False
     """Whether `Generation.tokens` is wanted."""
     ignore_eos: bool = False
-    """Write ``max_tokens`` tokens, come what may: for replaying a recorded text in its time."""
+    """Write ``max_tokens`` tokens in any case: for replaying a recorded text in its time."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Generation:
     decode_s: float
     """From the first token to the last."""
     queue_s: float = 0.0
-    """Waiting until the model had room for it."""
+    """Until the model had room for it."""
     cached_tokens: int = 0
-    """Of the prompt's tokens, those that were computed for another request before."""
+    """Tokens of the prompt that were computed for another request before."""
     stopped_by: str | None = None
     """Which of the request's ``stop`` texts ended it, if one did and the generator knows."""
     tokens: tuple[Token, ...] = ()
@@ -107,7 +107,8 @@ class Generator(Protocol):
 def context_exceeded(prompt_tokens: int, max_tokens: int, context_tokens: int) -> ContextError:
     """The error for a prompt and an answer that do not fit the context together."""
     return ContextError(
-        f"The prompt has {prompt_tokens:,} tokens and the answer up to {max_tokens:,}; the context holds {context_tokens:,}.",
+        f"The prompt has {prompt_tokens:,} tokens and the answer up to {max_tokens:,}; "
+        f"the context holds {context_tokens:,}.",
         remedy="Shorten the question, lower --max-tokens or raise --ctx-size.",
     )
 
@@ -116,11 +117,3 @@ def find_stop(text: str, stop: Sequence[str], start: int = 0) -> tuple[int, str]
     """Where the first of the ``stop`` texts begins at or after ``start``, and which it is; None if there is none."""
     found = [(place, mark) for mark in stop if (place := text.find(mark, start)) >= 0]
     return min(found, default=None)
-
-
-def stripped(text: str, tokens: Sequence[Token]) -> tuple[str, tuple[Token, ...]]:
-    """The text without white space around it, and the tokens of what is left of it."""
-    lead = len(text) - len(text.lstrip())
-    bare = text.strip()
-    kept = (Token(max(token.start - lead, 0), min(token.end - lead, len(bare)), token.logprob) for token in tokens)
-    return bare, tuple(token for token in kept if token.start < token.end)

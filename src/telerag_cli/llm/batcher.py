@@ -1,7 +1,7 @@
 """Continuous batching: which tokens of which requests are computed next, and in which slot. Policy and accounting only.
 
-A slot holds the computed tokens of one sequence. Requests join and leave between steps; prompts are read in chunks
-beside those that are being answered; a beginning that a slot holds already is taken over instead of computed again.
+A slot holds the computed tokens of one sequence. Requests join and leave between steps; prompts are prefilled in chunks
+beside those that are being answered; a prefix that a slot holds already is reused instead of computed again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from telerag_cli.errors import TeleragError
 
 MIN_SHARED = 16
-"""Tokens from which on taking over a beginning, or waiting for one, beats computing it."""
+"""Tokens from which on reusing a prefix, or waiting for one, beats computing it."""
 _COMPARED = 64
 """Tokens that are compared at a time."""
 
 
 @dataclass(frozen=True)
-class Part:
+class Chunk:
     """Consecutive tokens of one slot that are computed in a step."""
 
     slot: int
@@ -28,20 +28,35 @@ class Part:
     """Position of the first of them, which is how many tokens the slot holds."""
     tokens: Sequence[int]
     wants_output: bool
-    """Whether the token after the last of them is to be chosen."""
+    """Whether the token after the last of them is to be sampled."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What goes on, and what was done since the start."""
+
+    running: int
+    """Requests with a slot."""
+    waiting: int
+    computed_tokens: int
+    """Prompt tokens that were computed."""
+    cached_tokens: int
+    """Prompt tokens that had been computed for another request."""
+    written_tokens: int
+    """All but the last of each text."""
 
 
 class Decoder(Protocol):
-    """What computes. It knows how many tokens each slot holds, and goes through neighbouring slots together."""
+    """What computes. It knows how many tokens each slot holds, and decodes neighbouring slots together."""
 
     can_cut: bool
-    """Whether a slot can be cut back to a part of its tokens other than none."""
+    """Whether a slot can be cut back to a prefix that is not empty."""
 
-    def decode(self, parts: Sequence[Part]) -> Sequence[Any]:
-        """Compute parts, in ascending order of slots; raises TeleragError.
+    def decode(self, chunks: Sequence[Chunk]) -> Sequence[Any]:
+        """Compute chunks, in ascending order of slots; raises TeleragError.
 
         Returns:
-            What the next token is chosen from, for each part that wants it, in order; valid until the next call.
+            What the next token is sampled from, for each chunk that wants it, in order; valid until the next call.
         """
 
     def copy(self, source: int, target: int, tokens: int) -> None:
@@ -54,8 +69,8 @@ class Decoder(Protocol):
         """Tokens that a slot holds."""
 
 
-class Task(Protocol):
-    """A request as the batcher sees it. How it ended is told once: by `end`, `fail` or `drop`; by then its slot is free."""
+class BatchRequest(Protocol):
+    """A request as the batcher sees it. It ends once, by `finish`, `fail` or `abort`, and its slot is free by then."""
 
     @property
     def prompt(self) -> list[int]:
@@ -66,19 +81,19 @@ class Task(Protocol):
         """Whether nobody wants it any more."""
 
     def begin(self, cached_tokens: int) -> None:
-        """It has a slot, in which so many tokens of its prompt are computed already."""
+        """It has a slot, which holds so many tokens of its prompt."""
 
     def sample(self, output: Any) -> int | None:
-        """The next token, chosen from the decoder's output; None if the text is complete. It does not raise."""
+        """The next token, sampled from the decoder's output; None if the text is complete. It does not raise."""
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Its text is complete."""
 
     def fail(self, error: Exception) -> None:
         """It cannot be answered."""
 
-    def drop(self) -> None:
-        """It was cancelled, and holds nothing any more."""
+    def abort(self) -> None:
+        """It was cancelled."""
 
 
 @dataclass(eq=False)
@@ -87,47 +102,35 @@ class Slot:
 
     number: int
     tokens: list[int] = field(default_factory=list)
-    """Computed; they stay when the task ends, for whoever begins alike."""
+    """Computed; they stay when the request ends, for later ones with the same prefix."""
     pending: list[int] = field(default_factory=list)
-    """To be computed next: what is left of the prompt, or the token chosen last."""
-    task: Task | None = None
-    reading: bool = False
+    """To be computed next: what is left of the prompt, or the token sampled last."""
+    request: BatchRequest | None = None
+    prefilling: bool = False
     """Whether the pending tokens are the prompt's."""
     admitted: int = 0
-    """When the task came, in ticks of the batcher's clock."""
-    used: int = 0
-    """When somebody last had use for its tokens."""
-
-
-@dataclass
-class Counts:
-    """What was done so far, in tokens."""
-
-    computed_tokens: int = 0
-    """Prompt tokens computed."""
-    cached_tokens: int = 0
-    """Prompt tokens that were there already."""
-    written: int = 0
-    """Tokens chosen and to be computed in their turn, so all but the last of a text."""
+    """When the request came, in ticks of the batcher's clock."""
+    last_used: int = 0
+    """When its tokens were last of use."""
 
 
 class Batcher:
     """Requests in slots. Not safe for threads: one owns it."""
 
-    def __init__(self, decoder: Decoder, slots: int, chunk: int) -> None:
+    def __init__(self, decoder: Decoder, slots: int, prefill_chunk: int) -> None:
         """Start with empty slots.
 
         Args:
             decoder: what computes, with that many slots, all empty.
             slots: requests at a time.
-            chunk: prompt tokens in a step, of all requests together: what those being answered wait for at most.
+            prefill_chunk: prompt tokens per step, of all requests together; it bounds what the others wait for.
         """
         self._decoder = decoder
-        self._chunk = chunk
+        self._prefill_chunk = prefill_chunk
         self._slots = [Slot(number) for number in range(slots)]
-        self._waiting: list[Task] = []
+        self._waiting: list[BatchRequest] = []
         self._clock = itertools.count(1)
-        self.counts = Counts()
+        self._computed_tokens = self._cached_tokens = self._written_tokens = 0
 
     @property
     def idle(self) -> bool:
@@ -135,114 +138,116 @@ class Batcher:
         return not self._waiting and not self._busy()
 
     @property
-    def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
+    def stats(self) -> Stats:
+        """What goes on now."""
+        running, waiting = len(self._busy()), len(self._waiting)
+        return Stats(running, waiting, self._computed_tokens, self._cached_tokens, self._written_tokens)
 
-    @property
-    def running(self) -> int:
-        """Requests with a slot."""
-        return len(self._busy())
-
-    def submit(self, task: Task) -> None:
-        """Take a request on."""
-        self._waiting.append(task)
+    def submit(self, request: BatchRequest) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
 
     def step(self) -> None:
         """Compute one batch: a token of every answer, and a chunk of the prompts."""
-        self._drop_cancelled()
+        self._abort_cancelled()
         self._admit()
-        shares = self._shares()
-        if not shares:
+        counts = self._schedule()
+        slots = [self._slots[number] for number in sorted(counts)]
+        chunks = []
+        for slot in slots:
+            count = counts[slot.number]
+            chunks.append(Chunk(slot.number, len(slot.tokens), slot.pending[:count], count == len(slot.pending)))
+        if not chunks:
             return
-        slots = [self._slots[number] for number in sorted(shares)]
-        parts = [_part(slot, shares[slot.number]) for slot in slots]
         try:
-            outputs = iter(self._decoder.decode(parts))
+            outputs = iter(self._decoder.decode(chunks))
         except TeleragError as error:
             self._fail(slots, error)
             return
-        for slot, part in zip(slots, parts, strict=True):
-            self._note_computed(slot, part)
-            if part.wants_output:
-                self._write(slot, next(outputs))
+        for slot, chunk in zip(slots, chunks, strict=True):
+            slot.tokens += chunk.tokens
+            del slot.pending[: len(chunk.tokens)]
+            if slot.prefilling:
+                self._computed_tokens += len(chunk.tokens)
+            if chunk.wants_output:
+                self._sample(slot, next(outputs))
 
     def fail_all(self, error: Exception) -> None:
-        """End every request with this error, without a word to the decoder: it may be the one that is broken."""
-        tasks = [*self._waiting, *(slot.task for slot in self._busy() if slot.task)]
+        """End every request with this error and leave the decoder alone: it may be what is broken."""
+        requests = [*self._waiting, *(slot.request for slot in self._busy() if slot.request)]
         self._waiting = []
         for slot in self._slots:
-            slot.task, slot.pending, slot.tokens = None, [], []
-        for task in tasks:
-            task.fail(error)
+            slot.request, slot.pending, slot.tokens = None, [], []
+        for request in requests:
+            request.fail(error)
 
     def forget(self) -> None:
-        """Drop the tokens kept in slots that are free, so that what comes is computed whole."""
+        """Drop the tokens kept in free slots, so that what comes is computed whole."""
         for slot in self._slots:
-            if slot.task is None:
-                self._keep(slot, 0)
+            if slot.request is None:
+                self._cut(slot, 0)
 
     def check_integrity(self) -> None:
         """Assert that slots, requests and decoder agree."""
-        held = [slot.task for slot in self._slots if slot.task]
-        assert len({id(task) for task in (*held, *self._waiting)}) == len(held) + len(self._waiting)
+        held = [slot.request for slot in self._slots if slot.request]
+        assert len({id(request) for request in (*held, *self._waiting)}) == len(held) + len(self._waiting)
         for slot in self._slots:
-            assert (slot.task is None) == (not slot.pending), f"slot {slot.number}: pending without a task"
+            assert (slot.request is None) == (not slot.pending), f"slot {slot.number}: pending without a request"
             assert self._decoder.length(slot.number) == len(slot.tokens), f"slot {slot.number}: decoder differs"
-            if slot.task and slot.reading:
-                assert slot.tokens + slot.pending == slot.task.prompt
+            if slot.request and slot.prefilling:
+                assert slot.tokens + slot.pending == slot.request.prompt
 
     def _busy(self) -> list[Slot]:
-        return [slot for slot in self._slots if slot.task]
+        return [slot for slot in self._slots if slot.request]
 
-    def _drop_cancelled(self) -> None:
-        for task in [task for task in self._waiting if task.cancelled]:
-            self._waiting.remove(task)
-            task.drop()
+    def _abort_cancelled(self) -> None:
+        for request in [request for request in self._waiting if request.cancelled]:
+            self._waiting.remove(request)
+            request.abort()
         for slot in self._slots:
-            if slot.task and slot.task.cancelled:
-                task, slot.task, slot.pending = slot.task, None, []
-                task.drop()
+            if slot.request and slot.request.cancelled:
+                request, slot.request, slot.pending = slot.request, None, []
+                request.abort()
 
     def _admit(self) -> None:
-        """Give slots to those who wait, first come first served; who waits for a beginning may be overtaken."""
-        for task in list(self._waiting):
-            free = [slot for slot in self._slots if slot.task is None]
+        """Give free slots to waiting requests in order; one that waits for a prefix may be overtaken."""
+        for request in list(self._waiting):
+            free = [slot for slot in self._slots if slot.request is None]
             if not free:
                 return
-            source, shared = self._longest_beginning(task.prompt)
-            if self._is_being_read(task.prompt, shared):
+            source, shared = self._longest_prefix(request.prompt)
+            if self._is_being_computed(request.prompt, shared):
                 continue
-            self._waiting.remove(task)
-            self._seat(task, self._choose_slot(free, source, shared), source, shared)
+            self._waiting.remove(request)
+            self._start(request, self._choose_slot(free, source, shared), source, shared)
 
-    def _longest_beginning(self, prompt: list[int]) -> tuple[Slot, int]:
-        """The slot that holds most of a prompt's beginning, a free one of equals, and how much, or 0 if too little.
+    def _longest_prefix(self, prompt: list[int]) -> tuple[Slot, int]:
+        """The slot that holds most of a prompt's prefix, preferably a free one, and how much, or 0 if too little.
 
-        One token of the prompt is always left to compute, because the next is chosen from its output.
+        One token of the prompt is always left to compute, because the next is sampled from its output.
         """
-        held = [(_alike(slot.tokens, prompt), slot) for slot in self._slots]
-        shared, source = max(held, key=lambda pair: (pair[0], pair[1].task is None))
+        held = [(_common_prefix(slot.tokens, prompt), slot) for slot in self._slots]
+        shared, source = max(held, key=lambda pair: (pair[0], pair[1].request is None))
         return source, shared if self._decoder.can_cut and shared >= MIN_SHARED else 0
 
-    def _is_being_read(self, prompt: list[int], shared: int) -> bool:
-        """Whether somebody is computing a longer common beginning than there is.
+    def _is_being_computed(self, prompt: list[int], shared: int) -> bool:
+        """Whether a longer common prefix than there is now is being prefilled.
 
-        Be it by one token: many may wait, and it will be there as soon as one of them could compute it.
+        Even if it is longer by one token: many may wait, and it is there as soon as one of them could compute it.
         """
         return self._decoder.can_cut and any(
-            _alike(slot.task.prompt, prompt) >= max(shared + 1, MIN_SHARED)
+            _common_prefix(slot.request.prompt, prompt) >= max(shared + 1, MIN_SHARED)
             for slot in self._slots
-            if slot.task and slot.reading
+            if slot.request and slot.prefilling
         )
 
     def _choose_slot(self, free: Sequence[Slot], source: Slot, shared: int) -> Slot:
-        """The source itself, if little is lost; else one that leaves the busy ones dense, and the longest unused of these.
+        """The source itself if little is lost; else one that keeps the busy slots dense, least recently used first.
 
         Each gap among the busy slots costs the decoder another pass over the weights in every step. Moving a sequence
         into a gap later would cost whatever the gap holds, which is dearer.
         """
-        if source.task is None and shared and 2 * shared >= len(source.tokens):
+        if source.request is None and shared and 2 * shared >= len(source.tokens):
             return source
         busy = {slot.number for slot in self._busy()}
         return min(
@@ -250,80 +255,69 @@ class Batcher:
             key=lambda slot: (
                 _runs(busy | {slot.number}),
                 slot is source and bool(shared),
-                slot.used if slot.tokens else 0,
+                slot.last_used if slot.tokens else 0,
                 slot.number,
             ),
         )
 
-    def _seat(self, task: Task, slot: Slot, source: Slot, shared: int) -> None:
-        """Give a slot to a task, with the first ``shared`` tokens of the source in it."""
+    def _start(self, request: BatchRequest, slot: Slot, source: Slot, shared: int) -> None:
+        """Give a slot to a request, with the first ``shared`` tokens of the source in it."""
         if shared and slot is not source:
             self._decoder.copy(source.number, slot.number, shared)
             slot.tokens = source.tokens[:shared]
         else:
-            self._keep(slot, shared)
+            self._cut(slot, shared)
         now = next(self._clock)
-        source.used = now if shared else source.used
-        slot.used = slot.admitted = now
-        slot.task, slot.reading, slot.pending = task, True, task.prompt[shared:]
-        self.counts.cached_tokens += shared
-        task.begin(shared)
+        source.last_used = now if shared else source.last_used
+        slot.last_used = slot.admitted = now
+        slot.request, slot.prefilling, slot.pending = request, True, request.prompt[shared:]
+        self._cached_tokens += shared
+        request.begin(shared)
 
-    def _shares(self) -> dict[int, int]:
-        """How many of its pending tokens each slot computes now: one of an answer, and a chunk of all prompts together.
+    def _schedule(self) -> dict[int, int]:
+        """How many pending tokens each slot computes now: one of an answer, and a chunk of all prompts together.
 
         Half of the chunk is for the prompt that came first, so that it ends; the others share in order of what they
         have left, so that a short one does not wait for long ones.
         """
-        shares = {slot.number: 1 for slot in self._slots if slot.task and not slot.reading}
-        reading = sorted((slot for slot in self._busy() if slot.reading), key=lambda slot: slot.admitted)
-        if reading:
-            first, room = reading[0], self._chunk
+        counts = {slot.number: 1 for slot in self._busy() if not slot.prefilling}
+        prefilling = sorted((slot for slot in self._busy() if slot.prefilling), key=lambda slot: slot.admitted)
+        if prefilling:
+            first, room = prefilling[0], self._prefill_chunk
             reserved = min(len(first.pending), room // 2)
-            for slot in sorted(reading[1:], key=lambda slot: len(slot.pending)):
-                shares[slot.number] = min(len(slot.pending), room - reserved)
-                room -= shares[slot.number]
-            shares[first.number] = min(len(first.pending), room)
-        return {number: share for number, share in shares.items() if share}
+            for slot in sorted(prefilling[1:], key=lambda slot: len(slot.pending)):
+                counts[slot.number] = min(len(slot.pending), room - reserved)
+                room -= counts[slot.number]
+            counts[first.number] = min(len(first.pending), room)
+        return {number: count for number, count in counts.items() if count}
 
-    def _note_computed(self, slot: Slot, part: Part) -> None:
-        slot.tokens += part.tokens
-        del slot.pending[: len(part.tokens)]
-        if slot.reading:
-            self.counts.computed_tokens += len(part.tokens)
-
-    def _write(self, slot: Slot, output: Any) -> None:
-        """Have the next token chosen; if there is none, the slot is free."""
-        task = slot.task
-        assert task
-        slot.reading = False
-        token = task.sample(output)
+    def _sample(self, slot: Slot, output: Any) -> None:
+        request = slot.request
+        assert request
+        slot.prefilling = False
+        token = request.sample(output)
         if token is None:
-            slot.task = None
-            task.end()
+            slot.request = None
+            request.finish()
         else:
-            self.counts.written += 1
+            self._written_tokens += 1
             slot.pending = [token]
 
     def _fail(self, slots: Iterable[Slot], error: Exception) -> None:
         for slot in slots:
-            task, slot.task, slot.pending = slot.task, None, []
-            self._keep(slot, 0)  # how far it came is unknown
-            if task:
-                task.fail(error)
+            request, slot.request, slot.pending = slot.request, None, []
+            self._cut(slot, 0)  # how far it came is unknown
+            if request:
+                request.fail(error)
 
-    def _keep(self, slot: Slot, tokens: int) -> None:
-        """Cut a slot. The decoder is always told: after a failure it may hold what is not noted."""
+    def _cut(self, slot: Slot, tokens: int) -> None:
+        """Cut a slot. The decoder is always told: after a failure it may hold more than is noted here."""
         self._decoder.cut(slot.number, tokens)
         del slot.tokens[tokens:]
 
 
-def _part(slot: Slot, count: int) -> Part:
-    return Part(slot.number, len(slot.tokens), slot.pending[:count], count == len(slot.pending))
-
-
-def _alike(held: list[int], prompt: list[int]) -> int:
-    """How many tokens of a prompt, without its last, others begin with too."""
+def _common_prefix(held: list[int], prompt: list[int]) -> int:
+    """Length of the common prefix of ``held`` and a prompt without its last token."""
     end = min(len(held), len(prompt) - 1)
     start = 0
     # Slices are compared in C.
@@ -335,5 +329,5 @@ def _alike(held: list[int], prompt: list[int]) -> int:
 
 
 def _runs(numbers: set[int]) -> int:
-    """How many runs of neighbours the numbers form."""
+    """Number of runs of consecutive numbers."""
     return sum(number - 1 not in numbers for number in numbers)

@@ -1,4 +1,4 @@
-"""A GGUF model and its context, over the low-level API of llama-cpp-python. `sampling` calls its samplers."""
+"""llama.cpp's C functions: a GGUF model, its context and its samplers. Only this module imports the compiled library."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-from telerag_cli.arrays import IntArray
-from telerag_cli.errors import ModelError, ResourceError, UsageError
-from telerag_cli.llm.base import Message
-from telerag_cli.llm.batcher import Part
-
-Logits = npt.NDArray[np.float32]
+from telerag_cli.arrays import FloatArray, IntArray
+from telerag_cli.errors import InputError, ModelError, ResourceError, UsageError
+from telerag_cli.llm.base import Message, Request
+from telerag_cli.llm.batcher import Chunk
 
 PADDING = 256
 """llama.cpp rounds a context up to a multiple of so many tokens."""
 CHUNK, WIDE_CHUNK, GPU_CHUNK = 64, 256, 512
-"""Prompt tokens in a step: where texts are reproducible, where they are not, and on a GPU, which wants many. Where they are, a
-CPU is no quicker with more at a time."""
+"""Prompt tokens per step: where texts are reproducible, where they are not, and on a GPU, which wants many. Where they
+are, a CPU is no quicker with more at a time."""
 REPRODUCIBLE_TYPES = {"2", "3", "7"}
-"""llama.cpp's numbers of the file types Q4_0, Q4_1 and Q8_0: the product of such weights with a row is the same bits, whatever
-other rows are multiplied beside it. Source: scripts/bench_weights.py."""
+"""llama.cpp's numbers of the file types Q4_0, Q4_1 and Q8_0: the product of such weights with a row is the same bits,
+whatever other rows are multiplied beside it; measured."""
 _F16, _BF16 = 1, 30
 """ggml's numbers for the types."""
 _META_BYTES = 256
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""llama.cpp's ``llama_token_data``."""
+_SEEDS = 2**32 - 1
+"""How many seeds there are; llama.cpp takes the number after the last for "any"."""
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator, unused-ignore]
 def _no_log(_level: int, _text: bytes, _user_data: ctypes.c_void_p) -> None:
-    """llama.cpp tells about every tensor; what matters comes back as a null pointer or a status."""
+    """llama.cpp logs every tensor; what matters comes back as a null pointer or a status."""
 
 
 class LlamaModel:
@@ -48,7 +49,7 @@ class LlamaModel:
 
         Args:
             path: a GGUF file.
-            gpu_layers: layers to put on a GPU, -1 for all. With none, the model does not touch a GPU at all: by itself,
+            gpu_layers: layers to put on a GPU, -1 for all. With none, the model does not touch a GPU at all: by default
                 llama.cpp would send it the products of long prompts, over the link and with other roundings.
             gpu: the one that they go to; None for all there are.
 
@@ -93,18 +94,15 @@ class LlamaModel:
             raise
 
     @cached_property
-    def ends(self) -> IntArray:
+    def end_tokens(self) -> IntArray:
         """Tokens that end a generation."""
         return np.array([token for token in range(self.vocab_size) if self.is_eog(token)], np.int64)
 
     @cached_property
-    def marks(self) -> IntArray:
+    def control_tokens(self) -> IntArray:
         """Tokens that are neither text nor end one, such as the one that begins a turn."""
-        is_control = llama_cpp.llama_vocab_is_control
-        return np.array(
-            [token for token in range(self.vocab_size) if is_control(self.vocab, token) and not self.is_eog(token)],
-            np.int64,
-        )
+        control = [llama_cpp.llama_vocab_is_control(self.vocab, token) for token in range(self.vocab_size)]
+        return np.setdiff1d(np.flatnonzero(control), self.end_tokens)
 
     @cached_property
     def reproducible(self) -> bool:
@@ -116,10 +114,9 @@ class LlamaModel:
         return bool(llama_cpp.llama_vocab_is_eog(self.vocab, token))
 
     def context_bytes(self, tokens: int) -> int:
-        """What the keys and values of one sequence of so many tokens take, in 16-bit numbers, rounded up as llama.cpp does.
+        """Size of the keys and values of one sequence, in 16-bit numbers, rounded up as llama.cpp does.
 
-        By the numbers of the first layer, and as if every layer had attention: so more than is taken where some have
-        none.
+        It is computed as if every layer were like the first and had attention, so it is too much where some have none.
         """
         heads: int = llama_cpp.llama_model_n_head(self.handle)
         length: int = llama_cpp.llama_model_n_embd(self.handle) // max(heads, 1)
@@ -127,25 +124,29 @@ class LlamaModel:
         rows: int = llama_cpp.llama_model_n_layer(self.handle) * llama_cpp.llama_model_n_head_kv(self.handle)
         return padded(tokens) * rows * numbers * 2
 
-    def tokenize(self, text: str) -> list[int]:
-        """The tokens of a text in which special tokens are written out, as templates do."""
-        raw = text.encode()
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation by the model's own chat template."""
+        turns: Any = [{"role": message.role, "content": message.content} for message in messages]
+        raw = self._template(messages=turns).prompt.encode()
         room = len(raw) + 8
         tokens = (llama_cpp.llama_token * room)()
         count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, True)
         assert count >= 0
         return list(tokens[:count])
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation by the model's own chat template."""
-        turns: Any = [{"role": message.role, "content": message.content} for message in messages]
-        return self.tokenize(self._template(messages=turns).prompt)
-
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of a token; a character may span several."""
         buffer = ctypes.create_string_buffer(_META_BYTES)
         length = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[:length] if length > 0 else b""
+
+    def decoder(self, slots: int, tokens: int, threads: int | None, *, reproducible: bool) -> LlamaDecoder:
+        """See `LlamaDecoder`."""
+        return LlamaDecoder(self, slots, tokens, threads, reproducible=reproducible)
+
+    def sampler(self, request: Request) -> LlamaSampler:
+        """See `LlamaSampler`."""
+        return LlamaSampler(self, request)
 
     def close(self) -> None:
         """Free the weights."""
@@ -169,7 +170,7 @@ class LlamaModel:
         raw = llama_cpp.llama_model_chat_template(self.handle, None)
         if not raw:
             raise ModelError(
-                f"{path.name} has no chat template, so it is no instruct model.",
+                f"{path.name} has no chat template, so it is not an instruct model.",
                 remedy="Choose an instruct or chat model.",
             )
         ends = {
@@ -190,27 +191,24 @@ def padded(tokens: int) -> int:
 class LlamaDecoder:
     """The context: the keys and values of ``slots`` sequences, and the step that extends them. A `batcher.Decoder`.
 
-    Each slot is a stream of its own. On a CPU, keys are kept as bfloat16 and values as float16. With that pair, and
-    with streams apart, llama.cpp computes attention in one way whatever else is in the batch, so that a token's logits
-    are the same bits for any number of rows beside it. With equal types it has further ways, for a sequence that is
-    alone and for long chunks, and their roundings differ; so do those of a cache that all sequences share. The products
-    with the weights keep to it as well if these are Q4_0, Q4_1 or Q8_0, and not if they are float16 or of the K types,
-    which have a way of their own for several rows: see ``scripts/bench_weights.py``. With those, on a GPU, and where it
-    is not wanted, both are float16 and prompts are read in larger chunks, which is quicker by half; equality is then up
-    to rounding.
+    Each slot is a stream of its own. Where texts are to be reproducible, on a CPU, keys are kept as bfloat16 and values
+    as float16: with that pair and separate streams, llama.cpp computes attention in one way whatever else is in the
+    batch, so a token's logits are the same bits for any number of rows beside it. With equal types, or with a cache that
+    all sequences share, it has further ways, with other roundings. The products with the weights keep to it too if these
+    are Q4_0, Q4_1 or Q8_0; float16 and the K types have a way of their own for several rows. With those, on a GPU, and
+    where it is not wanted, keys and values are float16 and prompts are prefilled in larger chunks, which is quicker by
+    half; equality is then up to rounding.
     """
 
-    def __init__(
-        self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool = True
-    ) -> None:
+    def __init__(self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool) -> None:
         """Take the memory.
 
         Args:
             model: what decodes.
             slots: sequences.
             tokens: of each.
-            threads: CPU threads; by default one a core.
-            reproducible: keep a text from depending on what is decoded beside it, if the model's weights let us.
+            threads: CPU threads; by default one per core.
+            reproducible: keep a text from depending on what is decoded beside it, if the model's weights allow it.
 
         Raises:
             ResourceError: there is not enough memory.
@@ -237,9 +235,9 @@ class LlamaDecoder:
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = _Batch(slots + self.chunk)
 
-    def decode(self, parts: Sequence[Part]) -> list[Logits]:
+    def decode(self, chunks: Sequence[Chunk]) -> list[FloatArray]:
         """See `batcher.Decoder`; the outputs are logits of shape (vocab_size,). Raises ModelError."""
-        outputs = self._batch.fill(parts)
+        outputs = self._batch.fill(chunks)
         status = llama_cpp.llama_decode(self._context, self._batch.struct)
         if status:
             raise ModelError(
@@ -278,7 +276,7 @@ class LlamaDecoder:
         settings.n_batch = settings.n_ubatch = slots + self.chunk
         settings.n_outputs_max = slots
         settings.kv_unified = False
-        settings.swa_full = True  # a beginning may be taken over only if none of it was dropped
+        settings.swa_full = True  # a prefix may be reused only if none of it was dropped
         settings.flash_attn_type = 1
         settings.type_k = _BF16 if self.reproducible else _F16
         settings.type_v = _F16
@@ -286,7 +284,7 @@ class LlamaDecoder:
 
 
 class _Batch:
-    """llama.cpp's ``llama_batch`` over arrays of NumPy, which are filled a part at a time."""
+    """llama.cpp's ``llama_batch`` over arrays of NumPy, which are filled chunk by chunk."""
 
     def __init__(self, rows: int) -> None:
         self._tokens, self._positions, self._slots = (np.zeros(rows, np.int32) for _ in range(3))
@@ -304,22 +302,125 @@ class _Batch:
             _pointer(self._wanted, ctypes.c_int8),
         )
 
-    def fill(self, parts: Sequence[Part]) -> list[int]:
-        """Take the parts; returns the rows whose outputs are wanted."""
+    def fill(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Take the chunks; returns the rows whose outputs are wanted."""
         wanted = []
         end = 0
-        for part in parts:
-            begin, end = end, end + len(part.tokens)
-            self._tokens[begin:end] = part.tokens
-            self._positions[begin:end] = range(part.start, part.start + len(part.tokens))
-            self._slots[begin:end] = part.slot
+        for chunk in chunks:
+            begin, end = end, end + len(chunk.tokens)
+            self._tokens[begin:end] = chunk.tokens
+            self._positions[begin:end] = range(chunk.start, chunk.start + len(chunk.tokens))
+            self._slots[begin:end] = chunk.slot
             self._wanted[begin:end] = 0
-            if part.wants_output:
+            if chunk.wants_output:
                 self._wanted[end - 1] = 1
                 wanted.append(end - 1)
         self.struct.n_tokens = end
         return wanted
 
 
-def _pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+def _pointer(array: Any, kind: Any) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+class LlamaSampler:
+    """Temperature, top-p, seed and grammar of one request; the same logits give the same tokens whatever else runs."""
+
+    def __init__(self, model: LlamaModel, request: Request) -> None:
+        """Get ready; raises InputError if the grammar is invalid."""
+        self._model = model
+        self._grammar: Any = None
+        self._chain: Any = None
+        self._forbidden: Any = None
+        self._room: Any = None
+        if request.shape is not None:
+            self._grammar = self._read_grammar(request.shape.grammar)
+            # The grammar takes them for the text they are written as, which would not be in the result.
+            self._forbidden = model.control_tokens
+        elif request.ignore_eos:
+            self._forbidden = model.end_tokens
+        if request.temperature > 0:
+            self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+            for part in (
+                llama_cpp.llama_sampler_init_top_p(request.top_p, 1),
+                llama_cpp.llama_sampler_init_temp(request.temperature),
+                llama_cpp.llama_sampler_init_dist(request.seed % _SEEDS),
+            ):
+                llama_cpp.llama_sampler_chain_add(self._chain, part)
+
+    def sample(self, logits: FloatArray) -> int:
+        """The next token by these logits, shape (vocab_size,), which are left unchanged.
+
+        Raises:
+            ModelError: the grammar leaves no token.
+        """
+        if self._forbidden is not None:
+            logits = logits.copy()
+            logits[self._forbidden] = -np.inf
+        token = self._choose(logits)
+        # The grammar checks one token quickly and all of them slowly, and mostly the first choice will do.
+        if self._grammar and not self._allows(token):
+            token = self._choose(self._allowed(logits))
+        return token
+
+    def accept(self, token: int) -> None:
+        """Note that the token was written; one that ends a generation is not."""
+        if self._grammar:
+            llama_cpp.llama_sampler_accept(self._grammar, token)
+
+    def close(self) -> None:
+        """Free what llama.cpp holds."""
+        for sampler in (self._grammar, self._chain):
+            if sampler:
+                llama_cpp.llama_sampler_free(sampler)
+        self._grammar = self._chain = None
+
+    def _read_grammar(self, grammar: str) -> Any:
+        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
+        if not sampler:
+            raise InputError(
+                f"llama.cpp cannot read the grammar '{grammar[:60]}'.",
+                remedy="Write it in GBNF, with a rule named root.",
+            )
+        return sampler
+
+    def _choose(self, logits: FloatArray) -> int:
+        if self._chain is None:
+            return int(logits.argmax())
+        candidates = self._candidates(logits)
+        return int(candidates["id"][_apply(self._chain, candidates).selected])
+
+    def _allows(self, token: int) -> bool:
+        one = np.zeros(1, _CANDIDATE)
+        one["id"] = token
+        _apply(self._grammar, one)
+        return bool(np.isfinite(one["logit"][0]))
+
+    def _allowed(self, logits: FloatArray) -> FloatArray:
+        """The logits, with minus infinity for the tokens that the grammar refuses."""
+        candidates = self._candidates(logits)
+        _apply(self._grammar, candidates)  # which leaves their order
+        masked: FloatArray = candidates["logit"].copy()
+        # llama.cpp ends the process when it is told to accept a token that the grammar refuses.
+        if not np.isfinite(masked.max()):
+            raise ModelError(
+                "The grammar leaves the model no token to go on with.",
+                remedy="Use characters in the grammar that the model's vocabulary has.",
+            )
+        return masked
+
+    def _candidates(self, logits: FloatArray) -> Any:
+        if self._room is None:
+            self._room = np.zeros(len(logits), _CANDIDATE)
+        self._room["id"] = np.arange(len(logits), dtype=np.int32)
+        self._room["logit"] = logits
+        self._room["p"] = 0
+        return self._room
+
+
+def _apply(sampler: Any, candidates: Any) -> Any:
+    """Run a sampler over candidates, which it changes in place; returns llama.cpp's array over them."""
+    data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+    array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    return array

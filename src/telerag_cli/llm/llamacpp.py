@@ -9,33 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
+from telerag_cli.arrays import FloatArray
 from telerag_cli.config import DEFAULT_CTX_SIZE
 from telerag_cli.errors import ModelError
 from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, context_exceeded
-from telerag_cli.llm.batcher import Batcher
-from telerag_cli.llm.llama_model import LlamaDecoder, LlamaModel, Logits
-from telerag_cli.llm.sampling import Sampler, log_probability
-from telerag_cli.llm.writing import Writing
+from telerag_cli.llm.batcher import Batcher, Stats
+from telerag_cli.llm.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from telerag_cli.llm.llama_model import LlamaModel
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a generator is doing and has done; tokens are counted from the start."""
-
-    running: int
-    """Requests with a slot."""
-    waiting: int
-    computed_tokens: int
-    """Of prompts, computed."""
-    cached_tokens: int
-    """Of prompts, computed for another request before."""
-    written_tokens: int
-    """All but the last of each text."""
 
 
 class LlamaCpp:
@@ -62,7 +51,7 @@ class LlamaCpp:
             context_tokens: tokens that a prompt and its answer may have together; at most what the model was trained
                 for.
             parallel: requests at a time.
-            threads: CPU threads; by default one a core.
+            threads: CPU threads; by default one per core.
             reproducible: see `LlamaDecoder`.
 
         Raises:
@@ -73,13 +62,13 @@ class LlamaCpp:
         self.context_tokens = min(context_tokens, model.trained_tokens)
         self.parallel = parallel
         self.context_bytes = parallel * model.context_bytes(self.context_tokens)
-        """What the contexts take."""
+        """Size of the contexts."""
         self._model = model
-        self._decoder = LlamaDecoder(model, parallel, self.context_tokens, threads, reproducible=reproducible)
+        self._decoder = model.decoder(parallel, self.context_tokens, threads, reproducible=reproducible)
         self._batcher = Batcher(self._decoder, parallel, self._decoder.chunk)
         # What the worker is to do between two steps; None to end.
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        # Once there is one, nothing is ordered any more, and nobody comes near the model: see `_open`.
+        # Once there is one, nothing is ordered any more, and nobody touches the model: see `_open`.
         self._refusal: ModelError | None = None
         self._entrance = threading.Lock()
         self._worker = threading.Thread(target=self._work, name="llm", daemon=True)
@@ -91,12 +80,10 @@ class LlamaCpp:
             return len(self._model.prompt(messages))
 
     async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
-        """See `Generator`.
-
-        What ``on_text`` raises ends this request, and comes out of here.
+        """See `Generator`. What ``on_text`` raises ends this request, and is raised here.
 
         Raises:
-            InputError: the prompt and ``max_tokens`` exceed the context, or the shape's grammar is none.
+            InputError: the prompt and ``max_tokens`` exceed the context, or the shape's grammar is invalid.
             ModelError: llama.cpp failed, or the model was closed.
         """
         job = self._submit(request, on_text)
@@ -112,9 +99,8 @@ class LlamaCpp:
 
     def stats(self) -> Stats:
         """What goes on now."""
-        batcher, counts = self._batcher, self._batcher.counts
-        waiting = batcher.waiting + self._orders.qsize()
-        return Stats(batcher.running, waiting, counts.computed_tokens, counts.cached_tokens, counts.written)
+        now = self._batcher.stats
+        return replace(now, waiting=now.waiting + self._orders.qsize())
 
     def forget(self) -> None:
         """Drop what is kept of earlier prompts, so that the next ones are computed whole: for measuring."""
@@ -125,7 +111,7 @@ class LlamaCpp:
         self.between_steps(self._batcher.check_integrity)
 
     def between_steps(self, function: Callable[[], T]) -> T:
-        """Have the thread that decodes call a function, and wait for what it returns or raises; ModelError after `close`.
+        """Have the decoding thread call a function; returns or raises what it does, or ModelError after `close`.
 
         Not from ``on_text``, which is called by that thread.
         """
@@ -184,7 +170,7 @@ class LlamaCpp:
         self._batcher.fail_all(end)
 
     def _obey(self) -> bool:
-        """Carry out what was ordered; waits for an order if there is nothing else to do. False at the end."""
+        """Carry out what was ordered, waiting for an order if there is nothing else to do. False at the end."""
         wait = self._batcher.idle
         while True:
             try:
@@ -202,7 +188,7 @@ def _closed() -> ModelError:
 
 
 async def _settled(future: asyncio.Future[Any]) -> None:
-    """Wait for a future, however often that is cancelled, and let its error go."""
+    """Wait for a future, however often that is cancelled, and ignore its error."""
     while not future.done():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.wait([future])
@@ -210,7 +196,7 @@ async def _settled(future: asyncio.Future[Any]) -> None:
 
 
 class _Job:
-    """A request under way: a `batcher.Task` that samples, writes and answers who asked."""
+    """A request under way: a `BatchRequest` that samples, detokenizes and answers its caller."""
 
     def __init__(self, prompt: list[int], request: Request, on_text: OnText | None, model: LlamaModel) -> None:
         self.prompt = prompt
@@ -221,95 +207,90 @@ class _Job:
         self._request = request
         self._on_text = on_text
         self._model = model
-        self._sampler = Sampler(model, request)
-        self._writing = Writing(request.stop)
-        self._told = ("", 0)
+        self._sampler = model.sampler(request)
+        self._output = Detokenizer(request.stop)
+        self._shown = ("", 0)
         self._outcome: Generation | Exception | None = None
         self._cached_tokens = 0
         self._came_s = self._began_s = time.perf_counter()
         self._first_s: float | None = None
 
     def begin(self, cached_tokens: int) -> None:
-        """See `batcher.Task`."""
+        """See `BatchRequest`."""
         self._began_s = time.perf_counter()
         self._cached_tokens = cached_tokens
 
-    def sample(self, output: Logits) -> int | None:
-        """See `batcher.Task`."""
+    def sample(self, output: FloatArray) -> int | None:
+        """See `BatchRequest`."""
         try:
-            return self._write(output)
-        except Exception as error:  # it is this request's alone: its grammar, or what listens to it
+            token = self._sampler.sample(output)
+            self._first_s = self._first_s or time.perf_counter()
+            reason = self._add(token, output)
+            if reason is None:
+                self._show(self._output.shown)
+                return token
+            self._outcome = self._generation(reason)
+            self._show(self._output.text)
+        except Exception as error:  # it concerns this request alone: its grammar, or its listener
             self._outcome = error
-            return None
+        return None
 
-    def end(self) -> None:
-        """See `batcher.Task`."""
-        if isinstance(self._outcome, Exception):
-            self.fail(self._outcome)
-        else:
-            self._answer(self._outcome)
+    def finish(self) -> None:
+        """See `BatchRequest`."""
+        self._end(self._outcome)
 
     def fail(self, error: Exception) -> None:
-        """See `batcher.Task`."""
-        self.close()
-        self.result.set_exception(error)
+        """See `BatchRequest`."""
+        self._end(error)
 
-    def drop(self) -> None:
-        """See `batcher.Task`."""
-        self._answer(None)
+    def abort(self) -> None:
+        """See `BatchRequest`."""
+        self._end(None)
 
-    def close(self) -> None:
-        """Free what llama.cpp holds for it."""
-        self._sampler.close()
-
-    def _write(self, logits: Logits) -> int | None:
-        """Choose a token and add it to the text; None if the text has ended."""
-        token = self._sampler.sample(logits)
-        self._first_s = self._first_s or time.perf_counter()
-        reason = self._add(token, logits)
-        if reason is not None:
-            self._finish(reason)
-            return None
-        self._tell(self._writing.shown)
-        return token
-
-    def _add(self, token: int, logits: Logits) -> FinishReason | None:
+    def _add(self, token: int, logits: FloatArray) -> FinishReason | None:
         """Add a token to the text; why it has ended, if it has."""
-        writing, request = self._writing, self._request
+        output, request = self._output, self._request
         if self._model.is_eog(token):
             return "stop"
-        if writing.count < request.max_tokens:
+        if output.count < request.max_tokens:
             self._sampler.accept(token)
-            logprob = log_probability(logits, token) if request.logprobs else None
-            writing.add(self._model.piece(token), logprob)
-        if writing.stopped_by is not None:
+            output.add(self._model.piece(token), log_probability(logits, token) if request.logprobs else None)
+        if output.stopped_by is not None:
             return "stop"
-        return "length" if writing.count >= request.max_tokens else None
+        return "length" if output.count >= request.max_tokens else None
 
-    def _tell(self, text: str) -> None:
-        news = (text, self._writing.count)
-        if self._on_text and news != self._told:
-            self._told = news
-            self._on_text(*news)
+    def _show(self, text: str) -> None:
+        shown = (text, self._output.count)
+        if self._on_text and shown != self._shown:
+            self._shown = shown
+            self._on_text(*shown)
 
-    def _finish(self, reason: FinishReason) -> None:
-        ended_s = time.perf_counter()
-        self._tell(self._writing.text)
-        first_s = self._first_s or ended_s
-        text, tokens = self._writing.finished()
-        self._outcome = Generation(
+    def _generation(self, reason: FinishReason) -> Generation:
+        now_s = time.perf_counter()
+        first_s = self._first_s or now_s
+        text, tokens = self._output.finished()
+        return Generation(
             text,
             reason,
             len(self.prompt),
-            self._writing.count,
+            self._output.count,
             prefill_s=first_s - self._began_s,
-            decode_s=ended_s - first_s,
+            decode_s=now_s - first_s,
             queue_s=self._began_s - self._came_s,
             cached_tokens=self._cached_tokens,
-            stopped_by=self._writing.stopped_by,
+            stopped_by=self._output.stopped_by,
             tokens=tokens,
         )
 
-    def _answer(self, generation: Generation | None) -> None:
-        self.close()
-        self.result.set_result(generation)
+    def _end(self, outcome: Generation | Exception | None) -> None:
+        self._sampler.close()
+        if isinstance(outcome, Exception):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
+
+
+def log_probability(logits: FloatArray, token: int) -> float:
+    """The natural logarithm of a token's probability: its logit less the logarithm of the sum of all exponentials."""
+    highest = logits.max()
+    return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))

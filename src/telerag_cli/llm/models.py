@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from telerag_cli.config import DEFAULT_GENERATOR
@@ -26,7 +27,7 @@ def resolve_model(model: str | None, hf_repo: str | None) -> Path:
 
     Raises:
         UsageError: both are given.
-        ModelError: there is no such model, or its file is no GGUF.
+        ModelError: there is no such model, or its file is not a GGUF file.
     """
     if hf_repo is not None:
         if model is not None:
@@ -36,7 +37,19 @@ def resolve_model(model: str | None, hf_repo: str | None) -> Path:
         path = _bundled()
     else:
         path = Path(model).expanduser()
-    _check_gguf(path)
+    try:
+        with path.open("rb") as handle:
+            magic = handle.read(len(_MAGIC))
+    except OSError as error:
+        raise ModelError(
+            f"The model {path} cannot be read: {(error.strerror or str(error)).lower()}.",
+            remedy=f"Name a GGUF file, or {DEFAULT_GENERATOR} for the default.",
+        ) from error
+    if magic != _MAGIC:
+        raise ModelError(
+            f"{path} is not a GGUF model: it begins with {magic!r} and not {_MAGIC!r}.",
+            remedy="Name a GGUF file, as llama.cpp loads.",
+        )
     return path
 
 
@@ -53,22 +66,6 @@ def _bundled() -> Path:
     return files[0]
 
 
-def _check_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as handle:
-            magic = handle.read(len(_MAGIC))
-    except OSError as error:
-        raise ModelError(
-            f"The model {path} cannot be read: {(error.strerror or str(error)).lower()}.",
-            remedy=f"Name a GGUF file, or {DEFAULT_GENERATOR} for the default.",
-        ) from error
-    if magic != _MAGIC:
-        raise ModelError(
-            f"{path} is no GGUF model: it begins with {magic!r} and not {_MAGIC!r}.",
-            remedy="Name a GGUF file, as llama.cpp loads.",
-        )
-
-
 def _from_hub(reference: str) -> Path:
     import httpx2
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -77,20 +74,17 @@ def _from_hub(reference: str) -> Path:
     repo, _, quantization = reference.partition(":")
     try:
         try:
-            held = [file.rfilename for file in HfApi().model_info(repo).siblings or []]
-            name, *rest = _choose(held, repo, quantization)
+            files = [file.rfilename for file in HfApi().model_info(repo).siblings or []]
+            fetched = [hf_hub_download(repo, name) for name in _choose(files, repo, quantization)]
+            return Path(fetched[0])
         except (OfflineModeIsEnabled, httpx2.TransportError):
             # What was fetched earlier is as good as the network.
             folder = Path(snapshot_download(repo, local_files_only=True))
             files = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
             return folder / _choose(files, repo, quantization)[0]
-        path = Path(hf_hub_download(repo, name))
-        for part in rest:
-            hf_hub_download(repo, part)
-        return path
     except HFValidationError as error:
         raise ModelError(
-            f"'{reference}' is no Hugging Face repository.", remedy="Write it like user/model or user/model:Q4_K_M."
+            f"'{reference}' is not a Hugging Face repository.", remedy="Write it like user/model or user/model:Q4_K_M."
         ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx2.TransportError) as error:
         raise ModelError(
@@ -98,14 +92,13 @@ def _from_hub(reference: str) -> Path:
             remedy="Check the network and HF_HUB_OFFLINE, or name a local file with --model.",
         ) from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
         raise ModelError(
-            f"The Hugging Face Hub answers {status} for the repository {repo}.",
+            f"The Hugging Face Hub answers {error.response.status_code} for the repository {repo}.",
             remedy="Check its name; a private or gated one needs HF_TOKEN.",
         ) from error
 
 
-def _choose(names: list[str], repo: str, quantization: str) -> list[str]:
+def _choose(names: Iterable[str], repo: str, quantization: str) -> list[str]:
     """The file of that quantization, or the files if it comes in parts, in order."""
     files = sorted(name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
     wanted = quantization or DEFAULT_QUANTIZATION
@@ -115,13 +108,11 @@ def _choose(names: list[str], repo: str, quantization: str) -> list[str]:
     if not matching and not quantization and len(files) == 1:
         matching = files
     if not matching:
-        held = ", ".join(files) if files else "no GGUF file"
         raise ModelError(
-            f"The repository {repo} has no {wanted} model; it has {held}.",
+            f"The repository {repo} has no {wanted} model; it has {', '.join(files) or 'no GGUF file'}.",
             remedy="Name one of its quantizations: --hf-repo user/model:QUANT.",
         )
-    first = matching[0]
-    if not _PART.search(first):
-        return [first]
-    stem = _PART.sub("", first)
+    if not _PART.search(matching[0]):
+        return matching[:1]
+    stem = _PART.sub("", matching[0])
     return [name for name in matching if _PART.sub("", name) == stem]

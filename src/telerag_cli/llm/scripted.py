@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from telerag_cli.errors import ModelError
-from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, Token, context_exceeded, find_stop
+from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, context_exceeded
+from telerag_cli.llm.detokenizer import Detokenizer
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ScriptedGenerator:
         Args:
             script: a function of the request; or a mapping in which the first key found in the last message gives the
                 answer.
-            token_s: seconds a token takes.
+            token_s: seconds per token.
             context_tokens: tokens that prompt and answer may have together.
         """
         self._script = script
@@ -72,47 +73,40 @@ class ScriptedGenerator:
 
     async def _write(self, request: Request, prompt_tokens: int, on_text: OnText | None) -> Generation:
         reply = self._reply(request)
-        text, count, stopped_by = "", 0, None
-        tokens: list[Token] = []
+        output = Detokenizer(request.stop)
         reason: FinishReason = "stop"
         for word in reply.text.split(" ") if reply.text else ():
-            if count == request.max_tokens:
+            if output.count == request.max_tokens:
                 reason = "length"
                 break
             if self._token_s:
                 await asyncio.sleep(self._token_s)
-            if count == reply.fails_after:
-                raise ModelError(f"The scripted model broke after {count} tokens.", remedy="Mend the script.")
-            start, text = len(text), f"{text} {word}" if count else word
-            count += 1
-            tokens.append(Token(start, len(text), math.log(reply.doubtful.get(word.strip(".,?!"), 1.0))))
-            if stop := find_stop(text, request.stop):
-                text, stopped_by = text[: stop[0]], stop[1]
+            if output.count == reply.fails_after:
+                raise ModelError(f"The scripted model broke after {output.count} tokens.", remedy="Fix the script.")
+            piece = f" {word}" if output.count else word
+            output.add(piece.encode(), math.log(reply.doubtful.get(word.strip(".,?!"), 1.0)))
+            if output.stopped_by is not None:
                 break
             if on_text:
-                on_text(text, count)
-        kept = tuple(
-            Token(token.start, min(token.end, len(text)), token.logprob) for token in tokens if token.start < len(text)
-        )
+                on_text(output.text, output.count)
+        text, tokens = output.finished()
         return Generation(
             text,
             reason,
             prompt_tokens,
-            count,
+            output.count,
             prefill_s=self._token_s,
-            decode_s=self._token_s * max(count - 1, 0),
-            stopped_by=stopped_by,
-            tokens=kept if request.logprobs else (),
+            decode_s=self._token_s * max(output.count - 1, 0),
+            stopped_by=output.stopped_by,
+            tokens=tokens if request.logprobs else (),
         )
 
     def _reply(self, request: Request) -> Reply:
-        answer = self._script(request) if callable(self._script) else self._look_up(self._script, request)
-        return answer if isinstance(answer, Reply) else Reply(answer)
-
-    @staticmethod
-    def _look_up(script: Mapping[str, str], request: Request) -> str:
+        if callable(self._script):
+            answer = self._script(request)
+            return answer if isinstance(answer, Reply) else Reply(answer)
         last = request.messages[-1].content
-        for key, answer in script.items():
+        for key, text in self._script.items():
             if key in last:
-                return answer
+                return Reply(text)
         raise ModelError(f"The script has no answer to '{last[:60]}'.", remedy="Add one.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from openai.types.chat import ChatCompletionChunk
 
-from telerag_cli.llm.base import Generation, OnText, Request, Token, find_stop, stripped
+from telerag_cli.llm.base import Generation, OnText, Request, find_stop
+from telerag_cli.llm.detokenizer import Detokenizer, stripped
 
 
 class StreamedAnswer:
@@ -67,9 +66,12 @@ class StreamedAnswer:
     def generation(self, asked_s: float, estimated_tokens: int) -> Generation:
         """The result, if the answer is complete."""
         shape, usage = self.request.shape, self._usage
-        # Where the text is not the reply, no token has a place in it.
-        places = () if shape and shape.json_tokens else _spans(self.text, self._logprobs)
-        text, tokens = stripped(self.text, places)
+        spelled = Detokenizer()
+        for piece, logprob in self._logprobs:
+            spelled.add(piece, logprob)
+        # Where the tokens do not spell the text, or the text is not the reply, no place is sure.
+        placed = spelled.text.startswith(self.text) and not (shape and shape.json_tokens)
+        text, tokens = stripped(self.text, spelled.tokens if placed else ())
         details = usage.prompt_tokens_details if usage else None
         first_s = self._first_s or self._last_s
         return Generation(
@@ -98,15 +100,3 @@ class StreamedAnswer:
         if self._on_text and len(self.text) > len(before):
             self.shown = True
             self._on_text(self.text, self.pieces)
-
-
-def _spans(text: str, logprobs: Sequence[tuple[bytes, float]]) -> tuple[Token, ...]:
-    """The tokens' places in the text; none if they do not spell it, for then no place is sure."""
-    # A character may span tokens; it belongs to the one that completes it.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    spelled, tokens = "", []
-    for raw, logprob in logprobs:
-        start = len(spelled)
-        spelled += decoder.decode(raw)
-        tokens.append(Token(start, min(len(spelled), len(text)), logprob))
-    return tuple(tokens) if spelled.startswith(text) else ()

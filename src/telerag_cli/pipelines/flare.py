@@ -14,7 +14,7 @@ from telerag_cli.llm.base import Generation, Message
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer, Retrieved, merge
-from telerag_cli.pipelines.prompts import numbered
+from telerag_cli.pipelines.prompts import numbered, user
 from telerag_cli.pipelines.together import together
 
 SENTENCE_TOKENS = 48
@@ -25,24 +25,49 @@ MAX_DOUBTS = 3
 """Stretches of a sentence that are asked about, the most doubtful ones."""
 
 
-def continuation(question: str, found: Sequence[Retrieved], written: str) -> list[Message]:
-    """The prompt for the next sentence; with passages, for one that rests on them."""
-    passages = f"{numbered(found)}\n\n" if found else ""
-    told = "Use the numbered passages. " if found else ""
-    so_far = f"\nAnswer so far: {written}" if written else ""
-    return [
-        Message("system", f"{told}Answer the question briefly. Write only the next sentence of the answer."),
-        Message("user", f"{passages}Question: {question}{so_far}"),
-    ]
+async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, sentences: int = 4) -> Answer:
+    """Write at most ``sentences`` sentences; one with a token less probable than the threshold is written again.
 
-
-def asking(question: str, sentence: str, doubt: str) -> list[Message]:
-    """The prompt for a question whose answer is the doubtful stretch."""
-    return [
-        Message(
-            "user", f'Question: {question}\nSentence: {sentence}\nWrite one short question whose answer is "{doubt}".'
-        )
-    ]
+    Raises:
+        ModelError: the generator does not tell how probable its tokens are.
+    """
+    written = ""
+    retrieved: list[list[Retrieved]] = []
+    for number in range(1, sentences + 1):
+        start = written or question
+        async with rag.lookahead(start) as ahead:
+            draft = await rag.generate(
+                f"sentence_{number}",
+                _continuation(question, (), written),
+                max_tokens=SENTENCE_TOKENS,
+                stop=SENTENCE_ENDS,
+                logprobs=True,
+                refining=ahead,
+                expect=partial(_expected, start),
+            )
+            queries = await together(
+                _query(rag, question, draft.text, doubt) for doubt in doubts(draft, flare_threshold)
+            )
+        sentence = draft.text
+        if queries:
+            retrieved.append(await rag.retrieve(queries, ahead))
+            rewritten = await rag.answer(
+                question,
+                retrieved[-1],
+                stage=f"rewrite_{number}",
+                max_tokens=SENTENCE_TOKENS,
+                stop=SENTENCE_ENDS,
+                prompt=partial(_continuation, written=written),
+            )
+            sentence = rewritten.text
+        if not sentence or sentence in written:
+            break
+        # The mark that ended the sentence was cut off with the stop text.
+        closed = sentence if sentence.endswith((".", "!", "?", ":")) else f"{sentence}."
+        written = f"{written} {closed}".strip()
+        if draft.finish_reason == "stop" and draft.stopped_by is None:
+            break  # the model had no more to say
+    return Answer(written, merge(*retrieved))
 
 
 def doubts(sentence: Generation, threshold: float) -> list[str]:
@@ -65,58 +90,24 @@ def doubts(sentence: Generation, threshold: float) -> list[str]:
     return [text for start, end, _least in chosen if (text := sentence.text[start:end].strip())]
 
 
-async def ask(rag: Rag, question: str, sentence: str, doubt: str) -> str:
-    """A query for a doubtful stretch; the sentence itself if the model has none."""
-    written = await rag.generate("query", asking(question, sentence, doubt), max_tokens=QUERY_TOKENS, shape=QUERY)
-    return next(iter(QUERY.read(written.text)), sentence)
+def _continuation(question: str, found: Sequence[Retrieved], written: str) -> list[Message]:
+    """The prompt for the next sentence; with passages, for one that rests on them."""
+    passages = f"{numbered(found)}\n\n" if found else ""
+    instruction = "Use the numbered passages. " if found else ""
+    so_far = f"\nAnswer so far: {written}" if written else ""
+    return [
+        Message("system", f"{instruction}Answer the question briefly. Write only the next sentence of the answer."),
+        *user(f"{passages}Question: {question}{so_far}"),
+    ]
 
 
-def closed(sentence: str) -> str:
-    """The sentence with a mark at its end; the one that ended it was taken away with what ends a generation."""
-    return sentence if sentence.endswith((".", "!", "?", ":")) else f"{sentence}."
-
-
-def about(start: str, sentence: str) -> list[str]:
-    """What the queries about a sentence will be near to: they come from the question, or what is written, and the sentence."""
+def _expected(start: str, sentence: str) -> list[str]:
+    """What the queries will resemble: they come from the sentence, and from the question or what is written."""
     return [f"{start} {sentence}"]
 
 
-async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, sentences: int = 4) -> Answer:
-    """Write at most ``sentences`` sentences; one with a token less probable than the threshold is written again.
-
-    Raises:
-        ModelError: the generator does not tell how probable its tokens are.
-    """
-    written = ""
-    retrieved: list[list[Retrieved]] = []
-    for number in range(1, sentences + 1):
-        start = written or question
-        async with rag.lookahead(start) as ahead:
-            draft = await rag.generate(
-                f"sentence_{number}",
-                continuation(question, (), written),
-                max_tokens=SENTENCE_TOKENS,
-                stop=SENTENCE_ENDS,
-                logprobs=True,
-                refining=ahead,
-                expect=partial(about, start),
-            )
-            queries = await together(ask(rag, question, draft.text, doubt) for doubt in doubts(draft, flare_threshold))
-        sentence = draft.text
-        if queries:
-            retrieved.append(await rag.retrieve(queries, ahead))
-            rewritten = await rag.answer(
-                question,
-                retrieved[-1],
-                stage=f"rewrite_{number}",
-                max_tokens=SENTENCE_TOKENS,
-                stop=SENTENCE_ENDS,
-                prompt=partial(continuation, written=written),
-            )
-            sentence = rewritten.text
-        if not sentence or sentence in written:
-            break
-        written = f"{written} {closed(sentence)}".strip()
-        if draft.finish_reason == "stop" and draft.stopped_by is None:
-            break  # the model had no more to say
-    return Answer(written, merge(*retrieved))
+async def _query(rag: Rag, question: str, sentence: str, doubt: str) -> str:
+    """A query for a doubtful stretch; the sentence itself if the model has none."""
+    prompt = user(f'Question: {question}\nSentence: {sentence}\nWrite one short question whose answer is "{doubt}".')
+    written = await rag.generate("query", prompt, max_tokens=QUERY_TOKENS, shape=QUERY)
+    return next(iter(QUERY.read(written.text)), sentence)

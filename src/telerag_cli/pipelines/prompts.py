@@ -14,6 +14,11 @@ INSTRUCTION = (
 BRIEFLY = "Answer the question in one or two sentences."
 
 
+def user(text: str) -> list[Message]:
+    """A prompt that is one message of the user."""
+    return [Message("user", text)]
+
+
 def numbered(found: Sequence[Retrieved]) -> str:
     """Passages, each after its number."""
     return "\n\n".join(f"[{rank}] {hit.passage.embedded_text}" for rank, hit in enumerate(found, 1))
@@ -22,5 +27,5 @@ def numbered(found: Sequence[Retrieved]) -> str:
 def answer_prompt(question: str, found: Sequence[Retrieved]) -> list[Message]:
     """Instruction, numbered passages, question; without passages, the question by itself."""
     if not found:
-        return [Message("system", BRIEFLY), Message("user", question)]
-    return [Message("system", INSTRUCTION), Message("user", f"{numbered(found)}\n\nQuestion: {question}")]
+        return [Message("system", BRIEFLY), *user(question)]
+    return [Message("system", INSTRUCTION), *user(f"{numbered(found)}\n\nQuestion: {question}")]

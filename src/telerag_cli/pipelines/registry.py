@@ -20,13 +20,8 @@ from telerag_cli.pipelines.self_rag import self_rag
 from telerag_cli.pipelines.subquestion import subquestion
 
 PIPELINES: dict[PipelineName, Callable[..., Awaitable[Answer]]] = {
-    PipelineName.NAIVE: naive,
-    PipelineName.HYDE: hyde,
-    PipelineName.SUBQUESTION: subquestion,
-    PipelineName.ITERATIVE: iterative,
-    PipelineName.ITER_RETGEN: iter_retgen,
-    PipelineName.FLARE: flare,
-    PipelineName.SELF_RAG: self_rag,
+    PipelineName(function.__name__): function
+    for function in (naive, hyde, subquestion, iterative, iter_retgen, flare, self_rag)
 }
 """Each takes the `Rag` and the question; its keyword-only parameters are its options."""
 
@@ -48,21 +43,14 @@ def make_pipeline(name: PipelineName, **given: Any) -> Pipeline:
         if option not in options(name):
             takers = [other for other in PipelineName if option in options(other)]
             raise UsageError(
-                f"--{option.replace('_', '-')} has no part in the pipeline {name}.",
+                f"--{option.replace('_', '-')} cannot be combined with --pipeline {name}.",
                 remedy=f"Leave it out; it is for {' and '.join(takers)}.",
             )
     return Pipeline(name.value, partial(PIPELINES[name], **chosen))
 
 
 def make_pipelines(given: Mapping[str, Any]) -> dict[PipelineName, Pipeline]:
-    """Return every pipeline, each with those of the options that it has; None means its own default.
-
-    Raises:
-        UsageError: no pipeline has such an option.
-    """
-    for option, value in given.items():
-        if value is not None and not any(option in options(name) for name in PipelineName):
-            raise UsageError(f"No pipeline has the option {option}.")
+    """Return every pipeline, each with those of the options that it has; None means its own default."""
     return {
         name: make_pipeline(name, **{option: given.get(option) for option in options(name)}) for name in PipelineName
     }

@@ -6,32 +6,25 @@ LlamaIndex's sub-question query engine does.
 
 from __future__ import annotations
 
-from telerag_cli.llm.base import Message
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.found import Answer
+from telerag_cli.pipelines.prompts import user
 
 QUESTION_TOKENS = 32
 
 
-def decomposition(question: str, most: int) -> list[Message]:
-    """The prompt for the sub-questions, one a line."""
-    return [
-        Message(
-            "user",
-            f"List up to {most} simple questions, one per line, whose answers together answer this question.\n\n"
-            f"Question: {question}",
-        )
-    ]
-
-
 async def subquestion(rag: Rag, question: str, *, sub_questions: int = 3) -> Answer:
     """Answer from the passages nearest to any of at most ``sub_questions`` sub-questions."""
+    prompt = user(
+        f"List up to {sub_questions} simple questions, one per line, whose answers together answer this question.\n\n"
+        f"Question: {question}"
+    )
     shape = Lines(sub_questions)
     async with rag.lookahead(question) as ahead:
         written = await rag.generate(
             "sub_questions",
-            decomposition(question, sub_questions),
+            prompt,
             max_tokens=QUESTION_TOKENS * sub_questions,
             shape=shape,
             refining=ahead,
