@@ -22,6 +22,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.cli.chat_input import Piped, Typed, history_path
 from telerag_cli.cli.chat_screen import Screen, Wrapping, timeline
@@ -319,7 +320,7 @@ def test_options_of_pipelines_stay_with_those_that_know_them(table):
     chat = table(pipeline=PipelineName.ITER_RETGEN, rounds=2)
     chat.say("/pipeline hyde", "/pipeline iter_retgen", "Where do owls live?")
     assert [stage.name for stage in chat.chat._last().stages] == ["draft_1", "answer"]
-    with pytest.raises(UsageError, match="--rounds has no part"):
+    with fails(UsageError, "--rounds", "hyde"):
         table(pipeline=PipelineName.HYDE, rounds=2)
 
 

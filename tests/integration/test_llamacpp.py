@@ -122,20 +122,6 @@ def test_a_prompt_that_is_kept_gives_the_same_text(llama):
     assert (again.text, again.tokens) == (first.text, first.tokens)
 
 
-def test_a_beginning_that_many_share_is_computed_once(llama):
-    requests = [ask(f"{LONG}{number}?", 3) for number in range(12)]
-    prompts = [llama.count_tokens(request.messages) for request in requests]
-    before = llama.stats()
-    done = write(llama, *requests, width=12)
-    after = llama.stats()
-    assert [one.prompt_tokens for one in done] == prompts
-    cached = sorted(one.cached_tokens for one in done)
-    assert cached[0] == 0
-    assert cached[1] > 400
-    assert after.computed_tokens - before.computed_tokens == sum(prompts) - sum(cached) < max(prompts) + 12 * 12
-    assert after.cached_tokens - before.cached_tokens == sum(cached)
-
-
 def test_seeds(llama):
     requests = [ask("Tell a story.", 16, temperature=1.5, seed=seed) for seed in (1, 1, 2, -1, -1)]
     texts = [one.text for one in write(llama, *requests)]

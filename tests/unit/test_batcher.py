@@ -183,15 +183,6 @@ def test_a_conversation_goes_on_in_its_slot():
     assert bench.batcher.stats.written_tokens == 3 + 2
 
 
-def test_a_whole_prompt_that_is_known_leaves_one_token_to_compute():
-    bench = Bench(2)
-    for _ in range(2):
-        bench.submit(words(1, 40))
-        bench.finish()
-    assert bench.tasks[1].cached_tokens == 39
-    assert bench.tasks[1].written == bench.tasks[0].written
-
-
 def test_a_beginning_is_copied_from_a_busy_slot_and_short_ones_are_not():
     bench = Bench(3)
     bench.submit(words(1, 40), count=30)
@@ -308,15 +299,6 @@ def test_a_call_that_fails_takes_its_requests_and_no_others():
     assert bench.decoder.held == [[], [], []]
     bench.finish()
     assert late[1].outcomes == ["done"]
-
-
-def test_all_can_be_ended_at_once():
-    bench = Bench(1)
-    tasks = [bench.submit(words(number, 5)) for number in range(3)]
-    bench.step()
-    bench.batcher.fail_all(ModelError("The end."))
-    assert [task.outcomes for task in tasks] == [["The end."]] * 3
-    assert bench.batcher.idle
 
 
 def test_free_slots_can_be_emptied():

@@ -1,7 +1,13 @@
-"""What generators have in common, and the scripted one."""
+"""What generators have in common, the scripted one, and what needs no compiled llama.cpp."""
 
 import asyncio
+import pkgutil
+import subprocess
+import sys
 
+import pytest
+
+import telerag_cli.llm
 from expect import fails
 from telerag_cli.errors import ContextError, ModelError
 from telerag_cli.llm.base import Message, Request, find_stop
@@ -16,21 +22,26 @@ def test_the_scripted_generator_streams_and_stops():
     generator = ScriptedGenerator({"colour": "green and blue and red"})
     seen = []
     result = asyncio.run(generator.generate(ask("which colour?"), lambda text, tokens: seen.append((text, tokens))))
-    assert result.text == "green and blue and red"
-    assert result.finish_reason == "stop"
-    assert seen == [
-        ("green", 1),
-        ("green and", 2),
-        ("green and blue", 3),
-        ("green and blue and", 4),
-        ("green and blue and red", 5),
-    ]
-    cut = asyncio.run(generator.generate(ask("which colour?", max_tokens=2)))
-    assert (cut.text, cut.finish_reason) == ("green and", "length")
-    stopped = asyncio.run(generator.generate(ask("which colour?", stop=("blue",))))
-    assert (stopped.text.strip(), stopped.finish_reason) == ("green and", "stop")
+    words = result.text.split()
+    assert (words, result.finish_reason) == (["green", "and", "blue", "and", "red"], "stop")
+    assert seen == [(" ".join(words[:count]), count) for count in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "reason"),
+    [({"max_tokens": 2}, "green and", "length"), ({"stop": ("blue",)}, "green and", "stop")],
+)
+def test_the_scripted_generator_ends_where_it_is_told(options, text, reason):
+    result = asyncio.run(ScriptedGenerator({"": "green and blue"}).generate(ask("which colour?", **options)))
+    assert (result.text, result.finish_reason) == (text, reason)
+
+
+def test_what_cannot_be_answered_is_refused():
+    generator = ScriptedGenerator({"colour": "green"}, context_tokens=10)
     with fails(ModelError, "'which shape?'"):
         asyncio.run(generator.generate(ask("which shape?")))
+    with fails(ContextError, 5, 8, 10):
+        asyncio.run(generator.generate(ask("a b c d e")))
 
 
 def test_cut_at_the_first_stop_text():
@@ -38,7 +49,8 @@ def test_cut_at_the_first_stop_text():
     assert find_stop("one", ["two"]) is None
 
 
-def test_a_prompt_beyond_the_context_is_refused():
-    generator = ScriptedGenerator({"": "yes"}, context_tokens=10)
-    with fails(ContextError, 5, 8, 10):
-        asyncio.run(generator.generate(ask("a b c d e")))
+def test_only_one_module_needs_the_compiled_llama_cpp():
+    modules = {f"telerag_cli.llm.{module.name}" for module in pkgutil.iter_modules(telerag_cli.llm.__path__)}
+    others = sorted(modules - {"telerag_cli.llm.llama_model"})
+    code = f"import sys; sys.modules['llama_cpp'] = None; import {', '.join(others)}"
+    subprocess.run([sys.executable, "-c", code], check=True)

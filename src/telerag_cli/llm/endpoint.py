@@ -191,7 +191,7 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": self.name,
             "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "max_tokens": request.max_tokens + (shape.json_tokens if shape else 0),
+            "max_tokens": request.max_tokens + (shape.json_tokens() if shape else 0),
             "temperature": request.temperature,
             "top_p": request.top_p,
             "seed": request.seed,
@@ -209,8 +209,8 @@ class Endpoint:
 
     def _response_format(self, shape: Shape) -> dict[str, Any]:
         if self.schema_format == "json_object":
-            return {"type": "json_object", "schema": shape.schema}
-        schema = {"name": "answer", "schema": shape.schema, "strict": True}
+            return {"type": "json_object", "schema": shape.json_schema()}
+        schema = {"name": "answer", "schema": shape.json_schema(), "strict": True}
         return {"type": "json_schema", "json_schema": schema}
 
     def _use_older_form(self) -> None:
@@ -230,7 +230,7 @@ class Endpoint:
                 remedy="Ask something else, or use another model.",
             )
         if not answer.has_shape():
-            wanted = answer.request.shape.description if answer.request.shape else "text"
+            wanted = answer.request.shape.description() if answer.request.shape else "text"
             raise ModelError(
                 f"The server at {self._url} wrote {answer.reply.strip()!r:.80}, which is not {wanted}.",
                 remedy="Use a server and a model that keep to a JSON schema.",
@@ -329,7 +329,7 @@ class _BrokenOffError(Exception):
 
 
 def _refuse_impossible(request: Request) -> None:
-    if request.shape and request.shape.schema is None:
+    if request.shape and request.shape.json_schema() is None:
         raise UsageError(
             "A server takes a JSON schema and not a grammar, which this request has.",
             remedy="Use a model file, or a JSON schema.",

@@ -334,7 +334,7 @@ class LlamaSampler:
         self._forbidden: Any = None
         self._room: Any = None
         if request.shape is not None:
-            self._grammar = self._read_grammar(request.shape.grammar)
+            self._grammar = self._read_grammar(request.shape.gbnf())
             # The grammar takes them for the text they are written as, which would not be in the result.
             self._forbidden = model.control_tokens
         elif request.ignore_eos:

@@ -8,58 +8,67 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 _NUMBERING = re.compile(r"^(?:\d{1,2}[.):]|[-*•])(?:\s+|$)")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)(?:"|\Z)', re.DOTALL)
 
 
-class Shape(Protocol):
+class Shape(ABC):
     """A constraint on a text."""
 
-    @property
-    def grammar(self) -> str:
+    @abstractmethod
+    def gbnf(self) -> str:
         """The constraint in GBNF; its first rule is ``root``."""
 
-    @property
-    def schema(self) -> Mapping[str, Any] | None:
+    def json_schema(self) -> Mapping[str, Any] | None:
         """A JSON schema for the same content, an object at the top; None if there is no such thing."""
+        return None
 
-    @property
     def json_tokens(self) -> int:
         """Most tokens that the schema's JSON takes around the text; 0 if the text is the JSON itself."""
+        return 0
 
-    @property
     def description(self) -> str:
         """The schema in words."""
+        return "JSON of the schema"
 
     def plain(self, reply: str) -> str:
         """A reply made by the schema, or the beginning of one, as the grammar would have it."""
+        return reply
 
     def fits(self, reply: str, *, whole: bool) -> bool:
         """Whether a reply, whole or cut short, is as the schema says."""
+        if not whole:
+            return reply.lstrip().startswith("{")
+        try:
+            value = json.loads(reply, strict=False)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and set((self.json_schema() or {}).get("required", ())) <= set(value)
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Shape):
     """One of some words."""
 
     options: tuple[str, ...]
-    json_tokens: ClassVar[int] = 24
 
-    @property
-    def grammar(self) -> str:
+    def gbnf(self) -> str:
         """See `Shape`."""
         return "root ::= " + " | ".join(json.dumps(option) for option in self.options)
 
-    @property
-    def schema(self) -> Mapping[str, Any]:
+    def json_schema(self) -> Mapping[str, Any]:
         """See `Shape`."""
         return _object("choice", {"type": "string", "enum": list(self.options)})
 
-    @property
+    def json_tokens(self) -> int:
+        """See `Shape`."""
+        return 24
+
     def description(self) -> str:
         """See `Shape`."""
         return f"one of {', '.join(self.options)} in JSON"
@@ -74,55 +83,20 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Json:
-    """JSON of a schema."""
-
-    schema: Mapping[str, Any]
-    json_tokens: ClassVar[int] = 0
-    description: ClassVar[str] = "JSON of the schema"
-
-    @property
-    def grammar(self) -> str:
-        """See `Shape`."""
-        from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-        gbnf: str = json_schema_to_gbnf(json.dumps(self.schema))
-        return gbnf
-
-    def plain(self, reply: str) -> str:
-        """See `Shape`."""
-        return reply
-
-    def fits(self, reply: str, *, whole: bool) -> bool:
-        """See `Shape`."""
-        if not whole:
-            return reply.lstrip().startswith("{")
-        try:
-            value = json.loads(reply, strict=False)
-        except ValueError:
-            return False
-        return isinstance(value, dict) and set(self.schema.get("required", ())) <= set(value)
-
-
-@dataclass(frozen=True)
-class Lines:
+class Lines(Shape):
     """At least one line and at most ``most``, none of them empty. A text that is cut short is still one."""
 
     most: int
-    description: ClassVar[str] = Json.description
 
-    @property
-    def grammar(self) -> str:
+    def gbnf(self) -> str:
         """See `Shape`."""
         rest = f' ("\\n" line){{0,{self.most - 1}}}' if self.most > 1 else ""
         return f"root ::= line{rest}\nline ::= [^ \\t\\r\\n] [^\\r\\n]*"
 
-    @property
-    def schema(self) -> Mapping[str, Any]:
+    def json_schema(self) -> Mapping[str, Any]:
         """See `Shape`."""
         return _object("lines", {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": self.most})
 
-    @property
     def json_tokens(self) -> int:
         """See `Shape`."""
         return 24 + 4 * self.most
@@ -130,10 +104,6 @@ class Lines:
     def plain(self, reply: str) -> str:
         """See `Shape`."""
         return "\n".join(" ".join(value.split()) for value in _values(reply))
-
-    def fits(self, reply: str, *, whole: bool) -> bool:
-        """See `Shape`."""
-        return Json(self.schema).fits(reply, whole=whole)
 
     def read(self, text: str) -> list[str]:
         """The lines, each once, without numbers or bullets before them."""
@@ -146,21 +116,32 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Gbnf:
+class Json(Shape):
+    """JSON of a schema."""
+
+    schema: Mapping[str, Any]
+
+    def gbnf(self) -> str:
+        """See `Shape`."""
+        from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+        grammar: str = json_schema_to_gbnf(json.dumps(self.schema))
+        return grammar
+
+    def json_schema(self) -> Mapping[str, Any]:
+        """See `Shape`."""
+        return self.schema
+
+
+@dataclass(frozen=True)
+class Gbnf(Shape):
     """A grammar in GBNF; endpoints cannot take it."""
 
     grammar: str
-    schema: ClassVar[None] = None
-    json_tokens: ClassVar[int] = 0
-    description: ClassVar[str] = "text of the grammar"
 
-    def plain(self, reply: str) -> str:
+    def gbnf(self) -> str:
         """See `Shape`."""
-        return reply
-
-    def fits(self, reply: str, *, whole: bool) -> bool:
-        """See `Shape`."""
-        return True
+        return self.grammar
 
 
 def _object(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -169,11 +150,8 @@ def _object(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _values(reply: str) -> list[str]:
     """The strings after the first colon of an object with one key, the last one perhaps unfinished."""
-    _key, colon, rest = reply.partition(":")
-    if not colon:
-        return []
     values = []
-    for match in _STRING.finditer(rest):
+    for match in _STRING.finditer(reply.partition(":")[2]):
         try:
             values.append(str(json.loads(f'"{match[1]}"', strict=False)))
         except ValueError:  # cut within an escape

@@ -70,7 +70,7 @@ class StreamedAnswer:
         for piece, logprob in self._logprobs:
             spelled.add(piece, logprob)
         # Where the tokens do not spell the text, or the text is not the reply, no place is sure.
-        placed = spelled.text.startswith(self.text) and not (shape and shape.json_tokens)
+        placed = spelled.text.startswith(self.text) and not (shape and shape.json_tokens())
         text, tokens = stripped(self.text, spelled.tokens if placed else ())
         details = usage.prompt_tokens_details if usage else None
         first_s = self._first_s or self._last_s

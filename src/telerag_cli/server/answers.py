@@ -163,7 +163,7 @@ def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
         raise ApiError(400, message, param="response_format", code="unsupported_parameter")
     shape = Json(ANY_OBJECT if form.json_schema is None else form.json_schema.schema_ or ANY_OBJECT)
     try:
-        _made = shape.grammar  # so that what is wrong with it is said before the question waits
+        shape.gbnf()  # so that what is wrong with it is said before the question waits
     except BAD_SCHEMA as error:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         message = f"The schema cannot be followed: {text if len(text) <= 120 else f'{text[:119]}…'}."
