@@ -10,11 +10,11 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -93,9 +93,8 @@ class State:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was finished per second within the last ``window_s`` seconds; unfinished work counts when it ends."""
+    """What was finished per second within a window; unfinished work counts when it ends."""
 
-    window_s: float
     requests_per_s: float
     tokens_per_s: float
     """Written, in all stages of the requests answered."""
@@ -105,8 +104,7 @@ class Rates:
     """As the metric of this name, over this window; None without a retrieval."""
 
 
-@dataclass(frozen=True)
-class _Done:
+class _Done(NamedTuple):
     """A request answered, or a retrieval: what `Rates` needs of it."""
 
     at_s: float
@@ -121,12 +119,7 @@ class Metrics(Collector):
     """Counts what happens to requests, from any thread; collects the state of queue, LLM and arena when it is read."""
 
     def __init__(self, version: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with nothing counted.
-
-        Args:
-            version: of the program.
-            clock: seconds, for the windows of rates.
-        """
+        """Begin with nothing counted; the clock, in seconds, is for the windows of rates."""
         self._clock = clock
         self._state: Callable[[], State | None] = lambda: None
         self._done: deque[_Done] = deque(maxlen=MAX_KEPT)
@@ -181,14 +174,7 @@ class Metrics(Collector):
         self._state = state
 
     def answered(
-        self,
-        model: str,
-        answered: Answered,
-        *,
-        waited_s: float,
-        first_token_s: float | None,
-        took_s: float,
-        finish_reason: str,
+        self, model: str, answered: Answered, *, waited_s: float, first_token_s: float | None, took_s: float
     ) -> None:
         """Count a request that has its answer, and its retrievals.
 
@@ -198,18 +184,19 @@ class Metrics(Collector):
             waited_s: in the server's queue.
             first_token_s: from its arrival to the answer's first text; None if it has none.
             took_s: from its arrival to its end.
-            finish_reason: what the client was told.
         """
-        generations = [stage.generation for stage in answered.stages]
-        prompt_tokens = sum(each.prompt_tokens for each in generations)
-        written_tokens = sum(each.completion_tokens for each in generations)
+
+        def total(name: str) -> Any:
+            return sum(getattr(stage.generation, name) for stage in answered.stages)
+
+        prompt_tokens, written_tokens = total("prompt_tokens"), total("completion_tokens")
         observed = {
             "time_to_first_token_seconds": first_token_s,
             "inter_token_latency_seconds": _token_s(answered),
             "e2e_request_latency_seconds": took_s,
-            "request_queue_time_seconds": waited_s + sum(each.queue_s for each in generations),
-            "request_prefill_time_seconds": sum(each.prefill_s for each in generations),
-            "request_decode_time_seconds": sum(each.decode_s for each in generations),
+            "request_queue_time_seconds": waited_s + total("queue_s"),
+            "request_prefill_time_seconds": total("prefill_s"),
+            "request_decode_time_seconds": total("decode_s"),
             "request_prompt_tokens": prompt_tokens,
             "request_generation_tokens": written_tokens,
         }
@@ -220,11 +207,11 @@ class Metrics(Collector):
             "prompt_tokens": prompt_tokens,
             "generation_tokens": written_tokens,
             "prefix_cache_queries": prompt_tokens,
-            "prefix_cache_hits": sum(each.cached_tokens for each in generations),
+            "prefix_cache_hits": total("cached_tokens"),
         }
         for name, count in counted.items():
             self._model_counters[name].labels(model).inc(count)
-        self._success.labels(model, finish_reason).inc()
+        self._success.labels(model, answered.finish_reason).inc()
         self._keep(requests=1, tokens=written_tokens)
         for join in answered.joins:
             self.joined(join)
@@ -233,9 +220,9 @@ class Metrics(Collector):
         """Count a retrieval; those of `answered` are counted there."""
         self._bytes_moved.inc(join.bytes_moved)
         self._bytes_missed.inc(join.bytes_missed)
-        self._lists.labels("hit").inc(join.lists_moved - join.lists_wasted)
-        self._lists.labels("wasted").inc(join.lists_wasted)
-        self._lists.labels("missed").inc(join.lists_missed)
+        hit = join.lists_moved - join.lists_wasted
+        for outcome, lists in (("hit", hit), ("wasted", join.lists_wasted), ("missed", join.lists_missed)):
+            self._lists.labels(outcome).inc(lists)
         self._join_s.observe(join.join_s)
         link_bytes = join.bytes_moved + join.bytes_missed
         self._keep(link_bytes=link_bytes, lists_hit=join.lists_hit, lists_wanted=join.lists_wanted)
@@ -254,14 +241,11 @@ class Metrics(Collector):
 
     def rates(self, window_s: float = 10.0) -> Rates:
         """Return what was finished lately."""
-        done = list(self._since(window_s))
-        return Rates(
-            window_s,
-            sum(each.requests for each in done) / window_s,
-            sum(each.tokens for each in done) / window_s,
-            sum(each.link_bytes for each in done) / window_s,
-            _hit_ratio(done),
+        done = self._since(window_s)
+        requests, tokens, link_bytes = (
+            sum(getattr(each, name) for each in done) / window_s for name in ("requests", "tokens", "link_bytes")
         )
+        return Rates(requests, tokens, link_bytes, _hit_ratio(done))
 
     def exposition(self) -> tuple[bytes, str]:
         """Return all metrics now, in Prometheus' text form, and its content type."""
@@ -294,31 +278,33 @@ class Metrics(Collector):
             "Fast memory for lists: all of it, what lists in it hold, and what lists on their way will hold.",
             {"capacity": now.arena_bytes, "resident": now.resident_bytes, "moving": now.moving_bytes},
         )
-        lists = {"resident": now.lists_resident, "moving": now.lists_moving}
-        yield _gauge("arena_lists", "Lists in fast memory, and on their way to it.", lists)
+        yield _gauge(
+            "arena_lists",
+            "Lists in fast memory, and on their way to it.",
+            {"resident": now.lists_resident, "moving": now.lists_moving},
+        )
         yield _gauge("llm_slots", "Places for LLM calls.", {"busy": now.running, "free": now.slots - now.running})
         yield _gauge("llm_calls_waiting", "LLM calls that wait for a place.", now.waiting)
-        tokens = CounterMetricFamily(
-            "telerag_llm_tokens",
-            "Tokens since the LLM was loaded, for requests without an answer too: of prompts computed "
-            "(evaluated) or computed before (reused), and of texts (written).",
-            labels=["kind"],
+        about = (
+            "Tokens since the LLM was loaded, for requests without an answer too: of prompts computed (evaluated) or "
+            "computed before (reused), and of texts (written)."
         )
-        tokens.add_metric(["evaluated"], now.computed_tokens)
-        tokens.add_metric(["reused"], now.cached_tokens)
-        tokens.add_metric(["written"], now.written_tokens)
+        tokens = CounterMetricFamily("telerag_llm_tokens", about, labels=["kind"])
+        kinds = {"evaluated": now.computed_tokens, "reused": now.cached_tokens, "written": now.written_tokens}
+        for kind, count in kinds.items():
+            tokens.add_metric([kind], count)
         yield tokens
 
     def _keep(self, **counts: int) -> None:
         with self._lock:  # around the clock too, so that they are in order
             self._done.append(_Done(self._clock(), **counts))
 
-    def _since(self, window_s: float) -> Iterator[_Done]:
+    def _since(self, window_s: float) -> list[_Done]:
         """What was kept within the last seconds, latest first."""
         after_s = self._clock() - window_s
         with self._lock:
             kept = list(self._done)
-        return takewhile(lambda done: done.at_s > after_s, reversed(kept))
+        return list(takewhile(lambda done: done.at_s > after_s, reversed(kept)))
 
 
 def _gauge(name: str, what: str, value: float | Mapping[str, float]) -> Metric:
@@ -331,20 +317,16 @@ def _gauge(name: str, what: str, value: float | Mapping[str, float]) -> Metric:
     return family
 
 
-def _hit_ratio(done: Iterable[_Done]) -> float | None:
-    done = list(done)
+def _hit_ratio(done: Sequence[_Done]) -> float | None:
     wanted = sum(each.lists_wanted for each in done)
     return sum(each.lists_hit for each in done) / wanted if wanted else None
 
 
 def _token_s(answered: Answered) -> float | None:
-    """Seconds per token after the first, of the LLM call that wrote the answer; None if it wrote no second token.
-
-    Where an answer was put together from several calls, the last one stands for it.
-    """
+    """Seconds per token after the first, of the (last) LLM call that wrote the answer; None without a second token."""
     stages = answered.stages
     wrote = [stage for stage in stages if stage.generation.text == answered.answer]
-    for stage in (wrote or [stage for stage in stages if is_answer(stage.name)] or stages)[-1:]:
-        if stage.generation.completion_tokens > 1:
-            return stage.generation.decode_s / (stage.generation.completion_tokens - 1)
-    return None
+    last = [None, *(wrote or [stage for stage in stages if is_answer(stage.name)] or stages)][-1]
+    if last is None or last.generation.completion_tokens < 2:
+        return None
+    return last.generation.decode_s / (last.generation.completion_tokens - 1)

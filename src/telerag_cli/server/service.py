@@ -248,7 +248,6 @@ class Service:
             waited_s=outcome.waited_s,
             first_token_s=outcome.first_s,
             took_s=took_s,
-            finish_reason=outcome.answered.finish_reason,
         )
         return outcome
 
