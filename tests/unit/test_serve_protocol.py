@@ -276,11 +276,11 @@ def test_options_with_two_forms_are_read_as_one():
     assert ChatRequest.model_validate(CHAT | {"stop": "x"}).stops == ("x",)
     assert ChatRequest.model_validate(CHAT | {"stop": ["x", "y"]}).stops == ("x", "y")
     assert ChatRequest.model_validate(CHAT).stops == ()
-    assert ChatRequest.model_validate(CHAT).longest is None
-    assert ChatRequest.model_validate(CHAT | {"max_tokens": 5}).longest == 5
-    assert ChatRequest.model_validate(CHAT | {"max_tokens": 5, "max_completion_tokens": 3}).longest == 3
-    longest = CompletionRequest.model_validate(BASES["complete"] | {"max_tokens": 5.0}).longest
-    assert (longest, type(longest)) == (5, int)
+    assert ChatRequest.model_validate(CHAT).token_limit is None
+    assert ChatRequest.model_validate(CHAT | {"max_tokens": 5}).token_limit == 5
+    assert ChatRequest.model_validate(CHAT | {"max_tokens": 5, "max_completion_tokens": 3}).token_limit == 3
+    limit = CompletionRequest.model_validate(BASES["complete"] | {"max_tokens": 5.0}).token_limit
+    assert (limit, type(limit)) == (5, int)
 
 
 def test_what_is_documented_is_what_there_is():

@@ -13,7 +13,6 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -47,23 +46,6 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
-class Served:
-    """A request that has ended."""
-
-    request_id: str
-    client: str
-    """Its address, without the port."""
-    method: str
-    path: str
-    """The route's template; for what no route answered, the path. Never with a query string."""
-    status: int
-    duration_s: float
-    outcome: Outcome | str
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """What its route notes: counts and times, nothing that was asked or answered."""
-
-
 class AccessLog(logging.Handler):
     """Writes entries, from any thread; as a handler of `logging` it takes what libraries log, from warnings up."""
 
@@ -82,15 +64,23 @@ class AccessLog(logging.Handler):
         self._form = form
         self._clock = clock
 
-    def request(self, served: Served) -> None:
-        """Log a request; one to `QUIET_PATHS` only if it failed, and that the server is not ready yet is no failure."""
-        if served.path in QUIET_PATHS and (served.status < 400 or served.status == 503):
+    def request(self, own: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Log a request that has ended.
+
+        One to `QUIET_PATHS` is logged only if it failed; that the server is not ready yet is not a failure.
+
+        Args:
+            own: ``request_id``; ``client``, its address without the port; ``method``; ``path``, the route's template or,
+                for what no route answered, the path, never with a query string; ``status``; ``duration_s``; ``outcome``.
+            details: what its route notes: counts and times, nothing that was asked or answered.
+        """
+        status, outcome = own["status"], own["outcome"]
+        if own["path"] in QUIET_PATHS and (status < 400 or status == 503):
             return
-        own = {name: value for name, value in vars(served).items() if name != "details"}
         # Nothing that a route notes replaces what is known of the request itself.
-        entry = {name: _rounded(value) for name, value in {**own, **served.details, **own}.items()}
+        entry = {name: _rounded(value) for name, value in {**own, **details, **own}.items()}
         levels: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
-        level = "warning" if served.status == 503 else levels.get(served.outcome, "info")
+        level = "warning" if status == 503 else levels.get(outcome, "info")
         if self._form is LogFormat.JSON:
             self._json(level, "request", entry)
             return

@@ -145,7 +145,7 @@ def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> AnswerCo
     usual = engine.config
     mode = body.telerag.lookahead if body.telerag else None
     said: dict[str, Any] = {
-        "max_tokens": min(body.longest or usual.max_tokens, engine.generator.context_tokens // 2),
+        "max_tokens": min(body.token_limit or usual.max_tokens, engine.generator.context_tokens // 2),
         "temperature": body.temperature,
         "top_p": body.top_p,
         "seed": None if body.seed is None else body.seed % 2**32,

@@ -6,11 +6,10 @@ import asyncio
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from fastapi import APIRouter, Request, Response
 
-from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.server.errors import ApiError
 from telerag_cli.server.replies import note
 from telerag_cli.server.requests import EmbeddingRequest
@@ -18,29 +17,13 @@ from telerag_cli.server.responses import EmbeddingList
 from telerag_cli.server.service import Service, no_model
 from telerag_cli.server.streams import until_gone
 
+if TYPE_CHECKING:
+    from telerag_cli.embedding.encoder import Encoder  # imports the model library, which the engine has loaded
+
 BATCH_SIZE = 32
 BATCH_TOKENS = 1024
 """Texts embedded at once, and their tokens. Between two batches others have their turn, questions too, and a request
 whose client is gone ends."""
-
-
-class EncoderLimits(Protocol):
-    """What is known of a model."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of a text that it sees."""
-
-
-class Encoder(QueryEmbedder, Protocol):
-    """An embedder that tells how much of a text it sees."""
-
-    @property
-    def info(self) -> EncoderLimits:
-        """What is known of it."""
-
-    def count_query_tokens(self, text: str) -> int:
-        """Tokens of a text as the model would see it untruncated, its prompt for queries included."""
 
 
 def router(service: Service) -> APIRouter:

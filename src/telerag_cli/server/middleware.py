@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from telerag_cli.errors import UsageError
-from telerag_cli.server.access_log import CLIENT_CLOSED, AccessLog, Outcome, Served
+from telerag_cli.server.access_log import CLIENT_CLOSED, AccessLog, Outcome
 from telerag_cli.server.errors import INVALID, TIMEOUT, ApiError, as_api_error
 from telerag_cli.server.metrics import Metrics, Rejection
 
@@ -142,11 +142,17 @@ class RequestContext:
             details = dict(scope["state"]["log"])
             outcome = details.pop("outcome", None) or _outcome(final_status, complete=complete, client_left=client_left)
             route = _route_of(scope)
-            client = scope["client"][0] if scope.get("client") else "-"
             self._metrics.http(route or UNMATCHED, scope["method"], final_status)
-            took_s = time.perf_counter() - started_s
-            path = route or scope["path"]
-            self._log.request(Served(request_id, client, scope["method"], path, final_status, took_s, outcome, details))
+            own = {
+                "request_id": request_id,
+                "client": scope["client"][0] if scope.get("client") else "-",
+                "method": scope["method"],
+                "path": route or scope["path"],
+                "status": final_status,
+                "duration_s": time.perf_counter() - started_s,
+                "outcome": outcome,
+            }
+            self._log.request(own, details)
 
 
 def _route_of(scope: Scope) -> str | None:

@@ -204,7 +204,7 @@ class _AnswerRequest(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def longest(self) -> int | None:
+    def token_limit(self) -> int | None:
         """Maximum number of tokens of the answer, if the client gives one."""
         return self.max_tokens
 
@@ -268,7 +268,7 @@ class ChatRequest(_AnswerRequest):
     safety_identifier: str | None = None
 
     @property
-    def longest(self) -> int | None:
+    def token_limit(self) -> int | None:
         """Maximum number of tokens of the answer, if the client gives one; ``max_tokens`` is the older name."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 

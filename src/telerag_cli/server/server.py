@@ -27,12 +27,10 @@ KEEP_ALIVE_S = 5
 
 
 class Ended(StrEnum):
-    """Why a server has ended."""
+    """Why a server has ended: by Ctrl-C, or by a service manager."""
 
     INTERRUPTED = "interrupted"
-    """By Ctrl-C."""
     TERMINATED = "terminated"
-    """By a service manager."""
 
 
 @dataclass(frozen=True)
