@@ -15,26 +15,21 @@ import pytest
 from typer.testing import CliRunner
 
 from expect import fails
+from served import assembled
 from telerag_cli.cli import console
 from telerag_cli.cli.app import app as telerag
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.pipelines.registry import make_pipelines
-from telerag_cli.server.access_log import AccessLog
-from telerag_cli.server.app import make_app
-from telerag_cli.server.metrics import Metrics
-from telerag_cli.server.middleware import AccessOptions, with_middleware
 from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind, notify
-from telerag_cli.server.service import Limits, Service
+
+BODY = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
 
 
 class Life:
     """A server that lives in this thread, and somebody in another who does things to it."""
 
     def __init__(self, load, *, drain_s=5.0):
-        metrics = Metrics("0")
-        self.service = Service(make_pipelines({}), Limits(), metrics, "0")
-        app = with_middleware(make_app(self.service), AccessOptions(), AccessLog(lambda _line: None), metrics)
+        self.service, app = assembled(lambda _line: None)
         self.said = []
         self.serving = Serving(app, self.service, load, drain_s=drain_s, tell=self.said.append)
         self.wrong = []
@@ -96,8 +91,7 @@ def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, n
         may_load.set()
         assert manager.recv(64) == b"READY=1"
         assert life.client.get("/ready").status_code == 200
-        body = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
-        with life.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        with life.client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             pieces = response.iter_lines()
             next(pieces)
             os.kill(os.getpid(), number)
@@ -119,10 +113,9 @@ def test_a_second_signal_ends_it_at_once(engine_of):
     def act():
         while life.client.get("/ready").status_code != 200:
             pass
-        body = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
         with (
             contextlib.suppress(httpx2.HTTPError),
-            life.client.stream("POST", "/v1/chat/completions", json=body) as response,
+            life.client.stream("POST", "/v1/chat/completions", json=BODY) as response,
         ):
             pieces = response.iter_lines()
             next(pieces)

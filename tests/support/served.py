@@ -45,37 +45,37 @@ class Running:
             async with asyncio.timeout(10):
                 while True:
                     state = self.service.state()
-                    busy = (
-                        state["queue"]["running"],
-                        state["queue"]["waiting"],
-                        state["llm"]["running"],
-                        state["arena"]["references"],
-                        state["lookahead"]["rounds"],
-                    )
-                    if busy == (0, 0, 0, 0, 0):
+                    queue, llm = state["queue"], state["llm"]
+                    busy = (queue["running"], queue["waiting"], llm["running"], state["arena"]["references"])
+                    if not any((*busy, state["lookahead"]["rounds"])):
                         return
                     await asyncio.sleep(0.01)
 
         asyncio.run_coroutine_threadsafe(quiet(), self.loop).result(15)
 
 
+def assembled(write, limits=None, access=None):
+    """A service and the application before it, as the command puts them together; ``write`` takes lines of the log."""
+    metrics = Metrics("0")
+    service = Service(make_pipelines({}), limits or Limits(), metrics, "0")
+    log = AccessLog(write, LogFormat.JSON)
+    return service, with_middleware(make_app(service), access or AccessOptions(), log, metrics)
+
+
 @contextlib.contextmanager
 def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=None, is_open=True):
     """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
-    metrics = Metrics("0")
-    service = Service(make_pipelines({}), Limits(queue, request_s), metrics, "0")
     lines: list[str] = []
-    log = AccessLog(lines.append, LogFormat.JSON)
     access = options or AccessOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
-    server = uvicorn_server(with_middleware(make_app(service), access, log, metrics), 5.0)
+    service, app = assembled(lines.append, Limits(queue, request_s), access)
+    server = uvicorn_server(app, 5.0)
     started = threading.Event()
     running: list[Running] = []
 
     async def live(listening):
         if is_open:
-            service.open(
-                engine, Scheduler.over(engine, Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)), at_once
-            )
+            schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)
+            service.open(engine, Scheduler.over(engine, schedule), at_once)
         running.append(Running(address_of(listening), service, lines, asyncio.get_running_loop(), server))
         listening.listen(100)
         started.set()
