@@ -28,37 +28,32 @@ def answer_in_order(engine, name, questions, outputs, **how):
 
 
 class ChosenLink:
-    """Copies from the file's image in threads, after a delay; fails for the lists in ``broken``."""
+    """Copies from the file's image in threads, after a delay; what it reads of the lists in ``broken`` is torn."""
+
+    note = None
 
     def __init__(self, path, memory, *, depth=2, longest_s=0.0, seed=0, broken=()):
         self.depth = depth
-        self.note = None
         self.broken = set(broken)
         self.moves = []
-        self._image = np.fromfile(path, np.uint8)
-        self._memory = memory
-        self._longest_s = longest_s
-        self._random = random.Random(seed)
+        self._image, self._memory = np.fromfile(path, np.uint8), memory
+        self._longest_s, self._random = longest_s, random.Random(seed)
         self._threads = []
 
     def submit(self, moves, arrived):
         for move in moves:
             self.moves.append(move)
             delay_s = self._random.random() * self._longest_s
-            thread = threading.Thread(target=self._work, args=(move, arrived, delay_s))
-            thread.start()
-            self._threads.append(thread)
+            self._threads.append(threading.Thread(target=self.work, args=(move, arrived, delay_s)))
+            self._threads[-1].start()
 
-    def _work(self, move, arrived, delay_s):
+    def work(self, move, arrived, delay_s):
+        """Make one move after the delay; in a thread of its own."""
         time.sleep(delay_s)
-        if move.list_no in self.broken:
-            # A torn read: half of it arrives.
-            half = move.nbytes // 2
-            self._memory[move.target : move.target + half] = self._image[move.source : move.source + half]
-            arrived([move], ArtifactError(f"list {move.list_no} cannot be read"))
-            return
-        self._memory[move.target : move.target + move.nbytes] = self._image[move.source : move.source + move.nbytes]
-        arrived([move], None)
+        torn = move.list_no in self.broken
+        nbytes = move.nbytes // 2 if torn else move.nbytes
+        self._memory[move.target : move.target + nbytes] = self._image[move.source : move.source + nbytes]
+        arrived([move], ArtifactError(f"list {move.list_no} cannot be read") if torn else None)
 
     def close(self):
         for thread in self._threads:

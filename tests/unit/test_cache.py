@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from animals import TEXTS, WordHashes, World
+from expect import fails
 from telerag_cli.bench.answering import Ask
 from telerag_cli.bench.caching import cache, sequence
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
@@ -103,20 +103,6 @@ def test_the_uses_of_all_rounds_stay_finite():
     assert policy.heat[0] == pytest.approx(1 / (1 - Frequency.decay))
 
 
-@st.composite
-def rounds(draw):
-    """Lists, an arena that holds the longest of them, and rounds: an order, and what is probed."""
-    sizes = draw(st.lists(st.integers(0, 5), min_size=4, max_size=14).filter(any))
-    list_bytes = np.array(sizes, np.int64) * PAGE_BYTES
-    pages = draw(st.integers(max(sizes), 30))
-    probed = st.lists(st.integers(0, len(sizes) - 1), unique=True, min_size=1, max_size=len(sizes))
-    asked = draw(st.lists(st.tuples(st.permutations(range(len(sizes))), probed), min_size=1, max_size=12))
-    wanted = [np.array(sorted(number for number in lists if sizes[number]), np.int64) for _order, lists in asked]
-    orders = [np.array(order) for order, _lists in asked]
-    some = [place for place, lists in enumerate(wanted) if len(lists)]
-    return list_bytes, pages * PAGE_BYTES, [orders[place] for place in some], [wanted[place] for place in some]
-
-
 def test_a_skew_draws_the_first_questions_more_often():
     assert sequence(7, 0.0, 3) == list(range(7))
     drawn = sequence(500, 1.0, 3)
@@ -202,15 +188,12 @@ def test_only_hotness_is_measured_for_every_share(ask):
 
 
 @pytest.mark.parametrize(
-    ("pipelines", "message"),
-    [
-        ((PipelineName.HYDE, PipelineName.NAIVE), "cache is for one pipeline and 2 are named"),
-        ((PipelineName.NAIVE,), "cache is for pipelines that write, then retrieve once, and naive has 1"),
-    ],
+    ("pipelines", "values"),
+    [((PipelineName.HYDE, PipelineName.NAIVE), ("cache", 2)), ((PipelineName.NAIVE,), ("cache", "naive", 1))],
 )
-def test_what_cache_cannot_compare_is_refused(ask, pipelines, message):
+def test_what_cache_cannot_compare_is_refused(ask, pipelines, values):
     asked = replace(ask, pipelines=[make_pipeline(name) for name in pipelines])
-    with pytest.raises(UsageError, match=message):
+    with fails(UsageError, *values):
         cache(asked, list(CacheKind), [0.5], 0.0, 0.0)
 
 

@@ -1,6 +1,6 @@
-"""Policy and accounting by themselves: orders, plans, arena, residency."""
+"""Policy and accounting by themselves: orders, queues, prefetches, arena, residency."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -25,16 +25,31 @@ from telerag_cli.tiers.cache import make_policy
 from telerag_cli.tiers.residency import Residency, State
 
 
+def none_of(count):
+    return np.zeros(count, np.bool_)
+
+
+def queue_of(count, kept=()):
+    mask = none_of(count)
+    mask[list(kept)] = True
+    return PrefetchQueue(np.ones(count, np.int64), mask)
+
+
 def prefetch_over(tier, depth):
     """A prefetch that moves the lists in order of their numbers."""
-    order = np.arange(tier.nlist)
-    (prefetch,) = Prefetcher(tier).start([order], depth, depth, np.zeros(tier.nlist, np.bool_))
+    (prefetch,) = Prefetcher(tier).start([np.arange(tier.nlist)], depth, depth, none_of(tier.nlist))
     return prefetch
 
 
+def started(tier):
+    return [number for number, _arrived in tier.started]
+
+
+# Orders
+
+
 def test_interleave_takes_everyones_first_choice_first():
-    merged = interleave([np.array([3, 1, 2, 0]), np.array([2, 3, 0, 1])])
-    assert merged.tolist() == [3, 2, 1, 0]
+    assert interleave([np.array([3, 1, 2, 0]), np.array([2, 3, 0, 1])]).tolist() == [3, 2, 1, 0]
     assert interleave([np.array([1, 0])]).tolist() == [1, 0]
 
 
@@ -49,23 +64,47 @@ def test_interleave_keeps_each_list_once_at_its_best_rank(rankings):
 def test_the_text_counts_more_as_it_grows():
     weights = [text_weight(fraction) for fraction in (0.0, *CHECKPOINTS, 1.0)]
     assert weights == sorted(weights)
-    assert weights[0] == 0.0
-    assert weights[-1] == 1.0
+    assert (weights[0], weights[-1]) == (0.0, 1.0)
 
 
 def test_blend_goes_from_question_to_text():
-    question, text = np.array([1.0, 0.0], np.float32), np.array([0.0, 1.0], np.float32)
+    question, text = np.eye(2, dtype=np.float32)
     np.testing.assert_allclose(blend(question, text, 0.0), question)
     np.testing.assert_allclose(blend(question, text, 1.0), text)
     weight = text_weight(0.25)
-    middle = blend(question, text, 0.25)
-    np.testing.assert_allclose(middle, np.array([1 - weight, weight]) / np.hypot(1 - weight, weight), rtol=1e-6)
+    middle = np.array([1 - weight, weight]) / np.hypot(1 - weight, weight)
+    np.testing.assert_allclose(blend(question, text, 0.25), middle, rtol=1e-6)
     assert np.linalg.norm(blend(question, 3 * text, 0.4)) == pytest.approx(3)
 
 
-def test_a_plan_hands_out_the_best_absent_lists_within_reach():
-    queue = PrefetchQueue(np.ones(6, np.int64), np.zeros(6, np.bool_))
-    absent = np.ones(6, np.bool_)
+def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle():
+    def looks(checkpoints):
+        made = [0.0]
+        for fraction in (tokens / 100 for tokens in range(1, 101)):
+            if due(fraction, made[-1], checkpoints):
+                made.append(fraction)
+        return tuple(made[1:])
+
+    assert looks(CHECKPOINTS) == CHECKPOINTS
+    assert looks(PATIENT_CHECKPOINTS) == PATIENT_CHECKPOINTS
+    assert set(PATIENT_CHECKPOINTS) < set(CHECKPOINTS)
+    assert not due(0.99, 0.91, PATIENT_CHECKPOINTS)
+    assert len(PATIENT_CHECKPOINTS) <= 3
+
+
+def test_the_depth_grows_with_the_text():
+    depths = [prefetch_depth(100, fraction, refining=True) for fraction in (0.0, *CHECKPOINTS)]
+    assert depths == sorted(depths)
+    assert depths[0] == 50
+    assert depths[CHECKPOINTS.index(0.6) + 1] > 100  # in time for what the last order can no longer move
+    assert depths[-1] < prefetch_depth(100, 0.0, refining=False) == 200
+
+
+# Queues and prefetches
+
+
+def test_a_queue_hands_out_the_best_absent_lists_within_its_depth():
+    queue, absent = queue_of(6), ~none_of(6)
     assert queue.take(absent, 1) == []
     queue.reorder(np.array([5, 2, 0, 4, 1, 3]), 4)
     absent[2] = False
@@ -79,51 +118,31 @@ def test_a_plan_hands_out_the_best_absent_lists_within_reach():
 
 
 def test_what_ranks_before_a_list_or_is_kept_may_not_leave_for_it():
-    kept = np.zeros(5, np.bool_)
-    kept[3] = True
-    queue = PrefetchQueue(np.ones(5, np.int64), kept)
+    queue = queue_of(5, kept=[3])
     queue.reorder(np.array([4, 0, 2, 1, 3]), 5)
     assert np.flatnonzero(queue.protected()(2)).tolist() == [0, 3, 4]
-    priority = queue.priority
-    assert priority[4] == priority.max()
-    assert priority[3] == priority.min()
+    assert (queue.priority.argmax(), queue.priority.argmin()) == (4, 3)
 
 
-def test_a_round_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
+def test_a_prefetch_keeps_the_link_as_deep_as_it_wants_and_follows_new_orders():
     tier = StubTier(8, depth=2)
     prefetch = prefetch_over(tier, 8)
-    assert [number for number, _ in tier.started] == [0, 1]
+    assert started(tier) == [0, 1]
     tier.finish(0)
-    assert [number for number, _ in tier.started] == [0, 1, 2]
+    assert started(tier) == [0, 1, 2]
     prefetch.follow(np.arange(8)[::-1], 8)
     tier.finish(1)
-    assert tier.started[-1][0] == 7
+    assert started(tier) == [0, 1, 2, 7]
     prefetch.stop()
     tier.finish(2)
     prefetch.follow(np.arange(8), 8)
     assert len(tier.started) == 4
     assert prefetch.moved == [0, 1, 2]
     assert len(prefetch.orders) == 2
-    assert prefetch.bytes_moved == 3 * PAGE_BYTES
+    assert prefetch.bytes_moved == prefetch.window.bytes_moved + PAGE_BYTES == 3 * PAGE_BYTES
 
 
-def test_a_new_order_is_due_once_a_checkpoint_and_seldom_when_the_link_is_idle():
-    def looks(checkpoints):
-        made, before = [], 0.0
-        for fraction in (tokens / 100 for tokens in range(1, 101)):
-            if due(fraction, before, checkpoints):
-                made.append(fraction)
-                before = fraction
-        return made
-
-    assert looks(CHECKPOINTS) == list(CHECKPOINTS)
-    assert looks(PATIENT_CHECKPOINTS) == list(PATIENT_CHECKPOINTS)
-    assert set(PATIENT_CHECKPOINTS) < set(CHECKPOINTS)
-    assert not due(0.99, 0.91, PATIENT_CHECKPOINTS)
-    assert len(PATIENT_CHECKPOINTS) <= 3
-
-
-def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
+def test_a_prefetch_is_idle_when_its_order_is_followed_to_the_end():
     tier = StubTier(8, depth=2)
     prefetch = prefetch_over(tier, 2)
     assert not prefetch.idle
@@ -135,19 +154,10 @@ def test_a_round_is_idle_when_its_order_is_followed_to_the_end():
     assert not prefetch.idle
 
 
-def test_reach_grows_with_the_text():
-    reaches = [prefetch_depth(100, fraction, refining=True) for fraction in (0.0, *CHECKPOINTS)]
-    assert reaches == sorted(reaches)
-    assert reaches[0] == 50
-    assert reaches[CHECKPOINTS.index(0.6) + 1] > 100  # in time for what the last order can no longer move
-    assert reaches[-1] < prefetch_depth(100, 0.0, refining=False)
-    assert prefetch_depth(100, 0.0, refining=False) == 200
-
-
 def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     tier = StubTier(8, depth=2, full=True)
     prefetcher = Prefetcher(tier)
-    (prefetch,) = prefetcher.start([np.arange(8)], 8, 8, np.zeros(8, np.bool_))
+    (prefetch,) = prefetcher.start([np.arange(8)], 8, 8, none_of(8))
     tier.full = False
     prefetcher.fill()
     assert tier.started == []
@@ -155,16 +165,16 @@ def test_a_full_arena_ends_an_order_and_a_new_one_tries_again():
     assert len(tier.started) == 2
 
 
-def test_the_arena_gives_up_the_cheapest_run():
-    arena = Arena(10 * PAGE_BYTES)
-    for owner, pages in enumerate((2, 3, 1, 2, 2)):
-        assert arena.allocate(pages * PAGE_BYTES, owner) is not None
-    cost = np.array([5.0, 1.0, 1.0, np.inf, 0.0])
-    assert arena.allocate(PAGE_BYTES, 9) is None
-    assert arena.cheapest_runs(2 * PAGE_BYTES, cost, 1) == [[4]]
-    assert arena.cheapest_runs(3 * PAGE_BYTES, cost, 1) == [[1]]
-    assert arena.cheapest_runs(4 * PAGE_BYTES, cost, 1) == [[1, 2]]
-    assert arena.cheapest_runs(7 * PAGE_BYTES, cost, 1) == []  # the fixed slot stands in the way
+def test_moves_may_end_in_many_threads():
+    tier = StubTier(64, depth=4)
+    prefetch = prefetch_over(tier, 64)
+    with ThreadPoolExecutor(4) as threads:
+        for first in range(0, 64, 4):  # each four that end start the next four
+            list(threads.map(tier.finish, range(first, first + 4)))
+    assert sorted(prefetch.moved) == list(range(64))
+
+
+# Accounting
 
 
 @settings(deadline=None, max_examples=200)
@@ -192,51 +202,59 @@ def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed
         begin = sum(slots[first - 1][:2]) if first else 0
         return (slots[last + 1][0] if last + 1 < len(slots) else arena.nbytes) - begin
 
-    every = {
-        first: next(
-            (
-                sum(cost[owner] for *_, owner in slots[first : last + 1])
-                for last in range(first, len(slots))
-                if gap(first, last) >= wanted * PAGE_BYTES
-            ),
-            np.inf,
-        )
-        for first in range(len(slots))
-    }
+    def price(first):
+        """Of the shortest run from this slot on that makes room."""
+        enough = (last for last in range(first, len(slots)) if gap(first, last) >= wanted * PAGE_BYTES)
+        last = next(enough, None)
+        return np.inf if last is None else sum(cost[owner] for *_, owner in slots[first : last + 1])
+
+    cheapest = min(map(price, range(len(slots))), default=np.inf)
     assert len(runs) <= count
-    assert bool(runs) == any(price < np.inf for price in every.values())
+    assert bool(runs) == (cheapest < np.inf)
     if runs:
-        assert sum(cost[runs[0]]) == pytest.approx(min(every.values()))
+        assert sum(cost[runs[0]]) == pytest.approx(cheapest)
     places = {owner: place for place, (*_, owner) in enumerate(slots)}
     held = [range(places[run[0]], places[run[-1]] + 1) for run in runs]
-    for run, there in zip(runs, held, strict=True):
+    for there, run in zip(held, runs, strict=True):
         assert [slots[place][2] for place in there] == run
         assert gap(there[0], there[-1]) >= wanted * PAGE_BYTES
         assert np.isfinite(cost[run]).all()
-        for others in held:
-            assert others is there or others[0] > there[-1] or there[0] > others[-1]
-    for there in held:
-        for place in there:
-            arena.release(slots[place][0])
+    taken = [place for there in held for place in there]
+    assert len(set(taken)) == len(taken)
+    for place in taken:
+        arena.release(slots[place][0])
     for new in range(len(runs)):
         assert arena.allocate(wanted * PAGE_BYTES, len(cost) + new) is not None
     arena.check_integrity()
 
 
+def residency_of(kind, lists, pages):
+    """Lists of a page each."""
+    return Residency(
+        np.full(lists, PAGE_BYTES), Arena(pages * PAGE_BYTES), make_policy(kind, lists), lambda _list_no: None
+    )
+
+
+def bring(residency, *lists):
+    assert len(residency.reserve(list(lists))) == len(lists)
+    residency.commit(np.array(lists))
+
+
+def absent(residency):
+    return set(np.flatnonzero(residency.state == State.ABSENT).tolist())
+
+
 def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
-    list_bytes = np.full(12, PAGE_BYTES)
-    residency = Residency(list_bytes, Arena(6 * PAGE_BYTES), make_policy(CacheKind.NONE, 12), lambda _number: None)
-    assert len(residency.reserve(range(6))) == 6
-    for number in range(6):
-        residency.commit(np.array([number]))
+    residency = residency_of(CacheKind.NONE, 12, 6)
+    bring(residency, *range(6))
     priority = np.arange(12) / 12  # the first are worth least
     assert len(residency.reserve([6, 7], priority=priority)) == 2
     residency.check_integrity()
-    assert residency.state[:2].tolist() == [State.ABSENT] * 2
+    assert absent(residency) & set(range(6)) == {0, 1}
     # For the last nothing may leave; the first still finds room.
     protected = {8: np.arange(12) != 2, 9: np.ones(12, np.bool_)}
     assert len(residency.reserve([8, 9], protected=lambda number: protected[number])) == 1
-    assert residency.state[2] == State.ABSENT
+    assert 2 in absent(residency)
     residency.check_integrity()
 
 
@@ -252,16 +270,14 @@ def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
 )
 def test_residency_never_loses_count(sizes, pages, kind, steps):
     list_bytes = np.array(sizes, np.int64) * PAGE_BYTES
-    evicted = []
-    residency = Residency(list_bytes, Arena(pages * PAGE_BYTES), make_policy(kind, len(sizes)), evicted.append)
+    residency = Residency(list_bytes, Arena(pages * PAGE_BYTES), make_policy(kind, len(sizes)), lambda _list_no: None)
     held = dict.fromkeys(range(len(sizes)), 0)
     for step, which in steps:
         number = which % len(sizes)
         state = residency.state[number]
         if step == "reserve" and state == State.ABSENT:
             stuck = [n for n in held if held[n] or residency.state[n] == State.MOVING]
-            offset = residency.reserve([number])
-            if not offset:
+            if not residency.reserve([number]):
                 assert any(list_bytes[n] for n in stuck), "an arena with nothing in use has room for any list"
             assert all(residency.state[n] != State.ABSENT for n in stuck), "a list in use was evicted"
         elif step in ("commit", "abort") and state == State.MOVING and not (step == "abort" and held[number]):
@@ -280,71 +296,14 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
         residency.check_integrity()
 
 
-def test_hot_lists_are_kept_and_cold_ones_leave_first():
-    list_bytes = np.full(6, PAGE_BYTES)
-    residency = Residency(list_bytes, Arena(4 * PAGE_BYTES), make_policy(CacheKind.HOTNESS, 6), lambda _number: None)
-    for number in range(4):
-        residency.reserve([number])
-        residency.commit(np.array([number]))
-    for _ in range(3):
-        residency.policy.used(np.array([1, 2]))
-        kept = residency.new_round(0.5)
-    assert np.flatnonzero(kept).tolist() == [1, 2]
-    residency.reserve([4], protected=lambda _list_no: kept)
-    residency.reserve([5], protected=lambda _list_no: kept)
-    assert residency.state[[1, 2]].tolist() == [State.RESIDENT] * 2
-    assert residency.state[[0, 3]].tolist() == [State.ABSENT] * 2
-
-
-def test_without_a_cache_nothing_stays_between_rounds():
-    residency = Residency(
-        np.full(3, PAGE_BYTES), Arena(3 * PAGE_BYTES), make_policy(CacheKind.NONE, 3), lambda _number: None
-    )
-    residency.reserve([0])
-    residency.commit(np.array([0]))
-    residency.new_round(1.0)
-    assert residency.state[0] == State.ABSENT
-
-
-@pytest.mark.parametrize("kind", [CacheKind.LRU, CacheKind.NONE])
-def test_least_recently_used_leaves_first(kind):
-    residency = Residency(np.full(3, PAGE_BYTES), Arena(2 * PAGE_BYTES), make_policy(kind, 3), lambda _number: None)
+@pytest.mark.parametrize(("kind", "gone"), [(CacheKind.LRU, {1}), (CacheKind.NONE, {0, 1, 2})])
+def test_least_recently_used_leaves_first_and_without_a_cache_all(kind, gone):
+    residency = residency_of(kind, 3, 2)
     for number in (0, 1):
         residency.new_round(0.0)
-        if residency.state[number] == State.ABSENT:
-            residency.reserve([number])
-            residency.commit(np.array([number]))
+        bring(residency, number)
     residency.new_round(0.0)
     if kind is CacheKind.LRU:
         residency.policy.used(np.array([0]))
         residency.reserve([2])
-        assert residency.state[1] == State.ABSENT
-        assert residency.state[0] == State.RESIDENT
-    else:
-        assert (residency.state == State.ABSENT).all()
-
-
-def test_rounds_may_be_driven_from_many_threads():
-    tier = StubTier(64, depth=4)
-    prefetch = prefetch_over(tier, 64)
-    position = threading.Lock()
-    taken = [0]
-
-    def work():
-        while True:
-            with position:
-                if taken[0] >= len(tier.started):
-                    return
-                mine = taken[0]
-                taken[0] += 1
-            tier.finish(mine)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    while taken[0] < len(tier.started):
-        tier.finish(taken[0])
-        taken[0] += 1
-    assert sorted(prefetch.moved) == list(range(64))
+    assert absent(residency) == gone
