@@ -103,7 +103,7 @@ def give_way(niceness: int) -> None:
 
 
 def spin_at_barriers() -> None:
-    """Keep GNU OpenMP's threads from sleeping at barriers that last microseconds, unless the environment says otherwise.
+    """Keep GNU OpenMP's threads from sleeping at short barriers, unless the environment says otherwise.
 
     torch and llama.cpp share one copy of it. As soon as both have threads there are more than cores, and by default it
     then hardly spins any more: the LLM's threads sleep and wake some thousand times a token. ``GOMP_SPINCOUNT`` is the
@@ -116,7 +116,7 @@ def spin_at_barriers() -> None:
 
 
 def bound_kernel_caches() -> None:
-    """Have oneDNN and torch keep few compiled kernels, unless the environment says otherwise: for a process that is to run for long.
+    """Have oneDNN and torch keep few compiled kernels, unless the environment says otherwise; for servers.
 
     They keep one for every shape that they meet, of each batch of texts, and for a server there is no end of shapes. To
     be called before torch is loaded.
@@ -126,7 +126,7 @@ def bound_kernel_caches() -> None:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """(limit, use) in bytes of each control group with a limit that holds this process; file cache is not counted as use."""
+    """(limit, use) in bytes of each control group with a limit that holds this process; file cache is no use."""
     root = Path("/sys/fs/cgroup")
     groups: list[str] = []
     with contextlib.suppress(OSError):

@@ -155,5 +155,5 @@ class Refiner:
         self._error = error
 
     def _more(self, queries: Sequence[str]) -> bool:
-        """Whether these are more than there were: that says more than any checkpoint. The first one waits for its checkpoint."""
+        """Whether there are more than before, which says more than a checkpoint does; the first one waits."""
         return len(queries) > max(len(self._taken or ()), 1)

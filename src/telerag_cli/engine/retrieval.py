@@ -86,7 +86,7 @@ class _Asked(Generic[T]):
 
 
 class Retrievals:
-    """A queue and a thread. Nothing waits for company: a batch is what came while the one before it ran."""
+    """A queue and a thread. Nothing waits for others to come: a batch is what came while the one before it ran."""
 
     def __init__(
         self, embedder: QueryEmbedder, searcher: Searcher, passages: Passages, k: int, nprobe: int, tracer: Tracer
@@ -112,16 +112,15 @@ class Retrievals:
         def retrieval(found: Found, embed_s: float) -> Retrieval:
             best = self._best([found], self._k)
             rows, scores = best.rows.tolist(), best.scores.tolist()
-            hits = map(Retrieved, self._passages[rows], rows, scores)
-            return Retrieval(texts, list(hits), found.report, embed_s)
+            return Retrieval(texts, list(map(Retrieved, self._passages[rows], rows, scores)), found.report, embed_s)
 
-        return await self._ask(_Asked(texts, tuple(prefetches), self._k, retrieval))
+        return await self._enqueue(_Asked(texts, tuple(prefetches), self._k, retrieval))
 
     async def rank(self, queries: Sequence[str], k: int) -> Ranking:
         """The best ``k`` passages for these queries together, as deep as anyone wants to look, without their texts.
 
         Fewer come back only if the lists that the queries probe hold no more. What others search at the same time finds
-        what it would find alone: only searches of the same ``k`` are one batch, for ``k`` decides what is scored again.
+        what it would find alone: only searches of the same ``k`` are one batch, for ``k`` decides what is re-ranked.
 
         Raises:
             TeleragError: a list could not be read.
@@ -129,7 +128,7 @@ class Retrievals:
         width = min(k, self._deepest)
         step = max(1, MAX_HITS // width)
         parts = [
-            await self._ask(_Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found))
+            await self._enqueue(_Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found))
             for start in range(0, len(queries), step)
         ]
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._best, parts, k)
@@ -146,22 +145,21 @@ class Retrievals:
         """Wait for what runs and stop the thread."""
         self._thread.shutdown()
 
-    async def _ask(self, asked: _Asked[T]) -> T:
+    def _enqueue(self, asked: _Asked[T]) -> asyncio.Future[T]:
         self._waiting.append(asked)
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return await asked.answer
+        return asked.answer
 
     async def _run(self) -> None:
+        """Search in batches until nobody waits."""
         loop = asyncio.get_running_loop()
         try:
             while self._waiting:
                 self._waiting = [asked for asked in self._waiting if not asked.answer.done()]
-                batch = self._next()
-                if not batch:
-                    continue
+                batch = self._next_batch()
                 self._waiting = [asked for asked in self._waiting if asked not in batch]
-                results = await loop.run_in_executor(self._thread, self._work, batch)
+                results = await loop.run_in_executor(self._thread, self._search, batch)
                 for asked, result in zip(batch, results, strict=True):
                     if asked.answer.done():
                         continue  # nobody waits for it any more
@@ -172,7 +170,7 @@ class Retrievals:
         finally:
             self._running = None
 
-    def _next(self) -> list[_Asked[Any]]:
+    def _next_batch(self) -> list[_Asked[Any]]:
         """Who has waited longest, and others whose results are as many, as far as a batch goes."""
         batch: list[_Asked[Any]] = []
         hits = 0
@@ -185,26 +183,26 @@ class Retrievals:
             batch.append(asked)
         return batch
 
-    def _work(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
+    def _search(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
+        """What each has asked for, or what went wrong with it; in the thread."""
+        if not batch:
+            return []
+        texts = [query for asked in batch for query in asked.queries]
         try:
-            return list(self._together(batch))
+            started_s = time.perf_counter()
+            with self._tracer.span(EMBED, f"{len(texts)} texts" if len(texts) > 1 else "text"):
+                vectors = self._embedder.encode_queries(texts)
+            embed_s = time.perf_counter() - started_s
+            searches, start = [], 0
+            for asked in batch:
+                searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.prefetches))
+            found = self._searcher.search_batch(searches, batch[0].k, self._nprobe)
+            return [asked.make(each, embed_s) for asked, each in zip(batch, found, strict=True)]
         except Exception as error:
             if len(batch) == 1 or not isinstance(error, TeleragError):
                 return [error] * len(batch)
             # What one of them needs may be damaged and what the others need not.
-            return [result for asked in batch for result in self._work([asked])]
-
-    def _together(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
-        texts = [query for asked in batch for query in asked.queries]
-        started_s = time.perf_counter()
-        with self._tracer.span(EMBED, f"{len(texts)} texts" if len(texts) > 1 else "text"):
-            vectors = self._embedder.encode_queries(texts)
-        embed_s = time.perf_counter() - started_s
-        searches, start = [], 0
-        for asked in batch:
-            searches.append(Search(vectors[start : (start := start + len(asked.queries))], asked.prefetches))
-        found = self._searcher.search_batch(searches, batch[0].k, self._nprobe)
-        return [asked.make(each, embed_s) for asked, each in zip(batch, found, strict=True)]
+            return [result for asked in batch for result in self._search([asked])]
 
     @cached_property
     def _deepest(self) -> int:

@@ -118,7 +118,7 @@ class Prefetcher:
                     taker.queue.end()
 
     def _choose(self, room: int) -> tuple[Prefetch, list[int], Protected] | None:
-        """The next prefetch in turn with lists to move, its share of the room in lists, and what may not be evicted for them."""
+        """The next prefetch in turn with lists to move, its share of the room in lists, and what they may not evict."""
         absent = self.tier.absent()
         share = max(1, room // max(1, sum(each.going for each in self._active)))
         for _ in range(len(self._active)):
@@ -173,12 +173,9 @@ class Prefetch:
         self._moving_s = 0.0
 
     def follow(self, order: IntArray, depth: int, fraction: float = 0.0) -> None:
-        """Move the ``depth`` best lists of this order from now on; what is under way goes on.
+        """Move the ``depth`` best lists of an order (distinct, best first) from now on; what is under way goes on.
 
-        Args:
-            order: distinct lists, best first.
-            depth: how many of them are worth moving.
-            fraction: share of the expected text that the order was made from.
+        ``fraction`` is the share of the expected text that the order was made from.
         """
         with self._prefetcher.lock:
             if not self.going:

@@ -18,13 +18,7 @@ class PrefetchQueue:
     """
 
     def __init__(self, list_bytes: IntArray, kept: BoolArray, budget_bytes: int | None = None) -> None:
-        """Begin with nothing to move.
-
-        Args:
-            list_bytes: bytes each list takes, shape (nlist,).
-            kept: lists that the cache keeps meanwhile, shape (nlist,).
-            budget_bytes: of lists that may be handed out in all orders together.
-        """
+        """Begin with nothing to move; see `Prefetcher.start`. All orders together hand out ``budget_bytes``."""
         self._kept = kept
         self._list_bytes = list_bytes
         self._nlist = nlist = len(list_bytes)
@@ -47,12 +41,7 @@ class PrefetchQueue:
         self._next = 0
 
     def take(self, absent: BoolArray, count: int) -> list[int]:
-        """The best lists not handed out in this order and absent, at most ``count``; none at the end.
-
-        Args:
-            absent: which lists are neither in fast memory nor on their way, shape (nlist,).
-            count: at least 1.
-        """
+        """The best absent lists not handed out in this order, at most ``count`` (1 at least); none at the end."""
         rest = self._order[self._next :]
         places = np.flatnonzero(absent[rest])[:count]
         if self._left_bytes is not None:
@@ -76,6 +65,6 @@ class PrefetchQueue:
         self._next = len(self._order)
 
     def protected(self) -> Callable[[int], BoolArray]:
-        """Says which lists may not be evicted for one: those that this order ranks before it and those kept, shape (nlist,)."""
+        """Says which lists may not be evicted for one: those ranked before it and those kept, shape (nlist,)."""
         rank, kept = self._rank, self._kept
         return lambda list_no: (rank < rank[list_no]) | kept

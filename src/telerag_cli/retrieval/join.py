@@ -80,7 +80,7 @@ class Join(ABC):
             self._unmoved(lists, error)
 
     def _wait(self) -> list[int]:
-        """The lists that have arrived after at least one event, and all that came with it: fewer and larger calls of the scorer."""
+        """The lists that arrived by the next event and all that came with it: fewer, larger calls of the scorer."""
         self._arrived = []
         self._events.get()()
         while not self._events.empty():

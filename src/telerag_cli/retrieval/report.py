@@ -40,7 +40,7 @@ class JoinTrace:
     moved_s: DoubleArray
     """When each of them arrived."""
     fetched: IntArray
-    """Missed lists that the join began to move; the others were scored in place or came with other lookahead after all."""
+    """Missed lists that the join began to move; others were scored in place or came with other lookahead after all."""
     scored_s: DoubleArray
     """Begin and end of each call of a scorer that scored a list of this search, shape (n, 2)."""
     scored: IntArray
@@ -93,7 +93,10 @@ class JoinReport:
     @staticmethod
     def failures(count: int) -> str:
         """What a user should know of so many of `lists_failed`."""
-        return f"{count:,} times a list could not be brought to fast memory or scored there; that cost time and changed no result."
+        return (
+            f"{count:,} times a list could not be brought to fast memory or scored there; "
+            "that cost time and changed no result."
+        )
 
     def counts(self) -> dict[str, int]:
         """The lists and bytes, for a run's output line."""

@@ -1,4 +1,4 @@
-"""Searches an index of any size through a fast tier of any size: lookahead before the query, and the join when it is there."""
+"""Searches an index of any size through a fast tier of any size: lookahead before the query, then the join."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESCORE = 4
 
 @dataclass(frozen=True)
 class Search:
-    """Queries that belong together, shape (n, dimension), and the lookahead that prepared them; it ends with the search."""
+    """Queries that belong together, shape (n, dimension), and what was prefetched for them; the search ends it."""
 
     queries: FloatArray
     prefetches: tuple[Prefetch, ...] = ()
@@ -129,7 +129,7 @@ class Retriever:
 
     @property
     def slowdown(self) -> float:
-        """How much longer both ends of a join take side by side than the rates of each say; see `ContentionEstimate`."""
+        """How much longer both ends of a join take than their rates say; see `ContentionEstimate`."""
         return self._contention.slowdown
 
     def prefetch(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Prefetch:
@@ -179,7 +179,7 @@ class Retriever:
         return self.search_batch([Search(queries, (prefetch,) if prefetch else ())], k, nprobe)[0]
 
     def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
-        """Several searches at once; each finds what it would find alone, and a list that two of them probe is moved once.
+        """Several searches at once; each finds what it would find alone, and a list that two probe is moved once.
 
         Lookahead stops, what is in the arena is scored, and what is missing is moved or scored in place. Only moves
         that the queries need are waited for.

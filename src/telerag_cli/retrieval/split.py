@@ -1,4 +1,4 @@
-"""Who deals with a query's misses: the link from one end of their row, the processor in place from the other. Integers and times."""
+"""Who deals with misses: the link from one end of their row, the processor from the other. Integers and times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Ends(Enum):
 
 
 class ContentionEstimate:
-    """How much longer both ends take side by side than the rate of each alone promises: they share memory, and perhaps cores.
+    """How much longer both ends take than the rate of each alone promises: they share memory, and perhaps cores.
 
     It is learned from the joins in which both worked. While they do not, what was learned fades, so that they are tried
     again.
@@ -113,7 +113,7 @@ class Misses:
             return self._back - self._front + len(self._failed)
 
     def for_link(self, most: int) -> list[int]:
-        """Take at most ``most`` lists from the front, as far as the link should go; say `moved` when they have come."""
+        """Take at most ``most`` lists from the front, as far as the link should go; `moved` tells when they came."""
         with self._lock:
             taken = slice(self._front, self._front + min(most, self._share_of_link()))
             self._front = taken.stop
@@ -126,7 +126,7 @@ class Misses:
             self._link_busy_s = self._link_busy_s / 2 if busy else 0.0
 
     def refused(self, lists: Sequence[int]) -> None:
-        """There was no room for these of what the link took last: they are scored in place, unless room comes before."""
+        """There was no room for these of what the link took last: scored in place, unless room comes before."""
         with self._lock:
             for list_no in reversed(lists):
                 # Back to the front; what did find room changes places with it, and so stays out of the row.
@@ -163,7 +163,7 @@ class Misses:
             return self._row[taken] + failed
 
     def _share_of_link(self) -> int:
-        """How many lists of the rest, from the first, the link should take so that the later of both ends is done soonest."""
+        """How many lists of the rest, from the first, the link should take so that both ends are done soonest."""
         if not self._room or self.ends is Ends.IN_PLACE:
             return 0
         if self.ends is Ends.LINK:

@@ -9,7 +9,7 @@ from telerag_cli.config import CacheKind
 
 
 class CachePolicy:
-    """Keeps a heat per list; the coldest leave first. This one, ``none``, keeps nothing between rounds: the baseline."""
+    """Keeps a heat per list; the coldest leave first. This one, ``none``, keeps nothing between rounds: a baseline."""
 
     keeps = False
     """Whether lists stay from one round to the next."""
@@ -74,7 +74,7 @@ class Hotness(CachePolicy):
 
 
 class Frequency(CachePolicy):
-    """The list probed least often leaves first: heat counts the rounds in which it was probed, each worth less as it ages.
+    """The list probed least often leaves first: heat counts the rounds in which it was probed, fading as they age.
 
     It differs from `Hotness` in three things. Uses are remembered for some fifty rounds instead of two, and beyond a
     list's stay, so that one that comes again is as hot as its uses were: this is nearly all that it gains. Nothing is

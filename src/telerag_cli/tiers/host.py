@@ -25,15 +25,9 @@ def open_host_tier(
     transport: TransportFactory = DirectReader,
     tracer: Tracer | None = None,
 ) -> FastTier:
-    """Allocate an arena in RAM and open the link to the disk.
+    """Allocate an arena in RAM, of ``arena_bytes`` or what the index needs, and open the link to the disk.
 
-    Args:
-        index: the opened index.
-        coarse: its coarse quantizer.
-        arena_bytes: size of the arena; an index smaller than this takes only what it needs.
-        cache: what stays between queries.
-        transport: makes the link from the path of ``lists.bin`` and the arena's memory.
-        tracer: where moves are recorded.
+    ``transport`` makes the link from the path of ``lists.bin`` and the arena's memory; the rest is as in `FastTier`.
 
     Raises:
         UsageError: the arena is smaller than the largest list.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from telerag_cli.arrays import FloatArray, IntArray
 
 ScoreLists = Callable[[FloatArray, IntArray, int], tuple[FloatArray, IntArray]]
-"""The ``k`` best (score, row) of the lists named, (n, m) with -1 to skip, for queries (n, dimension); see `ListScorer.score`."""
+"""The ``k`` best (score, row) of lists (n, m), -1 to skip, for queries (n, dimension); see `ListScorer.score`."""
 
 
 class Rate:

@@ -28,7 +28,7 @@ class State(IntEnum):
 ABSENT, MOVING, RESIDENT = (state.value for state in State)
 """The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
 MAX_AT_ONCE = 16
-"""Lists that room is made for at once. Each gets as much as the longest of them needs, so more of them would evict more."""
+"""Lists that room is made for at once. Each gets as much as the longest of them needs, so more would evict more."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Residency:
             list_bytes: bytes each list takes, shape (nlist,), multiples of 4 KiB.
             arena: the block to account for.
             policy: what to evict first.
-            evicted: called with each list that leaves, before its bytes are given to another.
+            evicted: called with each list that leaves, before another gets its bytes.
         """
         self.list_bytes = list_bytes
         self.arena = arena
@@ -123,7 +123,7 @@ class Residency:
         self.policy.admitted(lists)
 
     def abort(self, lists: IntArray) -> None:
-        """The bytes of MOVING lists will not arrive; whoever references them is to be told, and does so no more."""
+        """The bytes of MOVING lists will not arrive; they are no longer referenced."""
         assert (self.state[lists] == MOVING).all()
         self.references[lists] = 0
         for list_no in lists.tolist():
@@ -178,7 +178,7 @@ class Residency:
         return mask
 
     def _make_room(self, lists: Sequence[int], protected: Protected | None, priority: DoubleArray | None) -> bool:
-        """Evict what makes room for the first of the lists, and for others as far as that is possible; whether it was."""
+        """Evict what makes room for the first of the lists, and for others if possible; whether it was possible."""
         evictable = self._evictable()
         if protected is not None:
             evictable &= ~protected(lists[-1])  # who may not leave for the last may not for any before it

@@ -1,4 +1,4 @@
-"""The slow tier of the ``cuda`` link: the whole of ``lists.bin`` in host memory, read once and shared by this user's processes.
+"""The slow tier of the ``cuda`` link: all of ``lists.bin`` in host memory, shared by this user's processes.
 
 The memory is an anonymous file (memfd), so that another process finds it under ``/proc`` and maps the same pages; it is
 gone with the last process that has it, however that ended. A lock on ``lists.bin`` lets one process read and the others
@@ -119,7 +119,7 @@ class SlowTier:
 
 
 def _find(name: str) -> int | None:
-    """A descriptor of memory of this name that some process has and that is whole, opened anew; None if there is none."""
+    """A new descriptor of memory of this name that some process has and that is whole; None if there is none."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # processes of others, and those that have just ended
             for entry in (process / "fd").iterdir():

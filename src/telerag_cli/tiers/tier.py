@@ -43,7 +43,7 @@ class Scorer(Protocol):
     """Scores lists that lie in an arena."""
 
     table: TableArray
-    """Size and capacity in vectors and byte offset of each list in the arena, shape (nlist, 3); zeros for those not there."""
+    """Size, capacity and byte offset of each list in the arena, shape (nlist, 3); zeros for those not there."""
 
     def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
         """See `FastTier.score`."""
@@ -155,7 +155,7 @@ class FastTier:
         return [move.list_no for move in moves], len(moves) < len(absent)
 
     def pin(self, lists: Sequence[int], arrived: ListsArrived, *, move: bool = True) -> PinResult:
-        """Reference lists for scoring, and start what is absent if ``move``; ``arrived`` is called for each coming or started one."""
+        """Reference lists, and start what is absent if ``move``; ``arrived`` is called for all coming or started."""
         wanted = np.asarray(lists, np.int64)
         with self._lock:
             state = self._residency.state[wanted]

@@ -155,7 +155,7 @@ class DirectReader:
             self._jobs.put((move, arrived))
 
     def close(self, *, drop: bool = False) -> None:
-        """Finish what is queued, or ``drop`` what has not begun without a word; then stop the threads and close the file."""
+        """Finish what is queued, or ``drop`` what has not begun; then stop the threads and close the file."""
         with contextlib.suppress(Empty):
             while drop:
                 self._jobs.get_nowait()

@@ -1,1 +1,1 @@
-"""The ``cuda`` link: the index in host memory, an arena on a GPU, PCIe between. Only here does the fast tier know torch."""
+"""The ``cuda`` link: the index in host memory, an arena on a GPU, PCIe between. Only here is torch known."""

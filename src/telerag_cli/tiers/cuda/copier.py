@@ -16,7 +16,7 @@ from telerag_cli.tiers.rates import Rate
 from telerag_cli.tiers.transport import Arrived, Move
 
 IN_FLIGHT_S = 0.002
-"""The link is kept busy for so long ahead: enough for the interpreter to come round to it, little enough to wait for at the join."""
+"""The link is kept busy for so long ahead: enough for the interpreter to come round, little to wait for at a join."""
 MIN_IN_FLIGHT, MAX_IN_FLIGHT = 4, 256
 """Bounds of the moves under way that make that."""
 
@@ -59,7 +59,7 @@ class Copier:
             stream: does the copies.
             source: the lists in host memory, uint8.
             arena: their place on the device, uint8.
-            rate: what the link moves, as measured; it goes on learning.
+            rate: of the link, as measured; it goes on learning.
             mean_bytes: of a list.
         """
         wanted = IN_FLIGHT_S * rate.bytes_per_s / max(mean_bytes, 1)

@@ -32,8 +32,8 @@ class Launch:
     step: torch.Tensor
     """For uint8: float32 (dimension,) each. Else anything."""
     pairs: torch.Tensor
-    """int64 (4, P): of each pair the query's row; the number in the arena at which the list begins, a multiple of 1,024; the
-    vectors in the list; and the column of the query's bounds at which the list's begin."""
+    """int64 (4, P): of each pair the query's row; the number in the arena at which the list begins, a multiple of
+    1,024; the vectors in the list; and the column of the query's bounds at which the list's begin."""
     bounds: torch.Tensor
     """Written: float32 (n, width), larger is better; what no list covers is left."""
     absolute: torch.Tensor
@@ -53,16 +53,9 @@ class Launch:
 
 
 def decoding_error(queries: torch.Tensor, low: torch.Tensor, step: torch.Tensor, *, l2: bool) -> torch.Tensor:
-    """`Launch.absolute` of ``int8``: for IP a bound on the error of the score, for L2 on that of the difference's length.
+    """`Launch.absolute` of ``int8``, float32 (n,), for `queries`, `low` and `step` as in `Launch`.
 
-    Args:
-        queries: float32 (n, dimension).
-        low: float32 (dimension,).
-        step: float32 (dimension,).
-        l2: whether distances are computed.
-
-    Returns:
-        float32 (n,).
+    A bound: for IP on the error of the score, for L2 on that of the difference's length.
     """
     each = 2 * SPARE * U * (low.abs() + step.abs())
     if l2:

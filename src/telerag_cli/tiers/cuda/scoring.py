@@ -1,4 +1,4 @@
-"""Scoring lists in the arena on the GPU: bounds for all vectors, the best of them by bound, and those once more by Faiss.
+"""Scoring lists in the arena on the GPU: bounds for all vectors, and the best of them once more by Faiss.
 
 Only the places of some ``2 k`` candidates a query come back. Faiss scores them in the slow tier, where they lie too,
 and a result is given when the k-th score is better than the bound of the best vector that is no candidate. So the

@@ -26,7 +26,7 @@ from telerag_cli.tracing import Tracer
 
 OPTION = "--gpu-memory"
 RESERVE_BYTES = 1 << 30
-"""Left free by ``auto``: for the embedder's and the top-k's passing needs, and what others on the device may ask for."""
+"""Left free by ``auto``: for passing needs of the embedder and the top-k, and for others on the device."""
 TRIAL_BYTES = 64 << 20
 """Moved and scored at the start to know how fast that goes."""
 MAX_LISTS_TRIED = 256
@@ -152,7 +152,7 @@ def _open_scorer(
 
 
 class _Trial:
-    """Lists that are moved and scored at the start, to know how fast that goes. What is done twice is timed the second time."""
+    """Lists that are moved and scored at the start, to know how fast that goes; the second of two times counts."""
 
     def __init__(self, index: Index, most_bytes: int) -> None:
         """Choose lists that are not empty, as they lie; at least one if there is one."""
@@ -183,7 +183,7 @@ class _Trial:
         return Rate(self._nbytes, _second_s(lambda: self._score(scorer, len(self._lists))))
 
     def score_moved(self, scorer: GpuScorer) -> tuple[Rate, float]:
-        """Score them where they were moved to: what it takes beside the latency, and the latency in seconds, that of one list."""
+        """Score them where they were moved to: the rate without the latency, and the latency (of one list) in s."""
         scorer.table[self._lists, :2] = self._index.table[self._lists, :2]
         scorer.table[self._lists, 2] = self._targets
         latency_s = _second_s(lambda: self._score(scorer, 1))
