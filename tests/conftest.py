@@ -12,7 +12,13 @@ if not torch.cuda.is_available():
 # A profile takes seconds and is kept in the user's cache; the tests of profiles say otherwise for themselves.
 os.environ["TELERAG_PROFILE"] = "none"
 
+import json
+
+from typer.testing import CliRunner
+
 from animals import World
+from library import passages
+from telerag_cli.cli.app import app
 
 
 @pytest.fixture
@@ -21,3 +27,17 @@ def engine_of(tmp_path):
     world = World(tmp_path / "index")
     yield world.engine
     world.close()
+
+
+@pytest.fixture(scope="session")
+def documented(tmp_path_factory):
+    """A folder with ``corpus.jsonl``, its ``embeddings`` and an ``index`` of 24 lists, made by the real commands and read only."""
+    root = tmp_path_factory.mktemp("documented")
+    (root / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages()))
+    for command in (
+        ["embed", root / "corpus.jsonl", "-o", root / "embeddings"],
+        ["build-index", root / "embeddings", "-o", root / "index", "--nlist", 24],
+    ):
+        made = CliRunner().invoke(app, list(map(str, command)))
+        assert made.exit_code == 0, made.stderr
+    return root

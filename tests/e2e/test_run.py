@@ -14,7 +14,6 @@ import pytest
 from typer.testing import CliRunner
 
 from telerag_cli.cli.app import app
-from telerag_cli.corpus.pydocs import python_documentation
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 
@@ -30,19 +29,9 @@ def command(*arguments):
     return [sys.executable, "-m", "telerag_cli", *map(str, arguments)]
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    root = tmp_path_factory.mktemp("run")
-    corpus = root / "corpus.jsonl"
-    with corpus.open("w") as lines:
-        for number, passage in enumerate(python_documentation()):
-            if number % 40 == 0:
-                lines.write(json.dumps({"id": passage.id, "text": passage.text, **passage.metadata}) + "\n")
-    embedded = telerag("embed", corpus, "-o", root / "embeddings")
-    assert embedded.exit_code == 0, embedded.stderr
-    built = telerag("build-index", root / "embeddings", "-o", root / "index", "--nlist", 24)
-    assert built.exit_code == 0, built.stderr
-    return root / "index"
+@pytest.fixture
+def index(documented):
+    return documented / "index"
 
 
 @pytest.fixture

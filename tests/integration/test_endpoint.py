@@ -95,8 +95,17 @@ class Script:
         self.server.server_close()
 
 
+@pytest.fixture(scope="module")
+def collected():
+    """What was made before this module is no garbage of its tests, and looking through it again and again takes long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, collected):
     monkeypatch.setattr(module, "FIRST_WAIT_S", 0.02)
     monkeypatch.delenv(module.KEY_VARIABLE, raising=False)
     script = Script()

@@ -111,7 +111,7 @@ class Chat:
         self._pipeline = engine.pipeline
         self._pipelines = pipelines
         self._tracing = tracing
-        self._exchanges: list[Exchange] = []
+        self.exchanges: list[Exchange] = []
         self._spans: list[Span] = []
         """Of the last answer."""
 
@@ -131,7 +131,7 @@ class Chat:
             self._screen.end_line()
         if answered.finish_reason == "length":
             self._screen.note("The answer is as long as --max-tokens lets it be.")
-        self._exchanges.append(Exchange(question, answered))
+        self.exchanges.append(Exchange(question, answered))
         self._spans = [span for span in self._engine.tracer.spans() if span.start_s >= begun_s]
 
     def command(self, line: str) -> None:
@@ -150,7 +150,7 @@ class Chat:
     async def _written(self, question: str) -> Answered:
         """Let the engine answer, and show what it writes while it does."""
         shown = Shown(self._screen)
-        turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self._exchanges]
+        turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self.exchanges]
         asked = self._engine.aask(question, pipeline=self._pipeline, listener=shown, turns=turns)
         answering = asyncio.create_task(asked)
         answering.add_done_callback(lambda _task: shown.written.put_nowait(None))
@@ -163,9 +163,9 @@ class Chat:
         return answering.result()
 
     def _last(self) -> Answered:
-        if not self._exchanges:
+        if not self.exchanges:
             raise UsageError("No question was answered yet.", remedy="Ask one.")
-        return self._exchanges[-1].answered
+        return self.exchanges[-1].answered
 
     def _help(self, _argument: str) -> None:
         width = max(len(command.usage) for command in COMMANDS.values())
@@ -214,12 +214,12 @@ class Chat:
             raise ArtifactError(f"{path} is there already.", remedy="Choose another name.")
         self._last()
         with writing(path) as temporary:
-            text = _json_lines(self._exchanges) if path.suffix == ".jsonl" else _markdown(self._exchanges)
+            text = _json_lines(self.exchanges) if path.suffix == ".jsonl" else _markdown(self.exchanges)
             temporary.write_text(text, encoding="utf-8")
-        self._screen.note(f"Saved {len(self._exchanges)} questions and answers in {path}.")
+        self._screen.note(f"Saved {len(self.exchanges)} questions and answers in {path}.")
 
     def _clear(self, _argument: str) -> None:
-        self._exchanges.clear()
+        self.exchanges.clear()
         self._screen.note("The conversation is forgotten.")
 
     def _quit(self, _argument: str) -> None:
