@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from expect import fails
 from indexes import make_index, make_vectors
 from searching import check_released, check_search, cuda_retriever, small_index
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
-from telerag_cli.errors import ArtifactError, ResourceError, UsageError
+from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import Coarse, ListScorer
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier, coalesce
@@ -27,7 +26,6 @@ from telerag_cli.tiers.cuda.gpu import Gpu, find_gpu, gpu_number, translated
 from telerag_cli.tiers.cuda.scoring import GpuScorer
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.rates import JoinRates, Rate
-from telerag_cli.tiers.slow import SlowTier
 from telerag_cli.tiers.transport import Move
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -154,93 +152,6 @@ def test_a_rate_forgets_what_was_long_ago():
     for _ in range(200):
         rate.observe(100 << 20, 0.01)
     assert rate.bytes_per_s == pytest.approx((100 << 20) / 0.01, rel=0.01)
-
-
-# The slow tier
-
-
-def child(index, code):
-    """Another process of this user that runs code with `index` at hand; it prints a line and waits to be ended."""
-    prelude = (
-        "import sys, types, pathlib, numpy as np, time\n"
-        "from telerag_cli.tiers.slow import SlowTier\n"
-        "root = pathlib.Path(sys.argv[1])\n"
-        f"paths = types.SimpleNamespace(lists=root / 'lists.bin')\n"
-        f"index = types.SimpleNamespace(paths=paths, list_bytes=np.array({index.list_bytes.tolist()}))\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + code, str(index.paths.root)],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_lists_are_read_whole_and_another_process_shares_them(small):
-    index, _ivf, _vectors = small
-    told = []
-    slow = SlowTier(index, told.append)
-    assert not slow.shared
-    assert sum(told) == index.paths.lists.stat().st_size
-    assert slow.memory.tobytes() == index.paths.lists.read_bytes()
-    other = child(
-        index, "slow = SlowTier(index); print(slow.shared, int(slow.memory.sum(dtype='int64')), flush=True); input()"
-    )
-    assert other.stdout.readline().split() == ["True", str(int(slow.memory.sum(dtype=np.int64)))]
-    slow.memory[7] ^= 0xFF  # the very same pages, so the next one sees it
-    third = child(index, "slow = SlowTier(index); print(int(slow.memory[7]), flush=True)")
-    assert int(third.communicate()[0]) == slow.memory[7]
-    slow.close()
-    # The first has let go; who has it keeps it, and gives it on.
-    again = SlowTier(index)
-    assert again.shared
-    again.close()
-    other.communicate("\n")
-    last = SlowTier(index)
-    assert not last.shared
-    last.close()
-
-
-def test_a_reader_that_is_killed_leaves_nothing_half_read(small):
-    index, _ivf, _vectors = small
-    reader = child(index, "def stall(count):\n    print('reading', flush=True); time.sleep(60)\nSlowTier(index, stall)")
-    assert reader.stdout.readline() == "reading\n"
-    reader.send_signal(signal.SIGKILL)
-    reader.communicate()
-    slow = SlowTier(index)
-    assert not slow.shared
-    assert slow.memory.tobytes() == index.paths.lists.read_bytes()
-    slow.close()
-
-
-def test_another_index_in_its_place_is_not_taken_for_it(small):
-    index, _ivf, _vectors = small
-    slow = SlowTier(index)
-    size = index.paths.lists.stat().st_size
-    index.paths.lists.unlink()
-    index.paths.lists.write_bytes(os.urandom(size))
-    other = SlowTier(index)
-    assert not other.shared
-    assert other.memory.tobytes() == index.paths.lists.read_bytes()
-    slow.close()
-    other.close()
-
-
-def test_a_file_too_short_is_an_error_and_nobody_finds_what_was_read(small):
-    index, _ivf, _vectors = small
-    whole = index.paths.lists.read_bytes()
-    with index.paths.lists.open("r+b") as file:
-        file.truncate(PAGE_BYTES)
-    with fails(ArtifactError, "lists.bin", "4,096") as kept:
-        SlowTier(index)
-    child_sees = child(index, "try: SlowTier(index)\nexcept Exception as error: print(error, flush=True)")
-    assert "4,096" in child_sees.communicate()[0]
-    assert kept
-    index.paths.lists.write_bytes(whole)
-    slow = SlowTier(index)
-    assert not slow.shared
-    assert slow.memory.tobytes() == whole
-    slow.close()
 
 
 # Scoring
