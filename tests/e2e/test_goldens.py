@@ -44,8 +44,8 @@ INDEXES = {
     "int8-kept": ["--storage", "int8", "--keep-vectors", "float16"],
 }
 SEARCHING = ["--tier", "host", "--device", "cpu", "--nprobe", 4, "-k", 3]
-TIMELY = {"created", "lists_hit", "lists_coming", "lists_missed", "lists_moved", "lists_wasted", "lists_in_place",
-          "bytes_moved", "bytes_missed", "orders"}  # fmt: skip
+TIMELY = {"created", "bytes_moved", "bytes_missed", "orders"}
+TIMELY |= {f"lists_{end}" for end in ("hit", "coming", "missed", "moved", "wasted", "in_place")}
 """Fields that depend on how fast things were, beside those that end in ``_s``."""
 CLOSE = 1e-4
 """Of scores, where the processor has a say."""

@@ -21,4 +21,4 @@ def passages():
         for name in module.__all__:
             identifier = f"{module.__name__}.{name}"
             text = f"{identifier}\n{inspect.getdoc(getattr(module, name))}"
-            yield {"id": identifier, "text": text[:600], "title": identifier, "module": module.__name__}
+            yield {"id": identifier, "text": text[:400], "title": identifier, "module": module.__name__}
