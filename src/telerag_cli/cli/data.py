@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from telerag_cli.cli import console
 from telerag_cli.cli.guard import guarded
 from telerag_cli.config import format_bytes
-from telerag_cli.errors import ArtifactError, InputError, UsageError
+from telerag_cli.errors import ArtifactError, UsageError
 
 if TYPE_CHECKING:
     from telerag_cli.datasets.cache import Cached
@@ -80,7 +80,7 @@ def fetch(
         typer.Option(
             "--from",
             metavar="ADDRESS|PATH",
-            help="Take one dataset from here: the address of a file or of the folder above it, or a local file or folder.",
+            help="Take one dataset from here: an address of a file or of its folder, or a local file or folder.",
             show_default=False,
         ),
     ] = None,
@@ -94,11 +94,11 @@ def fetch(
     ] = None,
     cache_dir: CacheDirOption = None,
 ) -> None:
-    """Fetch datasets into the cache; what was interrupted goes on where it stopped. Prints the files."""
+    """Fetch datasets into the cache; what was interrupted continues where it stopped. Prints the files."""
     _one_at_a_time(names, "--from", source)
     from telerag_cli.datasets.fetch import Copies, fetch_files
 
-    progress = partial(console.progress, unit="bytes")
+    progress = functools.partial(console.progress, unit="bytes")
     chosen = [(cached, cached.dataset.files_of(split)) for cached in _described(names, cache_dir)]
     for cached, files in chosen:
         console.say(f"{cached.dataset.name}: {cached.dataset.title}; licence: {cached.dataset.licence}.")
@@ -108,11 +108,9 @@ def fetch(
             if not fetched:
                 console.say(f"{file.name} is there already ({size}, fetched {known.date}).")
             elif file.sha256 or file.md5:
-                console.say(f"Fetched {file.name}: {size}, and its checksum is the one published.")
+                console.say(f"Fetched {file.name}: {size}, and its checksum is the published one.")
             else:
-                console.say(
-                    f"Fetched {file.name}: {size}; there is no published checksum, it has sha256 {known.sha256}."
-                )
+                console.say(f"Fetched {file.name}: {size}; no checksum is published, its sha256 is {known.sha256}.")
             console.emit(str(cached.path(file)))
 
 
@@ -172,7 +170,23 @@ def check(
 ) -> None:
     """Read all that was fetched and prepared, and compare it with what it should be."""
     _one_at_a_time(names, "--output", output)
-    _check(_described(names, cache_dir), output, as_json)
+    from telerag_cli.datasets.prepare import bytes_to_check
+    from telerag_cli.datasets.prepare import check as check_files
+
+    found = []
+    for cached in _described(names, cache_dir):
+        folder = output or cached.prepared
+        total = bytes_to_check(cached, folder)
+        with console.progress(f"Reading {cached.dataset.name}", total, unit="bytes") as advance:
+            found += [(cached.dataset.name, each) for each in check_files(cached, folder, advance)]
+    if as_json:
+        console.emit_json([{"dataset": name, "file": each.file, "says": each.says} for name, each in found], indent=2)
+    else:
+        rows = [(name, each.file, each.says) for name, each in found]
+        console.table("", ("dataset", "file", "found"), rows, data=True)
+    wrong = [f"{name}: {each.file} {each.says}" for name, each in found if each.wrong]
+    if wrong:
+        raise ArtifactError(f"{'; '.join(wrong)}.", remedy="Remove what is wrong, and fetch or prepare it again.")
 
 
 app.command("list")(guarded(list_datasets))
@@ -220,55 +234,26 @@ def _size(dataset: Dataset) -> str:
 
 
 def _prepare(cached: Cached, split: str | None, limit: int | None, output: Path | None, skip_bad: bool) -> None:
-    from telerag_cli.datasets.prepare import Wanted, as_it_is, prepare
+    from telerag_cli.datasets.prepare import prepare, unprepared
 
-    if limit is None and output is None and (file := as_it_is(cached)):
+    if limit is None and output is None and (file := unprepared(cached)):
         console.say(
-            f"Nothing to prepare: telerag embed reads {file.name} as it is. With -o, passages are written as JSON lines."
+            f"Nothing to prepare: telerag embed reads {file.name} as it is. With -o, it is written as JSON lines."
         )
         console.emit(str(file))
         return
-    bad: list[InputError] = []
-    left_out = 0
-
-    def on_bad(error: InputError) -> None:
-        nonlocal left_out
-        left_out += 1
-        if len(bad) < SHOWN_BAD:
-            bad.append(error)
-
+    bad: list[str] = []
     folder = output or cached.prepared
     try:
         with console.progress(f"Preparing {cached.dataset.name}", None, unit="entries") as advance:
-            made = prepare(cached, Wanted(split, limit), folder, advance, on_bad if skip_bad else None)
+            on_bad = (lambda error: bad.append(error.message.rstrip("."))) if skip_bad else None
+            made = prepare(cached, split, limit, folder, advance, on_bad)
     finally:
-        if left_out:
-            examples = "; ".join(error.message.rstrip(".") for error in bad)
-            more = " ..." * (left_out > len(bad))
-            console.warn(f"left out {left_out:,} bad entr{'ies' if left_out > 1 else 'y'}: {examples}{more}")
-    if empty := made.left_out - left_out:
-        console.say(
-            f"{empty:,} passage{'s have' if empty > 1 else ' has'} no text and {'are' if empty > 1 else 'is'} left out."
-        )
+        if bad:
+            more = " ..." * (len(bad) > SHOWN_BAD)
+            console.warn(f"bad entries left out: {len(bad):,}: {'; '.join(bad[:SHOWN_BAD])}{more}")
+    if empty := made.left_out - len(bad):
+        console.say(f"Passages without text left out: {empty:,}.")
     counts = ", ".join(f"{file.rows:,} in {name}" for name, file in made.files.items())
     console.say(f"Prepared {cached.dataset.name}{f', {made.split}' if made.split else ''}: {counts}.")
     console.emit(str(folder))
-
-
-def _check(found: list[Cached], output: Path | None, as_json: bool) -> None:
-    from telerag_cli.datasets.check import bytes_to_read, check
-
-    wrong: list[str] = []
-    rows: list[tuple[str, str, str]] = []
-    for cached in found:
-        folder = output or cached.prepared
-        with console.progress(f"Reading {cached.dataset.name}", bytes_to_read(cached, folder), unit="bytes") as advance:
-            findings = check(cached, folder, advance)
-        rows += [(cached.dataset.name, each.file, each.says) for each in findings]
-        wrong += [f"{cached.dataset.name}: {each.file} {each.says}" for each in findings if each.wrong]
-    if as_json:
-        console.emit_json([{"dataset": name, "file": file, "says": says} for name, file, says in rows], indent=2)
-    else:
-        console.table("", ("dataset", "file", "found"), rows, data=True)
-    if wrong:
-        raise ArtifactError(f"{'; '.join(wrong)}.", remedy="Remove what is wrong, and fetch or prepare it again.")

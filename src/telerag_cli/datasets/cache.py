@@ -1,7 +1,7 @@
-"""A dataset's folder in the cache: its files as they were fetched, what is known of each, and what was made of them.
+"""A dataset's folder in the cache: its files as they were fetched, and what was made of them.
 
 NAME/FILE              as its publisher has it
-NAME/FILE.part         what has come of it so far, and beside it FILE.part.json: from where, and of which version
+NAME/FILE.part         what has arrived so far, and beside it FILE.part.json: from where, and which version
 NAME/source.json       from where and when each file came, its size and its checksums
 NAME/prepared/         what `telerag data prepare` made
 """
@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from telerag_cli.datasets.catalogue import Dataset, RemoteFile
 from telerag_cli.errors import ArtifactError, ResourceError
 from telerag_cli.files import cache_folder, read_json, wrap_os_error, write_json
 
-PREPARED = "prepared"
 MANIFEST = "prepared.json"
 CORPUS, QUESTIONS, QRELS = "corpus.jsonl", "questions.jsonl", "qrels.tsv"
 
@@ -28,25 +29,21 @@ class Fetched:
     """What ``source.json`` says of a file."""
 
     address: str
-    """From where it came."""
     bytes: int
     sha256: str
     date: str
     """ISO 8601, UTC."""
-    md5: str | None = None
-    etag: str | None = None
-    last_modified: str | None = None
 
 
 @dataclass(frozen=True)
 class Begun:
-    """What is noted of a file that is on its way, so that the rest is asked for of the same version only."""
+    """What ``FILE.part.json`` says of a file that is on its way, so that only the same version of it is continued."""
 
     address: str
-    etag: str | None
-    last_modified: str | None
-    bytes: int | None
-    """Of the whole file, if the server told."""
+    condition: str | None = None
+    """The server's ETag or date, for ``If-Range``."""
+    bytes: int | None = None
+    """Size of the whole file, if the server says."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class PreparedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``prepared.json`` says: what was made, and of what."""
+    """What ``prepared.json`` says: what was made, and from what."""
 
     dataset: str
     split: str | None
@@ -73,12 +70,12 @@ class Manifest:
     date: str
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write it atomically."""
         write_json(folder / MANIFEST, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Manifest | None:
-        """What `save` wrote, or None if nothing was prepared there.
+        """Read what `save` wrote; None if nothing was prepared there.
 
         Raises:
             ArtifactError: it is damaged.
@@ -86,11 +83,16 @@ class Manifest:
         path = folder / MANIFEST
         if not path.exists():
             return None
-        raw = read_json(path)
         try:
-            return cls(**{**raw, "files": {name: PreparedFile(**each) for name, each in raw["files"].items()}})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path} is damaged: {error}.", remedy="Run telerag data prepare again.") from error
+            return TypeAdapter(cls).validate_python(read_json(path))
+        except ValidationError as error:
+            raise ArtifactError(f"{path} is damaged.", remedy="Run telerag data prepare again.") from error
+
+
+@dataclass(frozen=True)
+class _Sources:
+    dataset: str
+    files: dict[str, Fetched]
 
 
 @dataclass(frozen=True)
@@ -102,28 +104,28 @@ class Cached:
 
     @classmethod
     def of(cls, dataset: Dataset, cache_dir: Path | None = None) -> Cached:
-        """Its folder below ``cache_dir``, or below the user's cache."""
+        """Return the dataset's folder below ``cache_dir``, or below the user's cache."""
         return cls(dataset, (cache_dir or cache_folder() / "datasets") / dataset.name)
 
     def path(self, file: RemoteFile) -> Path:
-        """Where a file lies once it is whole."""
+        """Return where a complete file is."""
         return self.root / file.name
 
     def partial(self, file: RemoteFile) -> Path:
-        """Where it grows."""
+        """Return where a file grows."""
         return self.root / f"{file.name}.part"
 
     def note(self, file: RemoteFile) -> Path:
-        """Where it is noted what it is that grows."""
+        """Return where `Begun` of a growing file is kept."""
         return self.root / f"{file.name}.part.json"
 
     @property
     def prepared(self) -> Path:
-        """Where it is prepared if nobody says where."""
-        return self.root / PREPARED
+        """Folder in which it is prepared by default."""
+        return self.root / "prepared"
 
     def sources(self) -> dict[str, Fetched]:
-        """What was fetched, by file.
+        """Return what was fetched, by file name.
 
         Raises:
             ArtifactError: ``source.json`` is damaged.
@@ -131,70 +133,57 @@ class Cached:
         path = self.root / "source.json"
         if not path.exists():
             return {}
-        raw = read_json(path)
         try:
-            return {name: Fetched(**each) for name, each in raw["files"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path} is damaged: {error}.", remedy="Remove it and fetch the dataset again."
-            ) from error
+            return TypeAdapter(_Sources).validate_python(read_json(path)).files
+        except ValidationError as error:
+            raise ArtifactError(f"{path} is damaged.", remedy="Remove it and fetch the dataset again.") from error
 
     def record(self, file: RemoteFile, fetched: Fetched) -> None:
-        """Note that a file is about to be whole."""
-        files = {name: asdict(each) for name, each in self.sources().items()}
-        files[file.name] = asdict(fetched)
-        write_json(self.root / "source.json", {"dataset": self.dataset.name, "files": files})
+        """Note a file that is about to be complete."""
+        write_json(
+            self.root / "source.json", asdict(_Sources(self.dataset.name, {**self.sources(), file.name: fetched}))
+        )
 
     def begun(self, file: RemoteFile) -> tuple[int, Begun | None]:
-        """Bytes that have come of a file, and of which version; nothing if it cannot be told of which."""
+        """Return how many bytes of a file have arrived, and of which version; nothing if the version is unknown."""
         part = self.partial(file)
         if not (part.exists() and self.note(file).exists()):
             return 0, None
         try:
-            return part.stat().st_size, Begun(**read_json(self.note(file)))
-        except (ArtifactError, TypeError):  # torn: then it begins anew
+            return part.stat().st_size, TypeAdapter(Begun).validate_python(read_json(self.note(file)))
+        except (ArtifactError, ValidationError):  # torn: it starts over
             return 0, None
 
     def has(self, file: RemoteFile) -> bool:
-        """Whether it is there, of the size that was noted; `telerag data check` reads it."""
+        """Say whether a file is there in the size that was noted; `telerag data check` reads its bytes."""
         known = self.sources().get(file.name)
         path = self.path(file)
         return known is not None and path.is_file() and path.stat().st_size == known.bytes
 
-    def fetching(self, split: str | None) -> str:
-        """The command that fetches what a split needs, and no more."""
+    def fetch_command(self, split: str | None) -> str:
+        """Return the command that fetches what a split needs, and no more."""
         single = split is None or len(self.dataset.files) == 1
         return f"telerag data fetch {self.dataset.name}{'' if single else f' --split {split}'}"
 
     def state(self) -> str:
-        """In a word or two, for a list: absent, partial n%, fetched, prepared, damaged."""
+        """Return the state in a word or two: absent, partial n%, fetched, prepared or damaged."""
         try:
-            return self._state()
+            manifest = Manifest.load(self.prepared)
+            complete = [file for file in self.dataset.files if self.has(file)]
         except ArtifactError:
             return "damaged"
-
-    def _state(self) -> str:
-        manifest = Manifest.load(self.prepared)
         if manifest is not None:
-            parts = [part for part in (manifest.split, f"first {manifest.limit:,}" if manifest.limit else None) if part]
-            return f"prepared ({', '.join(parts)})" if parts else "prepared"
-        whole = [file for file in self.dataset.files if self.has(file)]
-        if len(whole) == len(self.dataset.files):
+            parts = [manifest.split, f"first {manifest.limit:,}" if manifest.limit else None]
+            return f"prepared ({', '.join(filter(None, parts))})" if any(parts) else "prepared"
+        if len(complete) == len(self.dataset.files):
             return "fetched"
-        begun = [file for file in self.dataset.files if file not in whole and self.begun(file)[0]]
-        if begun:
-            return self._progress(whole, begun)
-        return f"fetched ({', '.join(file.split or file.name for file in whole)})" if whole else "absent"
-
-    def _progress(self, whole: list[RemoteFile], begun: list[RemoteFile]) -> str:
-        come = total = 0
-        for file in [*whole, *begun]:
-            size, note = self.begun(file) if file in begun else (self.path(file).stat().st_size, None)
-            expected = size if file in whole else (note.bytes if note and note.bytes else file.size)
-            if expected is None:
-                return "partial"
-            come, total = come + size, total + expected
-        return f"partial {min(99, 100 * come // max(total, 1))}%"
+        begun = [(*self.begun(file), file.size) for file in self.dataset.files if file not in complete]
+        on_the_way = [(size, (note and note.bytes) or expected) for size, note, expected in begun if size]
+        if on_the_way:
+            arrived, total = (sum(each or 0 for each in column) for column in zip(*on_the_way, strict=True))
+            known = all(expected for _, expected in on_the_way)
+            return f"partial {min(99, 100 * arrived // total)}%" if known else "partial"
+        return f"fetched ({', '.join(file.split or file.name for file in complete)})" if complete else "absent"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What is known of each dataset: a TOML file each, in the folder ``datasets`` of the project and of the installed package."""
+"""Descriptions of public datasets: a TOML file each, in the folder ``datasets`` of the project and of the package."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import difflib
 import tomllib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import wrap_os_error
 
 SUFFIX = ".toml"
+FileName = Annotated[str, StringConstraints(pattern=r"^[^./\\][^/\\]*$")]
+Address = Annotated[str, StringConstraints(pattern=r"^https?://")]
 
 
 class Kind(StrEnum):
@@ -29,7 +30,7 @@ class Kind(StrEnum):
 
 
 class Parser(StrEnum):
-    """The form of a dataset's files."""
+    """Form of a dataset's files."""
 
     NQ_OPEN = "nq-open"
     HOTPOTQA = "hotpotqa"
@@ -42,27 +43,23 @@ class Parser(StrEnum):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file as its publisher offers it. What the publisher does not tell is None."""
+    """A file as its publisher offers it; None for what the publisher does not say."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    name: str
-    """Of the file in the cache, and below a mirror's address."""
-    address: str
+    name: FileName
+    """Name in the cache, and below a mirror's address."""
+    address: Address
     bytes: int | None = None
     about_bytes: int | None = None
-    """Its size where only a rounded one is known: to show, and never to check."""
+    """Rounded size, where only that is known; shown and never checked."""
     sha256: str | None = None
     md5: str | None = None
     """Given only where the publisher has nothing better."""
     split: str | None = None
-    """The one it holds, if it holds one."""
+    """Split that the file holds, if it holds one."""
     members: dict[str, str] = field(default_factory=dict)
-    """Of an archive: the member by split."""
-
-    def __post_init__(self) -> None:
-        if not self.name or self.name != Path(self.name).name or self.name.startswith("."):
-            raise ValueError(f"'{self.name}' is no plain file name")
+    """Member of the archive by split."""
 
     @property
     def size(self) -> int | None:
@@ -72,7 +69,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A description. Its comments say where the facts are from."""
+    """A description. The comments of its file say where the facts are from."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -85,54 +82,59 @@ class Dataset:
     parser: Parser
     files: tuple[RemoteFile, ...]
     split: str | None = None
-    """The one that is prepared if nobody names another; None for passages, which have none."""
+    """Split that is prepared by default; None for passages, which have none."""
     unknown: str = ""
-    """What its publisher does not tell."""
+    """What the publisher does not say."""
 
     @property
     def size(self) -> int | None:
-        """Bytes of all files, perhaps rounded; None if that of one is not known."""
+        """Bytes of all files, perhaps rounded; None if one is unknown."""
         sizes = [file.size for file in self.files]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Those that the description names; an archive may hold more."""
+        """Splits that the description names; an archive may hold more."""
+        if self.split is None:
+            return ()
         named = [split for file in self.files for split in ((file.split,) if file.split else tuple(file.members))]
-        if self.split and self.split not in named:
-            named.append(self.split)
-        return () if self.split is None else tuple(dict.fromkeys(named))
+        return tuple(dict.fromkeys([*named, self.split]))
 
     def files_of(self, split: str | None) -> tuple[RemoteFile, ...]:
-        """The files that a split needs, or all of them for None.
+        """Return the files that a split needs, or all of them for None.
 
         Raises:
             UsageError: no file holds it, or there are no splits.
         """
         if split is not None and self.split is None:
             raise UsageError(
-                f"{self.name} holds passages alone, which have no splits, and --split is '{split}'.",
-                remedy="Leave --split away.",
+                f"{self.name} holds only passages, which have no splits, and --split is '{split}'.",
+                remedy="Leave out --split.",
             )
         found = tuple(file for file in self.files if None in (split, file.split) or file.split == split)
         if not found:
-            raise UsageError(
-                f"{self.name} has the splits {', '.join(self.splits)}, and not '{split}'.",
-                remedy="Name one of them with --split.",
-            )
+            raise no_split(self.name, self.splits, split)
         return found
 
 
+def no_split(name: str, splits: tuple[str, ...], wanted: str | None) -> UsageError:
+    """Make the error for a split that is not there."""
+    return UsageError(
+        f"{name} has the splits {', '.join(splits) or 'none'}, and not '{wanted}'.",
+        remedy="Name one of them with --split.",
+    )
+
+
 def names() -> list[str]:
-    """Of all datasets, sorted."""
+    """Return the names of all datasets, sorted."""
     return sorted(entry.name.removesuffix(SUFFIX) for entry in _folder().iterdir() if entry.name.endswith(SUFFIX))
 
 
 def describe(name: str) -> Dataset:
-    """The description of a dataset, by its name or as a TOML file of one's own.
+    """Return the description of a dataset by its name, or from a TOML file outside the catalogue.
 
     Raises:
-        InputError: the file is missing or no description.
+        InputError: the file is missing or is not a description.
         UsageError: there is no dataset of that name.
     """
     if name.endswith(SUFFIX):
@@ -147,11 +149,6 @@ def describe(name: str) -> Dataset:
     return _parse(_folder() / f"{name}{SUFFIX}", f"{name}{SUFFIX}")
 
 
-def is_dataset(name: str) -> bool:
-    """Whether `describe` would look for it in the catalogue and find it."""
-    return name in names()
-
-
 def _folder() -> Traversable:
     # A link to the project's datasets/ where telerag is run from its sources, a folder where it is installed.
     return resources.files("telerag_cli.datasets") / "descriptions"
@@ -159,29 +156,21 @@ def _folder() -> Traversable:
 
 def _parse(place: Traversable | Path, label: str) -> Dataset:
     try:
-        raw = tomllib.loads(place.read_text(encoding="utf-8"))
+        found = TypeAdapter(Dataset).validate_python(tomllib.loads(place.read_text(encoding="utf-8")))
     except OSError as error:
         raise wrap_os_error(error, Path(label)) from error
-    except ValueError as error:
-        raise InputError(f"{label} is no TOML: {error}.", remedy="Correct the file.") from error
-    try:
-        found = _adapter().validate_python(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(
-            f"{label} is no description of a dataset: {where or 'it'}: {first['msg']}.",
+            f"{label} is not a description of a dataset: {where or 'it'}: {first['msg']}.",
             remedy="datasets/README.md says what one holds.",
         ) from error
+    except ValueError as error:
+        raise InputError(f"{label} is not TOML: {error}.", remedy="Correct the file.") from error
     if f"{found.name}{SUFFIX}" != Path(label).name:
         raise InputError(
-            f"{label} describes '{found.name}', and a description is named like its dataset.",
+            f"{label} describes '{found.name}', and a description is named after its dataset.",
             remedy=f"Name the file {found.name}{SUFFIX}.",
         )
     return found
-
-
-@cache
-def _adapter() -> TypeAdapter[Dataset]:
-    adapter: TypeAdapter[Any] = TypeAdapter(Dataset)
-    return adapter

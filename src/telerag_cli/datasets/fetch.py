@@ -1,23 +1,20 @@
-"""Getting a dataset's files, over HTTP or from a copy, so that nothing is lost by an interruption and nothing wrong is kept.
+"""Fetching a dataset's files, over HTTP or from a copy: interruptions lose nothing, and a wrong file is not kept.
 
-A file grows beside its final name. What came is kept when the work stops, and the rest is asked for by a range request,
-on the condition that it is still the same version. Only a whole file with the right size and checksum gets its name.
+A file grows beside its final name. What arrived is kept when the work stops, and the rest is requested as a range on
+the condition that the file is still the same. Only a complete file of the right size and checksum gets its name.
+(Pooch starts over after an interruption, and `huggingface_hub` does not notice that a file changed meanwhile.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import os
 import re
 import shutil
-import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from typing import IO
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
@@ -26,19 +23,13 @@ from telerag_cli import __version__
 from telerag_cli.config import DEFAULT_TIMEOUT_S, format_bytes
 from telerag_cli.datasets.cache import Begun, Cached, Fetched
 from telerag_cli.datasets.catalogue import RemoteFile
-from telerag_cli.errors import InputError, ResourceError, TeleragError, UsageError
+from telerag_cli.errors import InputError, ResourceError, UsageError
 from telerag_cli.files import wrap_os_error, write_json
-from telerag_cli.progress import Progress
+from telerag_cli.progress import Advance, Progress
 
 CHUNK_BYTES = 1 << 20
 CONNECT_S = 15.0
-"""Time for a connection to be made."""
-AGAIN = "Run the same command again; it goes on where it stopped."
-
-"""Makes a bar of a description and a total in bytes, which is told of further bytes."""
-Notice = Callable[[str], None]
-
-_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)$")
+REMEDY = "Run the same command again, it continues where it stopped; or take a copy with --from or --mirror."
 
 
 @dataclass(frozen=True)
@@ -46,23 +37,9 @@ class Copies:
     """Where files are taken from instead of their publisher."""
 
     given: str | None = None
-    """Of one dataset: a folder or an address below which its files lie, or one of the files."""
+    """A folder or an address below which one dataset's files are, or one of the files."""
     mirror: str | None = None
-    """Of all datasets: a folder or an address below which each has a folder of its name."""
-
-
-@dataclass(frozen=True)
-class _Version:
-    """What a server says of the file it sends."""
-
-    etag: str | None
-    last_modified: str | None
-    total: int | None
-
-    @property
-    def condition(self) -> str | None:
-        """For ``If-Range``, which wants an ETag that is equal for equal bytes only, or a date."""
-        return self.etag if self.etag and not self.etag.startswith("W/") else self.last_modified
+    """A folder or an address below which each dataset has a folder of its name."""
 
 
 def fetch_files(
@@ -71,292 +48,195 @@ def fetch_files(
     copies: Copies,
     *,
     progress: Progress,
-    notice: Notice,
+    notice: Callable[[str], None],
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Iterator[tuple[RemoteFile, bool]]:
     """Get files one after the other; those that are there are left alone.
 
     Args:
         cached: the dataset's folder.
-        files: of the dataset.
+        files: files of the dataset.
         copies: where they are taken from.
         progress: makes a bar for each file.
-        notice: told when what had come of a file is given up, and why.
-        timeout_s: the longest silence of a server.
+        notice: called with a sentence when what had arrived of a file is discarded.
+        timeout_s: longest silence of a server.
 
     Yields:
-        Each file once it is whole, and whether it had to be fetched.
+        Each complete file, and whether it had to be fetched.
 
     Raises:
-        InputError: it cannot be had, stopped coming, or is not the file that was expected.
+        InputError: a file cannot be had, stopped coming, or is not the one expected.
         ResourceError: there is no room for it, or another process fetches it.
-        UsageError: the copy named holds none of the files.
+        UsageError: the copy named is none of the files.
     """
     places = [(file, place_of(cached.dataset.name, file, files, copies)) for file in files]
-    wanted = [(file, place) for file, place in places if place is not None]
     with cached.locked():
-        for file, place in wanted:
-            if cached.has(file):
-                yield file, False
+        for file, place in places:
+            if place is None:
                 continue
-            if isinstance(place, Path):
-                sent = _copy(cached, file, place, progress)
-            else:
-                sent = _Download(cached, file, place, progress, notice, timeout_s).run()
-            _accept(cached, file, str(place), sent, progress)
-            yield file, True
+            missing = not cached.has(file)
+            if missing:
+                try:
+                    if isinstance(place, Path):
+                        _copy(cached, file, place, progress)
+                    else:
+                        _Download(cached, file, place, progress, notice).run(timeout_s)
+                    _accept(cached, file, str(place), progress)
+                except OSError as error:
+                    raise wrap_os_error(error, Path(error.filename or cached.partial(file))) from error
+            yield file, missing
 
 
 def place_of(dataset: str, file: RemoteFile, files: Sequence[RemoteFile], copies: Copies) -> str | Path | None:
-    """Where a file is taken from: an address, or a path on this machine; None if the copy named is of another file.
+    """Return where a file is taken from: an address or a local path; None if the copy named is of another file.
 
     Raises:
-        InputError: there is no such file on this machine.
+        InputError: there is no such local file.
         UsageError: the copy named is of none of the files.
     """
-    given, base = copies.given, None
-    if given is not None:
-        last = unquote((urlsplit(given).path if _is_address(given) else given).rstrip("/").rsplit("/", 1)[-1])
-        single = (not _is_address(given) and Path(given).is_file()) or last in {each.name for each in files}
-        if single and len(files) > 1 and last not in {each.name for each in files}:
-            raise UsageError(
-                f"{given} is one file, and {dataset} has {', '.join(each.name for each in files)}.",
-                remedy="Name it like the one that it is, or give the folder that holds them.",
-            )
-        if single:
-            base = given if len(files) == 1 or last == file.name else None
-            return base if base is None or _is_address(base) else _existing(Path(base), dataset, file)
-        base = given
-    elif copies.mirror is not None:
-        base = f"{copies.mirror.rstrip('/')}/{quote(dataset)}"
-    else:
+    base = copies.given or (f"{copies.mirror.rstrip('/')}/{quote(dataset)}" if copies.mirror else None)
+    if base is None:
         return file.address
-    if _is_address(base):
-        return f"{base.rstrip('/')}/{quote(file.name)}"
-    return _existing(Path(base) / file.name, dataset, file)
-
-
-def _is_address(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
-
-
-def _existing(path: Path, dataset: str, file: RemoteFile) -> Path:
-    if not path.is_file():
+    remote = base.startswith(("http://", "https://"))
+    last = unquote((urlsplit(base).path if remote else base).rstrip("/").rsplit("/", 1)[-1])
+    names = [each.name for each in files]
+    place = f"{base.rstrip('/')}/{quote(file.name) if remote else file.name}"
+    if copies.given and (last in names or (not remote and Path(base).is_file())):
+        if len(files) > 1 and last not in names:
+            raise UsageError(
+                f"{base} is one file, and {dataset} has {', '.join(names)}.",
+                remedy="Name it after the one that it is, or give the folder that holds them.",
+            )
+        if len(files) > 1 and last != file.name:
+            return None
+        place = base
+    if not remote and not Path(place).is_file():
         raise InputError(
-            f"{path} does not exist, and {dataset} needs {file.name} from there.",
-            remedy="Check the path, or leave it away to fetch from the publisher.",
+            f"{place} does not exist, and {dataset} needs {file.name} from there.",
+            remedy="Check the path, or leave it out to fetch from the publisher.",
         )
-    return path
+    return place if remote else Path(place)
 
 
 class _Download:
     """One file over HTTP."""
 
     def __init__(
-        self, cached: Cached, file: RemoteFile, address: str, progress: Progress, notice: Notice, timeout_s: float
+        self, cached: Cached, file: RemoteFile, address: str, progress: Progress, notice: Callable[[str], None]
     ) -> None:
         self._cached, self._file, self._address = cached, file, address
-        self._progress, self._notice, self._timeout_s = progress, notice, timeout_s
-        self._part, self._note = cached.partial(file), cached.note(file)
+        self._progress, self._notice = progress, notice
+        self._part = cached.partial(file)
 
-    def run(self) -> _Version:
-        """Fetch what is missing."""
-        timeout = httpx2.Timeout(self._timeout_s, connect=min(CONNECT_S, self._timeout_s))
+    def run(self, timeout_s: float) -> None:
+        timeout = httpx2.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
         # A compressed transfer would make ranges and lengths those of the compressed bytes.
         headers = {"Accept-Encoding": "identity", "User-Agent": f"telerag/{__version__}"}
-        with httpx2.Client(follow_redirects=True, timeout=timeout, headers=headers, verify=_trust()) as client:
-            try:
-                have, begun = self._cached.begun(self._file)
-                if begun is not None and begun.address != self._address:
-                    have, begun = self._give_up(have, f"it came from {begun.address}"), None
-                if have and begun is not None:
-                    known = _Version(begun.etag, begun.last_modified, begun.bytes)
-                    if have == known.total:
-                        return known
-                    if (version := self._resume(client, have, known)) is not None:
-                        return version
-                return self._from_the_start(client)
-            except (httpx2.TransportError, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
-                raise self._broken(error) from error
+        have, begun = self._cached.begun(self._file)
+        if begun is not None and begun.address != self._address:
+            have = self._discard(have, f"it came from {begun.address}")
+        elif begun is not None and not (begun.condition or self._file.sha256 or self._file.md5):
+            have = self._discard(have, "neither the server nor the publisher tells one version from another")
+        if begun is not None and have and have == begun.bytes:
+            return
+        try:
+            with httpx2.Client(follow_redirects=True, timeout=timeout, headers=headers) as client:
+                self._get(client, have, begun.condition if begun else None)
+        except (httpx2.TransportError, httpx2.TooManyRedirects, httpx2.InvalidURL) as error:
+            timed_out = isinstance(error, httpx2.TimeoutException)
+            raise self._failed(f"no answer within {timeout_s:g} s" if timed_out else str(error)) from error
 
-    def _resume(self, client: httpx2.Client, have: int, known: _Version) -> _Version | None:
-        """Fetch the rest; None if only the whole will do."""
-        headers = {"Range": f"bytes={have}-"}
-        if known.condition:
-            headers["If-Range"] = known.condition
+    def _get(self, client: httpx2.Client, have: int, condition: str | None) -> None:
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        if have and condition:
+            headers["If-Range"] = condition
         with client.stream("GET", self._address, headers=headers) as response:
-            version = _version(response)
-            if response.status_code == 206:
-                found = _RANGE.match(response.headers.get("Content-Range", ""))
-                start = int(found[1]) if found and found[1] else None
-                if start == have and _same(version, known):
-                    self._receive(response, "ab", have, version)
-                    return version
-                reason = f"the server sent bytes from {start}" if start != have else "it has changed at its source"
-            elif response.status_code == 200:
-                changed = not _same(version, known)
-                reason = "it has changed at its source" if changed else "the server cannot send a part of it"
-                self._give_up(have, reason)
-                self._receive(response, "wb", 0, version)
-                return version
-            elif response.status_code == 416:
-                reason = "it is shorter at its source now"
-            else:
-                raise self._refused(response)
-        self._give_up(have, reason)
-        return None
+            status = response.status_code
+            continues = re.match(rf"bytes {have}-", response.headers.get("Content-Range", "")) is not None
+            if status == 200 or (status == 206 and have and continues):
+                if have and status == 200:
+                    have = self._discard(have, "the file changed, or its server cannot send a part of it")
+                self._receive(response, have)
+                return
+            if not have or status not in (206, 416):
+                place = str(response.url)
+                redirected = f" (by way of {place})" if place != self._address else ""
+                raise self._failed(f"the server answers {status} {response.reason_phrase}{redirected}")
+        self._get(client, self._discard(have, "the server has other bytes now"), None)
 
-    def _from_the_start(self, client: httpx2.Client) -> _Version:
-        with client.stream("GET", self._address) as response:
-            if response.status_code != 200:
-                raise self._refused(response)
-            version = _version(response)
-            self._receive(response, "wb", 0, version)
-            return version
-
-    def _receive(self, response: httpx2.Response, mode: str, have: int, version: _Version) -> None:
-        self._check_size(version.total)
-        encoding = response.headers.get("Content-Encoding", "identity")
-        # Some servers name the packing of a .gz file so, which is then the file itself.
-        if encoding != "identity" and not self._file.name.endswith(".gz"):
-            raise InputError(
-                f"{self._address} comes packed as {encoding}, and was asked for as it is.",
-                remedy="Take it from elsewhere with --from.",
-            )
-        expected = version.total if version.total is not None else self._file.size
-        _need_room(self._cached.root, (expected or 0) - have, self._file)
-        if mode == "wb":
+    def _receive(self, response: httpx2.Response, have: int) -> None:
+        file, headers = self._file, response.headers
+        encoding = headers.get("Content-Encoding", "identity")
+        # Some servers announce the compression of a .gz file so, which is then the file itself.
+        if encoding != "identity" and not file.name.endswith(".gz"):
+            raise self._failed(f"it is sent compressed as {encoding}, although it was requested as it is")
+        length = headers.get("Content-Length")
+        total = have + int(length) if length and encoding == "identity" else None
+        _check_size(self._address, total, file)
+        expected = total or file.size
+        _need_room(self._cached.root, (expected or 0) - have, file)
+        etag = headers.get("ETag")
+        if not have:
+            # If-Range takes a date, or an ETag that is equal for equal bytes only.
+            condition = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
             self._part.unlink(missing_ok=True)
-            begun = Begun(self._address, version.etag, version.last_modified, version.total)
-            write_json(self._note, asdict(begun))
-        with self._progress(self._file.name, expected) as advance:
+            write_json(self._cached.note(file), asdict(Begun(self._address, condition, total)))
+        with self._progress(file.name, expected, unit="bytes") as advance, self._part.open("ab") as handle:
             advance(have)
-            try:
-                with self._part.open(mode) as handle:
-                    for block in response.iter_raw():  # as it comes, so that nothing is lost when it stops
-                        handle.write(block)
-                        advance(len(block))
-            except OSError as error:
-                raise wrap_os_error(error, self._part) from error
-        come, whole = (self._part.stat().st_size, version.total if version.total is not None else self._file.bytes)
-        if whole is not None and come < whole:  # a server that tells no length may close without a word
-            raise self._stopped(f"{come:,} of {whole:,} bytes came")
+            for block in response.iter_raw():  # as it arrives, so that nothing is lost when it stops
+                handle.write(block)
+                advance(len(block))
+        if self._part.stat().st_size < (total or file.bytes or 0):  # a server without lengths may close silently
+            raise self._failed(f"{total or file.bytes:,} are expected")
 
-    def _check_size(self, total: int | None) -> None:
-        if None not in (total, self._file.bytes) and total != self._file.bytes:
-            raise InputError(
-                f"{self._address} has {total:,} bytes, and {self._file.name} should have {self._file.bytes:,}.",
-                remedy="Take it from elsewhere with --from.",
-            )
-
-    def _give_up(self, have: int, reason: str) -> int:
-        self._notice(
-            f"{self._file.name} is fetched anew, and {format_bytes(have)} that had come are given up: {reason}."
-        )
+    def _discard(self, have: int, reason: str) -> int:
+        if have:
+            self._notice(f"{self._file.name} is fetched anew, {format_bytes(have)} are discarded: {reason}.")
         return 0
 
-    def _broken(self, error: Exception) -> TeleragError:
+    def _failed(self, why: str) -> InputError:
         have = self._part.stat().st_size if self._part.exists() else 0
-        why = str(error).rstrip(".") or type(error).__name__
-        if isinstance(error, httpx2.TimeoutException):
-            why = f"no answer within {self._timeout_s:g} s"
-        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
-            return InputError(
-                f"{self._address} cannot be reached: {why}.",
-                remedy="Check the network, or take the file from a copy with --from or --mirror.",
-            )
-        if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
-            return InputError(
-                f"'{self._address}' is no address to fetch from: {why}.",
-                remedy="Give one that begins with http:// or https://.",
-            )
-        return self._stopped(f"{format_bytes(have)} came ({why})")
+        return InputError(f"{self._address}: {have:,} bytes arrived: {why.rstrip('.')}.", remedy=REMEDY)
 
-    def _stopped(self, what: str) -> InputError:
-        return InputError(f"{self._address} stopped before its end: {what}.", remedy=AGAIN)
 
-    def _refused(self, response: httpx2.Response) -> InputError:
-        place = str(response.url)
-        by_way = f" (by way of {place})" if place != self._address else ""
-        return InputError(
-            f"{self._address}{by_way} answers {response.status_code} {response.reason_phrase}".rstrip() + ".",
-            remedy="It may have moved: see the dataset's homepage, and name a copy with --from or --mirror.",
+def _copy(cached: Cached, file: RemoteFile, place: Path, progress: Progress) -> None:
+    total = place.stat().st_size
+    _check_size(str(place), total, file)
+    _need_room(cached.root, total, file)
+    cached.note(file).unlink(missing_ok=True)
+    with (
+        progress(file.name, total, unit="bytes") as advance,
+        place.open("rb") as source,
+        cached.partial(file).open("wb") as target,
+    ):
+        while block := source.read(CHUNK_BYTES):
+            target.write(block)
+            advance(len(block))
+
+
+def _accept(cached: Cached, file: RemoteFile, address: str, progress: Progress) -> None:
+    """Check what arrived, note it, and give it its name."""
+    part, note = cached.partial(file), cached.note(file)
+    size = part.stat().st_size
+    with progress(f"Checking {file.name}", size, unit="bytes") as advance:
+        sums = checksums(part, advance)
+    if wrong := mismatch(file, size, sums):
+        part.unlink()
+        note.unlink(missing_ok=True)
+        raise InputError(
+            f"{address} is not {file.name}: {wrong}; it was not kept.",
+            remedy="Fetch it again, or take it from elsewhere with --from.",
         )
-
-
-@cache
-def _trust() -> ssl.SSLContext:
-    """Made once: reading the certificates takes longer than fetching a small file."""
-    return httpx2.create_ssl_context()
-
-
-def _version(response: httpx2.Response) -> _Version:
-    headers = response.headers
-    total = headers.get("Content-Length")
-    if response.status_code != 200:
-        found = _RANGE.match(headers.get("Content-Range", ""))
-        total = found[2] if found else None
-    encoded = headers.get("Content-Encoding", "identity") != "identity"
-    known = total is not None and total.isdigit() and not encoded
-    return _Version(headers.get("ETag"), headers.get("Last-Modified"), int(total) if known and total else None)
-
-
-def _same(now: _Version, before: _Version) -> bool:
-    """Whether nothing that both answers tell differs, and they tell something."""
-    pairs = [(now.etag, before.etag), (now.last_modified, before.last_modified), (now.total, before.total)]
-    told = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return bool(told) and all(a == b for a, b in told)
-
-
-def _copy(cached: Cached, file: RemoteFile, place: Path, progress: Progress) -> _Version:
-    part = cached.partial(file)
-    try:
-        total = place.stat().st_size
-        if file.bytes is not None and total != file.bytes:
-            raise InputError(
-                f"{place} has {total:,} bytes, and {file.name} should have {file.bytes:,}.",
-                remedy="Take it from elsewhere with --from.",
-            )
-        _need_room(cached.root, total, file)
-        cached.note(file).unlink(missing_ok=True)
-        with progress(file.name, total) as advance, place.open("rb") as source, part.open("wb") as target:
-            for block in _blocks(source):
-                target.write(block)
-                advance(len(block))
-    except OSError as error:
-        raise wrap_os_error(error, Path(error.filename) if error.filename else part) from error
-    return _Version(None, None, total)
-
-
-def _accept(cached: Cached, file: RemoteFile, place: str, version: _Version, progress: Progress) -> None:
-    """Check what came, note it, and give it its name."""
-    part = cached.partial(file)
-    try:
-        size = part.stat().st_size
-        with progress(f"Checking {file.name}", size) as advance:
-            sums = checksums(part, advance, md5=file.md5 is not None)
-        wrong = mismatch(file, size, sums)
-        if wrong:
-            part.unlink()
-            cached.note(file).unlink(missing_ok=True)
-            raise InputError(
-                f"{place} is not {file.name}: {wrong}; it was not kept.",
-                remedy="Fetch it again, or take it from elsewhere with --from.",
-            )
-        with part.open("rb") as handle:
-            os.fsync(handle.fileno())
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        cached.record(
-            file, Fetched(place, size, sums["sha256"], now, sums.get("md5"), version.etag, version.last_modified)
-        )
-        part.replace(cached.path(file))
-        cached.note(file).unlink(missing_ok=True)
-    except OSError as error:
-        raise wrap_os_error(error, part) from error
+    with part.open("rb") as handle:
+        os.fsync(handle.fileno())
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    cached.record(file, Fetched(address, size, sums["sha256"], now))
+    part.replace(cached.path(file))
+    note.unlink(missing_ok=True)
 
 
 def mismatch(file: RemoteFile, size: int, sums: dict[str, str]) -> str | None:
-    """How a file differs from its description, with both values, or None."""
+    """Say how a file differs from its description, with both values; None if it does not."""
     if file.bytes is not None and size != file.bytes:
         return f"it has {size:,} bytes, and {file.bytes:,} are expected"
     for name, expected in (("sha256", file.sha256), ("md5", file.md5)):
@@ -365,29 +245,29 @@ def mismatch(file: RemoteFile, size: int, sums: dict[str, str]) -> str | None:
     return None
 
 
-def checksums(path: Path, advance: Callable[[int], None], *, md5: bool) -> dict[str, str]:
-    """SHA-256 of a file's bytes, and MD5 if wanted, by name."""
-    digests = {"sha256": hashlib.sha256()}
-    if md5:
-        digests["md5"] = hashlib.md5(usedforsecurity=False)
+def checksums(path: Path, advance: Advance) -> dict[str, str]:
+    """Return the SHA-256 and the MD5 of a file's bytes, by name."""
+    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
     with path.open("rb", buffering=0) as handle:
-        for block in _blocks(handle):
+        while block := handle.read(CHUNK_BYTES):
             for digest in digests.values():
                 digest.update(block)
             advance(len(block))
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _blocks(handle: IO[bytes]) -> Iterator[bytes]:
-    while block := handle.read(CHUNK_BYTES):
-        yield block
+def _check_size(place: str, total: int | None, file: RemoteFile) -> None:
+    if None not in (total, file.bytes) and total != file.bytes:
+        raise InputError(
+            f"{place} has {total:,} bytes, and {file.name} should have {file.bytes:,}.",
+            remedy="Take it from elsewhere with --from.",
+        )
 
 
 def _need_room(folder: Path, wanted: int, file: RemoteFile) -> None:
-    with contextlib.suppress(OSError):  # a file system that does not tell
-        free = shutil.disk_usage(folder).free
-        if wanted > free:
-            raise ResourceError(
-                f"{file.name} needs {format_bytes(wanted)} more, and {format_bytes(free)} are free in {folder}.",
-                remedy="Free space, or name another folder with --cache-dir.",
-            )
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise ResourceError(
+            f"{file.name} needs {format_bytes(wanted)} more, and {format_bytes(free)} are free in {folder}.",
+            remedy="Free space, or name another folder with --cache-dir.",
+        )

@@ -1,42 +1,39 @@
-"""What the publishers' files hold, as questions, passages and judgements, one at a time."""
+"""Questions, passages and judgements in the publishers' files, read one at a time."""
 
 from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.datasets.cache import Cached
-from telerag_cli.datasets.catalogue import Kind, Parser, RemoteFile
-from telerag_cli.datasets.streams import Bad, damage_told, json_array, json_lines, opened
-from telerag_cli.errors import InputError, UsageError
+from telerag_cli.datasets.catalogue import Kind, Parser, no_split
+from telerag_cli.datasets.streams import OnBad, Row, archive_errors, json_array, json_lines, opened
+from telerag_cli.errors import InputError
 
 T = TypeVar("T")
-OnBad = Callable[[InputError], None]
 QRELS_HEADER = ("query-id", "corpus-id", "score")
-SKIP = "Fetch it again, or leave such entries out with --skip-bad."
+QUESTION_KEYS = {
+    Parser.NQ_OPEN: ("id", "question", "answer"),
+    Parser.FLASHRAG: ("id", "question", "golden_answers"),
+    Parser.HOTPOTQA: ("_id", "question", "answer"),
+    Parser.TRIVIAQA: ("QuestionId", "Question", "Answer"),
+    Parser.BEIR: ("_id", "text", None),
+}
+"""Keys of a question's id, text and answers."""
 
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """A question with all the answers that count as right; none where the dataset judges passages instead."""
+    """A question with all answers that count as right; none where the dataset judges passages instead."""
 
     id: str
     question: str
     answers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How relevant a passage is to a question; 0 is not at all."""
-
-    question: str
-    passage: str
-    score: int
 
 
 class _UnusableError(ValueError):
@@ -44,13 +41,13 @@ class _UnusableError(ValueError):
 
 
 class _EmptyError(Exception):
-    """There is nothing in a passage; some published ones are so."""
+    """A passage without text; some published ones are so."""
 
 
-class Opened:
-    """The fetched files of a dataset, read on demand, each time from the beginning."""
+class DatasetReader:
+    """The fetched files of a dataset; every call reads from the beginning."""
 
-    def __init__(self, cached: Cached, split: str | None, on_bad: OnBad | None = None) -> None:
+    def __init__(self, cached: Cached, split: str | None, on_bad: Callable[[InputError], None] | None = None) -> None:
         """Take the files of a split.
 
         Args:
@@ -62,164 +59,123 @@ class Opened:
             InputError: an archive is damaged.
             UsageError: there is no such split.
         """
-        self._cached, self._split, self._on_bad = cached, split, on_bad
-        self._dataset = cached.dataset
+        self._dataset, self._split, self._on_bad = cached.dataset, split, on_bad
+        self.files = cached.dataset.files_of(split)
+        self._paths = {file.name: cached.path(file) for file in self.files}
+        self._path = cached.path(self.files[0])
+        self._beir = self._beir_members() if self._dataset.parser is Parser.BEIR else {}
         self.empty = 0
         """Passages without any text that were left out."""
-        self.files = self._dataset.files_of(split)
-        self._archive = _Beir(cached.path(self.files[0]), split) if self._dataset.parser is Parser.BEIR else None
 
     def questions(self) -> Iterator[AnsweredQuestion]:
-        """Those of the split."""
-        if self._dataset.kind is Kind.PASSAGES:
-            return
-        for file in self.files:
-            path = self._cached.path(file)
-            member = self._member(file)
-            label = f"{path.name}:{member}" if member else path.name
-            with opened(path, member) as handle:
-                yield from self._questions_of(handle, label)
+        """Read the questions of the split."""
+        parser = self._dataset.parser
+        judged = {question for question, _passage, _score in self.judgements()}
+        for file in self.files if self._dataset.kind is not Kind.PASSAGES else ():
+            member = self._beir.get("queries")
+            if file.members:
+                if self._split not in file.members:
+                    raise no_split(self._dataset.name, tuple(file.members), self._split)
+                member = file.members[self._split]
+            for line, row in self._rows(file.name, member):
+                if parser is Parser.NQ_OPEN:
+                    row = {"id": f"{self._split}-{line}", **row}
+                question = self._used(
+                    line, row, lambda row: _question(row, *QUESTION_KEYS[parser]), member or file.name
+                )
+                if question is not None and (parser is not Parser.BEIR or question.id in judged):
+                    yield question
 
     def passages(self) -> Iterator[Passage]:
-        """All of them, whatever the split."""
-        parser, path = self._dataset.parser, self._cached.path(self.files[0])
-        if parser is Parser.DPR_PASSAGES:
-            yield from read_passages(find_sources([str(path)]), on_bad=self._on_bad)
-        elif parser is Parser.FLASHRAG_PASSAGES:
-            member = next(iter(self.files[0].members.values()), None)
-            with opened(path, member) as handle:
-                yield from self._used(
-                    json_lines(handle, self._bad(member or path.name)), _contents, member or path.name
-                )
-        elif self._archive is not None:
-            label = f"{path.name}:{self._archive.corpus}"
-            with opened(path, self._archive.corpus) as handle:
-                yield from self._used(json_lines(handle, self._bad(label)), _beir_passage, label)
-
-    def judgements(self) -> Iterator[Judgement]:
-        """Those of the split."""
-        if self._archive is None:
+        """Read all passages, whatever the split."""
+        file = self.files[0]
+        if self._dataset.parser is Parser.DPR_PASSAGES:
+            yield from read_passages(find_sources([str(self._path)]), on_bad=self._on_bad)
             return
-        label = f"{self.files[0].name}:{self._archive.qrels}"
-        bad = self._bad(label)
-        with opened(self._cached.path(self.files[0]), self._archive.qrels) as handle:
+        member = self._beir.get("corpus") or next(iter(file.members.values()), None)
+        parse = _beir_passage if self._beir else _flashrag_passage
+        for line, row in self._rows(file.name, member):
+            passage = self._used(line, row, parse, member or file.name)
+            if passage is not None:
+                yield passage
+
+    def judgements(self) -> Iterator[tuple[str, str, int]]:
+        """Read (question, passage, relevance) of the split; 0 is not relevant at all."""
+        if not self._beir:
+            return
+        on_bad = self._bad(self._beir["qrels"])
+        with opened(self._path, self._beir["qrels"]) as handle:
             for line, raw in enumerate(handle, 1):
                 try:
                     cells = raw.decode("utf-8").strip("\r\n").split("\t")
                     if cells == [""] or (line == 1 and tuple(cells) == QRELS_HEADER):
                         continue
                     question, passage, score = cells
-                    yield Judgement(question, passage, int(score))
+                    yield question, passage, int(score)
                 except ValueError:
-                    bad(line, f"{raw.rstrip()!r:.60} where {', '.join(QRELS_HEADER)} are expected")
+                    on_bad(line, f"{raw.rstrip()!r:.60} where {', '.join(QRELS_HEADER)} are expected")
 
-    def _member(self, file: RemoteFile) -> str | None:
-        if self._archive is not None:
-            return self._archive.queries
-        if not file.members:
-            return None
-        if self._split not in file.members:
-            raise UsageError(
-                f"{self._dataset.name} has the splits {', '.join(file.members)}, and not '{self._split}'.",
-                remedy="Name one of them with --split.",
-            )
-        return file.members[self._split]
+    def _rows(self, name: str, member: str | None) -> Iterator[Row]:
+        label = member or name
+        with opened(self._paths[name], member) as handle:
+            if self._dataset.parser is Parser.HOTPOTQA:
+                yield from json_array(handle, label, self._bad(label))
+            elif self._dataset.parser is Parser.TRIVIAQA:
+                yield from json_array(handle, label, self._bad(label), "Data")
+            else:
+                yield from json_lines(handle, self._bad(label))
 
-    def _questions_of(self, handle: IO[bytes], label: str) -> Iterator[AnsweredQuestion]:
-        bad, parser = self._bad(label), self._dataset.parser
-        if parser is Parser.HOTPOTQA:
-            yield from self._used(json_array(handle, label, bad), _hotpotqa, label)
-        elif parser is Parser.TRIVIAQA:
-            yield from self._used(json_array(handle, label, bad, "Data"), _triviaqa, label)
-        elif parser is Parser.FLASHRAG:
-            yield from self._used(json_lines(handle, bad), _flashrag, label)
-        elif parser is Parser.BEIR:
-            judged = {judgement.question for judgement in self.judgements()}
-            found = self._used(json_lines(handle, bad), _beir_question, label)
-            yield from (question for question in found if question.id in judged)
-        else:
-            numbered = ((line, {"id": f"{self._split}-{line}", **row}) for line, row in json_lines(handle, bad))
-            yield from self._used(numbered, _nq_open, label)
+    def _used(self, line: int, row: dict[str, Any], parse: Callable[[dict[str, Any]], T], label: str) -> T | None:
+        try:
+            return parse(row)
+        except _EmptyError:
+            self.empty += 1
+        except _UnusableError as reason:
+            self._bad(label)(line, reason)
+        return None
 
-    def _used(
-        self, rows: Iterator[tuple[int, dict[str, Any]]], parse: Callable[[dict[str, Any]], T], label: str
-    ) -> Iterator[T]:
-        bad = self._bad(label)
-        for line, row in rows:
-            try:
-                yield parse(row)
-            except _EmptyError:
-                self.empty += 1
-            except _UnusableError as reason:
-                bad(line, reason)
+    def _bad(self, label: str) -> OnBad:
+        place = label if label == self._path.name else f"{self._path.name}:{label}"
 
-    def _bad(self, label: str) -> Bad:
-        def bad(line: int, reason: object) -> None:
-            error = InputError(f"{label}:{line}: {reason}.", remedy=SKIP)
+        def on_bad(line: int, reason: object) -> None:
+            remedy = "Fetch it again, or leave out such entries with --skip-bad."
+            error = InputError(f"{place}:{line}: {reason}.", remedy=remedy)
             if self._on_bad is None:
                 raise error
             self._on_bad(error)
 
-        return bad
+        return on_bad
 
-
-class _Beir:
-    """Where things are in one of BEIR's archives."""
-
-    def __init__(self, path: Path, split: str | None) -> None:
-        with damage_told(str(path)), zipfile.ZipFile(path) as archive:
+    def _beir_members(self) -> dict[str, str]:
+        with archive_errors(str(self._path)), zipfile.ZipFile(self._path) as archive:
             members = [PurePosixPath(name) for name in archive.namelist()]
         corpora = [member for member in members if member.name == "corpus.jsonl"]
         if len(corpora) != 1:
             raise InputError(
-                f"{path} has {len(corpora)} files corpus.jsonl, and one of BEIR's archives has 1.",
+                f"{self._path} has {len(corpora)} files corpus.jsonl, and one of BEIR's archives has 1.",
                 remedy="Fetch it again.",
             )
         root = corpora[0].parent
         splits = [member.stem for member in members if member.parent == root / "qrels" and member.suffix == ".tsv"]
-        if split not in splits:
-            raise UsageError(
-                f"{path.name} has the splits {', '.join(sorted(splits)) or 'none'}, and not '{split}'.",
-                remedy="Name one of them with --split.",
-            )
-        self.corpus = str(root / "corpus.jsonl")
-        self.queries = str(root / "queries.jsonl")
-        self.qrels = str(root / "qrels" / f"{split}.tsv")
+        if self._split not in splits:
+            raise no_split(self._path.name, tuple(sorted(splits)), self._split)
+        names = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": f"qrels/{self._split}.tsv"}
+        return {what: str(root / name) for what, name in names.items()}
 
 
-def _nq_open(row: dict[str, Any]) -> AnsweredQuestion:
-    return _question(row, "id", "question", row.get("answer"))
-
-
-def _flashrag(row: dict[str, Any]) -> AnsweredQuestion:
-    return _question(row, "id", "question", row.get("golden_answers"))
-
-
-def _hotpotqa(row: dict[str, Any]) -> AnsweredQuestion:
-    return _question(row, "_id", "question", row.get("answer"))
-
-
-def _beir_question(row: dict[str, Any]) -> AnsweredQuestion:
-    return _question(row, "_id", "text", [])
-
-
-def _triviaqa(row: dict[str, Any]) -> AnsweredQuestion:
-    answer = row.get("Answer")
-    if answer is None:
-        return _question(row, "QuestionId", "Question", [])
-    if not isinstance(answer, dict) or not isinstance(answer.get("Aliases", []), list):
-        raise _UnusableError("Answer is no object with a list of Aliases")
-    first = [answer["Value"]] if "Value" in answer else []
-    return _question(row, "QuestionId", "Question", [*first, *answer.get("Aliases", [])])
-
-
-def _question(row: dict[str, Any], id_key: str, question_key: str, answers: Any) -> AnsweredQuestion:
+def _question(row: dict[str, Any], id_key: str, question_key: str, answers_key: str | None) -> AnsweredQuestion:
     text = row.get(question_key)
     if not isinstance(text, str) or not text.strip():
         raise _UnusableError(f"no text in '{question_key}', but {text!r:.60}")
+    answers = row.get(answers_key) if answers_key else []
+    if answers_key == "Answer":  # TriviaQA's: an object, or nothing where the answers are secret
+        value = answers if answers is not None else {"Aliases": []}
+        answers = None
+        if isinstance(value, dict) and isinstance(value.get("Aliases", []), list):
+            answers = [*([value["Value"]] if "Value" in value else []), *value.get("Aliases", [])]
     found = [answers] if isinstance(answers, str) else answers
     if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
-        raise _UnusableError(f"the answers are {answers!r:.60}, and a list of texts is expected")
+        raise _UnusableError(f"the answers are {row.get(answers_key or '')!r:.60}, and a list of texts is expected")
     return AnsweredQuestion(_id(row, id_key), _writable(text.strip()), tuple(dict.fromkeys(map(_writable, found))))
 
 
@@ -239,21 +195,21 @@ def _beir_passage(row: dict[str, Any]) -> Passage:
     return passage
 
 
-def _contents(row: dict[str, Any]) -> Passage:
+def _flashrag_passage(row: dict[str, Any]) -> Passage:
     contents = row.get("contents")
     if not isinstance(contents, str) or not contents.strip():
         raise _UnusableError(f"no text in 'contents', but {contents!r:.60}")
     title, _, text = contents.partition("\n")
-    title = title.strip().strip('"')
+    title = _writable(title.strip().strip('"'))
     if not text.strip():
-        return Passage(_id(row, "id"), _writable(title))
-    return Passage(_id(row, "id"), _writable(text), {"title": _writable(title)} if title else {})
+        return Passage(_id(row, "id"), title)
+    return Passage(_id(row, "id"), _writable(text), {"title": title} if title else {})
 
 
 def _id(row: dict[str, Any], key: str) -> str:
     found = row.get(key)
     if not isinstance(found, str | int) or isinstance(found, bool) or found == "":
-        raise _UnusableError(f"'{key}' is {found!r:.60}, and no id")
+        raise _UnusableError(f"'{key}' is {found!r:.60}, which is not an id")
     return _writable(str(found))
 
 

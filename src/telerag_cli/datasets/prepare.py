@@ -1,4 +1,4 @@
-"""Turning fetched files into what the other commands take: ``corpus.jsonl``, ``questions.jsonl`` and ``qrels.tsv``."""
+"""Turning fetched files into ``corpus.jsonl``, ``questions.jsonl`` and ``qrels.tsv``, and checking both later."""
 
 from __future__ import annotations
 
@@ -9,29 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO
 
-from telerag_cli.corpus.passages import Passage
 from telerag_cli.datasets.cache import CORPUS, QRELS, QUESTIONS, Cached, Manifest, PreparedFile
 from telerag_cli.datasets.catalogue import Kind, Parser, RemoteFile
-from telerag_cli.datasets.parsers import QRELS_HEADER, AnsweredQuestion, Judgement, OnBad, Opened
+from telerag_cli.datasets.fetch import checksums, mismatch
+from telerag_cli.datasets.parsers import QRELS_HEADER, DatasetReader
 from telerag_cli.errors import ArtifactError, InputError
 from telerag_cli.files import checksum, wrap_os_error, writing
 from telerag_cli.progress import Advance
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be prepared."""
-
-    split: str | None = None
-    """None for the description's own."""
-    limit: int | None = None
-    """The first questions only, or the first passages of a dataset that has no questions."""
-
-
-def as_it_is(cached: Cached) -> Path | None:
-    """The file, if ``telerag embed`` reads it as its publisher has it.
+def unprepared(cached: Cached) -> Path | None:
+    """Return the file that ``telerag embed`` reads as its publisher has it, if the dataset is one.
 
     Raises:
         ArtifactError: it has not been fetched.
@@ -42,18 +31,23 @@ def as_it_is(cached: Cached) -> Path | None:
     return cached.path(cached.dataset.files[0])
 
 
-def prepare(cached: Cached, wanted: Wanted, folder: Path, advance: Advance, on_bad: OnBad | None = None) -> Manifest:
-    """Write the files and say in ``prepared.json`` of what they were made; what was there before is replaced at the end.
+def prepare(
+    cached: Cached,
+    split: str | None,
+    limit: int | None,
+    folder: Path,
+    advance: Advance,
+    on_bad: Callable[[InputError], None] | None = None,
+) -> Manifest:
+    """Write the files, and in ``prepared.json`` what they were made from; what was there is replaced at the end.
 
     Args:
         cached: the dataset's folder, with what the split needs.
-        wanted: the split, and how much of it.
+        split: None for the description's own.
+        limit: the first questions only, or the first passages of a dataset that has no questions.
         folder: for the files; made if it is missing.
-        advance: told of each row that was written.
+        advance: called with the number of rows written.
         on_bad: called with the error of each entry that cannot be used; without it the first one is raised.
-
-    Returns:
-        What was made.
 
     Raises:
         ArtifactError: a file has not been fetched.
@@ -61,50 +55,64 @@ def prepare(cached: Cached, wanted: Wanted, folder: Path, advance: Advance, on_b
         ResourceError: the disk is full.
         UsageError: there is no such split.
     """
-    dataset = cached.dataset
-    split = wanted.split or dataset.split
+    dataset, split = cached.dataset, split or cached.dataset.split
     files = dataset.files_of(split)
     _need(cached, files, split)
-    left_out = 0
+    bad = 0
 
-    def counting(error: InputError) -> None:
-        nonlocal left_out
-        left_out += 1
-        assert on_bad is not None
+    def count_bad(error: InputError) -> None:
+        nonlocal bad
+        bad += 1
+        if on_bad is None:
+            raise error
         on_bad(error)
 
-    source = Opened(cached, split, counting if on_bad else None)
+    source = DatasetReader(cached, split, count_bad)
+    kept: set[str] = set()
+
+    def corpus() -> Iterator[str]:
+        for passage in islice(source.passages(), limit if dataset.kind is Kind.PASSAGES else None):
+            rest = {key: value for key, value in passage.metadata.items() if key != "title"}
+            row = {"_id": passage.id, "title": passage.metadata.get("title", ""), "text": passage.text}
+            yield json.dumps(row | ({"metadata": rest} if rest else {}), ensure_ascii=False)
+
+    def questions() -> Iterator[str]:
+        for question in islice(source.questions(), limit):
+            kept.add(question.id)
+            row = {"id": question.id, "question": question.question, "answers": list(question.answers)}
+            yield json.dumps(row, ensure_ascii=False)
+
+    def qrels() -> Iterator[str]:
+        for question, passage, score in source.judgements():
+            if question in kept:
+                yield f"{question}\t{passage}\t{score}"
+
+    made = {
+        Kind.PASSAGES: {CORPUS: corpus},
+        Kind.QUESTIONS: {QUESTIONS: questions},
+        Kind.BOTH: {CORPUS: corpus, QUESTIONS: questions, QRELS: qrels},
+    }[dataset.kind]
     rows: dict[str, int] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise wrap_os_error(error, folder) from error
-    with contextlib.ExitStack() as stack:
-
-        def write(name: str, lines: Iterator[str], header: str = "") -> None:
-            handle = stack.enter_context(_Lines(stack.enter_context(writing(folder / name)), folder / name))
-            rows[name] = handle.write(lines, advance, header)
-
-        if dataset.kind is not Kind.QUESTIONS:
-            alone = dataset.kind is Kind.PASSAGES
-            write(CORPUS, map(_passage, islice(source.passages(), wanted.limit if alone else None)))
-        if dataset.kind is not Kind.PASSAGES:
-            kept: set[str] = set()
-            write(QUESTIONS, _noted(islice(source.questions(), wanted.limit), kept))
-            if dataset.kind is Kind.BOTH:
-                write(QRELS, _judgements(source.judgements(), kept), "\t".join(QRELS_HEADER) + "\n")
-    made = {
-        name: PreparedFile(count, (folder / name).stat().st_size, checksum(folder / name))
-        for name, count in rows.items()
-    }
+    with contextlib.ExitStack() as stack:  # the files get their names together
+        for name, lines in made.items():
+            header = "\t".join(QRELS_HEADER) + "\n" if name == QRELS else ""
+            temporary = stack.enter_context(writing(folder / name))
+            rows[name] = _write(temporary, folder / name, header, lines(), advance)
     known = cached.sources()
     manifest = Manifest(
         dataset.name,
         split,
-        wanted.limit,
+        limit,
         {file.name: known[file.name].sha256 for file in files},
-        made,
-        left_out + source.empty,
+        {
+            name: PreparedFile(count, (folder / name).stat().st_size, checksum(folder / name))
+            for name, count in rows.items()
+        },
+        bad + source.empty,
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
     manifest.save(folder)
@@ -115,56 +123,106 @@ def _need(cached: Cached, files: tuple[RemoteFile, ...], split: str | None) -> N
     for file in files:
         if not cached.has(file):
             raise ArtifactError(
-                f"{file.name} of {cached.dataset.name} is not in {cached.root}, or not whole.",
-                remedy=f"Run {cached.fetching(split)}.",
+                f"{file.name} of {cached.dataset.name} is not in {cached.root}, or is incomplete.",
+                remedy=f"Run {cached.fetch_command(split)}.",
             )
 
 
-class _Lines:
-    """A file of lines; a disk that is full is told with its name and not with that of what is read meanwhile."""
-
-    def __init__(self, temporary: Path, path: Path) -> None:
-        self._temporary, self._path = temporary, path
-        self._handle: IO[str] | None = None
-
-    def __enter__(self) -> _Lines:
-        self._handle = self._temporary.open("w", encoding="utf-8", newline="\n")
-        return self
-
-    def write(self, lines: Iterator[str], advance: Advance, header: str = "") -> int:
-        """Write all lines and say how many there were, without the header."""
-        assert self._handle is not None
-        self._handle.write(header)
-        count = 0
+def _write(temporary: Path, path: Path, header: str, lines: Iterator[str], advance: Advance) -> int:
+    count = 0
+    with temporary.open("w", encoding="utf-8", newline="\n") as handle:
+        handle.write(header)
         for line in lines:
             try:
-                self._handle.write(line + "\n")
-            except OSError as error:
-                raise wrap_os_error(error, self._path) from error
+                handle.write(line + "\n")
+            except OSError as error:  # a full disk is not a fault of the file that is read
+                raise wrap_os_error(error, path) from error
             count += 1
             advance(1)
-        return count
-
-    def __exit__(self, *_: object) -> None:
-        assert self._handle is not None
-        self._handle.close()
+    return count
 
 
-def _passage(passage: Passage) -> str:
-    title = passage.metadata.get("title", "")
-    rest = {key: value for key, value in passage.metadata.items() if key != "title"}
-    row = {"_id": passage.id, "title": title, "text": passage.text, **({"metadata": rest} if rest else {})}
-    return json.dumps(row, ensure_ascii=False)
+@dataclass(frozen=True)
+class FileFinding:
+    """What was found of one file."""
+
+    file: str
+    says: str
+    """In words, with both values if something is wrong."""
+    wrong: bool = False
 
 
-def _noted(questions: Iterator[AnsweredQuestion], kept: set[str]) -> Iterator[str]:
-    for question in questions:
-        kept.add(question.id)
-        row = {"id": question.id, "question": question.question, "answers": list(question.answers)}
-        yield json.dumps(row, ensure_ascii=False)
+def bytes_to_check(cached: Cached, folder: Path) -> int:
+    """Return how much `check` will read, for a progress bar."""
+    manifest = Manifest.load(folder)
+    prepared = [folder / name for name in manifest.files] if manifest else []
+    paths = [*(cached.path(file) for file in cached.dataset.files), *prepared]
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def _judgements(judgements: Iterator[Judgement], kept: set[str]) -> Iterator[str]:
-    for judgement in judgements:
-        if judgement.question in kept:
-            yield f"{judgement.question}\t{judgement.passage}\t{judgement.score}"
+def check(cached: Cached, folder: Path, advance: Advance) -> list[FileFinding]:
+    """Read everything and compare it with the description, ``source.json`` and ``prepared.json``.
+
+    Args:
+        cached: the dataset's folder.
+        folder: where it was prepared.
+        advance: called with the number of bytes read.
+
+    Raises:
+        ArtifactError: ``source.json`` or ``prepared.json`` is damaged.
+        ResourceError: a file cannot be read.
+    """
+    files, known = cached.dataset.files, cached.sources()
+    none = not any(cached.path(file).exists() for file in files)
+    try:
+        found = [FileFinding(file.name, *_fetched(cached, file, none, advance)) for file in files]
+        manifest = Manifest.load(folder)
+        if manifest is None:
+            return found
+        if manifest.dataset != cached.dataset.name:
+            says = f"was prepared from {manifest.dataset}, and not from {cached.dataset.name}"
+            return [*found, FileFinding(str(folder), says, True)]
+        found += [
+            FileFinding(str(folder / name), *_prepared(folder / name, made)) for name, made in manifest.files.items()
+        ]
+        advance(sum(made.bytes for made in manifest.files.values()))
+    except OSError as error:
+        raise wrap_os_error(error, Path(error.filename or folder)) from error
+    for name, digest in manifest.sources.items():
+        if name in known and known[name].sha256 != digest:
+            says = f"was made from {name} with sha256 {digest}, and that of {known[name].sha256} is there now"
+            found.append(FileFinding(str(folder), says, True))
+    return found
+
+
+def _fetched(cached: Cached, file: RemoteFile, none: bool, advance: Advance) -> tuple[str, bool]:
+    path, known = cached.path(file), cached.sources().get(file.name)
+    if not path.exists():
+        have, begun = cached.begun(file)
+        if have:
+            total = f" of {begun.bytes:,}" if begun and begun.bytes else ""
+            return f"only {have:,}{total} bytes have arrived", True
+        return "is noted in source.json, and missing" if known else "has not been fetched", none or known is not None
+    if known is None:
+        return "is there, and source.json does not know of it", True
+    size, sums = path.stat().st_size, checksums(path, advance)
+    if wrong := mismatch(file, size, sums):
+        return wrong, True
+    if size != known.bytes:
+        return f"has {size:,} bytes, and {known.bytes:,} were fetched", True
+    if sums["sha256"] != known.sha256:
+        return f"its sha256 is {sums['sha256']}, and was {known.sha256} when it was fetched", True
+    published = file.sha256 or file.md5
+    what = "the publisher's checksum" if published else "what was fetched; its publisher gives no checksum"
+    return f"agrees with {what}", False
+
+
+def _prepared(path: Path, made: PreparedFile) -> tuple[str, bool]:
+    if not path.is_file():
+        return "is missing", True
+    size, found = path.stat().st_size, checksum(path)
+    if size != made.bytes:
+        return f"has {size:,} bytes, and {made.bytes:,} were written", True
+    if found != made.checksum:
+        return f"its checksum is {found}, and was {made.checksum} when it was written", True
+    return f"complete, {made.rows:,} entries", False

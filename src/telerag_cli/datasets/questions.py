@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from telerag_cli.datasets.cache import QUESTIONS, Cached, Manifest
-from telerag_cli.datasets.catalogue import Kind, describe, is_dataset
+from telerag_cli.datasets.catalogue import Kind, describe, names
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import wrap_os_error
@@ -15,24 +15,25 @@ from telerag_cli.files import wrap_os_error
 def load_questions(
     name_or_path: str | Path, cache_dir: Path | None = None, limit: int | None = None, seed: int = 0
 ) -> list[Question]:
-    """Questions of a dataset that was prepared, or of a file with one a line, as text or JSON.
+    """Read the questions of a prepared dataset, or of a file with one question a line, as text or JSON.
 
     Args:
-        name_or_path: a dataset's name, or a file (a ``Path`` or a text that is no dataset's name).
-        cache_dir: below which datasets lie; by default the user's cache.
-        limit: as many of them at most, drawn without putting back; fewer if there are no more. Those for a smaller
-            limit are the first of those for a larger one.
-        seed: of the draw.
+        name_or_path: a dataset's name, or a file (a ``Path``, or a text that is not a dataset's name).
+        cache_dir: folder of the datasets; by default in the user's cache.
+        limit: number of questions at most, sampled without replacement. Those for a smaller limit are the first of
+            those for a larger one.
+        seed: of the sample.
 
     Returns:
-        All of them in order, or as many as were drawn, in the order drawn.
+        All of them in order, or the sample in the order drawn.
 
     Raises:
         ArtifactError: the dataset is not prepared.
-        InputError: the file is missing, holds no question, or has a line that is none.
+        InputError: the file is missing, holds no question, or has a line that is not one.
         UsageError: the dataset has no questions.
     """
-    path = _prepared(name_or_path, cache_dir) if _is_name(name_or_path) else Path(name_or_path)
+    is_name = isinstance(name_or_path, str) and name_or_path in names()
+    path = _prepared(str(name_or_path), cache_dir) if is_name else Path(name_or_path)
     try:
         with path.open("rb") as lines:
             found = list(read_questions(lines, str(path)))
@@ -43,33 +44,26 @@ def load_questions(
         ) from error
     except OSError as error:
         raise wrap_os_error(error, path) from error
-    for question in found:
-        if question.problem is not None:
-            raise InputError(question.problem, remedy="Correct the line or remove it.")
+    problem = next((question.problem for question in found if question.problem is not None), None)
+    if problem is not None:
+        raise InputError(problem, remedy="Correct the line or remove it.")
     if not found:
         raise InputError(f"{path} holds no question.", remedy="Give one a line, or JSON objects with a question.")
-    if limit is None:
-        return found
-    random.Random(seed).shuffle(found)
+    if limit is not None:
+        random.Random(seed).shuffle(found)
     return found[:limit]
 
 
-def _is_name(name_or_path: str | Path) -> bool:
-    return isinstance(name_or_path, str) and is_dataset(name_or_path)
-
-
-def _prepared(name: str | Path, cache_dir: Path | None) -> Path:
-    dataset = describe(str(name))
+def _prepared(name: str, cache_dir: Path | None) -> Path:
+    dataset = describe(name)
     if dataset.kind is Kind.PASSAGES:
-        raise UsageError(
-            f"{dataset.name} holds passages and no questions.", remedy="telerag data list shows what has questions."
-        )
+        raise UsageError(f"{name} holds passages and no questions.", remedy="telerag data list shows what has some.")
     cached = Cached.of(dataset, cache_dir)
     if Manifest.load(cached.prepared) is None:
-        there = all(cached.has(file) for file in dataset.files_of(dataset.split))
-        fetch = "" if there else f"{cached.fetching(dataset.split)}, then "
+        fetched = all(cached.has(file) for file in dataset.files_of(dataset.split))
+        first = "" if fetched else f"{cached.fetch_command(dataset.split)}, then "
         raise ArtifactError(
             f"The questions of {name} are not prepared in {cached.root}.",
-            remedy=f"Run {fetch}telerag data prepare {name}.",
+            remedy=f"Run {first}telerag data prepare {name}.",
         )
     return cached.prepared / QUESTIONS
