@@ -15,10 +15,10 @@ from telerag_cli.cli.eval import evaluate as command
 from telerag_cli.cli.guard import guarded
 from telerag_cli.corpus import pydocs
 from telerag_cli.evaluation.answers import contains, normalized, score_answer
-from telerag_cli.evaluation.bootstrap import FEWEST, Sampling, difference, estimate
+from telerag_cli.evaluation.bootstrap import MIN_QUESTIONS, Sampling, difference, estimate
 from telerag_cli.evaluation.judgements import trec_id
-from telerag_cli.evaluation.passages import measures, score_passages
-from telerag_cli.evaluation.records import Found, Record, names_of, read_asked
+from telerag_cli.evaluation.passages import score_passages
+from telerag_cli.evaluation.records import Record, RetrievedPassage, names_of, read_gold
 
 ROOT = Path(__file__).parents[2]
 PYTHON_QA = ROOT / "datasets" / "python_qa.jsonl"
@@ -96,10 +96,6 @@ def questions(tmp_path):
     )
 
 
-# --- answers
-# -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("answer", "gold", "exact", "f1", "contained"),
     [
@@ -136,17 +132,13 @@ def test_containment(text, answers, is_contained):
     assert contains(normalized(text), [normalized(answer) for answer in answers]) is is_contained
 
 
-# --- passages
-# ----------------------------------------------------------------------------------------------------------
-
-
 def record(key, ids, score=None):
-    return Record(key, None, tuple(Found(each, score, None) for each in ids), (), failed=False)
+    return Record(key, passages=tuple(RetrievedPassage(each, score, None) for each in ids))
 
 
 def test_measures_of_passages_computed_by_hand():
     judged = {"q": {"a": 2, "b": 1, "c": 1, "x": 0}, "none": {"a": 1}}
-    scores = score_passages([record("q", "xab"), record("none", "")], judged, measures([1, 2, 3], complete=True))
+    scores = score_passages([record("q", "xab"), record("none", "")], judged, [1, 2, 3], complete=True)
     gained = 2 / math.log2(3) + 1 / math.log2(4)
     best = 2 / math.log2(2) + 1 / math.log2(3) + 1 / math.log2(4)
     assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
@@ -156,7 +148,7 @@ def test_measures_of_passages_computed_by_hand():
 
 
 def test_success_where_not_all_relevant_passages_are_known():
-    scores = score_passages([record("q", "xab")], {"q": {"x": 0, "a": 1, "b": 1}}, measures([1, 3], complete=False))
+    scores = score_passages([record("q", "xab")], {"q": {"x": 0, "a": 1, "b": 1}}, [1, 3], complete=False)
     best = 1 + 1 / math.log2(3)
     assert {name: found["q"] for name, found in scores.items()} == pytest.approx(
         {"success@1": 0, "success@3": 1, "ndcg@10": (1 / math.log2(3) + 1 / 2) / best, "mrr": 1 / 2}
@@ -166,19 +158,15 @@ def test_success_where_not_all_relevant_passages_are_known():
 @pytest.mark.parametrize("ids", ["ab", "ba"])
 def test_equal_scores_do_not_change_the_runs_order(ids):
     """trec_eval would sort them by id."""
-    scores = score_passages([record("q", ids, 0.5)], {"q": {ids[0]: 1}}, measures([1], complete=True))
+    scores = score_passages([record("q", ids, 0.5)], {"q": {ids[0]: 1}}, [1], complete=True)
     assert scores["mrr"]["q"] == scores["recall@1"]["q"] == 1
 
 
 def test_ndcg_counts_ten_passages():
     ids = [f"p{number:02}" for number in range(11)]
-    scores = score_passages([record("q", ids)], {"q": {"p10": 1}}, measures([10, 11], complete=True))
+    scores = score_passages([record("q", ids)], {"q": {"p10": 1}}, [10, 11], complete=True)
     assert [scores[name]["q"] for name in ("ndcg@10", "recall@10", "recall@11")] == [0, 0, 1]
     assert scores["mrr"]["q"] == pytest.approx(1 / 11)
-
-
-# --- intervals
-# ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_interval_is_that_of_the_binomial():
@@ -194,13 +182,6 @@ def test_the_seed_decides():
     scores = list(np.random.default_rng(7).random(50))
     assert estimate(scores, Sampling(500, 1)) == estimate(scores, Sampling(500, 1))
     assert estimate(scores, Sampling(500, 1)) != estimate(scores, Sampling(500, 2))
-
-
-def test_draws_in_blocks_are_bounded_and_complete(monkeypatch):
-    scores = list(np.random.default_rng(7).random(50))
-    monkeypatch.setattr("telerag_cli.evaluation.bootstrap.BLOCK", 350)
-    whole = estimate(scores, Sampling(501))
-    assert whole.low < whole.value < whole.high
 
 
 def test_a_pair_is_compared_question_by_question():
@@ -222,13 +203,9 @@ def test_noise_is_no_difference():
 
 
 def test_few_questions_allow_no_verdict():
-    few = difference([0.0] * (FEWEST - 1), [1.0] * (FEWEST - 1), Sampling())
+    few = difference([0.0] * (MIN_QUESTIONS - 1), [1.0] * (MIN_QUESTIONS - 1), Sampling())
     assert (few.value, few.low, few.high, few.differs) == (1.0, None, None, None)
-    assert difference([0.0] * FEWEST, [1.0] * FEWEST, Sampling()).differs is True
-
-
-# --- the command
-# -------------------------------------------------------------------------------------------------------
+    assert difference([0.0] * MIN_QUESTIONS, [1.0] * MIN_QUESTIONS, Sampling()).differs is True
 
 
 def test_one_run_with_answers_from_the_questions(good, questions):
@@ -246,7 +223,7 @@ def test_one_run_with_answers_from_the_questions(good, questions):
     )
     assert result["judged_by"] == "answers"
     assert result["cutoffs"] == [1, 3]  # the usual ones up to what was retrieved
-    assert "success@k is the share of questions" in said
+    assert "success@k" in said
     assert result["runs"][0]["measures"]["f1"]["questions"] == len(CAPITALS)
 
 
@@ -256,8 +233,8 @@ def test_tables_are_data_and_notes_are_talk(good, bad, questions):
     shown = result.stdout
     for part in ("exact_match", "0.500", "good.jsonl", "-1.000", "-1.000 to -1.000", "differs", "success@3"):
         assert part in shown
-    assert "Passages are judged" in result.stderr
-    assert "Passages are judged" not in shown
+    assert "success@k" in result.stderr
+    assert "success@k" not in shown
 
 
 def test_answers_on_the_runs_own_lines(tmp_path):
@@ -273,8 +250,8 @@ def test_answers_on_the_runs_own_lines(tmp_path):
     result, said = figures(run)
     assert values(result) == {"exact_match": 1, "f1": 1, "contains_answer": 1}
     assert result["runs"][0]["without_gold"] == 1
-    assert "1 of 4 lines have no gold answer" in said
-    assert "fewer than 6 questions" in said
+    assert "1 of 4 " in said
+    assert " 6 " in said
     assert result["runs"][0]["measures"]["f1"]["low"] is None
 
 
@@ -286,8 +263,8 @@ def test_failed_lines_are_wrong_and_missing_questions_are_named(tmp_path, questi
     assert (run["lines"], run["failed"], run["missing"]) == (6, 2, ["Japan", "Chad"])
     assert values(result)["exact_match"] == pytest.approx(4 / 6)
     assert values(result)["mrr"] == pytest.approx(4 / 6 / 2)
-    assert "2 of 6 lines failed; they count as wrong" in said
-    assert f"2 of the 8 questions of {questions} have no line and are left out: Japan, Chad." in said
+    assert "2 of 6 " in said
+    assert all(part in said for part in ("2 of the 8 ", str(questions), "Japan, Chad"))
 
 
 def test_identical_runs_do_not_differ(tmp_path, good, questions):
@@ -318,7 +295,7 @@ def test_runs_without_gold_answers_are_compared_as_texts(good, bad):
     result, said = figures(good, bad)
     assert result["runs"][0]["measures"] == {}
     assert (result["comparisons"][0]["identical_answers"], result["comparisons"][0]["questions"]) == (0, 8)
-    assert "8 of 8 lines have no gold answer" in said
+    assert "8 of 8 " in said
     assert telerag_eval(good, bad).exit_code == 0
 
 
@@ -347,7 +324,7 @@ def test_batch_lines(tmp_path, questions):
             "mrr": 0.125,
         }
     )
-    assert "2 of 4 lines failed" in said
+    assert "2 of 4 " in said
 
 
 def test_stdin_and_what_search_prints(questions):
@@ -374,8 +351,8 @@ def test_qrels(tmp_path, good, text):
     assert values(result) == pytest.approx(
         {"recall@2": (0.5 + 1) / 2, "recall@4": 1, "mrr": (0.5 + 1) / 2, "ndcg@10": (france + 1) / 2}
     )
-    assert "6 of 8 lines have no relevant passage" in said
-    assert "at most 3 passages a question, so figures at 4 are figures at 3" in said
+    assert result["runs"][0]["unjudged"] == 6
+    assert all(part in said for part in ("6 of 8 ", "at 4 ", "at 3."))
 
 
 def test_passages_of_the_questions_are_judgements(tmp_path, good):
@@ -390,7 +367,7 @@ def test_passages_of_the_questions_are_judgements(tmp_path, good):
     assert result["judged_by"] == "passages"
     assert values(result)["recall@3"] == 0.5
     assert result["runs"][0]["measures"]["recall@3"]["questions"] == 1
-    assert "7 of 8 lines have no relevant passage" in said
+    assert "7 of 8 " in said
     qrels = tmp_path / "qrels.tsv"
     qrels.write_text(BEIR)
     assert figures(good, "--questions", path, "--qrels", qrels)[0]["judged_by"] == "qrels"
@@ -405,18 +382,14 @@ def test_questions_without_answers_beside_qrels(tmp_path, good):
     assert result["runs"][0]["missing"] == ["Mali"]
     assert values(result)["mrr"] == 0.75
     assert "f1" not in values(result)
-    assert "1 of the 3 questions" in said
+    assert "1 of the 3 " in said
 
 
 def test_passages_without_texts_are_not_judged_by_answers(tmp_path, questions):
     run = write(tmp_path / "r.jsonl", [line("France", "Paris", [("a", 0.1, None)])])
     result, said = figures(run, "-q", questions)
     assert "mrr" not in values(result)
-    assert "passages without their text cannot be judged" in said
-
-
-# --- TREC files
-# --------------------------------------------------------------------------------------------------------
+    assert "--qrels" in said
 
 
 def test_a_trec_file_reads_back_as_what_was_retrieved(tmp_path, good, questions):
@@ -438,7 +411,7 @@ def test_a_trec_file_keeps_the_order_where_scores_do_not(tmp_path, scores):
     run = write(tmp_path / "r.jsonl", [line("q", "A", passages, answers=["A"])])
     result = telerag_eval(run, "--trec", tmp_path / "r.trec")
     assert result.exit_code == 0
-    assert "the scores written are 1 / rank" in " ".join(result.stderr.split())
+    assert "1 / rank" in result.stderr
     read = ir_measures.read_trec_run(str(tmp_path / "r.trec"))
     assert [(each.doc_id, each.score) for each in read] == [("b", 1), ("a", 0.5), ("c", 1 / 3)]
 
@@ -471,100 +444,92 @@ def test_ids_and_names():
     assert names_of(["x/a.jsonl", "y/b.jsonl"]) == ["a.jsonl", "b.jsonl"]
 
 
-# --- output and input
-# --------------------------------------------------------------------------------------------------
-
-
 def test_the_result_is_kept_as_json(tmp_path, good, questions):
     kept = tmp_path / "result.json"
     printed, _ = figures(good, "-q", questions, "-o", kept, "--resamples", 200, "--seed", 3)
     assert json.loads(kept.read_text()) == printed
-    assert printed["bootstrap"] == {"resamples": 200, "seed": 3, "confidence": 0.95, "fewest_questions": FEWEST}
+    assert printed["bootstrap"] == {"resamples": 200, "seed": 3, "confidence": 0.95, "fewest_questions": MIN_QUESTIONS}
     assert (printed["format"], printed["version"]) == ("telerag-eval", 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"id": "France", "answer": "Paris"}\n{"id": "Ita', "r.jsonl:2 is not JSON: Unterminated string"),
-        ('{"id": "France", "answer": "Paris"}\n{"id": "Ita', "and its line does not end"),
-        ("[1]\n", "r.jsonl:1 is a JSON list and not an object"),
-        ('\n{"id": "a"}\n', "r.jsonl:2 has ['id'], and a run's line has an id and an answer"),
-        ('{"answer": "a"}\n', "r.jsonl:1 has ['answer']"),
-        ('{"id": "a", "answer": 3}\n', "r.jsonl:1 has an answer of type int"),
-        (
-            '{"id": "a", "answer": "b", "passages": {}, "answers": "c"}\n{"id": "a", "answer": "b"}',
-            "r.jsonl:2 has the id 'a', which line 1 has already",
-        ),
-        ('{"id": "a", "answer": "b", "passages": {"x": 1}}\n', "r.jsonl:1 has passages of type dict"),
-        ('{"id": "a", "answer": "b", "passages": [{"id": "p", "score": NaN}]}\n', "r.jsonl:1 has as its passage 1"),
-        ('{"id": "a", "answer": "b", "passages": [{"id": "p"}, "q"]}\n', "r.jsonl:1 has as its passage 2"),
-        ('{"id": "a", "answer": "b", "answers": [1]}\n', "r.jsonl:1 has answers that are no list of strings"),
-        ('{"custom_id": "a", "body": {}}\n', "r.jsonl:1 is a Batch line with neither"),
-        ('{"id": "\xff"}\n', "r.jsonl:1 is not UTF-8"),
-        ("\n\n", "r.jsonl holds no line of a run"),
-        ("", "r.jsonl holds no line of a run"),
-        ('{"id": "q", "answer": "b"}\n', "r.jsonl has 1 lines and nothing that they could be measured against"),
-    ],
-)
-def test_a_bad_run_is_one_sentence(tmp_path, text, message):
-    path = tmp_path / "r.jsonl"
-    path.write_text(text, encoding="latin-1")
-    result = telerag_eval(path, "--json")
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert message in " ".join(result.stderr.split())
+def failed(result, code, *values):
+    """One sentence on stderr that holds all of these values, and nothing on stdout."""
+    assert (result.exit_code, result.stdout) == (code, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+    assert [str(value) for value in values if str(value) not in result.stderr] == [], result.stderr
+
+
+def test_a_missing_extra_is_named(monkeypatch, good, questions):
+    monkeypatch.delitem(sys.modules, "telerag_cli.evaluation.passages", raising=False)
+    monkeypatch.setitem(sys.modules, "ir_measures", None)
+    failed(telerag_eval(good, "-q", questions), 1, "ir_measures", "telerag-cli[eval]")
+
+
+ANSWERED = '{"id": "a", "answer": "b"'
 
 
 @pytest.mark.parametrize(
-    ("option", "text", "message"),
+    ("text", "values"),
     [
-        ("--questions", "What is it?\n", "f:1 is not JSON"),
-        ("--questions", '{"id": "France", "question": "?"}\n', "f has 1 questions and neither answers nor passages"),
-        (
-            "--questions",
-            '{"id": 1, "answers": ["x"]}\n{"_id": "1", "answers": ["x"]}',
-            "f:2 has the id '1', which line 1",
-        ),
-        ("--questions", '{"id": "France", "passages": [{"id": 1}]}\n', "f:1 has passages that are no list of strings"),
-        ("--questions", '{"id": "Mali", "answers": ["Bamako"]}\n', "None of the 1 questions of"),
-        ("--questions", "\n", "f has 0 questions"),
-        ("--qrels", "", "f holds no judgement"),
-        ("--qrels", "France 0 France a 1\n", "f:1 has 5 fields, and TREC qrels have 4"),
-        ("--qrels", "France 0 a 1\nFrance 0 b 0.5\n", "f:2 has the grade '0.5', and a grade is a whole number"),
-        ("--qrels", "France 0 a 5000\n", "f:1 has the grade '5000'"),
-        ("--qrels", "France 0 a 1\nFrance 0 a 2\n", "f:2 gives the passage 'a' grade 2"),
-        ("--qrels", "query-id\tcorpus-id\tscore\nFrance\ta\n", "f:2 has 2 fields, and BEIR qrels have 3"),
-        ("--qrels", "Mali 0 a 1\n", "None of the 1 questions of"),
+        (f'{ANSWERED}}}\n{{"id": "Ita', ["r.jsonl:2 ", "JSON", "Unterminated string", "does not end"]),
+        ("[1]\n", ["r.jsonl:1 ", "list"]),
+        ('\n{"id": "a"}\n', ["r.jsonl:2 ", "['id']"]),
+        ('{"answer": "a"}\n', ["r.jsonl:1 ", "['answer']"]),
+        ('{"id": "a", "answer": 3}\n', ["r.jsonl:1 ", "int"]),
+        (f'{ANSWERED}, "passages": {{}}, "answers": "c"}}\n{ANSWERED}}}', ["r.jsonl:2 ", "'a'", "line 1 "]),
+        (f'{ANSWERED}, "passages": {{"x": 1}}}}\n', ["r.jsonl:1 ", "dict"]),
+        (f'{ANSWERED}, "passages": [{{"id": "p", "score": NaN}}]}}\n', ["r.jsonl:1: ", "passage 1 "]),
+        (f'{ANSWERED}, "passages": [{{"id": "p"}}, "q"]}}\n', ["r.jsonl:1: ", "passage 2 "]),
+        (f'{ANSWERED}, "answers": [1]}}\n', ["r.jsonl:1 ", "answers"]),
+        ('{"custom_id": "a", "body": {}}\n', ["r.jsonl:1 ", "Batch"]),
+        ('{"id": "\xff"}\n', ["r.jsonl:1 ", "UTF-8"]),
+        ("\n\n", ["r.jsonl "]),
+        ("", ["r.jsonl "]),
+        (f"{ANSWERED}}}\n", ["r.jsonl has 1 "]),
     ],
 )
-def test_a_bad_reference_is_one_sentence(tmp_path, good, option, text, message):
+def test_a_bad_run_is_one_sentence(tmp_path, text, values):
+    path = tmp_path / "r.jsonl"
+    path.write_text(text, encoding="latin-1")
+    failed(telerag_eval(path, "--json"), 1, *values)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "values"),
+    [
+        ("--questions", "What is it?\n", ["f:1 ", "JSON"]),
+        ("--questions", '{"id": "France", "question": "?"}\n', ["f has 1 "]),
+        ("--questions", '{"id": 1, "answers": ["x"]}\n{"_id": "1", "answers": ["x"]}', ["f:2 ", "'1'", "line 1 "]),
+        ("--questions", '{"id": "France", "passages": [{"id": 1}]}\n', ["f:1 ", "passages"]),
+        ("--questions", '{"id": "Mali", "answers": ["Bamako"]}\n', ["1 ", "8 ", "'France'"]),
+        ("--questions", "\n", ["f has 0 "]),
+        ("--qrels", "", ["f "]),
+        ("--qrels", "France 0 France a 1\n", ["f:1 has 5 ", "TREC", " 4"]),
+        ("--qrels", "France 0 a 1\nFrance 0 b 0.5\n", ["f:2 ", "'0.5'"]),
+        ("--qrels", "France 0 a 5000\n", ["f:1 ", "'5000'", "1,000"]),
+        ("--qrels", "France 0 a 1\nFrance 0 a 2\n", ["f:2 ", "'a'", " 2 ", " 1."]),
+        ("--qrels", "query-id\tcorpus-id\tscore\nFrance\ta\n", ["f:2 has 2 ", "BEIR", " 3"]),
+        ("--qrels", "Mali 0 a 1\n", ["1 ", "8 ", "'France'"]),
+    ],
+)
+def test_a_bad_reference_is_one_sentence(tmp_path, good, option, text, values):
     path = tmp_path / "f"
     path.write_text(text)
-    result = telerag_eval(good, option, path)
-    assert result.exit_code == 1
-    assert result.stdout == ""
-    assert message in " ".join(result.stderr.split())
+    failed(telerag_eval(good, option, path), 1, *values)
 
 
 def test_impossible_options(tmp_path, good, bad, questions):
-    for arguments, code, message in (
-        (["-", "-q", "-"], 2, "- is given 2 times"),
-        ([good, good], 2, "is given 2 times"),
+    for arguments, code, value in (
+        (["-", "-q", "-"], 2, "2 times"),
+        ([good, good], 2, "2 times"),
         ([good, "-k", 0], 2, "-k is 0"),
-        ([tmp_path / "absent"], 1, "absent cannot be read"),
-        ([good, "-q", questions, "-o", tmp_path / "no" / "r.json"], 1, "does not exist"),
+        ([tmp_path / "absent"], 1, tmp_path / "absent"),
+        ([good, "-q", questions, "-o", tmp_path / "no" / "r.json"], 1, tmp_path / "no"),
         ([good, bad, "-q", questions, "--trec", good], 1, "good.jsonl"),
+        ([write(tmp_path / "n.jsonl", [line("France", "Paris")]), "-q", questions, "--trec", "n.trec"], 1, "n.trec"),
     ):
-        result = telerag_eval(*arguments)
-        assert result.exit_code == code, result.output
-        assert message in " ".join(result.stderr.split())
-    no_passage = write(tmp_path / "n.jsonl", [line("France", "Paris")])
-    result = telerag_eval(no_passage, "-q", questions, "--trec", tmp_path / "n.trec")
-    assert (result.exit_code, (tmp_path / "n.trec").exists()) == (1, False)
-    assert "no passage, so there is nothing to write" in " ".join(result.stderr.split())
+        failed(telerag_eval(*arguments), code, value)
 
 
 def test_a_closed_pipe_is_no_error(tmp_path, good):
@@ -596,16 +561,12 @@ def test_a_closed_pipe_is_no_error(tmp_path, good):
     assert (done.returncode, done.stderr) == (0, "\n")
 
 
-# --- the questions on the Python documentation
-# -------------------------------------------------------------------------
-
-
 def test_questions_on_python_are_answered_by_their_passages(monkeypatch):
     """In every Python whose documentation they are written for: 3.11 to 3.13."""
     if sys.version_info >= (3, 14):
         pytest.skip("datasets/python_qa.jsonl is written for the documentation of Python 3.11 to 3.13")
     with PYTHON_QA.open("rb") as lines:
-        asked = read_asked(lines, PYTHON_QA.name)
+        asked = read_gold(lines, PYTHON_QA.name)
     assert len(asked) >= 40
     wanted = {key for each in asked.values() for key in each.passages}
     modules = {key.partition("#")[0] for key in wanted} | {key.rpartition(".")[0] for key in wanted}

@@ -14,7 +14,7 @@ from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import wrap_os_error, write_json, writing
 
 if TYPE_CHECKING:
-    from telerag_cli.evaluation.bootstrap import Difference, Estimate
+    from telerag_cli.evaluation.bootstrap import Estimate
     from telerag_cli.evaluation.evaluate import Evaluation, Reference
     from telerag_cli.evaluation.records import Run
 
@@ -43,8 +43,8 @@ def evaluate(
     qrels: Annotated[
         str | None,
         typer.Option(
-            help="Which passages are relevant, as TREC or BEIR write it.  \\[default: the passages that --questions names, or "
-            "else those that contain a gold answer]",
+            help="Which passages are relevant, as TREC or BEIR write it.  "
+            "\\[default: the passages that --questions names, or else those that contain a gold answer]",
             metavar="FILE|-",
             show_default=False,
         ),
@@ -54,8 +54,8 @@ def evaluate(
         typer.Option(
             "--cutoff",
             "-k",
-            help="Measure the first so many passages; may be repeated.  \\[default: 1, 3, 5 and 10, as far as passages were "
-            "retrieved]",
+            help="Measure the first so many passages; may be repeated.  "
+            "\\[default: 1, 3, 5 and 10, as far as passages were retrieved]",
             show_default=False,
         ),
     ] = None,
@@ -74,7 +74,7 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(min=100, max=1_000_000, help="How often the bootstrap draws questions.")
     ] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
 ) -> None:
     """Measure answers and passages of runs, with intervals, and say whether two runs differ."""
     _check(runs, questions, qrels, cutoffs)
@@ -126,16 +126,16 @@ def _read_runs(sources: Sequence[str]) -> list[Run]:
 def _read_reference(questions: str | None, qrels: str | None) -> Reference:
     from telerag_cli.evaluation.evaluate import Reference
     from telerag_cli.evaluation.judgements import read_qrels
-    from telerag_cli.evaluation.records import read_asked
+    from telerag_cli.evaluation.records import read_gold
 
-    asked, asked_name, judged, judged_name = {}, "", None, ""
+    gold, gold_name, judged, judged_name = {}, "", None, ""
     if questions:
-        with open_lines(questions) as (lines, asked_name):
-            asked = read_asked(lines, asked_name, judged=qrels is not None)
+        with open_lines(questions) as (lines, gold_name):
+            gold = read_gold(lines, gold_name, judged=qrels is not None)
     if qrels:
         with open_lines(qrels) as (lines, judged_name):
             judged = read_qrels(lines, judged_name)
-    return Reference(asked, asked_name, judged, judged_name)
+    return Reference(gold, gold_name, judged, judged_name)
 
 
 def _write_trec(runs: Sequence[Run], target: Path) -> None:
@@ -171,7 +171,7 @@ def _write_trec(runs: Sequence[Run], target: Path) -> None:
 
 def _show(result: Evaluation) -> None:
     measured = [
-        (run.run, name, _number(found.value), _between(found), found.questions)
+        (run.run, name, _number(found.value), _interval(found), found.questions)
         for run in result.runs
         for name, found in run.measures.items()
     ]
@@ -180,23 +180,16 @@ def _show(result: Evaluation) -> None:
     if not result.comparisons:
         return
     pairs = [
-        (each.first, each.second, each.questions, _of(each.identical_answers), _of(each.identical_passages))
+        (each.first, each.second, each.questions, _or_dash(each.identical_answers), _or_dash(each.identical_passages))
         for each in result.comparisons
     ]
     columns = ["first", "second", "answered by both", "identical answers", "identical passages"]
     console.table("Runs side by side", columns, pairs, data=True)
     differences = [
-        (
-            each.first,
-            each.second,
-            name,
-            _number(found.value, "+"),
-            _between(found, "+"),
-            found.questions,
-            VERDICTS[found.differs],
-        )
+        (each.first, each.second, name, _number(found.value, "+"), _interval(found, "+"), found.questions, verdict)
         for each in result.comparisons
         for name, found in each.measures.items()
+        for verdict in (VERDICTS[found.differs],)
     ]
     if differences:
         columns = ["first", "second", "measure", "second - first", INTERVAL, "questions", "verdict"]
@@ -207,11 +200,11 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.{DECIMALS}f}"
 
 
-def _between(found: Estimate | Difference, sign: str = "") -> str:
+def _interval(found: Estimate, sign: str = "") -> str:
     if found.low is None or found.high is None:
         return "-"
     return f"{_number(found.low, sign)} to {_number(found.high, sign)}"
 
 
-def _of(count: int | None) -> str | int:
+def _or_dash(count: int | None) -> str | int:
     return "-" if count is None else count
