@@ -1,6 +1,5 @@
 """Fetching datasets: from a local server that fails in every way, and from copies."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import describe
 from telerag_cli.datasets.fetch import Copies, fetch_files
 from telerag_cli.errors import InputError
+from telerag_cli.progress import silent
 
 BODY = bytes(range(256)) * 2000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -226,12 +226,9 @@ def test_nobody_listens(place):
 def test_a_silent_server_is_waited_for_so_long(place, server):
     server.stall = threading.Event()
 
-    def no_bar(_description, _total):
-        return contextlib.nullcontext(lambda _count: None)
-
     files = place.cached.dataset.files
     with fails(InputError, server.base, "0.2 s"):
-        list(fetch_files(place.cached, files, Copies(server.base), progress=no_bar, notice=print, timeout_s=0.2))
+        list(fetch_files(place.cached, files, Copies(server.base), progress=silent, notice=print, timeout_s=0.2))
     assert place.part.stat().st_size == len(BODY) // 2
 
 

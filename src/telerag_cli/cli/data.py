@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,11 +97,11 @@ def fetch(
     _one_at_a_time(names, "--from", source)
     from telerag_cli.datasets.fetch import Copies, fetch_files
 
-    progress = functools.partial(console.progress, unit="bytes")
     chosen = [(cached, cached.dataset.files_of(split)) for cached in _described(names, cache_dir)]
     for cached, files in chosen:
         console.say(f"{cached.dataset.name}: {cached.dataset.title}; licence: {cached.dataset.licence}.")
-        for file, fetched in fetch_files(cached, files, Copies(source, mirror), progress=progress, notice=console.warn):
+        copies = Copies(source, mirror)
+        for file, fetched in fetch_files(cached, files, copies, progress=console.progress, notice=console.warn):
             known = cached.sources()[file.name]
             size = format_bytes(known.bytes)
             if not fetched:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -22,6 +22,7 @@ from telerag_cli.evaluation.bootstrap import (
 )
 from telerag_cli.evaluation.judgements import Judgements, has_relevant, judgements_of, trec_id
 from telerag_cli.evaluation.records import GoldQuestion, Run
+from telerag_cli.progress import Advance
 
 FORMAT, VERSION = "telerag-eval", 1
 DEFAULT_CUTOFFS = (1, 3, 5, 10)
@@ -151,7 +152,7 @@ def evaluate(
     reference: Reference,
     cutoffs: Sequence[int] | None,
     sampling: Sampling,
-    advance: Callable[[int], None] = lambda _lines: None,
+    advance: Advance = lambda _lines: None,
 ) -> Evaluation:
     """Measure runs, and compare them two by two.
 
@@ -189,7 +190,7 @@ def evaluate(
 
 
 def _measure(
-    run: Run, reference: Reference, cutoffs: Sequence[int], sampling: Sampling, advance: Callable[[int], None]
+    run: Run, reference: Reference, cutoffs: Sequence[int], sampling: Sampling, advance: Advance
 ) -> tuple[RunResult, Scores]:
     missing, expected, named_by = reference.missing(run)
     if expected and len(missing) == expected and not any(record.answers for record in run.records.values()):
@@ -233,8 +234,8 @@ def _compare(first: Run, scores: Scores, second: Run, others: Scores, sampling: 
     for name in scores:
         shared = [key for key in pairs if key in scores[name] and key in others.get(name, {})]
         if shared:
-            sides = ([values[name][key] for key in shared] for values in (scores, others))
-            measures[name] = difference(*sides, sampling)
+            ours, theirs = ([values[name][key] for key in shared] for values in (scores, others))
+            measures[name] = difference(ours, theirs, sampling)
     same_answers = sum(one.answer == two.answer for one, two in pairs.values())
     same_passages = sum(
         [passage.id for passage in one.passages] == [passage.id for passage in two.passages]
