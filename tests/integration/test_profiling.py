@@ -1,26 +1,29 @@
 """Measuring: what is measured is what it says, on doubles whose speed is known, and through the command."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from expect import fails
 from indexes import make_index as real_index
 from indexes import make_vectors
 from telerag_cli.cli.app import app
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
 from telerag_cli.engine.dry_run import written_ahead
-from telerag_cli.errors import ArtifactError
+from telerag_cli.errors import ArtifactError, ResourceError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation
 from telerag_cli.pipelines.registry import make_pipeline
-from telerag_cli.planning.disk import BUFFERED, disk_points
 from telerag_cli.planning.hits import Replayed, first_sentence, from_recording, index_figures
+from telerag_cli.planning.links import BUFFERED, disk_points
 from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
 from telerag_cli.planning.llm import llm_rates, write
-from telerag_cli.planning.profile import Profile
+from telerag_cli.planning.plots import plot
+from telerag_cli.planning.profile import Identity, Profile
 from telerag_cli.planning.storages import make_index
 from telerag_cli.planning.timing import Effort, times_s
 from telerag_cli.retrieval.retriever import Retriever
@@ -217,7 +220,7 @@ def test_recordings_give_questions_and_what_was_searched(tmp_path):
         {"question": "none", "retrievals": []},
     ]
     assert from_recording(lines, tmp_path) == [Replayed("q", "text")]
-    with pytest.raises(ArtifactError, match="holds no question"):
+    with fails(ArtifactError, tmp_path):
         from_recording([{}], tmp_path)
 
 
@@ -276,7 +279,7 @@ def test_profile_to_a_file_and_its_use(index, tmp_path, monkeypatch):
     )
     assert plots[0].read_bytes().startswith(b"\x89PNG")
     made = Profile.load(path)
-    assert made.took_s < 60
+    assert made.took_s > 0
     assert made.llm.decode[0].step_s.value > 0
     assert made.index.hit_curves[0].points[-1].hit > 0.5
 
@@ -311,9 +314,9 @@ def test_profile_to_a_file_and_its_use(index, tmp_path, monkeypatch):
     path.write_text(json.dumps(raw))
     refused = telerag("run", index, "-q", questions, "--profile", path)
     assert refused.exit_code == 1
-    assert "measured with index another index, and here it is 60 vectors" in refused.stderr
+    assert all(part in refused.stderr for part in ("another index", "60 vectors"))
     missing = telerag("run", index, "-q", questions, "--profile", tmp_path / "none.json")
-    assert (missing.exit_code, "none.json does not exist" in missing.stderr) == (1, True)
+    assert (missing.exit_code, "none.json" in missing.stderr) == (1, True)
 
 
 @pytest.mark.model
@@ -324,12 +327,12 @@ def test_a_run_measures_once_and_keeps_what_it_found(index, tmp_path, monkeypatc
     common = ("run", index, "-q", question, "--max-tokens", 4, "-k", 1, "--profile", "auto", "--prefetch-budget")
     first = telerag(*common, "4KiB")
     assert first.exit_code == 0, first.stderr
-    assert "Measuring this machine" in first.stderr
+    assert "--profile none" in first.stderr
     plan = json.loads(first.stdout)["plan"][0]
     assert plan["predicted"]["budget_bytes"] <= 4096
     assert plan["measured"]["bytes_moved"] <= 4096
     second = telerag(*common, "1MiB")
-    assert "Measuring this machine" not in second.stderr
+    assert "--profile none" not in second.stderr
     assert json.loads(second.stdout)["plan"][0]["measured"]["bytes_moved"] > 4096
     (kept,) = [path for path in (tmp_path / "cache").rglob("*.json") if "averages" not in path.name]
     kept.write_text("{}")
@@ -359,24 +362,30 @@ def test_a_throttled_gpu_and_no_index_at_all(index, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words", "code"),
+    ("arguments", "code", "values"),
     [
-        (("--plot", "x.bmp"), "plots are png, svg, pdf", 2),
-        (("--throttle", "1GB", "--tier", "host"), "--throttle has no part in --tier host", 2),
-        (("--check", "none.jsonl"), "none.jsonl does not exist", 1),
-        (("none",), "none is not an index folder", 1),
+        (("--plot", "x.bmp"), 2, ["x.bmp", "png, svg, pdf"]),
+        (("--throttle", "1GB", "--tier", "host"), 2, ["--throttle", "--tier host"]),
+        (("--check", "none.jsonl"), 1, ["none.jsonl"]),
+        (("none",), 1, ["none "]),
     ],
 )
-def test_what_cannot_be_profiled_is_said(arguments, words, code, tmp_path, monkeypatch):
+def test_what_cannot_be_profiled_is_refused(arguments, code, values, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = telerag("profile", *arguments)
     assert done.exit_code == code
-    assert words in done.stderr
+    assert all(value in done.stderr for value in values)
+
+
+def test_a_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    identity = Identity("a processor", 2, (), "host", "none", "a model", "an embedder")
+    with fails(ResourceError, "matplotlib", "telerag-cli[bench]"):
+        plot(Profile(identity, True, 1.0, "2026-01-01T00:00:00Z", {}), None, 0.0, tmp_path / "plot.png")
 
 
 def test_a_recording_must_be_one(index, tmp_path):
     path = tmp_path / "recording.jsonl"
     path.write_text("no json\n")
     done = telerag("profile", index, "--quick", "--recording", path)
-    assert done.exit_code == 1
-    assert "is no recording" in done.stderr
+    assert (done.exit_code, str(path) in done.stderr) == (1, True)

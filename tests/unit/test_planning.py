@@ -3,13 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from expect import fails
 from telerag_cli.errors import ArtifactError
 from telerag_cli.planning import formulas
 from telerag_cli.planning.averages import Averages
-from telerag_cli.planning.check import errors_of
-from telerag_cli.planning.planner import Circumstances, Planner, link_key, window_key
+from telerag_cli.planning.check import prediction_errors
+from telerag_cli.planning.planner import Circumstances, Planner
 from telerag_cli.planning.profile import (
     DecodePoint,
     EmbeddingTimes,
@@ -159,6 +161,13 @@ def test_break_even_is_where_both_take_as_long():
     assert formulas.break_even_bytes(0.5 * GB, arena, in_place) == float("inf")
 
 
+def test_a_line_through_two_points_gives_what_does_not_depend_on_the_size():
+    assert formulas.scoring_latency_s(10.0, 0.3, 110.0, 1.3) == pytest.approx(0.2)
+    assert formulas.scoring_latency_s(10.0, 0.3, 110.0, 0.2) == formulas.scoring_latency_s(10.0, 0.3, 10.0, 0.9) == 0.0
+    assert formulas.join_fixed_s(0.3, 10.0, 1.3, 110.0) == pytest.approx(0.2)
+    assert formulas.mean_list_bytes(np.array([0, 4, 8])) == 6.0
+
+
 def test_memory_left_may_be_negative():
     assert formulas.memory_left_bytes(100, 30, 50) == 20
     assert formulas.memory_left_bytes(100, 130) == -30
@@ -190,8 +199,8 @@ def test_averages_correct_what_the_profile_says():
     plain = planner(averages)
     texts = [plain.text(60, 0, 11)]
     before_s, before = plain.window_s(texts, "hyde/passage"), plain.outlook(0.001, "refined").budget_bytes
-    averages.observe(window_key("hyde/passage"), 1.5)
-    averages.observe(link_key("hyde/passage"), 0.5)
+    averages.observe("hyde/passage", "window", 1.5)
+    averages.observe("hyde/passage", "link", 0.5)
     assert plain.window_s(texts, "hyde/passage") == pytest.approx(1.5 * before_s)
     assert plain.window_s(texts, "another") == before_s
     known = Circumstances(stage="hyde/passage")
@@ -201,23 +210,22 @@ def test_averages_correct_what_the_profile_says():
 def test_averages_weigh_the_first_alike_and_then_the_newest_a_quarter(tmp_path):
     averages = Averages(tmp_path / "kept" / "averages.json")
     for value in (1.0, 2.0, 3.0, 4.0):
-        averages.observe("a", value)
-    assert averages.get("a", 0.0) == pytest.approx(2.5)
-    averages.observe("a", 6.5)
-    assert averages.get("a", 0.0) == pytest.approx(3.5)
+        averages.observe("a", "tokens", value)
+    assert averages.get("a", "tokens", 0.0) == pytest.approx(2.5)
+    averages.observe("a", "tokens", 6.5)
     averages.save()
     again = Averages(tmp_path / "kept" / "averages.json")
-    assert again.get("a", 0.0) == pytest.approx(3.5)
-    again.observe("a", 7.5)
-    assert again.get("a", 0.0) == pytest.approx(4.5)
-    assert again.get("b", 9.0) == 9.0
+    assert again.get("a", "tokens", 0.0) == pytest.approx(3.5)
+    again.observe("a", "tokens", 7.5)
+    assert again.get("a", "tokens", 0.0) == pytest.approx(4.5)
+    assert (again.get("b", "tokens", 9.0), again.get("a", "link", 8.0)) == (9.0, 8.0)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"format": "telerag-averages", "version": 9}', '{"averages": 3}'])
-def test_other_files_are_no_averages(tmp_path, content):
+def test_other_files_are_not_averages(tmp_path, content):
     path = tmp_path / "averages.json"
     path.write_text(content)
-    with pytest.raises(ArtifactError, match="no averages"):
+    with fails(ArtifactError, path):
         Averages(path)
 
 
@@ -228,32 +236,32 @@ def test_a_profile_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "found"),
     [
-        ({"format": "telerag-index"}, "is telerag-index version 1"),
-        ({"version": 2}, "is telerag-profile version 2"),
-        ({"joins": {"fixed_s": "much"}}, "is no valid profile: joins"),
-        ({"identity": None}, "is no valid profile: identity"),
+        ({"format": "telerag-index"}, "telerag-index version 1"),
+        ({"version": 2}, "telerag-profile version 2"),
+        ({"joins": {"fixed_s": "much"}}, "joins"),
+        ({"identity": None}, "identity"),
     ],
 )
-def test_what_is_no_profile_is_refused(tmp_path, change, words):
+def test_other_files_are_not_profiles(tmp_path, change, found):
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(PROFILE.as_json() | change))
-    with pytest.raises(ArtifactError, match=words):
+    with fails(ArtifactError, path, found):
         Profile.load(path)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "values"),
     [
-        ({"cpu": "another"}, "with cpu a processor, and here it is another"),
-        ({"gpus": ("H100", "H100")}, "with gpus none, and here it is H100, H100"),
-        ({"index": "another"}, "with index an index, and here it is another"),
-        ({"model": "another"}, "with model a model, and here it is another"),
+        ({"cpu": "another"}, ["cpu a processor", "another"]),
+        ({"gpus": ("H100", "H100")}, ["gpus none", "H100, H100"]),
+        ({"index": "another"}, ["index an index", "another"]),
+        ({"model": "another"}, ["model a model", "another"]),
     ],
 )
-def test_a_profile_of_something_else_is_refused_with_both_named(tmp_path, change, words):
-    with pytest.raises(ArtifactError, match=words):
+def test_a_profile_of_something_else_is_refused_with_both_named(tmp_path, change, values):
+    with fails(ArtifactError, tmp_path, *values):
         PROFILE.check(replace(IDENTITY, **change), tmp_path)
     PROFILE.check(IDENTITY, tmp_path)
 
@@ -277,7 +285,7 @@ def line(**plan):
 def test_errors_by_function_with_their_direction(tmp_path):
     lines = [line(), line(window_s=2.0), line(window_s=0.8, join_s=0.5), {"error": {"message": "x"}}]
     batch = {"custom_id": "1", "error": None, "response": {"body": {"telerag": line(hit_share=2.0)}}}
-    errors = errors_of([json.dumps(each).encode() for each in (*lines, batch)] + [b"\n"], tmp_path)
+    errors = prediction_errors([json.dumps(each).encode() for each in (*lines, batch)] + [b"\n"], tmp_path)
     by_name = {(each.function, each.kind): each for each in errors}
     window = by_name["window_s", "ahead"]
     assert (window.count, window.median, window.worst) == (4, pytest.approx(0.125), pytest.approx(0.5))
@@ -289,15 +297,9 @@ def test_errors_by_function_with_their_direction(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "words"),
-    [
-        ([b"no json"], "1 is no line of a run"),
-        ([b"[1]"], "1 is no line of a run"),
-        ([b"{}"], "holds no prediction"),
-        ([b'{"plan": [{}]}'], "is no line of a run"),
-        ([], "holds no prediction"),
-    ],
+    ("lines", "where"), [([b"no json"], ":1"), ([b"[1]"], ":1"), ([b"{}"], ""), ([b'{"plan": [{}]}'], ":1"), ([], "")]
 )
-def test_what_is_no_run_is_said(tmp_path, lines, words):
-    with pytest.raises(ArtifactError, match=words):
-        errors_of(lines, tmp_path / "run.jsonl")
+def test_other_files_are_not_runs(tmp_path, lines, where):
+    path = tmp_path / "run.jsonl"
+    with fails(ArtifactError, f"{path}{where} "):
+        prediction_errors(lines, path)

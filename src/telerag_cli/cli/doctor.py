@@ -36,7 +36,7 @@ def doctor(
 
     Exits with 1 if telerag embed, build-index and run with their defaults could not work.
     """
-    from telerag_cli.engine.health import Finding, Looked, examine, made_by
+    from telerag_cli.engine.health import Examined, Finding, examine, made_by
 
     findings: list[Finding] = []
     settings = Settings({})
@@ -55,7 +55,7 @@ def doctor(
         return found.value if found else None
 
     one_named = model is not None or hf_repo is not None
-    looked = Looked(
+    examined = Examined(
         index,
         model if one_named else as_run("model"),
         hf_repo if one_named else as_run("hf_repo"),
@@ -64,8 +64,8 @@ def doctor(
         if one_named or as_run("generator") != GeneratorKind.OPENAI
         else f"a server at {as_run('base_url') or 'the address given'}",
     )
-    with console.stdout_reserved(), console.progress("looking", None) as advance:
-        for finding in examine(looked):
+    with console.stdout_reserved(), console.progress("Examining", None) as advance:
+        for finding in examine(examined):
             findings.append(finding)
             advance(1)
     rows = [*_given(context), *rows_of(settings, every=as_json)]

@@ -16,12 +16,8 @@ from telerag_cli.errors import ArtifactError
 SHOWN = 20
 """Damaged parts named in a message."""
 
-INDEX, EMBEDDINGS, PARQUET = "telerag index", "telerag embeddings", "Parquet with vectors"
-WHOLE = {
-    INDEX: "every byte is as it was written",
-    EMBEDDINGS: "every byte is as it was written",
-    PARQUET: "every vector can be read and is finite; such files carry no checksums of ours",
-}
+Report = tuple[str, dict[str, Any], list[tuple[str, str]], list[str]]
+"""Kind, JSON fields, table rows, and damaged parts."""
 
 
 def inspect(
@@ -39,11 +35,9 @@ def inspect(
         kind, about, rows, damage = _index(path, verify)
     else:
         kind, about, rows, damage = _embeddings(path, column, verify)
-    verified = (
-        ("damaged: " + "; ".join(damage) if damage else "every byte is as it was written")
-        if verify
-        else "not asked for"
-    )
+    verified = "every byte is as it was written" if verify else "not asked for"
+    if damage:
+        verified = f"damaged: {'; '.join(damage)}"
     if as_json:
         console.emit_json({"path": str(path), "kind": kind, **about, "verified": verify, "damage": damage}, indent=2)
     else:
@@ -53,10 +47,7 @@ def inspect(
         raise ArtifactError(f"{path} is damaged: {'; '.join(damage)}.", remedy="Restore it or make it again.")
 
 
-_Report = tuple[str, dict[str, Any], list[tuple[str, str]], list[str]]
-
-
-def _index(path: Path, wanted: bool) -> _Report:
+def _index(path: Path, wanted: bool) -> Report:
     from telerag_cli.index.artifact import Index
     from telerag_cli.index.verify import verify
 
@@ -69,16 +60,16 @@ def _index(path: Path, wanted: bool) -> _Report:
         damage = [f"{name} does not match its checksum" for name in found.files]
         if found.lists:
             damage.append(f"{len(found.lists)} of {index.manifest.nlist} lists: {_some(found.lists)}")
-    return INDEX, asdict(index.manifest), index_rows(index.manifest), damage
+    return "telerag index", asdict(index.manifest), index_rows(index.manifest), damage
 
 
-def _embeddings(path: Path, column: str | None, wanted: bool) -> _Report:
+def _embeddings(path: Path, column: str | None, wanted: bool) -> Report:
     from telerag_cli.corpus.embeddings import READ_ROWS, Embeddings, damaged_shards
     from telerag_cli.errors import TeleragError
 
     source = Embeddings.open(path, column)
     told = source.description
-    kind = EMBEDDINGS if told else PARQUET
+    kind = "telerag embeddings" if told else "Parquet with vectors"
     about = {
         "rows": source.rows,
         "dimension": source.dimension,

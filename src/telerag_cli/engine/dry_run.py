@@ -1,4 +1,4 @@
-"""Which texts a pipeline has written when it first retrieves with lookahead: found by going through it with nothing behind it."""
+"""Texts that a pipeline writes before it retrieves with lookahead: found by running it with nothing behind it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from telerag_cli.llm.base import Generation, Message, Token
-from telerag_cli.llm.shapes import Shape
-from telerag_cli.pipelines.base import Ahead, Expect, Pipeline, Prompt
+from telerag_cli.pipelines.base import Ahead, Pipeline, Prompt
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 
 QUESTION = "How do I find the median of some numbers, and which module has it?"
 DOUBTFUL = -10.0
-"""A logarithm of a probability that makes any pipeline look things up."""
+"""Log probability that makes any pipeline look things up."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Text:
 
 
 class _RetrievedAheadError(Exception):
-    """The rehearsal has seen what it wanted."""
+    """The dry run has seen what it wanted."""
 
 
 @dataclass
 class DryRunRag:
-    """A `Rag` with no LLM and no index."""
+    """A `Rag` without an LLM or an index."""
 
     max_tokens: int
     texts: list[Text] = field(default_factory=list)
@@ -43,22 +43,11 @@ class DryRunRag:
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
         """See `Rag`."""
         if not self.ahead:
-            self.texts.clear()  # what came before is no part of the window
+            self.texts.clear()  # what came before is not in the window
         self.ahead = True
         yield Ahead()
 
-    async def generate(
-        self,
-        stage: str,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        stop: tuple[str, ...] = (),
-        shape: Shape | None = None,
-        logprobs: bool = False,
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
-    ) -> Generation:
+    async def generate(self, stage: str, messages: Sequence[Message], *, max_tokens: int, **_other: Any) -> Generation:
         """See `Rag`."""
         self.texts.append(Text(stage, messages, max_tokens))
         return Generation(QUESTION, "stop", 1, max_tokens, 0.0, 0.0, tokens=(Token(0, len(QUESTION), DOUBTFUL),))
@@ -77,9 +66,7 @@ class DryRunRag:
         stage: str = "answer",
         prompt: Prompt = answer_prompt,
         max_tokens: int | None = None,
-        stop: tuple[str, ...] = (),
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
+        **_other: Any,
     ) -> Answer:
         """See `Rag`."""
         written = await self.generate(stage, prompt(question, found), max_tokens=max_tokens or self.max_tokens)
@@ -87,14 +74,14 @@ class DryRunRag:
 
 
 def written_ahead(pipeline: Pipeline, max_tokens: int) -> list[Text]:
-    """The texts of the first window, for a question of usual length; none if nothing is written before a retrieval."""
-    rehearsal = DryRunRag(max_tokens)
+    """Return the texts of the first window, for a question of usual length; none if a retrieval comes first."""
+    rag = DryRunRag(max_tokens)
+
+    async def run() -> None:
+        await pipeline.run(rag, QUESTION)
+
     try:
-        asyncio.run(_through(pipeline, rehearsal))
+        asyncio.run(run())
     except _RetrievedAheadError:
-        return rehearsal.texts
+        return rag.texts
     return []
-
-
-async def _through(pipeline: Pipeline, rehearsal: DryRunRag) -> None:
-    await pipeline.run(rehearsal, QUESTION)

@@ -10,7 +10,7 @@ from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.tier_plan import Row
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.planning import formulas
-from telerag_cli.planning.planner import Circumstances, Planner, cached_key, prompt_key, tokens_key, window_key
+from telerag_cli.planning.planner import Circumstances, Planner
 from telerag_cli.system import available_bytes
 
 
@@ -30,8 +30,8 @@ def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:
         for text in texts:
             key = f"{name}/{text.stage}"
             counted = engine.generator.count_tokens(text.messages)
-            prompt, known = averages.get(prompt_key(key), counted), averages.get(cached_key(key), 0.0)
-            tokens = min(averages.get(tokens_key(key), text.max_tokens), text.max_tokens)
+            prompt, known = averages.get(key, "prompt", counted), averages.get(key, "cached", 0.0)
+            tokens = min(averages.get(key, "tokens", text.max_tokens), text.max_tokens)
             expected.append(planner.text(prompt, known, tokens))
             rows.append(
                 (
@@ -42,7 +42,7 @@ def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:
             )
         key = f"{name}/{texts[-1].stage}"
         window_s = planner.window_s(expected, key)
-        times = averages.get(window_key(key), math.nan)
+        times = averages.get(key, "window", math.nan)
         why = "as the profile has it" if math.isnan(times) else f"{times:.2f} times the profile's, as in earlier runs"
         rows.append(("window", f"{window_s:.2f} s", why))
     return [*rows, *outlook_rows(planner, window_s, mode, key)]

@@ -7,19 +7,8 @@ from dataclasses import dataclass
 
 from telerag_cli.config import Lookahead
 from telerag_cli.llm.base import Generation
-from telerag_cli.planning.averages import Averages
-from telerag_cli.planning.planner import (
-    Circumstances,
-    ExpectedText,
-    Outlook,
-    Planner,
-    cached_key,
-    link_key,
-    moved_key,
-    prompt_key,
-    tokens_key,
-    window_key,
-)
+from telerag_cli.planning.averages import Averages, Quantity
+from telerag_cli.planning.planner import Circumstances, ExpectedText, Outlook, Planner
 from telerag_cli.retrieval.report import JoinReport
 
 
@@ -54,7 +43,7 @@ class Forecast:
 
     def expected_tokens(self, stage: str, max_tokens: int) -> float:
         """How long a stage's text will probably be: as earlier ones, at first as long as it may."""
-        return min(self._averages.get(tokens_key(self._key(stage)), max_tokens), max_tokens)
+        return min(self._averages.get(self._key(stage), "tokens", max_tokens), max_tokens)
 
     def lookahead_begins(self) -> None:
         """Texts from here on make the window."""
@@ -67,16 +56,16 @@ class Forecast:
             return
         key = self._key(stage)
         tokens = prompt_tokens()
-        known = min(self._averages.get(cached_key(key), 0.0), tokens - 1)
+        known = min(self._averages.get(key, "cached", 0.0), tokens - 1)
         self._texts.append(self._planner.text(tokens, known, self.expected_tokens(stage, max_tokens), width))
         self._stage = key
 
     def wrote(self, stage: str, generation: Generation, width: int) -> ExpectedText | None:
         """It has; what the profile says of a text of that very length."""
         key = self._key(stage)
-        self._averages.observe(tokens_key(key), generation.completion_tokens)
-        self._averages.observe(cached_key(key), generation.cached_tokens)
-        self._averages.observe(prompt_key(key), generation.prompt_tokens)
+        self._averages.observe(key, "tokens", generation.completion_tokens)
+        self._averages.observe(key, "cached", generation.cached_tokens)
+        self._averages.observe(key, "prompt", generation.prompt_tokens)
         if self._planner is None:
             return None
         return self._planner.text(
@@ -101,17 +90,17 @@ class Forecast:
             hit_bytes / report.bytes_wanted if report.bytes_wanted else 1.0,
             report.join_s,
         )
-        self._learn(window_key(self._stage), expected_s, window.window_s)
+        self._learn("window", expected_s, window.window_s)
         if window.bytes_moved:
-            self._learn(link_key(self._stage), planner.link_bytes_per_s(self._stage) / window.prefetches, pace)
-            self._learn(moved_key(self._stage), predicted.bytes_moved, report.bytes_moved)
+            self._learn("link", planner.link_bytes_per_s(self._stage) / window.prefetches, pace)
+            self._learn("moved", predicted.bytes_moved, report.bytes_moved)
         return Prediction(self._stage, predicted, measured, planner.join_s(hit_bytes, report.bytes_missed))
 
-    def _learn(self, key: str, expected: float, measured: float) -> None:
+    def _learn(self, quantity: Quantity, expected: float, measured: float) -> None:
         """Keep how much more there was than the profile says; what was expected has the average in it already."""
-        kept = self._averages.get(key, 1.0)
+        kept = self._averages.get(self._stage, quantity, 1.0)
         if expected > 0 and kept > 0:
-            self._averages.observe(key, measured / (expected / kept))
+            self._averages.observe(self._stage, quantity, measured / (expected / kept))
 
     def _key(self, stage: str) -> str:
         return f"{self._pipeline}/{stage}"

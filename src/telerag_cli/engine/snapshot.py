@@ -14,26 +14,27 @@ class Snapshot:
     """What an engine is doing and has done; a generator that cannot tell shows 0, except for its slots."""
 
     slots: int
-    """Requests that the LLM writes at once."""
+    """Requests that the LLM serves at once."""
     running: int
     """Requests with a slot."""
     waiting: int
-    """Requests that wait for one."""
+    """Requests without one yet."""
     computed_tokens: int
-    """Of prompts, computed; from the start, as are the other tokens."""
+    """Prompt tokens computed since the start."""
     cached_tokens: int
-    """Of prompts, computed for another request before."""
+    """Prompt tokens since the start that were cached from another request."""
     written_tokens: int
+    """Tokens written since the start."""
     arena_bytes: int
     resident_bytes: int
     moving_bytes: int
-    """Room taken for lists on their way."""
+    """Room reserved for lists on their way."""
     lists_resident: int
     lists_moving: int
     references: int
-    """Uses of lists by queries that are being answered."""
+    """Uses of lists by running queries."""
     rounds: int
-    """Of lookahead, that have not ended."""
+    """Prefetches that have not ended."""
 
 
 @runtime_checkable

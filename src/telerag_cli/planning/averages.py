@@ -1,37 +1,26 @@
-"""What earlier runs showed, as moving averages kept between them: lengths of texts, and how long windows really were."""
+"""Moving averages of what earlier runs showed, kept between runs: lengths of texts, and how windows turned out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import read_json, write_json
 
-FORMAT = "telerag-averages"
-VERSION = 1
+FORMAT, VERSION = "telerag-averages", 1
 NEWEST = 0.25
-"""Weight of the newest value: machines change their speed, and some texts later it should be known."""
-
-
-@dataclass(frozen=True)
-class Average:
-    """A moving average, and how many values it has seen."""
-
-    value: float
-    count: int
-
-    def and_then(self, value: float) -> Average:
-        """With one value more. The first few weigh alike, so that none of them is believed more than the others."""
-        weight = max(NEWEST, 1 / (self.count + 1))
-        return Average((1 - weight) * self.value + weight * value, self.count + 1)
+"""Weight of the newest value: a machine that changes its speed is known after some texts."""
+Quantity = Literal["tokens", "prompt", "cached", "window", "link", "moved"]
+"""Of a stage: tokens written, tokens of the prompt and those of it that were cached; and, measured over expected, the
+length of the window before the retrieval, the rate of the link in it, and the bytes moved."""
 
 
 class Averages:
-    """By what they are of, such as ``hyde/passage tokens``. Not for several threads at once."""
+    """Averages by stage, such as ``hyde/passage``, and quantity. Not for several threads at once."""
 
     def __init__(self, path: Path | None = None) -> None:
-        """Begin with what was kept.
+        """Start with what was kept.
 
         Args:
             path: a file that need not exist; None to keep nothing.
@@ -40,7 +29,8 @@ class Averages:
             ArtifactError: the file is something else.
         """
         self._path = path
-        self._known: dict[str, Average] = {}
+        self._known: dict[str, tuple[float, int]] = {}
+        """Average and number of values, by "stage quantity"."""
         self._changed = False
         if path is None or not path.exists():
             return
@@ -48,19 +38,21 @@ class Averages:
         try:
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"{raw['format']} version {raw['version']}")
-            self._known = {key: Average(float(value), int(count)) for key, (value, count) in raw["averages"].items()}
+            self._known = {key: (float(value), int(count)) for key, (value, count) in raw["averages"].items()}
         except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} holds no averages of this version: {error}.", remedy="Remove it.") from error
+            raise ArtifactError(
+                f"{path} does not hold averages of this version: {error}.", remedy="Remove it."
+            ) from error
 
-    def get(self, key: str, default: float) -> float:
-        """The average, or the default if nothing is known."""
-        known = self._known.get(key)
-        return default if known is None else known.value
+    def get(self, stage: str, quantity: Quantity, default: float) -> float:
+        """Return the average, or the default if nothing is known."""
+        return self._known.get(f"{stage} {quantity}", (default, 0))[0]
 
-    def observe(self, key: str, value: float) -> None:
-        """Learn a value."""
-        known = self._known.get(key)
-        self._known[key] = Average(value, 1) if known is None else known.and_then(value)
+    def observe(self, stage: str, quantity: Quantity, value: float) -> None:
+        """Add a value: ``(1 - w) * average + w * value``; the first four weigh alike, later ones have w = `NEWEST`."""
+        average, count = self._known.get(f"{stage} {quantity}", (0.0, 0))
+        weight = max(NEWEST, 1 / (count + 1))
+        self._known[f"{stage} {quantity}"] = ((1 - weight) * average + weight * value, count + 1)
         self._changed = True
 
     def save(self) -> None:
@@ -71,5 +63,5 @@ class Averages:
         """
         if self._path and self._changed:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            averages = {key: (round(known.value, 6), known.count) for key, known in self._known.items()}
+            averages = {key: (round(value, 6), count) for key, (value, count) in self._known.items()}
             write_json(self._path, {"format": FORMAT, "version": VERSION, "averages": averages})

@@ -1,9 +1,9 @@
-"""What lookahead would have found: questions replayed against the index's centroids, with a link of any speed. No bytes move."""
+"""What lookahead would find: questions replayed against the centroids, with a link of any speed. No bytes move."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from telerag_cli.errors import ArtifactError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.planning.formulas import mean_list_bytes
 from telerag_cli.planning.profile import HitCurve, HitPoint, IndexFigures, Probed
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS, blend, prefetch_depth
+from telerag_cli.progress import Advance
 
 BUDGETS = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 """As multiples of the bytes that a query probes."""
@@ -32,7 +34,7 @@ class Replayed:
 
 
 def from_recording(lines: Sequence[dict[str, object]], path: Path) -> list[Replayed]:
-    """The questions and first queries of what ``telerag run --record`` wrote.
+    """Return the questions and first queries of what ``telerag run --record`` wrote.
 
     Raises:
         ArtifactError: none of its lines holds any.
@@ -50,27 +52,22 @@ def from_recording(lines: Sequence[dict[str, object]], path: Path) -> list[Repla
 
 
 def from_passages(passages: Passages, count: int) -> list[Replayed]:
-    """Passages spread over the index: each with its first sentence in the question's place."""
+    """Return passages spread over the index, each with its first sentence as the question."""
     rows = np.linspace(0, len(passages) - 1, min(count, len(passages))).astype(np.int64)
     texts = [passage.text for passage in passages[rows.tolist()]]
     return [Replayed(first_sentence(text), text) for text in texts if text.strip()]
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first end of a sentence, at most twelve words."""
+    """Return the first sentence of a text, at most twelve words of it."""
     sentence = re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
     return " ".join(sentence.split()[:12])
 
 
 def index_figures(
-    index: Index,
-    encoder: Encoder,
-    replayed: Sequence[Replayed],
-    source: str,
-    nprobe: int,
-    advance: Callable[[int], None],
+    index: Index, encoder: Encoder, replayed: Sequence[Replayed], source: str, nprobe: int, advance: Advance
 ) -> IndexFigures:
-    """Bytes probed, and hits against budget for both kinds of lookahead.
+    """Replay questions: bytes probed, and hits by budget for both kinds of lookahead.
 
     Args:
         index: the index.
@@ -78,7 +75,7 @@ def index_figures(
         replayed: at least one.
         source: where they are from, for the reader.
         nprobe: lists that a query probes.
-        advance: told of each question.
+        advance: called for each question.
     """
     coarse = Coarse(index.centroids, index.manifest.metric)
     kinds = (Lookahead.QUESTION, Lookahead.REFINED)
@@ -96,19 +93,14 @@ def index_figures(
             orders = _orders(coarse, encoder, each, nprobe, kind)
             sums[kind] += [_replay(list_bytes, orders, wanted, budget) for budget in BUDGETS]
         advance(1)
-    curves = tuple(
-        HitCurve(
-            kind.value,
-            tuple(
-                HitPoint(budget, *(share / len(replayed)).tolist())
-                for budget, share in zip(BUDGETS, sums[kind], strict=True)
-            ),
-        )
-        for kind in kinds
-    )
-    means = tuple(Probed(count, float(nbytes)) for count, nbytes in zip(counts, probed / len(replayed), strict=True))
-    mean_bytes = float(list_bytes[list_bytes > 0].mean())
-    return IndexFigures(index.manifest.nlist, mean_bytes, nprobe, len(replayed), source, means, curves)
+    curves = []
+    for kind, total in sums.items():
+        shares = (total / len(replayed)).tolist()
+        points = (HitPoint(budget, hit, moved) for budget, (hit, moved) in zip(BUDGETS, shares, strict=True))
+        curves.append(HitCurve(kind.value, tuple(points)))
+    means = tuple(map(Probed, counts, (probed / len(replayed)).tolist()))
+    mean_bytes = mean_list_bytes(index.list_bytes)
+    return IndexFigures(index.manifest.nlist, mean_bytes, nprobe, len(replayed), source, means, tuple(curves))
 
 
 @dataclass(frozen=True)
@@ -123,23 +115,21 @@ class _Order:
 
 def _orders(coarse: Coarse, encoder: Encoder, each: Replayed, nprobe: int, kind: Lookahead) -> list[_Order]:
     refining = kind is Lookahead.REFINED
-    question = encoder.embed_approx([each.question])[0]
-    orders = [_Order(0.0, True, coarse.rank(question)[: prefetch_depth(nprobe, 0.0, refining=refining)])]
-    if not refining:
-        return orders
-    words = each.text.split()
-    texts = [" ".join(words[: max(1, round(share * len(words)))]) for share in CHECKPOINTS]
-    vectors: FloatArray = encoder.embed_approx(texts)
-    for share, vector in zip(CHECKPOINTS, vectors, strict=True):
-        ranking = coarse.rank(blend(question, vector, share))
-        orders.append(
-            _Order(share, share in PATIENT_CHECKPOINTS, ranking[: prefetch_depth(nprobe, share, refining=True)])
-        )
-    return orders
+    question: FloatArray = encoder.embed_approx([each.question])[0]
+    rankings = {0.0: coarse.rank(question)}
+    if refining:
+        words = each.text.split()
+        vectors = encoder.embed_approx([" ".join(words[: max(1, round(share * len(words)))]) for share in CHECKPOINTS])
+        for share, vector in zip(CHECKPOINTS, vectors, strict=True):
+            rankings[share] = coarse.rank(blend(question, vector, share))
+    return [
+        _Order(share, share in (0.0, *PATIENT_CHECKPOINTS), best[: prefetch_depth(nprobe, share, refining=refining)])
+        for share, best in rankings.items()
+    ]
 
 
 def _replay(list_bytes: DoubleArray, orders: Sequence[_Order], wanted: BoolArray, budget: float) -> tuple[float, float]:
-    """Shares of the probed bytes that are hits, and that were moved, with a link of a steady rate."""
+    """Return the shares of the probed bytes that are hits and that were moved, with a link of a steady rate."""
     probed_bytes = float(list_bytes[wanted].sum())
     moved = np.zeros(len(list_bytes), np.bool_)
     used, idle = 0.0, False

@@ -1,4 +1,4 @@
-"""How fast a tier moves and scores lists: through the very calls that lookahead and joins make."""
+"""Speed at which a tier moves and scores lists, through the very calls that lookahead and joins make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.artifact import Index
 from telerag_cli.llm.base import Generator
-from telerag_cli.planning.formulas import overlap_loss
+from telerag_cli.planning.formulas import join_fixed_s, mean_list_bytes, overlap_loss, scoring_latency_s
 from telerag_cli.planning.llm import write
 from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, ScoringRate
 from telerag_cli.planning.timing import Effort, seconds
@@ -34,7 +34,7 @@ LONGEST_S = 60.0
 
 
 def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int, effort: Effort) -> Moving:
-    """Lists moved by lookahead in random orders, alone and beside an LLM that writes; the arena is emptied before and after.
+    """Move lists in random orders, alone and beside an LLM that writes; the arena is emptied before and after.
 
     Args:
         retriever: moves them.
@@ -43,10 +43,8 @@ def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int,
         effort: how long.
     """
     alone = [_rate(_move(retriever, effort.seconds)) for _ in range(effort.repeats)]
-    if generator is None:
-        return Moving(Measured.of(alone), Measured.of(alone), 1.0)
     beside: list[float] = []
-    ratios: list[float] = []
+    slowed = [1.0]
 
     def keep_moving(_begun: threading.Event, ended: threading.Event) -> None:
         # From the beginning of the prompt on, as lookahead does it.
@@ -54,10 +52,13 @@ def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int,
             if (window := _move(retriever, LONGEST_S, ended)).bytes_moved:
                 beside.append(_rate(window))
 
-    for _ in range(effort.runs):
-        plain_s, disturbed_s = (write(generator, tokens).mean_step_s, write(generator, tokens, keep_moving).mean_step_s)
-        ratios.append(disturbed_s / plain_s if plain_s else 1.0)
-    return Moving(Measured.of(alone), Measured.of(beside or alone), max(1.0, float(np.median(ratios))))
+    if generator is not None:
+        pairs = [
+            (write(generator, tokens).mean_step_s, write(generator, tokens, keep_moving).mean_step_s)
+            for _ in range(effort.runs)
+        ]
+        slowed = [disturbed_s / plain_s if plain_s else 1.0 for plain_s, disturbed_s in pairs]
+    return Moving(Measured.of(alone), Measured.of(beside or alone), max(1.0, float(np.median(slowed))))
 
 
 def _move(retriever: Retriever, at_most_s: float, ended: threading.Event | None = None) -> Window:
@@ -80,46 +81,50 @@ def _rate(window: Window) -> float:
     return window.bytes_moved / max(window.moving_s, 1e-9)
 
 
+@dataclass(frozen=True)
+class _Join:
+    """How long a join took, and the bytes that were in fast memory and those that were not."""
+
+    took_s: float
+    hit: int
+    missed: int
+
+    def beyond_s(self, fixed_s: float) -> float:
+        """Time beside what any join takes; never 0, as it could be by chance where there is little to do."""
+        return max(self.took_s - fixed_s, self.took_s / 20, 1e-9)
+
+
 def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
-    """Joins as they are, with all, none and a part of their lists in fast memory; the arena is emptied before and after.
+    """Time joins with all, none and a part of their lists in fast memory; the arena is emptied before and after.
 
     Args:
         retriever: whose joins.
         queries: (n, dimension); the first warms up.
         nprobe: lists that each probes, or fewer where they would not fit the arena.
     """
-    index, tier = retriever.index, retriever.tier
-    mean = float(index.list_bytes[index.list_bytes > 0].mean())
-    # Twice the mean, because what is near to queries is larger.
-    count = max(1, min(nprobe, int(tier.arena_bytes / (2 * mean))))
+    tier = retriever.tier
+    # Twice the mean, because lists near to queries are larger.
+    count = max(1, min(nprobe, int(tier.arena_bytes / (2 * mean_list_bytes(retriever.index.list_bytes)))))
     few = max(1, count // 8)
     # Nearest first, so a search for fewer lists leaves the farthest to be missed.
     parts = sorted({max(1, count - round(count * share)) for share in MISSED}, reverse=True)
 
-    def join(query: FloatArray, held: int, probed: int = count) -> _Join:
+    def join(query: FloatArray, held: int, probed: int) -> _Join:
         tier.forget()
         bring(tier, retriever.order(query[None])[:held])
         report = retriever.search(query[None], 5, probed).report
         return _Join(report.join_s, report.bytes_wanted - report.bytes_missed, report.bytes_missed)
 
-    joins = [
-        (join(query, 0), join(query, count), join(query, few, few), [join(query, part) for part in parts])
-        for query in queries
-    ]
-    joins = joins[1:] or joins
+    kinds = [(0, count), (count, count), (few, few), *((part, count) for part in parts)]
+    rows = [[join(query, *kind) for kind in kinds] for query in queries]
+    none, every, little, *partly = zip(*(rows[1:] or rows), strict=True)
     tier.forget()
-    fixed = [
-        little.took_s - little.hit * (every.took_s - little.took_s) / (every.hit - little.hit)
-        if every.hit > little.hit
-        else 0.0
-        for _none, every, little, _parts in joins
-    ]
-    fixed_s = max(float(np.median(fixed)), 0.0)
-    hits = Measured.of([every.hit / _beyond(every, fixed_s) for _none, every, *_rest in joins])
-    misses = Measured.of([none.missed / _beyond(none, fixed_s) for none, *_rest in joins])
+    pairs = zip(little, every, strict=True)
+    fixed_s = max(float(np.median([join_fixed_s(a.took_s, a.hit, b.took_s, b.hit) for a, b in pairs])), 0.0)
+    hits = Measured.of([each.hit / each.beyond_s(fixed_s) for each in every])
+    misses = Measured.of([each.missed / each.beyond_s(fixed_s) for each in none])
 
-    def loss_of(place: int) -> LossPoint:
-        these = [partly[place] for *_rest, partly in joins]
+    def loss_of(these: Sequence[_Join]) -> LossPoint:
         losses = [
             overlap_loss(each.hit / max(hits.value, 1.0), each.missed / max(misses.value, 1.0), each.took_s - fixed_s)
             for each in these
@@ -127,29 +132,17 @@ def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
         shares = [each.missed / max(each.hit + each.missed, 1) for each in these]
         return LossPoint(float(np.mean(shares)), float(np.median(losses)))
 
-    return Joins(fixed_s, hits, misses, tuple(loss_of(place) for place in range(len(parts))), retriever.slowdown)
-
-
-def _beyond(join: _Join, fixed_s: float) -> float:
-    """What a join took beside what any takes; never nothing, as it would be by chance where there is little to do."""
-    return max(join.took_s - fixed_s, join.took_s / 20, 1e-9)
-
-
-@dataclass(frozen=True)
-class _Join:
-    """How long it took, and the bytes in fast memory and not."""
-
-    took_s: float
-    hit: int
-    missed: int
+    return Joins(fixed_s, hits, misses, tuple(map(loss_of, partly)), retriever.slowdown)
 
 
 def scoring_rates(index: Index, tier: FastTier, effort: Effort) -> list[ScoringRate]:
-    """Scoring in the arena and, where the tier can, in place; the arena is emptied after."""
-    lists = _fitting(index, tier, min(TRIED_BYTES, tier.arena_bytes))
+    """Time scoring in the arena and, where the tier can, in place; the arena is emptied after."""
+    lists = np.random.default_rng(0).permutation(np.flatnonzero(index.list_bytes > 0))
+    fitting = np.cumsum(index.list_bytes[lists]) <= min(TRIED_BYTES, tier.arena_bytes)
+    lists = lists[fitting] if fitting.any() else lists[:1]
     if not len(lists):
         return []
-    pinned = _pinned(tier, lists)
+    pinned = _pin(tier, lists)
     here = np.setdiff1d(lists, pinned.absent)
     try:
         rates = [_scoring("arena", tier.score, index, here, effort)]
@@ -162,17 +155,17 @@ def scoring_rates(index: Index, tier: FastTier, effort: Effort) -> list[ScoringR
 
 
 def bring(tier: FastTier, lists: IntArray) -> None:
-    """Have lists in the arena, as many of them as there is room for.
+    """Move lists into the arena, as many of them as there is room for.
 
     Raises:
         TeleragError: one could not be moved.
     """
-    pinned = _pinned(tier, lists)
+    pinned = _pin(tier, lists)
     tier.release(np.setdiff1d(lists, pinned.absent).tolist())
 
 
-def _pinned(tier: FastTier, lists: IntArray) -> PinResult:
-    """References to lists that are there by now; raises TeleragError if one could not be moved."""
+def _pin(tier: FastTier, lists: IntArray) -> PinResult:
+    """Pin lists, and wait until they are there; raises TeleragError if one could not be moved."""
     arrived = threading.Semaphore(0)
     errors: list[TeleragError] = []
 
@@ -189,14 +182,7 @@ def _pinned(tier: FastTier, lists: IntArray) -> PinResult:
     return pinned
 
 
-def _fitting(index: Index, tier: FastTier, most_bytes: int) -> IntArray:
-    lists = np.random.default_rng(0).permutation(np.flatnonzero(index.list_bytes > 0))
-    fits: IntArray = lists[np.cumsum(index.list_bytes[lists]) <= most_bytes]
-    return fits if len(fits) else lists[:1]
-
-
 def _scoring(place: str, score: ScoreLists, index: Index, lists: IntArray, effort: Effort) -> ScoringRate:
-    """Rate and latency from two sizes: ``t = latency + n / rate``."""
     query: FloatArray = index.centroids[:1]
     count = max(1, len(lists) // PARTS)
     few = max(1, count // 8)
@@ -208,11 +194,6 @@ def _scoring(place: str, score: ScoreLists, index: Index, lists: IntArray, effor
 
     all_s, few_s = timed(count), timed(few)
     mean = float(index.list_bytes[lists].mean())
-    nbytes, few_bytes = count * mean, few * mean
-    if nbytes > few_bytes and all_s.value > few_s.value:
-        per_byte_s = (all_s.value - few_s.value) / (nbytes - few_bytes)
-        latency_s = max(few_s.value - few_bytes * per_byte_s, 0.0)
-    else:
-        latency_s = 0.0
-    value, low, high = (nbytes / max(took_s - latency_s, 1e-9) for took_s in (all_s.value, all_s.high, all_s.low))
+    latency_s = scoring_latency_s(few * mean, few_s.value, count * mean, all_s.value)
+    value, low, high = (count * mean / max(took_s - latency_s, 1e-9) for took_s in (all_s.value, all_s.high, all_s.low))
     return ScoringRate(place, index.manifest.storage.value, Measured(value, low, high, all_s.repeats), latency_s)

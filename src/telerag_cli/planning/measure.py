@@ -1,33 +1,38 @@
-"""Everything that ``telerag profile`` measures, one after the other."""
+"""All measurements of ``telerag profile``, one after the other."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from telerag_cli.config import PAGE_BYTES
+from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.embedding.encoder import Encoder
-from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
+from telerag_cli.planning.formulas import mean_list_bytes
 from telerag_cli.planning.hits import Replayed, index_figures
+from telerag_cli.planning.links import link_points, slot_of
 from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
 from telerag_cli.planning.llm import llm_rates, write
-from telerag_cli.planning.profile import EmbeddingTimes, Identity, LinkPoint, Memory, Pcie, Profile, ScoringRate
-from telerag_cli.planning.timing import FULL, QUICK, Effort, seconds
+from telerag_cli.planning.profile import EmbeddingTimes, Identity, Memory, Profile
+from telerag_cli.planning.storages import storage_rates
+from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.system import available_bytes
 
-Sweep = Callable[[Sequence[int], Sequence[int], Effort], Iterator[LinkPoint]]
-"""Measures the link alone, by sizes and depths."""
+if TYPE_CHECKING:
+    from telerag_cli.tiers.cuda.gpu import Gpu
 
 KIB, MIB = 1 << 10, 1 << 20
 LARGEST_TRANSFER = 16 * MIB
-SKETCHES = 3
+REFINEMENTS = 3
 QUESTION = "How do I find the median of some numbers, and which module of the standard library has it?"
 
 
@@ -48,9 +53,9 @@ class Extent:
     """Queries whose joins are timed, and one to warm up."""
 
 
-QUICK_EXTENT = Extent(QUICK, (64 * KIB, 4 * MIB), (1, 2), (32, 128), (1, 4), 16, 6, 3)
-FULL_EXTENT = Extent(
-    FULL,
+QUICK = Extent(Effort(0.06, 3, 1, 1.5), (64 * KIB, 4 * MIB), (1, 2), (32, 128), (1, 4), 16, 6, 3)
+FULL = Extent(
+    Effort(0.2, 5, 2, 3.0),
     (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, LARGEST_TRANSFER),
     (1, 2, 4),
     (32, 128, 512, 1024),
@@ -67,66 +72,65 @@ class Subject:
 
     identity: Identity
     versions: dict[str, str]
-    sweep: Sweep
+    gpu: Gpu | None
+    lists: Path
+    """A file to read from: the index's lists, if there is an index."""
     encoder: Encoder
-    generator: Generator | None = None
-    index: Index | None = None
+    generator: Generator
     retriever: Retriever | None = None
+    """Of the index, if there is one; `nprobe` and `replayed` are for it."""
     nprobe: int = 0
     replayed: Sequence[Replayed] = ()
     source: str = ""
-    other_storages: Callable[[Effort], list[ScoringRate]] = field(default=lambda _effort: [])
-    memory: Callable[[], list[Memory]] = field(default=lambda: [])
-    slot: Callable[[], Pcie | None] = field(default=lambda: None)
+    """Where the replayed questions are from."""
     left_out: tuple[str, ...] = ()
 
 
 def measure(subject: Subject, *, quick: bool, advance: Advance, command: str = "") -> Profile:
-    """Measure all of it.
+    """Measure all of it; an index's arena is empty afterwards.
 
     Args:
         subject: what.
         quick: fewer points and repeats.
-        advance: told of each figure.
+        advance: called for each figure.
         command: what made it, for the record.
 
     Raises:
         TeleragError: a device, a file or the LLM failed.
     """
     began_s = time.perf_counter()
-    extent = QUICK_EXTENT if quick else FULL_EXTENT
-    effort, index, retriever, generator = extent.effort, subject.index, subject.retriever, subject.generator
+    extent = QUICK if quick else FULL
+    effort, encoder, generator, retriever = extent.effort, subject.encoder, subject.generator, subject.retriever
     links = []
-    for point in subject.sweep(_sizes(extent.sizes, index), extent.depths, effort):
+    for point in link_points(subject.gpu, subject.lists, _sizes(extent.sizes, retriever), extent.depths, effort):
         links.append(point)
         advance(1)
-    slot = subject.slot()  # right after transfers, for an idle device reports less
+    slot = slot_of(subject.gpu)  # right after transfers, for an idle device reports less
     scoring, coarse_s, figures, joins, moving = [], None, None, None, None
-    if index is not None and retriever is not None:
+    dimension, metric, own = encoder.info.dimension, Metric.IP, None
+    if retriever is not None:
+        index = retriever.index
+        dimension, metric, own = index.manifest.dimension, index.manifest.metric, index.manifest.storage
         scoring += scoring_rates(index, retriever.tier, effort)
         advance(1)
-        coarse = Coarse(index.centroids, index.manifest.metric)
-        query = index.centroids[:1]
+        coarse, query = Coarse(index.centroids, metric), index.centroids[:1]
         coarse_s = seconds(lambda: coarse.probe(query, subject.nprobe), effort)
         replayed = subject.replayed[: extent.replayed]
-        figures = index_figures(index, subject.encoder, replayed, subject.source, subject.nprobe, advance)
+        figures = index_figures(index, encoder, replayed, subject.source, subject.nprobe, advance)
         texts = [each.text for each in subject.replayed[: extent.joins]]
-        joins = joins_of(retriever, subject.encoder.encode_queries(texts), subject.nprobe)
+        joins = joins_of(retriever, encoder.encode_queries(texts), subject.nprobe)
         advance(1)
         moving = moving_rates(retriever, generator, 2 * extent.tokens, effort)
         advance(1)
     if not quick:
-        scoring += subject.other_storages(effort)
-    llm = None
-    if generator is not None:
-        llm = llm_rates(generator, extent.prompts, extent.widths, extent.tokens, effort, advance)
-    query_text = subject.replayed[0].text if subject.replayed else QUESTION
-    query_s, sketch_s = (
-        seconds(lambda embed=embed: embed([query_text]), effort)  # type: ignore[misc]
-        for embed in (subject.encoder.encode_queries, subject.encoder.embed_approx)
-    )
-    costs_s = 0.0 if generator is None else _sketch_costs(generator, subject.encoder, query_text, extent.tokens, effort)
+        others = [storage for storage in Storage if storage is not own]
+        scoring += storage_rates(subject.gpu, dimension, metric, others, effort)
+    llm = llm_rates(generator, extent.prompts, extent.widths, extent.tokens, effort, advance)
+    embedding = _embedding(generator, encoder, subject.replayed, extent)
     advance(1)
+    memory = [Memory("RAM", available_bytes())]
+    if subject.gpu is not None:
+        memory.append(Memory(subject.gpu.name, subject.gpu.free_bytes()))
     return Profile(
         identity=subject.identity,
         quick=quick,
@@ -138,33 +142,36 @@ def measure(subject: Subject, *, quick: bool, advance: Advance, command: str = "
         scoring=tuple(scoring),
         joins=joins,
         coarse_s=coarse_s,
-        embedding=EmbeddingTimes(query_s, sketch_s, costs_s),
+        embedding=embedding,
         llm=llm,
         index=figures,
         pcie=slot,
-        memory=tuple(subject.memory()),
+        memory=tuple(memory),
         left_out=subject.left_out,
         command=command,
     )
 
 
-def _sizes(sizes: Sequence[int], index: Index | None) -> list[int]:
-    if index is None or not (index.list_bytes > 0).any():
+def _sizes(sizes: Sequence[int], retriever: Retriever | None) -> list[int]:
+    mean = 0.0 if retriever is None else mean_list_bytes(retriever.index.list_bytes)
+    if not mean:
         return list(sizes)
-    mean = float(index.list_bytes[index.list_bytes > 0].mean())
     return sorted({*sizes, min(max(round(mean / PAGE_BYTES), 1) * PAGE_BYTES, LARGEST_TRANSFER)})
 
 
-def _sketch_costs(generator: Generator, encoder: Encoder, text: str, tokens: int, effort: Effort) -> float:
-    """What a sketch made while the LLM writes adds to its time: texts with some, against texts without."""
-    costs: list[float] = []
+def _embedding(generator: Generator, encoder: Encoder, replayed: Sequence[Replayed], extent: Extent) -> EmbeddingTimes:
+    """Times of both embeddings, and what an approximate one made while the LLM writes adds to the LLM's time."""
+    text = replayed[0].text if replayed else QUESTION
+    query_s = seconds(lambda: encoder.encode_queries([text]), extent.effort)
+    approx_s = seconds(lambda: encoder.embed_approx([text]), extent.effort)
 
     def embed_approx(begun: threading.Event, _ended: threading.Event) -> None:
         begun.wait()
-        for _ in range(SKETCHES):
+        for _ in range(REFINEMENTS):
             encoder.embed_approx([text])
 
-    for _ in range(effort.runs):
-        plain, disturbed = (sum(write(generator, tokens, beside).step_s()) for beside in (None, embed_approx))
-        costs.append((disturbed - plain) / SKETCHES)
-    return max(float(np.median(costs)), 0.0)
+    costs: list[float] = []
+    for _ in range(extent.effort.runs):
+        plain, disturbed = (sum(write(generator, extent.tokens, each).steps_s()) for each in (None, embed_approx))
+        costs.append((disturbed - plain) / REFINEMENTS)
+    return EmbeddingTimes(query_s, approx_s, max(float(np.median(costs)), 0.0))

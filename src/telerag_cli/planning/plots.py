@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -11,8 +11,9 @@ from telerag_cli.config import format_bytes
 from telerag_cli.errors import UsageError, needs_extra
 from telerag_cli.files import writing
 from telerag_cli.planning import formulas
+from telerag_cli.planning.links import slot_bytes_per_s
 from telerag_cli.planning.planner import Planner
-from telerag_cli.planning.profile import LinkPoint, Profile
+from telerag_cli.planning.profile import Profile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,15 +23,16 @@ COLOURS = ("#1f5fa8", "#c8551b", "#3a8f4d", "#7a4fa0", "#8a6d1d", "#4d4d4d")
 
 
 def plot(profile: Profile, planner: Planner | None, window_s: float, path: Path) -> None:
-    """Draw them side by side into one file.
+    """Draw the plots side by side into one file.
 
     Args:
         profile: what was measured.
         planner: over it; without an index only the link is drawn.
         window_s: a window to mark.
-        path: its ending says the format.
+        path: its suffix is the format.
 
     Raises:
+        ResourceError: matplotlib is not installed.
         UsageError: the format is unknown.
     """
     kind = check_format(path)
@@ -39,18 +41,22 @@ def plot(profile: Profile, planner: Planner | None, window_s: float, path: Path)
         from matplotlib import pyplot
 
     matplotlib.use("Agg")
-
-    drawings = [_draw_links] if planner is None else [_draw_links, _draw_times, _draw_hits]
-    figure, axes = pyplot.subplots(
-        1, len(drawings), figsize=(6.4 * len(drawings), 5.2), layout="constrained", squeeze=False
-    )
+    count = 1 if planner is None else 3
+    figure, axes = pyplot.subplots(1, count, figsize=(6.4 * count, 5.2), layout="constrained", squeeze=False)
     try:
-        for draw, axis in zip(drawings, axes[0], strict=True):
-            draw(axis, profile, planner, window_s)
+        _draw_links(axes[0][0], profile)
+        if planner is not None:
+            _draw_times(axes[0][1], profile, planner, window_s)
+            _draw_hits(axes[0][2], profile, planner, window_s)
+        for axis in axes[0]:
             axis.grid(visible=True, which="major", color="#dddddd", linewidth=0.7)
             axis.set_axisbelow(True)
             axis.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(_of(profile), fontsize=9, color="#555555", x=0.01, ha="left")
+        identity = profile.identity
+        gpus = f", {', '.join(identity.gpus)}" if identity.gpus else ""
+        machine = f"{identity.cpu}, {identity.cores} cores{gpus}"
+        title = f"{machine}; {identity.tier} tier; {identity.index}; LLM {identity.model}"
+        figure.suptitle(title, fontsize=9, color="#555555", x=0.01, ha="left")
         with writing(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=130)
     finally:
@@ -58,7 +64,7 @@ def plot(profile: Profile, planner: Planner | None, window_s: float, path: Path)
 
 
 def check_format(path: Path) -> str:
-    """The format that a file's ending names.
+    """Return the format that a file's suffix names.
 
     Raises:
         UsageError: it names none that can be drawn.
@@ -72,7 +78,7 @@ def check_format(path: Path) -> str:
 
 
 def _mark(axis: Axes, place: float, words: str, height: float = 0.02, style: str = ":") -> None:
-    """A vertical line and what it is, on the side where there is room; for axes that have their limits and scale."""
+    """Draw a labelled vertical line, its label on the side that has room; the axes have their limits and scale."""
     axis.axvline(place, color="#999999", linestyle=style, linewidth=1.2)
     right = axis.transAxes.inverted().transform(axis.transData.transform((place, 1.0)))[0] > 0.6
     axis.annotate(
@@ -85,85 +91,68 @@ def _mark(axis: Axes, place: float, words: str, height: float = 0.02, style: str
     )
 
 
-def _of(profile: Profile) -> str:
-    identity = profile.identity
-    gpus = f", {', '.join(identity.gpus)}" if identity.gpus else ""
-    return f"{identity.cpu}, {identity.cores} cores{gpus}; {identity.tier} tier; {identity.index}; LLM {identity.model}"
+def _finish(axis: Axes, title: str, x: str, y: str, legend: Literal["best", "lower right"] = "best") -> None:
+    axis.set(xlabel=x, ylabel=y)
+    axis.set_title(title, loc="left", fontsize=11)
+    axis.legend(frameon=False, fontsize=8, loc=legend)
 
 
-def _draw_links(axis: Axes, profile: Profile, _planner: Planner | None, _window_s: float) -> None:
+def _draw_links(axis: Axes, profile: Profile) -> None:
     for number, (link, way) in enumerate(dict.fromkeys((point.link, point.way) for point in profile.links)):
         these = sorted(
             (point for point in profile.links if (point.link, point.way) == (link, way)), key=lambda point: point.depth
         )
         deepest = {point.nbytes: point for point in these}  # the last of each size
-        points = [deepest[nbytes] for nbytes in sorted(deepest)]
-        depth = max(point.depth for point in points)
-        _line(axis, points, f"{link}, {way}, up to {depth} under way", COLOURS[number % len(COLOURS)])
+        sizes, rates = sorted(deepest), [deepest[nbytes].bytes_per_s for nbytes in sorted(deepest)]
+        low, middle, high = ([getattr(rate, name) / 1e9 for rate in rates] for name in ("low", "value", "high"))
+        label, colour = f"{link}, {way}, up to {these[-1].depth} in flight", COLOURS[number % len(COLOURS)]
+        axis.plot(sizes, middle, marker="o", markersize=4, color=colour, label=label)
+        axis.fill_between(sizes, low, high, color=colour, alpha=0.15, linewidth=0)
     slot = profile.pcie
-    if slot is not None:
-        from telerag_cli.planning.pcie import slot_bytes_per_s
-
-        if (most := slot_bytes_per_s(slot)) is not None:
-            axis.axhline(most / 1e9, color="#999999", linestyle="--", linewidth=1)
-            name = f"PCIe {slot.generation} x{slot.width}"
-            axis.annotate(name, (0.01, most / 1e9), xycoords=("axes fraction", "data"), va="bottom")
+    if slot is not None and (most := slot_bytes_per_s(slot)) is not None:
+        axis.axhline(most / 1e9, color="#999999", linestyle="--", linewidth=1)
+        name = f"PCIe {slot.generation} x{slot.width}"
+        axis.annotate(name, (0.01, most / 1e9), xycoords=("axes fraction", "data"), va="bottom")
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _place: format_bytes(value).replace(".00", "").replace(".0 ", " "))
     axis.set_ylim(bottom=0)
     if profile.index is not None:
         _mark(axis, profile.index.mean_list_bytes, "the mean list")
-    axis.set(xlabel="size of a transfer", ylabel="bandwidth (GB/s)")
-    axis.set_title("Larger transfers use more of the link", loc="left", fontsize=11)
-    axis.legend(frameon=False, fontsize=8)
+    _finish(axis, "Larger transfers use more of the link", "size of a transfer", "bandwidth (GB/s)")
 
 
-def _line(axis: Axes, points: list[LinkPoint], label: str, colour: str) -> None:
-    sizes = [point.nbytes for point in points]
-    middle = [point.bytes_per_s.value / 1e9 for point in points]
-    axis.plot(sizes, middle, marker="o", markersize=4, color=colour, label=label)
-    axis.fill_between(
-        sizes,
-        [point.bytes_per_s.low / 1e9 for point in points],
-        [point.bytes_per_s.high / 1e9 for point in points],
-        color=colour,
-        alpha=0.15,
-        linewidth=0,
-    )
-
-
-def _draw_times(axis: Axes, profile: Profile, planner: Planner | None, window_s: float) -> None:
-    assert planner is not None
-    assert profile.index is not None
-    assert profile.moving is not None
-    counts = np.unique(np.geomspace(1, profile.index.nlist, 60).astype(int))
-    joins, in_place, even = profile.joins, planner.scoring("in place"), planner.break_even_bytes()
+def _draw_times(axis: Axes, profile: Profile, planner: Planner, window_s: float) -> None:
+    index, moving, joins = profile.index, profile.moving, profile.joins
+    assert index is not None
+    assert moving is not None
     assert joins is not None
-    nbytes = [formulas.probed_bytes(profile.index, int(count)) for count in counts]
+    counts = np.unique(np.geomspace(1, index.nlist, 60).astype(int))
+    nbytes = [formulas.probed_bytes(index, int(count)) for count in counts]
+    in_place, even = planner.scoring("in place"), planner.break_even_bytes()
 
     def line(seconds: list[float], label: str, colour: str, **style: Any) -> None:
         axis.plot(counts, [1e3 * each for each in seconds], color=colour, label=label, **style)
 
-    none_there = [planner.join_s(0.0, each) for each in nbytes]
+    misses = [planner.join_s(0.0, each) for each in nbytes]
     if in_place is None:
-        line(none_there, "all moved when the query is there", COLOURS[1])
+        line(misses, "all moved when the query arrives", COLOURS[1])
     else:
-        rate = formulas.link_bytes_per_s(profile.moving, decoding=False)
+        rate = formulas.link_bytes_per_s(moving, decoding=False)
         moved = [joins.fixed_s + formulas.move_s(rate, each) for each in nbytes]
-        line(moved, "all moved when the query is there", COLOURS[1])
+        line(moved, "all moved when the query arrives", COLOURS[1])
         scored = [joins.fixed_s + formulas.score_s(in_place, each) for each in nbytes]
         line(scored, "all scored in place", COLOURS[3])
-        line(none_there, "both, as the planner splits them", COLOURS[2], linestyle="--")
+        line(misses, "both, as the planner splits them", COLOURS[2], linestyle="--")
     line([planner.join_s(each, 0.0) for each in nbytes], "all in fast memory already", COLOURS[0])
     budget = formulas.budget_bytes(planner.link_bytes_per_s(""), window_s, planner.most_bytes)
-    hidden = formulas.hidden_nprobe(profile.index, budget)
+    hidden = formulas.hidden_nprobe(index, budget)
     marks = [(hidden, f"a window of {window_s:.2g} s\nmoves {hidden:,} lists")]
     title = f"Lookahead can hide up to {hidden:,} lists"
     if even is not None:
-        place = formulas.hidden_nprobe(profile.index, even) if np.isfinite(even) else 0
-        title = "Scoring in place is quicker than moving, for one query"
-        if 0 < place < profile.index.nlist:
-            title = f"Moving is as quick as scoring in place from {place:,} lists on"
+        place = formulas.hidden_nprobe(index, even) if np.isfinite(even) else 0
+        title = "Scoring in place is faster than moving, for one query"
+        if 0 < place < index.nlist:
+            title = f"Moving is as fast as scoring in place from {place:,} lists on"
             marks.append((place, "break-even"))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _place: f"{value:,.0f}")
@@ -172,22 +161,18 @@ def _draw_times(axis: Axes, profile: Profile, planner: Planner | None, window_s:
     # On a short axis, the powers of ten alone would be too few.
     axis.yaxis.set_minor_formatter(lambda value, _place: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
     for place, words in marks:
-        if 0 < place < profile.index.nlist:
+        if 0 < place < index.nlist:
             _mark(axis, place, words)
-    axis.set(xlabel="lists probed (nprobe)", ylabel="retrieval of one query (ms)")
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.legend(frameon=False, fontsize=8)
+    _finish(axis, title, "lists probed (nprobe)", "retrieval of one query (ms)")
 
 
-def _draw_hits(axis: Axes, profile: Profile, planner: Planner | None, window_s: float) -> None:
-    assert planner is not None
+def _draw_hits(axis: Axes, profile: Profile, planner: Planner, window_s: float) -> None:
     assert profile.index is not None
     probed = planner.probed_bytes
     names = {"question": "by the question alone", "refined": "refined by the text"}
     for number, curve in enumerate(profile.index.hit_curves):
-        budgets = [0.0, *(point.budget * probed / 1e6 for point in curve.points)]
         axis.plot(
-            budgets,
+            [0.0, *(point.budget * probed / 1e6 for point in curve.points)],
             [0.0, *(100 * point.hit for point in curve.points)],
             marker="o",
             markersize=3,
@@ -195,15 +180,12 @@ def _draw_hits(axis: Axes, profile: Profile, planner: Planner | None, window_s: 
             label=f"lookahead {names.get(curve.lookahead, curve.lookahead)}",
         )
     budget = formulas.budget_bytes(planner.link_bytes_per_s(""), window_s, planner.most_bytes)
-    expected = planner.outlook(window_s, "refined")
+    hit_share = planner.outlook(window_s, "refined").hit_share
     most = max(point.budget for point in profile.index.hit_curves[0].points) * probed / 1e6
     axis.set_ylim(0, 105)
     axis.set_xlim(0, most)
     _mark(axis, probed / 1e6, "all that is probed", style="--")
     if budget / 1e6 <= most:
         _mark(axis, budget / 1e6, f"a window of {window_s:.2g} s", height=0.3)
-    axis.set(xlabel=f"budget (MB), nprobe {planner.nprobe:,}", ylabel="probed bytes in fast memory (%)")
-    axis.set_title(
-        f"A window of {window_s:.2g} s lets {expected.hit_share:.0%} be there in time", loc="left", fontsize=11
-    )
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    x, y = f"budget (MB), nprobe {planner.nprobe:,}", "probed bytes in fast memory (%)"
+    _finish(axis, f"A window of {window_s:.2g} s gets {hit_share:.0%} there in time", x, y, "lower right")

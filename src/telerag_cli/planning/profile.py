@@ -1,4 +1,4 @@
-"""What ``telerag profile`` measures, as it lies in ``profile.json``. Times are seconds, sizes bytes, rates bytes a second."""
+"""The form of a profile: what ``telerag profile`` measures. Times are seconds, sizes bytes, rates bytes per second."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import hashlib
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import cache_folder, read_json, write_json
 
-FORMAT = "telerag-profile"
-VERSION = 1
+FORMAT, VERSION = "telerag-profile", 1
+AGAIN = "Make it again with telerag profile."
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure that was measured several times: its median and its quartiles."""
+    """Median and quartiles of a figure that was measured several times."""
 
     value: float
     low: float
@@ -28,7 +28,7 @@ class Measured:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
-        """From at least one measurement."""
+        """Summarize at least one measurement."""
         several = [*values, *values]  # one value alone has no quartiles
         low, middle, high = statistics.quantiles(several if len(values) == 1 else values, n=4, method="inclusive")
         return cls(middle, low, high, len(values))
@@ -42,15 +42,15 @@ class Identity:
     cores: int
     gpus: tuple[str, ...]
     tier: str
-    """The kind of tier, and its device if it has one."""
+    """Kind of the tier, and its device if it has one."""
     index: str
-    """Name and checksum of the index's lists."""
+    """Size of the index and checksum of its lists."""
     model: str
     """The LLM, where it runs, and with how many threads."""
     embedder: str
 
     def differences(self, other: Identity) -> list[tuple[str, str, str]]:
-        """(what, this one's, the other's) for everything in which they differ."""
+        """Return (field, this one's value, the other's) for every field in which they differ."""
         pairs = ((entry.name, getattr(self, entry.name), getattr(other, entry.name)) for entry in fields(self))
         return [(name, _shown(ours), _shown(theirs)) for name, ours, theirs in pairs if ours != theirs]
 
@@ -61,7 +61,7 @@ def _shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class LinkPoint:
-    """How fast bytes pass a link in transfers of one size, so many of them under way."""
+    """Rate of a link with ``depth`` transfers of one size in flight."""
 
     link: str
     """``disk`` or ``PCIe``."""
@@ -74,59 +74,56 @@ class LinkPoint:
 
 @dataclass(frozen=True)
 class Moving:
-    """Lists of the index moved by its tier, as lookahead moves them."""
+    """Lists of the index moved by its tier, as lookahead moves them; bytes per second."""
 
     alone: Measured
-    """Bytes a second."""
     while_decoding: Measured
-    """The same while the LLM writes one text."""
+    """While the LLM writes one text."""
     decoding_slowed: float
-    """Seconds the LLM needs for a token while lists are moved, over those it needs alone."""
+    """Time the LLM needs for a token while lists are moved, over that alone."""
 
 
 @dataclass(frozen=True)
 class ScoringRate:
-    """How fast lists are scored in one place."""
+    """Rate at which lists are scored for one query in one place: ``latency + bytes / rate``."""
 
     place: str
     """``arena``, or ``in place`` for the slow tier's memory."""
     storage: str
     bytes_per_s: Measured
-    """Bytes of lists a second, for one query."""
     latency_s: float
-    """What any scoring there takes at least."""
 
 
 @dataclass(frozen=True)
 class LossPoint:
-    """A join with some of its lists in fast memory."""
+    """A join with a part of its lists in fast memory."""
 
     missed_share: float
     """Of the bytes probed."""
     loss: float
-    """Of the shorter of scoring hits and dealing with misses, what is not hidden behind the longer: 0 if they do not disturb
+    """Share of the shorter of scoring hits and handling misses that the longer does not hide: 0 if they do not disturb
     each other, 1 if they take turns."""
 
 
 @dataclass(frozen=True)
 class Joins:
-    """Real joins of replayed queries: some with all their lists in fast memory, some with none of them, some with a part."""
+    """Joins of replayed queries, with all, none and a part of their lists in fast memory."""
 
     fixed_s: float
-    """Whatever is probed; the coarse quantizer is most of it."""
+    """Time whatever is probed; most of it is the coarse quantizer's."""
     hit_bytes_per_s: Measured
-    """Bytes of lists in fast memory that are scored."""
+    """Lists in fast memory that are scored."""
     missed_bytes_per_s: Measured
-    """Bytes of lists that are not, moved and scored as they come, or scored in place."""
+    """Other lists, moved and scored as they arrive, or scored in place."""
     losses: tuple[LossPoint, ...]
-    """In ascending order."""
+    """Ascending."""
     both_ends_slowed: float
-    """How much longer moving and scoring in place take side by side than alone; 1 where misses can only be moved."""
+    """Time of moving and scoring in place side by side over that alone; 1 where misses can only be moved."""
 
 
 @dataclass(frozen=True)
 class PrefillPoint:
-    """Reading a prompt of so many tokens, up to the first token of the text."""
+    """Time to the first token after a prompt of so many tokens."""
 
     tokens: int
     took_s: Measured
@@ -134,7 +131,7 @@ class PrefillPoint:
 
 @dataclass(frozen=True)
 class DecodePoint:
-    """A token of each of so many texts that are written together."""
+    """Time for one token of each of ``width`` texts that are written together."""
 
     width: int
     step_s: Measured
@@ -142,43 +139,43 @@ class DecodePoint:
 
 @dataclass(frozen=True)
 class LlmRates:
-    """How fast the LLM reads and writes; both in ascending order."""
+    """Speed of the LLM; points ascend."""
 
     prefill: tuple[PrefillPoint, ...]
     decode: tuple[DecodePoint, ...]
     """After short prompts."""
     decode_context: int
-    """Tokens before the texts of ``decode``, on average."""
+    """Mean number of tokens before the texts of ``decode``."""
     context_step_s: float
-    """What a token of the context adds to each step of its text."""
+    """What a token of context adds to each step of its text."""
 
 
 @dataclass(frozen=True)
 class EmbeddingTimes:
-    """What embedding takes."""
+    """Times of embedding."""
 
     query_s: Measured
     sketch_s: Measured
-    """The rough embedding with which lookahead begins and is refined."""
+    """The approximate embedding with which lookahead starts and is refined."""
     sketch_costs_llm_s: float
-    """What one of those, made while the LLM writes, adds to its time."""
+    """What one of those, made while the LLM writes, adds to the LLM's time."""
 
 
 @dataclass(frozen=True)
 class HitPoint:
-    """What lookahead brings about; all are shares of the bytes that a query probes."""
+    """Effect of lookahead; all are shares of the bytes that a query probes."""
 
     budget: float
-    """That the link can move in the window."""
+    """What the link can move in the window."""
     hit: float
-    """That are in fast memory when the query arrives."""
+    """What is in fast memory when the query arrives."""
     moved: float
-    """That were moved; less than the budget where nothing more was worth it."""
+    """What was moved; less than the budget where nothing more was worth it."""
 
 
 @dataclass(frozen=True)
 class HitCurve:
-    """Hits against budget for one kind of lookahead, from replayed questions, over an empty arena."""
+    """Hits by budget for one kind of lookahead, from replayed questions, starting with an empty arena."""
 
     lookahead: str
     points: tuple[HitPoint, ...]
@@ -186,7 +183,7 @@ class HitCurve:
 
 @dataclass(frozen=True)
 class Probed:
-    """Bytes that queries probe on average, padding included."""
+    """Mean bytes that a query probes, padding included."""
 
     nprobe: int
     nbytes: float
@@ -199,9 +196,9 @@ class IndexFigures:
     nlist: int
     mean_list_bytes: float
     nprobe: int
-    """With which the hit curves were made."""
+    """Of the hit curves."""
     replayed: int
-    """Questions replayed."""
+    """Number of questions replayed."""
     replayed_from: str
     probed: tuple[Probed, ...]
     hit_curves: tuple[HitCurve, ...]
@@ -209,7 +206,7 @@ class IndexFigures:
 
 @dataclass(frozen=True)
 class Pcie:
-    """The slot of a GPU as its driver tells it."""
+    """A GPU's slot, as its driver reports it."""
 
     generation: int
     width: int
@@ -219,16 +216,15 @@ class Pcie:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one tier."""
+    """Free memory of a tier, after the LLM, the embedder and the arena took theirs."""
 
     where: str
     free_bytes: int
-    """After the LLM, the embedder and the arena had taken theirs."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """All of it. What was not measured is empty or None, and ``left_out`` says why."""
+    """A whole profile. What was not measured is empty or None, and ``left_out`` says why."""
 
     identity: Identity
     quick: bool
@@ -246,10 +242,10 @@ class Profile:
     pcie: Pcie | None = None
     memory: tuple[Memory, ...] = ()
     left_out: tuple[str, ...] = ()
-    command: str = field(default="")
+    command: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """For a file or stdout."""
+        """Return it for a file or stdout."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def save(self, path: Path) -> None:
@@ -262,7 +258,7 @@ class Profile:
         """Read one.
 
         Raises:
-            ArtifactError: it is missing, no profile, or of another version.
+            ArtifactError: it is missing, is not a profile, or has another version.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -271,17 +267,15 @@ class Profile:
         if found != (FORMAT, VERSION):
             raise ArtifactError(
                 f"{path} is {found[0]} version {found[1]}, and this telerag reads {FORMAT} version {VERSION}.",
-                remedy="Make it again with telerag profile.",
+                remedy=AGAIN,
             )
         try:
             return TypeAdapter(cls).validate_python(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(
-                f"{path} is no valid profile: {where}: {first['msg'].lower()}.",
-                remedy="Make it again with telerag profile.",
-            ) from error
+            message = f"{path} is not a valid profile: {where}: {first['msg'].lower()}."
+            raise ArtifactError(message, remedy=AGAIN) from error
 
     def check(self, identity: Identity, path: Path) -> None:
         """Refuse a profile of something else.
@@ -297,6 +291,6 @@ class Profile:
 
 
 def kept_in(identity: Identity, versions: dict[str, str]) -> Path:
-    """Where the profile of this is kept between runs; one made with other versions of the libraries is another."""
+    """Return where this profile is kept between runs; one made with other versions of the libraries is another."""
     text = json.dumps([asdict(identity), versions], sort_keys=True)
     return cache_folder() / "profiles" / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
