@@ -1,4 +1,4 @@
-"""llama.cpp with the bundled model: that what is written does not depend on what goes on beside it, and that it ends well."""
+"""llama.cpp with the bundled model: texts do not depend on what goes on beside them, and everything ends well."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""Every pipeline with a scripted LLM: exact flows, odd answers, failures and cancellation at each call, nothing left over."""
+"""Every pipeline with a scripted LLM: exact flows, odd answers, failures and cancellation at each call."""
 
 import asyncio
 import itertools
@@ -40,7 +40,7 @@ def kind(request):
 
 
 def script_of(**changed):
-    """The usual answers, some replaced: by a text, a `Reply`, or a function of (request, how many of its kind came before)."""
+    """The usual answers, some replaced: by a text, a `Reply`, or a function of (request, earlier ones of its kind)."""
     answers = ANSWERS | {key.replace("_", " "): value for key, value in changed.items()}
     seen = dict.fromkeys(ANSWERS, 0)
 

@@ -49,14 +49,18 @@ def ask(question="Which colour?", max_tokens=16, **options):
     return Request([Message("system", "Be brief."), Message("user", question)], max_tokens, **options)
 
 
+def replay_of(path, **pace):
+    """At the pace of a model that writes as many words as it may."""
+    return Replay(path, ScriptedGenerator({"": CHATTER}, **pace))
+
+
 def run(replay, request, on_text=None):
     return asyncio.run(replay.generate(request, on_text))
 
 
-def test_without_a_pacer_the_text_is_there_at_once(trace):
-    replay = Replay(trace([generation(stopped_by="\n", finish_reason="stop")]), context_tokens=77)
-    counted = [replay.count_tokens(messages) for messages in (ask().messages, [Message("user", "What is new?")])]
-    assert (counted, replay.context_tokens) == ([11, 3], 77)
+def test_what_was_recorded_is_given(trace):
+    replay = replay_of(trace([generation(stopped_by="\n", finish_reason="stop")]), context_tokens=77)
+    assert (replay.count_tokens([Message("user", "What is new?")]), replay.context_tokens) == (3, 77)
     seen = []
     result = run(replay, ask(stop=("\n",)), lambda text, tokens: seen.append((text, tokens)))
     assert (result.text, result.finish_reason, result.stopped_by) == ("green and blue", "stop", "\n")
@@ -67,7 +71,7 @@ def test_without_a_pacer_the_text_is_there_at_once(trace):
 
 def test_recorded_tokens_are_given_and_set_the_pace(trace):
     spans = [[0, 5, -0.1], [5, 9, -0.2], [9, 14, -1]]
-    replay = Replay(trace([generation(tokens=spans)]))
+    replay = replay_of(trace([generation(tokens=spans)]))
     seen = []
     result = run(replay, ask(logprobs=True), lambda text, _tokens: seen.append(text))
     assert result.tokens == (Token(0, 5, -0.1), Token(5, 9, -0.2), Token(9, 14, -1.0))
@@ -110,14 +114,14 @@ def test_an_empty_text_takes_the_time_of_one_token(trace):
 
 
 def test_equal_prompts_are_answered_in_the_order_of_the_recording(trace):
-    replay = Replay(trace([generation(text="one"), generation("Other?", "else")], [generation(text="two")]))
+    replay = replay_of(trace([generation(text="one"), generation("Other?", "else")], [generation(text="two")]))
     assert [run(replay, ask()).text for _ in range(3)] == ["one", "two", "two"]
     assert run(replay, ask("Other?")).text == "else"
 
 
 def test_the_length_asked_for_belongs_to_the_prompt(trace):
     path = trace([generation(), generation(max_tokens=64, text="a longer text", completion_tokens=9)])
-    replay = Replay(path)
+    replay = replay_of(path)
     assert run(replay, ask(max_tokens=64)).text == "a longer text"
     with fails(ModelError, path, 32, "'Which colour?'", "16, 64"):
         run(replay, ask(max_tokens=32))
@@ -172,7 +176,7 @@ def test_a_damaged_line_is_named(trace, second, values):
     with path.open("a") as lines:
         lines.write(second + "\n")
     with fails(ArtifactError, f"{path}, line 2", *values):
-        Replay(path)
+        replay_of(path)
 
 
 def test_a_file_that_is_no_recording(trace, tmp_path):
@@ -180,7 +184,7 @@ def test_a_file_that_is_no_recording(trace, tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "none.jsonl", trace([]), binary):
         with fails(ArtifactError, path):
-            Replay(path)
+            replay_of(path)
 
 
 @pytest.mark.model

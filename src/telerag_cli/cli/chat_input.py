@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 
 
-class Lines(Protocol):
+class LineSource(Protocol):
     """A source of questions and commands."""
 
     interactive: bool
@@ -48,7 +48,7 @@ class Piped:
         self._number = 0
 
     def read(self, runner: asyncio.Runner) -> str | None:
-        """See `Lines`. The wait is outside of the event loop, where Ctrl-C ends it."""
+        """See `LineSource`. The wait is outside of the event loop, where Ctrl-C ends it."""
         parts: list[str] = []
         while raw := self._stream.readline():
             line = self._text(raw)
@@ -95,7 +95,7 @@ class Typed:
         )
 
     def read(self, runner: asyncio.Runner) -> str | None:
-        """See `Lines`."""
+        """See `LineSource`."""
         try:
             return runner.run(self._session.prompt_async()).strip()
         except EOFError:

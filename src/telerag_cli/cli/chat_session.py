@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from telerag_cli.cli.chat_input import Lines
+from telerag_cli.cli.chat_input import LineSource
 from telerag_cli.cli.chat_screen import Screen, seconds, source_lines, timeline, whole_source
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import Answered, Engine
@@ -23,7 +23,7 @@ from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.tracing import Span
 
 
-def converse(chat: Chat, lines: Lines, screen: Screen) -> int:
+def converse(chat: Chat, lines: LineSource, screen: Screen) -> int:
     """Go through lines, one after the other, until they end or one says so.
 
     Ctrl-C during an answer ends that answer, if there is somebody to go on with; `asyncio.Runner` turns it into the

@@ -1,4 +1,4 @@
-"""A text as it grows out of a model's tokens: characters that span tokens, texts that end it, and which token said what."""
+"""A text as it grows out of a model's tokens: characters that span tokens, stop texts, and the tokens' places."""
 
 from __future__ import annotations
 

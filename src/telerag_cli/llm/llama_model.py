@@ -1,4 +1,4 @@
-"""llama.cpp's C functions: a GGUF model, its context and its samplers. Only this module imports the compiled library."""
+"""llama.cpp's C functions: a GGUF model, its context and its samplers. No other module needs the compiled library."""
 
 from __future__ import annotations
 
@@ -191,10 +191,10 @@ def padded(tokens: int) -> int:
 class LlamaDecoder:
     """The context: the keys and values of ``slots`` sequences, and the step that extends them. A `batcher.Decoder`.
 
-    Each slot is a stream of its own. Where texts are to be reproducible, on a CPU, keys are kept as bfloat16 and values
-    as float16: with that pair and separate streams, llama.cpp computes attention in one way whatever else is in the
-    batch, so a token's logits are the same bits for any number of rows beside it. With equal types, or with a cache that
-    all sequences share, it has further ways, with other roundings. The products with the weights keep to it too if these
+    Each slot is a stream of its own. Where texts are to be reproducible, on a CPU, keys are bfloat16 and values float16:
+    with that pair and separate streams, llama.cpp computes attention in one way whatever else is in the batch, so a
+    token's logits are the same bits for any number of rows beside it. With equal types, or with a cache that all
+    sequences share, it has further ways, with other roundings. The products with the weights keep to it too if these
     are Q4_0, Q4_1 or Q8_0; float16 and the K types have a way of their own for several rows. With those, on a GPU, and
     where it is not wanted, keys and values are float16 and prompts are prefilled in larger chunks, which is quicker by
     half; equality is then up to rounding.

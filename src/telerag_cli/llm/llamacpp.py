@@ -145,12 +145,12 @@ class LlamaCpp:
                 raise self._refusal
             yield
 
-    def _submit(self, request: Request, on_text: OnText | None) -> _Job:
+    def _submit(self, request: Request, on_text: OnText | None) -> _RunningRequest:
         with self._open():
             prompt = self._model.prompt(request.messages)
             if len(prompt) + request.max_tokens > self.context_tokens:
                 raise context_exceeded(len(prompt), request.max_tokens, self.context_tokens)
-            job = _Job(prompt, request, on_text, self._model)
+            job = _RunningRequest(prompt, request, on_text, self._model)
             self._orders.put(lambda: self._batcher.submit(job))
         return job
 
@@ -195,7 +195,7 @@ async def _settled(future: asyncio.Future[Any]) -> None:
     future.exception()
 
 
-class _Job:
+class _RunningRequest:
     """A request under way: a `BatchRequest` that samples, detokenizes and answers its caller."""
 
     def __init__(self, prompt: list[int], request: Request, on_text: OnText | None, model: LlamaModel) -> None:

@@ -13,7 +13,6 @@ from typing import Self
 
 from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 
-from telerag_cli.config import DEFAULT_CTX_SIZE
 from telerag_cli.errors import ArtifactError, ModelError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.llm.base import FinishReason, Generation, Generator, Message, OnText, Request, Token
@@ -26,14 +25,13 @@ _Prompt = tuple[Message, ...]
 class Replay:
     """A generator that writes what was recorded for the same messages and the same ``max_tokens``."""
 
-    def __init__(self, trace: Path, pacer: Generator | None = None, *, context_tokens: int = DEFAULT_CTX_SIZE) -> None:
+    def __init__(self, trace: Path, pacer: Generator) -> None:
         """Read the recording.
 
         Args:
             trace: what ``telerag run --record`` wrote.
             pacer: the model whose time it takes: it gets the same prompts and writes as many tokens as recorded, which
-                nobody sees. Without one the texts come at once.
-            context_tokens: tokens that prompt and answer may have together, if there is no pacer to say it.
+                nobody sees.
 
         Raises:
             ArtifactError: the file is missing or not a recording.
@@ -42,21 +40,15 @@ class Replay:
         self._pacer = pacer
         self._recorded: dict[tuple[_Prompt, int], list[Generation]] = defaultdict(list)
         self._replayed: Counter[tuple[_Prompt, int]] = Counter()
-        self._prompt_tokens: dict[_Prompt, int] = {}
         for call in _read(trace):
-            prompt = tuple(call.messages)
-            self._recorded[prompt, call.max_tokens].append(call.generation())
-            self._prompt_tokens[prompt] = call.prompt_tokens
-        self.name = pacer.name if pacer else f"replay of {trace.name}"
-        self.context_tokens = pacer.context_tokens if pacer else context_tokens
-        self.parallel = pacer.parallel if pacer else 1000
+            self._recorded[tuple(call.messages), call.max_tokens].append(call.generation())
+        self.name = pacer.name
+        self.context_tokens = pacer.context_tokens
+        self.parallel = pacer.parallel
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of a prompt as the pacer counts them; without one as recorded, or the words of an unknown prompt."""
-        if self._pacer:
-            return self._pacer.count_tokens(messages)
-        known = self._prompt_tokens.get(tuple(messages))
-        return sum(len(message.content.split()) for message in messages) if known is None else known
+        """Tokens of a prompt as the pacer counts them."""
+        return self._pacer.count_tokens(messages)
 
     async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
         """The recorded text. For a prompt recorded several times it is the next one, and the last one from then on.
@@ -78,30 +70,27 @@ class Replay:
                 if on_text:
                     on_text(recorded.text[: ends[count - 1]], count)
 
-        if self._pacer:
-            silent = Request(request.messages, max(recorded.completion_tokens, 1), ignore_eos=True)
-            timed = await self._pacer.generate(silent, lambda _text, count: show(min(count, len(ends))))
-            recorded = replace(
-                recorded,
-                prefill_s=timed.prefill_s,
-                decode_s=timed.decode_s,
-                queue_s=timed.queue_s,
-                cached_tokens=timed.cached_tokens,
-            )
+        silent = Request(request.messages, max(recorded.completion_tokens, 1), ignore_eos=True)
+        timed = await self._pacer.generate(silent, lambda _text, count: show(min(count, len(ends))))
         for count in range(shown + 1, len(ends) + 1):
             show(count)
-        return recorded if request.logprobs else replace(recorded, tokens=())
+        return replace(
+            recorded,
+            prefill_s=timed.prefill_s,
+            decode_s=timed.decode_s,
+            queue_s=timed.queue_s,
+            cached_tokens=timed.cached_tokens,
+            tokens=recorded.tokens if request.logprobs else (),
+        )
 
     def forget(self) -> None:
         """Drop the pacer's prompts, and begin the recording anew."""
         self._replayed.clear()
-        if self._pacer:
-            self._pacer.forget()
+        self._pacer.forget()
 
     def close(self) -> None:
         """Free the pacer."""
-        if self._pacer:
-            self._pacer.close()
+        self._pacer.close()
 
     def _next(self, request: Request) -> Generation:
         key = (tuple(request.messages), request.max_tokens)

@@ -1,4 +1,4 @@
-"""Retrieve with the question, then answer (Lewis et al., arXiv 2005.11401). Nothing is written before, so nothing hides."""
+"""Retrieve with the question, then answer (Lewis et al., arXiv 2005.11401); nothing hides the retrieval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-RAG (Asai et al., arXiv 2310.11511): retrieve only if needed, answer from each passage alone, keep the best answer.
+"""Self-RAG (Asai et al., arXiv 2310.11511): retrieve only if needed, answer from each passage, keep the best answer.
 
 The paper trains a model to write its judgements as special tokens; here an instruct model is asked for them.
 """
