@@ -21,7 +21,7 @@ from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.base import FinishReason, Generator, find_stop
 from telerag_cli.pipelines.base import Listener, Pipeline
-from telerag_cli.pipelines.conversation import REWRITE_TOKENS, Turn, recalled, rewrite
+from telerag_cli.pipelines.conversation import Turn, recent_turns, rewrite
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.averages import Averages
@@ -366,8 +366,7 @@ class Engine:
         pipeline = pipeline or self.pipeline
         forecast = Forecast(self.shared.averages, self.shared.planner, pipeline.name)
         shared = replace(self.shared, config=settings) if settings else self.shared
-        generator = shared.generator
-        known = recalled(turns, question, generator.context_tokens - REWRITE_TOKENS, generator.count_tokens)
+        known = recent_turns(turns, question, shared.generator)
         started_s = time.perf_counter()
         with batch or MicroBatch((question,)) as together, Session(shared, forecast, together, listener) as session:
             standalone = await rewrite(session, known, question)

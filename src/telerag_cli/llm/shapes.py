@@ -110,6 +110,10 @@ class Lines(Shape):
         lines = (_NUMBERING.sub("", line.strip()).strip() for line in text.splitlines())
         return list(dict.fromkeys(line for line in lines if line))[: self.most]
 
+    def first(self, text: str, default: str) -> str:
+        """The first line, or the default if there is none."""
+        return next(iter(self.read(text)), default)
+
     def finished(self, text: str) -> list[str]:
         """The lines that have ended of a text that is still being written."""
         return self.read(text[: text.rfind("\n") + 1])

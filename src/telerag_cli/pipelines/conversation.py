@@ -5,17 +5,18 @@ The rewriting is generation before retrieval, so lookahead runs behind it whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telerag_cli.llm.base import Message
+from telerag_cli.llm.base import Generator, Message
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
+from telerag_cli.pipelines.prompts import user
 
 MAX_TURNS = 3
 """Earlier turns that a question may lean on."""
 MAX_CHARACTERS = 400
-"""Of an earlier question, and of an earlier answer."""
+"""What is kept of an earlier question, and of an earlier answer."""
 REWRITE_TOKENS = 64
 STANDALONE = Lines(1)
 INSTRUCTION = "Write the follow-up question again as one complete question."
@@ -40,28 +41,20 @@ class Turn:
 
 def standalone_prompt(turns: Sequence[Turn], question: str) -> list[Message]:
     """The prompt for a question that says all that it means; small models need the examples."""
-    shown = [
+    examples = [
         message
         for said, follow_up, rewritten in EXAMPLES
-        for message in (Message("user", _ask(said, follow_up)), Message("assistant", rewritten))
+        for message in (*_asked(said, follow_up), Message("assistant", rewritten))
     ]
     said = "\n".join(f"Q: {_short(turn.question)}\nA: {_short(turn.answer)}" for turn in turns)
-    return [Message("system", INSTRUCTION), *shown, Message("user", _ask(said, question))]
+    return [Message("system", INSTRUCTION), *examples, *_asked(said, question)]
 
 
-def recalled(
-    turns: Sequence[Turn], question: str, room: int, count_tokens: Callable[[Sequence[Message]], int]
-) -> Sequence[Turn]:
-    """The turns that a question is rewritten with: the last `MAX_TURNS`, or as many of them as fit.
-
-    Args:
-        turns: all so far.
-        question: the next one.
-        room: tokens that the prompt may have.
-        count_tokens: tokens of a prompt.
-    """
+def recent_turns(turns: Sequence[Turn], question: str, generator: Generator) -> Sequence[Turn]:
+    """The turns that a question is rewritten with: the last `MAX_TURNS`, or as many of them as the context holds."""
     recent = turns[-MAX_TURNS:]
-    while recent and count_tokens(standalone_prompt(recent, question)) > room:
+    room = generator.context_tokens - REWRITE_TOKENS
+    while recent and generator.count_tokens(standalone_prompt(recent, question)) > room:
         recent = recent[1:]
     return recent
 
@@ -70,15 +63,14 @@ async def rewrite(rag: Rag, turns: Sequence[Turn], question: str) -> str:
     """What the question means after these turns; without any, the question itself."""
     if not turns:
         return question
+    prompt = standalone_prompt(turns, question)
     async with rag.lookahead(question) as ahead:
-        written = await rag.generate(
-            "rewrite", standalone_prompt(turns, question), max_tokens=REWRITE_TOKENS, shape=STANDALONE, refining=ahead
-        )
-    return next(iter(STANDALONE.read(written.text)), question)
+        written = await rag.generate("rewrite", prompt, max_tokens=REWRITE_TOKENS, shape=STANDALONE, refining=ahead)
+    return STANDALONE.first(written.text, question)
 
 
-def _ask(said: str, question: str) -> str:
-    return f"{said}\n\nFollow-up: {' '.join(question.split())}\nComplete question:"
+def _asked(said: str, question: str) -> list[Message]:
+    return user(f"{said}\n\nFollow-up: {' '.join(question.split())}\nComplete question:")
 
 
 def _short(text: str) -> str:

@@ -110,4 +110,4 @@ async def _query(rag: Rag, question: str, sentence: str, doubt: str) -> str:
     """A query for a doubtful stretch; the sentence itself if the model has none."""
     prompt = user(f'Question: {question}\nSentence: {sentence}\nWrite one short question whose answer is "{doubt}".')
     written = await rag.generate("query", prompt, max_tokens=QUERY_TOKENS, shape=QUERY)
-    return next(iter(QUERY.read(written.text)), sentence)
+    return QUERY.first(written.text, sentence)

@@ -32,7 +32,7 @@ async def iterative(rag: Rag, question: str, *, rounds: int = 3) -> Answer:
             written = await rag.generate(
                 f"query_{number}", prompt, max_tokens=QUERY_TOKENS, shape=QUERY, refining=ahead
             )
-        query = next(iter(QUERY.read(written.text)), question)
+        query = QUERY.first(written.text, question)
         retrieved.append(await rag.retrieve([query], ahead))
         step = await rag.answer(query, retrieved[-1], stage=f"step_{number}")
         steps.append(f"Q: {query}\nA: {step.text}")
