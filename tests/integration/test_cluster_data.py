@@ -21,7 +21,7 @@ from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.distributed.data import MAX_TRIES, Pool
+from telerag_cli.distributed.data import MAX_TRIES, RayPool
 from telerag_cli.distributed.session import Cluster, cause, joined
 from telerag_cli.embedding.encoder import EncoderInfo
 from telerag_cli.embedding.job import embed_passages, make_shard
@@ -33,7 +33,7 @@ from vector_files import clustered, write_parquet
 
 ray = pytest.importorskip("ray")
 
-POOL = Pool(2, 1, 0.0, {"OMP_NUM_THREADS": "1"})
+POOL = RayPool(2, 1, 0.0, {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_what_a_worker_raises_is_raised_as_it_was(cluster):
 
 def test_what_kills_every_worker_ends(cluster):
     with fails(ResourceError, MAX_TRIES):
-        list(Pool(1)(["fatal"], Squares()))
+        list(RayPool(1)(["fatal"], Squares()))
 
 
 def test_what_the_items_raise_comes_after_the_results_of_those_before(cluster):
@@ -230,7 +230,7 @@ def test_answers_found_with_what_was_known_earlier_are_the_same():
     ],
 )
 def test_shares_of_workers(cluster_has, options, workers, cpus, gpus):
-    pool = Pool.of(cluster_has, options.pop("workers", None), **{"gpus": False, **options})
+    pool = RayPool.of(cluster_has, options.pop("workers", None), **{"gpus": False, **options})
     assert (pool.workers, pool.cpus_each, pool.gpus_each) == (workers, cpus, gpus)
     threads = options.get("threads")
     assert pool.environment == (threads and {"OMP_NUM_THREADS": str(threads)})

@@ -12,7 +12,7 @@ pytest.importorskip("ray")
 
 from animals import ANIMALS, World
 from expect import fails
-from telerag_cli.config import PipelineName, PlacementName, ScheduleName
+from telerag_cli.config import PlacementName, ScheduleName
 from telerag_cli.distributed.replicas import open_replicas, share_of
 from telerag_cli.distributed.session import Cluster, joined
 from telerag_cli.engine.batch import Outputs, answer_all
@@ -21,9 +21,7 @@ from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.index.artifact import Index
-from telerag_cli.pipelines.registry import make_pipeline
 
-HYDE = PipelineName.HYDE
 QUESTIONS = [Question(f"{animal}-{n}", f"Where do {animal} number {n} live?") for n in range(4) for animal in ANIMALS]
 
 
@@ -42,13 +40,11 @@ class WorldRecipe:
 
     index: Index | None
     token_s: float = 0.002
-    at_once: int | None = 4
 
-    def open(self, _share):
+    def __call__(self, _share):
         if self.index is None:
             raise ModelError("There is no world.", remedy="Make one.")
-        engine = World.over(self.index).engine(script, token_s=self.token_s)
-        return Local(engine, self.at_once, make_pipeline(HYDE)), "host"
+        return World.over(self.index).engine(script, token_s=self.token_s, concurrency=4)
 
 
 class Lines:
@@ -102,7 +98,7 @@ def scheduler_of(world):
 def alone(world, scheduler_of):
     """What one process answers."""
     lines = Lines()
-    worker = Local(world.engine(script), 4, make_pipeline(HYDE))
+    worker = Local(world.engine(script), 4)
     answer_all([worker], scheduler_of(), QUESTIONS, lines.outputs(), answered=set())
     return lines.by_id()
 

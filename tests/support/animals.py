@@ -69,6 +69,7 @@ class World:
         max_tokens=20,
         link=None,
         embedder=None,
+        concurrency=1,
     ):
         coarse = Coarse(self.index.centroids, Metric.IP)
         chosen = {"transport": link} if link else {}
@@ -77,7 +78,9 @@ class World:
         retriever = Retriever(self.index, coarse, tier, tracer=tracer)
         passages = Passages.open(self.index.paths.passages)
         config = EngineConfig(index=self.index.paths.root, k=3, nprobe=4, lookahead=lookahead, max_tokens=max_tokens)
-        engine = Engine(generator, embedder or WordHashes(), retriever, passages, config, tracer=tracer)
+        engine = Engine(
+            generator, embedder or WordHashes(), retriever, passages, config, tracer=tracer, concurrency=concurrency
+        )
         self.opened.append(engine)
         return engine
 

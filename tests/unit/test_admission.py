@@ -10,7 +10,7 @@ from animals import WordHashes
 from telerag_cli.config import ScheduleName
 from telerag_cli.engine.admission import AdmissionQueue, QueueFullError
 from telerag_cli.engine.scheduler import Schedule, Scheduler
-from telerag_cli.engine.workers import EngineSeats
+from telerag_cli.engine.workers import Local
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def opening(engine_of):
         @asynccontextmanager
         async def opened():
             scheduler = Scheduler.over(engine, schedule)
-            queue = AdmissionQueue(scheduler, [EngineSeats(engine, at_once)], limit, eager=True)
+            queue = AdmissionQueue(scheduler, [Local(engine, at_once)], limit, eager=True)
             yield Guests(queue)
             await asyncio.sleep(0)
             assert (queue.running, queue.waiting) == (0, 0)

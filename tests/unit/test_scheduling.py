@@ -150,10 +150,6 @@ def dispatcher(name=PlacementName.CACHE_AWARE):
     return Dispatcher(np.full(NLIST, 4096), make_placement(name))
 
 
-def numbers(given):
-    return [(replica, batch.number) for replica, batch in given]
-
-
 @dataclass
 class _Alive:
     """What a replica has in hand, and what it last said."""
@@ -162,10 +158,7 @@ class _Alive:
     in_hand: list
 
 
-names = pytest.mark.parametrize("name", list(PlacementName))
-
-
-@names
+@pytest.mark.parametrize("name", list(PlacementName))
 @given(
     count=st.integers(0, 40),
     replicas=st.integers(1, 5),
@@ -213,72 +206,42 @@ def test_each_micro_batch_runs_once_whatever_happens(name, count, replicas, most
     assert left == Counter(range(count))
 
 
-@names
-def test_each_replica_gets_another_one(name):
+AWARE, GREEDY, IN_TURN = PlacementName.CACHE_AWARE, PlacementName.GREEDY, PlacementName.ROUND_ROBIN
+
+
+@pytest.mark.parametrize(
+    ("name", "waiting", "replicas", "expected"),
+    [
+        # Where their lists are, or where they come.
+        (AWARE, [[0, 1], [4, 5], [8, 9]], {5: (1, [8, 9]), 6: (1, [0, 1]), 7: (1, [4])}, [(5, 2), (6, 0), (7, 1)]),
+        (AWARE, [[0, 1], [4, 5]], {0: (1, [], [4, 5]), 1: (1, [], [0, 1])}, [(0, 1), (1, 0)]),
+        # What is given in the same call counts too.
+        (AWARE, [[0, 1], [7], [0, 1], [7]], {0: (2, [7]), 1: (2, [])}, [(0, 1), (0, 3), (1, 0), (1, 2)]),
+        # What suits a busy replica is left for it, unless nothing else is left.
+        (AWARE, [[0, 1, 2], [5]], {0: (0, [0, 1, 2]), 1: (1, [])}, [(1, 1)]),
+        (AWARE, [[0, 1, 2]], {0: (0, [0, 1, 2]), 1: (1, [])}, [(1, 0)]),
+        # A replica keeps to the order of its share.
+        (AWARE, [[0, 3], [0, 1], [0, 1, 2]], {0: (3, [0, 1, 2])}, [(0, 0), (0, 1), (0, 2)]),
+        # The first takes the place that the second needs more, which cache-aware does better.
+        (GREEDY, [[0], [0, 1, 2], [7]], {0: (1, [5]), 1: (1, [0, 1, 2])}, [(0, 1), (1, 0)]),
+        (AWARE, [[0], [0, 1, 2]], {0: (1, [5]), 1: (1, [0, 1, 2])}, [(0, 0), (1, 1)]),
+        (IN_TURN, [[7], [0]], {0: (1, [0]), 1: (0, []), 2: (1, [7])}, [(0, 0), (2, 1)]),
+        *((name, [[1, 2]] * 3, dict.fromkeys(range(3), (1, [])), [(0, 0), (1, 1), (2, 2)]) for name in PlacementName),
+        *((name, [[1]], {0: (0, [])}, []) for name in PlacementName),
+        *((name, [], {0: (3, [])}, []) for name in PlacementName),
+    ],
+)
+def test_each_placement(name, waiting, replicas, expected):
     queue = dispatcher(name)
-    queue.add(batch_of(number, [1, 2]) for number in range(4))
-    given_now = queue.assign([ReplicaState(number, 1, mask_of()) for number in range(4)])
-    assert sorted(replica for replica, _batch in given_now) == [0, 1, 2, 3]
-    assert sorted(batch.number for _replica, batch in given_now) == [0, 1, 2, 3]
-
-
-def test_micro_batches_go_where_their_lists_are():
-    queue = dispatcher()
-    queue.add([batch_of(0, [0, 1]), batch_of(1, [4, 5]), batch_of(2, [8, 9])])
-    states = [ReplicaState(5, 1, mask_of(8, 9)), ReplicaState(6, 1, mask_of(0, 1)), ReplicaState(7, 1, mask_of(4))]
-    assert sorted(numbers(queue.assign(states))) == [(5, 2), (6, 0), (7, 1)]
-
-
-def test_what_comes_to_a_replica_counts_as_there():
-    queue = dispatcher()
-    queue.add([batch_of(1, [0, 1]), batch_of(2, [4, 5])])
+    queue.add(batch_of(number, lists) for number, lists in enumerate(waiting))
     states = [
-        ReplicaState(0, 1, mask_of(), (batch_of(8, [4, 5]),)),
-        ReplicaState(1, 1, mask_of(), (batch_of(9, [0, 1]),)),
+        ReplicaState(number, free, mask_of(*resident), tuple(batch_of(90, lists) for lists in under_way))
+        for number, (free, resident, *under_way) in replicas.items()
     ]
-    assert sorted(numbers(queue.assign(states))) == [(0, 2), (1, 1)]
-    queue.add([batch_of(3, [0, 1]), batch_of(4, [7]), batch_of(5, [0, 1]), batch_of(6, [7])])
-    # What is given in the same call counts too.
-    given_now = numbers(queue.assign([ReplicaState(0, 2, mask_of(7)), ReplicaState(1, 2, mask_of())]))
-    assert sorted(given_now) == [(0, 4), (0, 6), (1, 3), (1, 5)]
-
-
-def test_what_suits_a_busy_replica_is_left_for_it():
-    queue = dispatcher()
-    queue.add([batch_of(0, [0, 1, 2]), batch_of(1, [5])])
-    busy, free = ReplicaState(0, 0, mask_of(0, 1, 2)), ReplicaState(1, 1, mask_of())
-    assert numbers(queue.assign([busy, free])) == [(1, 1)]
-    # But not if nothing else is left: to wait would cost more than to move.
-    assert numbers(queue.assign([busy, free])) == [(1, 0)]
-
-
-def test_a_replica_keeps_to_the_order_of_its_share():
-    queue = dispatcher()
-    queue.add([batch_of(0, [0, 3]), batch_of(1, [0, 1]), batch_of(2, [0, 1, 2])])
-    assert [number for _replica, number in numbers(queue.assign([ReplicaState(0, 3, mask_of(0, 1, 2))]))] == [0, 1, 2]
-
-
-def test_greedy_takes_them_in_order_and_the_best_replica_for_each():
-    queue = dispatcher(PlacementName.GREEDY)
-    queue.add([batch_of(0, [0]), batch_of(1, [0, 1, 2]), batch_of(2, [7])])
-    states = [ReplicaState(0, 1, mask_of(5)), ReplicaState(1, 1, mask_of(0, 1, 2))]
-    # The first takes the place that the second needs more: what cache-aware does better.
-    assert numbers(queue.assign(states)) == [(1, 0), (0, 1)]
-    better = dispatcher()
-    better.add([batch_of(0, [0]), batch_of(1, [0, 1, 2])])
-    assert sorted(numbers(better.assign(states))) == [(0, 0), (1, 1)]
-
-
-def test_round_robin_goes_on_with_the_next_free_replica():
-    queue = dispatcher(PlacementName.ROUND_ROBIN)
-    queue.add(batch_of(number) for number in range(5))
-    idle = [ReplicaState(number, 1, mask_of()) for number in range(3)]
-    assert numbers(queue.assign(idle[:2])) == [(0, 0), (1, 1)]
-    assert numbers(queue.assign([ReplicaState(0, 1, mask_of()), ReplicaState(1, 0, mask_of()), idle[2]])) == [
-        (0, 2),
-        (2, 3),
-    ]
-    assert numbers(queue.assign(idle)) == [(0, 4)]
+    given_now = [(replica, batch.number) for replica, batch in queue.assign(states)]
+    assert sorted(given_now) == expected
+    if len(replicas) == 1:
+        assert given_now == expected
 
 
 def test_round_robin_goes_on_after_the_last_that_got_one():
@@ -356,13 +319,3 @@ def test_misuse_is_noticed(pairs, replicas):
         queue.add([batch_of(1)])
     with pytest.raises(AssertionError):
         queue.assign([ReplicaState(number, 1, mask_of()) for number in replicas])
-
-
-@names
-def test_nothing_waits_and_nobody_is_free(name):
-    queue = dispatcher(name)
-    assert queue.assign([ReplicaState(0, 3, mask_of())]) == []
-    queue.add([batch_of(1)])
-    assert queue.assign([ReplicaState(0, 0, mask_of())]) == []
-    assert queue.assign([]) == []
-    assert queue.waiting == 1

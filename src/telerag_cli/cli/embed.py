@@ -16,7 +16,7 @@ from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.errors import InputError, ResourceError, UsageError
 
 if TYPE_CHECKING:
-    from telerag_cli.distributed.data import Pool
+    from telerag_cli.distributed.data import RayPool
     from telerag_cli.embedding.job import Makers
 
 
@@ -119,7 +119,7 @@ def embed(
     console.emit(str(output))
 
 
-def _makers(pool: Pool, model: str, device: str, batch_size: int | None) -> Makers:
+def _makers(pool: RayPool, model: str, device: str, batch_size: int | None) -> Makers:
     """Shards made by the workers of a pool."""
     from telerag_cli.embedding.job import ShardMaker, ShardTask
 

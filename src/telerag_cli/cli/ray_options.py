@@ -13,7 +13,7 @@ from telerag_cli.cli import console
 from telerag_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from telerag_cli.distributed.data import Pool
+    from telerag_cli.distributed.data import RayPool
 
 _RAY = "Several processes or machines"
 RayOption = Annotated[
@@ -28,8 +28,9 @@ RayAddressOption = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT|auto",
-        help="Spread it over a Ray cluster that is running, joined from one of its machines. All of them must see the files by "
-        "the same absolute paths, so these lie on a shared file system, and have the same telerag.  \\[default: none]",
+        help="Spread it over a Ray cluster that is running, joined from one of its machines. All of them must see the "
+        "files by the same absolute paths, so these lie on a shared file system, and have the same telerag.  "
+        "\\[default: none]",
         show_default=False,
         rich_help_panel=_RAY,
     ),
@@ -38,7 +39,8 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Processes that Ray runs.  \\[default: one for each GPU that is used, or else for as many CPUs as it has threads]",
+        help="Processes that Ray runs.  \\[default: one for each GPU that is used, or else for as many CPUs as it has "
+        "threads]",
         show_default=False,
         rich_help_panel=_RAY,
     ),
@@ -48,7 +50,7 @@ WorkersOption = Annotated[
 @contextlib.contextmanager
 def ray_pool(
     ray: bool, address: str | None, workers: int | None, *, gpus: bool = False, threads: int | None = None
-) -> Iterator[Pool | None]:
+) -> Iterator[RayPool | None]:
     """The workers that the options ask for, inside the block; None if they ask for none.
 
     Args:
@@ -56,10 +58,10 @@ def ray_pool(
         address: ``--ray-address``.
         workers: ``--workers``.
         gpus: they use GPUs, if the cluster has some.
-        threads: as in `telerag_cli.distributed.data.Pool.of`.
+        threads: as in `telerag_cli.distributed.data.RayPool.of`.
 
     Raises:
-        UsageError: there are workers and no Ray to run them, or the address is none.
+        UsageError: there are workers and no Ray to run them, or the address is invalid.
         ResourceError: Ray is not installed, or there is no cluster.
     """
     if not ray and address is None:
@@ -71,12 +73,12 @@ def ray_pool(
         yield None
         return
 
-    from telerag_cli.distributed.data import Pool
+    from telerag_cli.distributed.data import RayPool
     from telerag_cli.distributed.session import joined
 
-    # Ray tells of workers that died on stdout.
+    # Ray reports workers that died on stdout.
     with console.stdout_reserved(), joined(address, cpus=max(os.cpu_count() or 1, workers or 1)) as cluster:
-        pool = Pool.of(cluster, workers, gpus=gpus, threads=threads)
+        pool = RayPool.of(cluster, workers, gpus=gpus, threads=threads)
         where = "this machine" if cluster.local else f"{cluster.nodes:,} machine{'s' * (cluster.nodes != 1)}"
         console.say(f"Ray runs {pool.workers:,} worker{'s' * (pool.workers != 1)} on {where}.")
         yield pool

@@ -40,7 +40,7 @@ def open_workers(
         schedule = scheduled(
             replicas, engine.concurrency, engine.retriever.tier.arena_bytes, engine.retriever.index, engine.nprobe
         )
-        yield ([Local(engine, engine.concurrency, engine.pipeline)], Scheduler.over(engine, schedule))
+        yield [Local(engine, engine.concurrency)], Scheduler.over(engine, schedule)
 
 
 def _alone(replicas: ReplicaConfig) -> bool:

@@ -17,11 +17,11 @@ R = TypeVar("R")
 UNDER_WAY = 2
 """Items that a worker has at once: the one it works on and the next."""
 MAX_TRIES = 4
-"""Of an item: without a bound Ray would restart for ever what kills its worker each time, as too little memory does."""
+"""Tries of an item: without a bound Ray would go on for ever with one that kills its worker, as for lack of memory."""
 
 
 @dataclass(frozen=True)
-class Pool:
+class RayPool:
     """Workers of a cluster; called, it runs items through them."""
 
     workers: int
@@ -31,7 +31,7 @@ class Pool:
     """Variables of the workers' processes."""
 
     @classmethod
-    def of(cls, cluster: Cluster, workers: int | None, *, gpus: bool, threads: int | None = None) -> Pool:
+    def of(cls, cluster: Cluster, workers: int | None, *, gpus: bool, threads: int | None = None) -> RayPool:
         """As many workers as asked for, or one for each GPU, or else for as many CPUs as a worker has threads.
 
         Args:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -29,8 +29,6 @@ from telerag_cli.index.artifact import Index
 
 RETRIES = 1
 """Times that a question is asked again because its replica died; without a bound one could kill it for ever."""
-CALLS_BESIDE = 8
-"""Calls that a replica takes beside the questions under way."""
 
 
 @dataclass(frozen=True)
@@ -48,44 +46,26 @@ class Share:
         return max(1, int(self.cpus))
 
 
-class Opens(Protocol):
-    """What a replica is made from. It travels to where the replica is."""
-
-    @property
-    def at_once(self) -> int | None:
-        """Questions that a replica answers at once, if that is known."""
-
-    def open(self, share: Share) -> tuple[Local, str]:
-        """Take the memory and be ready; returns the worker and the name of its tier.
-
-        Raises:
-            TeleragError: a part cannot be opened.
-        """
+Opens = Callable[[Share], Engine]
+"""Opens what a replica answers with. It is pickled, and called where the replica is."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a replica opens and how it answers."""
+    """Opens an engine with these settings, in its share of a machine."""
 
     config: EngineConfig
 
-    @property
-    def at_once(self) -> int | None:
-        """Questions that a replica answers at once; None for what its share of the memory holds contexts for."""
-        return self.config.concurrency
-
-    def open(self, share: Share) -> tuple[Local, str]:
+    def __call__(self, share: Share) -> Engine:
         """See `Opens`."""
         import faiss
         import torch
 
         faiss.omp_set_num_threads(share.threads)
         torch.set_num_threads(share.threads)
-        config = replace(
-            self.config, index=self.config.index.absolute(), threads=self.config.threads or share.threads, profile=NONE
-        )
-        engine = Engine.open(config, sharers=share.on_its_machine)
-        return Local(engine, engine.concurrency, engine.pipeline), engine.tier_name
+        threads = self.config.threads or share.threads
+        config = replace(self.config, index=self.config.index.absolute(), threads=threads, profile=NONE)
+        return Engine.open(config, sharers=share.on_its_machine)
 
 
 @dataclass(frozen=True)
@@ -123,32 +103,38 @@ def share_of(cluster: Cluster, replicas: int | None) -> tuple[int, Share]:
 
 
 class Replica:
-    """The actor: a `Local` in a process of its own.
+    """The actor: an engine in a process of its own.
 
     It opens what it needs with its first call, so that what goes wrong then is raised like any other error.
     """
 
-    def __init__(self, recipe: Opens, share: Share) -> None:
-        self._recipe = recipe
+    def __init__(self, opens: Opens, share: Share) -> None:
+        self._opens = opens
         self._share = share
         self._batches: WeakValueDictionary[int, MicroBatch] = WeakValueDictionary()
         """Those that have members here."""
 
     @cached_property
-    def _opened(self) -> tuple[Local, str]:
-        return self._recipe.open(self._share)
+    def _engine(self) -> Engine:
+        return self._opens(self._share)
 
     async def open(self) -> About:
         """Be ready."""
-        worker, name = self._opened
-        tier = worker.engine.retriever.tier
-        return About(socket.gethostname(), os.getpid(), worker.at_once, tier.arena_bytes, name, tuple(tier.notes))
+        tier = self._engine.retriever.tier
+        return About(
+            socket.gethostname(),
+            os.getpid(),
+            self._engine.concurrency,
+            tier.arena_bytes,
+            self._engine.tier_name,
+            tuple(tier.notes),
+        )
 
     async def answer(
         self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
     ) -> tuple[Answered, bytes]:
         """Answer one question of the micro-batch of this number; also return the residency as bits."""
-        worker, _name = self._opened
+        worker = Local(self._engine, self._engine.concurrency)
         batch = self._batches.setdefault(number, MicroBatch(questions, vectors, number))
         answered = await worker.answer(batch, place)
         return answered, np.packbits(worker.resident()).tobytes()
@@ -187,7 +173,7 @@ class Remote:
 
 @contextlib.contextmanager
 def open_replicas(
-    recipe: Opens,
+    opens: Opens,
     replicas: int | None,
     cluster: Cluster,
     nlist: int,
@@ -196,11 +182,11 @@ def open_replicas(
     """Replicas that are ready, ended with the block.
 
     Args:
-        recipe: what each is.
+        opens: opens each.
         replicas: how many; None for one on each GPU, or one on each machine if there is none.
         cluster: that this process has joined.
         nlist: of the index.
-        opening: told of each replica that is ready.
+        opening: called with 1 for each replica that is ready.
 
     Raises:
         UsageError: there cannot be so many.
@@ -214,10 +200,9 @@ def open_replicas(
         num_gpus=share.gpus,
         max_restarts=-1,
         max_task_retries=RETRIES,
-        max_concurrency=CALLS_BESIDE + (recipe.at_once or 4 * CALLS_BESIDE),
         scheduling_strategy="SPREAD",
     )
-    actors = [actor.remote(recipe, share) for _ in range(count)]
+    actors = [actor.remote(opens, share) for _ in range(count)]
     try:
         coming = [each.open.remote() for each in actors]
         left = list(coming)

@@ -32,7 +32,7 @@ MAX_TEMPORARY = 16
 """Characters of a folder under which Ray's sockets still have names of the 107 characters that they may have."""
 
 QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told that Ray is used
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray reports its use to nobody
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # workers run in the environment they find, not in one made for them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else a FutureWarning, and workers that see no GPU
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # what concerns a caller comes as an exception too
@@ -76,7 +76,7 @@ def joined(address: str | None = None, *, cpus: int | None = None) -> Iterator[C
         if address is None:
             options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
             options["_temp_dir"] = ended.enter_context(_folder())
-        ended.callback(ray.shutdown)  # also what was begun when it failed
+        ended.callback(ray.shutdown)  # also after a start that failed
         try:
             with _starting():
                 ray.init(address or "local", **options)
@@ -89,9 +89,9 @@ def joined(address: str | None = None, *, cpus: int | None = None) -> Iterator[C
 
 
 def cause(error: Exception) -> Exception:
-    """The error itself, out of what Ray has wrapped around it: a `TeleragError` of a worker is the user's sentence.
+    """The error that a worker raised, out of what Ray has wrapped around it.
 
-    What only Ray can say (a worker or a machine is gone, and was so when it was begun again) becomes a `ResourceError`.
+    What only Ray can say (a worker or a machine is gone, and was so when it was restarted) becomes a `ResourceError`.
     """
     from ray.exceptions import RayError, RayTaskError
 

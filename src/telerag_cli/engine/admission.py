@@ -2,7 +2,7 @@
 
 Questions that come within a short time of each other are compared, and similar ones become a micro-batch. A run fills
 whole batches, and a worker takes a micro-batch when it has room for all of it. A server is eager: it waits for no more
-than one micro-batch, and members begin in order as seats become free; whoever comes later begins after them.
+than one micro-batch, and members begin in order as seats become free, before any question that comes later.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Self
 from telerag_cli.engine.dispatch import ReplicaState
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.scheduler import Scheduler
-from telerag_cli.engine.workers import Seats
+from telerag_cli.engine.workers import Worker
 
 
 class QueueFullError(Exception):
@@ -58,7 +58,7 @@ class Permit:
 class AdmissionQueue:
     """Gives out the seats of some workers. For one event loop."""
 
-    def __init__(self, scheduler: Scheduler, workers: Sequence[Seats], limit: int, *, eager: bool) -> None:
+    def __init__(self, scheduler: Scheduler, workers: Sequence[Worker], limit: int, *, eager: bool) -> None:
         """Begin with an empty queue.
 
         Args:
@@ -104,7 +104,7 @@ class AdmissionQueue:
 
         Args:
             question: what lookahead begins with.
-            groups: whether being answered beside similar questions is worth anything.
+            groups: whether it gains from running beside similar questions.
 
         Raises:
             QueueFullError: too many wait already.
@@ -164,7 +164,7 @@ class AdmissionQueue:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(left_s):
                         await self._changed.wait()
-        except Exception as error:  # a bug; whatever it is, nobody may wait for ever
+        except Exception as error:  # a bug; no question may wait for ever because of it
             _refuse([*self._new, *(permit for members in self._members.values() for permit in members)], error)
             raise
 
@@ -200,7 +200,7 @@ class AdmissionQueue:
         return free // self._scheduler.schedule.micro_batch
 
     def _gathering_s(self) -> float | None:
-        """Seconds for which those who are new still wait for others; None while it is not their turn."""
+        """Seconds for which new questions still wait for others; None while it is not their turn."""
         schedule = self._scheduler.schedule
         new = [permit for permit in self._new if not permit.admitted.done()]
         if self._eager:
@@ -215,7 +215,7 @@ class AdmissionQueue:
         return new[0].came_s + schedule.max_wait_s - asyncio.get_running_loop().time()
 
     async def _make_batches(self) -> None:
-        """Put those who are new in micro-batches; whoever gains nothing from others is alone and goes first."""
+        """Put new questions in micro-batches; one that gains nothing from others is alone and goes first."""
         some = [permit for permit in self._new if not permit.admitted.done()][: self._scheduler.schedule.batch_size]
         for permit in some:
             if not permit.groups:
@@ -225,7 +225,7 @@ class AdmissionQueue:
             return
         try:
             made = await asyncio.to_thread(self._scheduler.cut, [permit.question for permit in together])
-        except Exception as error:  # whoever asks next may have more luck
+        except Exception as error:  # the next ones may have more luck
             _refuse(together, error)
             return
         self._enter(together, made)

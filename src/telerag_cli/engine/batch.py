@@ -1,4 +1,4 @@
-"""Answering many questions, some at a time, each with its line, whatever becomes of the others."""
+"""Answering many questions, some at a time, each with its own output line even if others fail."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where a run tells what it does."""
+    """Where lines and messages of a run go."""
 
     write: Write
     """Takes an output line."""

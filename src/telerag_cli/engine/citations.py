@@ -17,7 +17,7 @@ SUPPORT = 0.6
 MIN_WORDS = 3
 
 
-class Citation(TypedDict):
+class CitedSpan(TypedDict):
     """One passage behind one stretch of the answer: characters ``start`` to ``end``."""
 
     id: str
@@ -27,10 +27,10 @@ class Citation(TypedDict):
     end: int
 
 
-def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
+def cite(answer: str, found: Sequence[Retrieved]) -> list[CitedSpan]:
     """Markers like ``[2]`` that name a passage; for a sentence without one, the passage with most of its words."""
     words = [set(_WORD.findall(hit.passage.embedded_text.lower())) for hit in found]
-    citations: list[Citation] = []
+    citations: list[CitedSpan] = []
     for start, end in (match.span() for match in _SENTENCE.finditer(answer)):
         named = [int(mark) for mark in _MARKER.findall(answer, start, end)]
         ranks = list(dict.fromkeys(rank for rank in named if 1 <= rank <= len(found)))
@@ -40,5 +40,7 @@ def cite(answer: str, found: Sequence[Retrieved]) -> list[Citation]:
             shares = [len(said & have) / len(said) for have in words] if len(said) >= MIN_WORDS else []
             if shares and max(shares) >= SUPPORT:
                 ranks, by = [shares.index(max(shares)) + 1], "overlap"
-        citations += [Citation(id=found[rank - 1].passage.id, rank=rank, by=by, start=start, end=end) for rank in ranks]
+        citations += [
+            CitedSpan(id=found[rank - 1].passage.id, rank=rank, by=by, start=start, end=end) for rank in ranks
+        ]
     return citations

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from telerag_cli.arrays import FloatArray
 from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
-from telerag_cli.engine.citations import Citation, cite
+from telerag_cli.engine.citations import CitedSpan, cite
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.loop_thread import LoopThread
 from telerag_cli.engine.micro_batch import MicroBatch
@@ -50,7 +50,7 @@ class Answered:
     answer: str
     found: list[Retrieved]
     """The passages it was written from, in the order of their numbers."""
-    citations: list[Citation]
+    citations: list[CitedSpan]
     stages: list[Stage]
     retrievals: list[Retrieval]
     plans: list[Prediction]
@@ -325,7 +325,7 @@ class Engine:
         asked = (Question(str(number), text) for number, text in enumerate(questions, 1))
         answering = asyncio.create_task(
             answer_each(
-                [Local(self, self.concurrency, self.pipeline)],
+                [Local(self, self.concurrency)],
                 Scheduler.over(self, fitting),
                 asked,
                 in_order(lambda _place, _question, outcome: results.put_nowait(outcome)),

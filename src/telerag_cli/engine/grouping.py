@@ -16,7 +16,7 @@ TOGETHER = 64
 MOST = 4096
 """Queries compared with each other at once, which takes the square of it in memory (64 MiB)."""
 LEAST_GAIN = 1e-6
-"""Of two queries that change places, in cosines; what is less is rounding."""
+"""Smallest gain for which two queries change places, in cosines; less is rounding."""
 
 
 def arrival(count: int, size: int) -> list[IntArray]:
@@ -81,7 +81,7 @@ def _cut(places: IntArray, size: int) -> list[IntArray]:
 
 
 def _cosines(vectors: FloatArray) -> FloatArray:
-    """Of each pair, shape (n, n); 0 for a vector without direction."""
+    """Cosine of each pair, shape (n, n); 0 for a zero vector."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.where(lengths > 0, lengths, 1)
     near: FloatArray = (unit @ unit.T).astype(np.float32)
@@ -132,7 +132,7 @@ def _change_places(near: FloatArray, order: IntArray, ran: int, size: int) -> In
 
 
 def _closeness(apart: IntArray) -> DoubleArray:
-    """What it is worth that two queries are so many micro-batches apart."""
+    """The share that counts of the similarity of two queries in micro-batches this far apart."""
     worth: DoubleArray = np.where(np.abs(apart) <= HORIZON, FADING ** np.abs(apart).astype(np.float64), 0.0)
     return worth
 

@@ -78,7 +78,7 @@ class CacheAware:
     Each replica has an equal share, and that of a busy one is left for it: what it has the lists of is not given away
     only because another is free now. What it takes of its share is the oldest and not what shares most with its arena,
     because micro-batches come in an order in which neighbours share lists (`telerag_cli.engine.grouping.similar`).
-    Both are worth something: docs/scheduling.md. With one replica this is the order of arrival.
+    What both gain is in docs/scheduling.md. With one replica this is the order of arrival.
     """
 
     def choose(self, offer: Offer) -> Pairs:

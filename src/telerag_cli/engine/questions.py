@@ -66,7 +66,7 @@ def _from_json(line: str, number: int, where: str) -> Question:
 
 
 async def read_ahead(questions: Iterable[Question], most: int) -> AsyncIterator[Question]:
-    """Questions of a source that may block, read by a thread, at most so many ahead; raises what the source raises.
+    """Questions of a source that may block, read by a thread, at most ``most`` ahead; raises what the source raises.
 
     The thread is a daemon, because nothing can wake one that waits for a terminal or a pipe when the run is
     interrupted.

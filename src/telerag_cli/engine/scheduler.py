@@ -32,7 +32,7 @@ LOOKED_DOWN = 4
 """Lists compared for each question, as a multiple of ``nprobe``; see `likely`."""
 
 Rank = Callable[[FloatArray, int], IntArray]
-"""The so many lists nearest to queries of shape (n, dimension): (n, count), nearest first."""
+"""Returns the given number of lists nearest to queries of shape (n, dimension): shape (n, count), nearest first."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Scheduler:
     def cut(self, questions: Sequence[str], *, compare: bool = True) -> list[MicroBatch]:
         """Micro-batches of these questions, in the order in which they should run; their members are places.
 
-        It takes milliseconds for each question unless ``compare`` is off, so it is not for an event loop. Questions in
+        It takes milliseconds per question unless ``compare`` is off, so it is not for an event loop. Questions in
         order of arrival, and a single one for a single worker, are compared with nothing either.
         """
         compare = compare and self._compares and not (self._alone and len(questions) == 1)

@@ -11,18 +11,11 @@ from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.pipelines.base import Pipeline
 
 
-class Seats(Protocol):
-    """Room for a number of questions, beside an arena."""
+class Worker(Protocol):
+    """Answers micro-batches; several, and all members of each, at once."""
 
     at_once: int
-    """Questions that are answered at once."""
-
-    def resident(self) -> BoolArray:
-        """Which lists are in the arena or on their way, as far as is known, shape (nlist,)."""
-
-
-class Worker(Seats, Protocol):
-    """Answers micro-batches; several, and all members of each, at once."""
+    """Questions that it answers at once."""
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """Answer one question of a micro-batch; all are asked for at once.
@@ -31,26 +24,24 @@ class Worker(Seats, Protocol):
             TeleragError: it cannot be answered.
         """
 
+    def resident(self) -> BoolArray:
+        """Which lists are in its arena or on their way, as far as is known, shape (nlist,)."""
+
 
 @dataclass(eq=False)
-class EngineSeats:
-    """The `Seats` of an engine of this process; it stays the caller's."""
+class Local:
+    """An engine of this process as a `Worker`; it stays the caller's."""
 
     engine: Engine
     at_once: int
-
-    def resident(self) -> BoolArray:
-        """See `Seats`."""
-        there: BoolArray = ~self.engine.retriever.tier.absent()
-        return there
-
-
-@dataclass(eq=False)
-class Local(EngineSeats):
-    """An engine of this process as a `Worker`."""
-
-    pipeline: Pipeline
+    pipeline: Pipeline | None = None
+    """How to answer, if not with the engine's own."""
 
     async def answer(self, batch: MicroBatch, place: int) -> Answered:
         """See `Worker`."""
         return await self.engine.aask(batch.questions[place], pipeline=self.pipeline, batch=batch)
+
+    def resident(self) -> BoolArray:
+        """See `Worker`."""
+        there: BoolArray = ~self.engine.retriever.tier.absent()
+        return there

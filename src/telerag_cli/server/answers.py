@@ -22,8 +22,8 @@ from telerag_cli.server.errors import ApiError
 from telerag_cli.server.replies import STREAMS_TOO, cited, event, json_response, note, note_outcomes, usage_of
 from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
 from telerag_cli.server.responses import ChatCompletion, Completion
-from telerag_cli.server.service import Asked, Outcome, Service, Watcher
-from telerag_cli.server.streams import Growing, News, Text, streamed, until_gone
+from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
+from telerag_cli.server.streams import Growing, News, StageText, streamed, until_gone
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_SCHEMA_CHARACTERS = 2000
@@ -44,7 +44,7 @@ def router(service: Service) -> APIRouter:
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         chunks = ChatChunks({**head, "object": "chat.completion.chunk"}, 1, wants_usage=_wants_usage(body))
 
-        def whole(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        def whole(outcomes: Sequence[AnswerResult]) -> dict[str, Any]:
             (outcome,) = outcomes
             answer, annotations = outcome.answered.answer, cited(outcome)
             message = {"role": "assistant", "content": answer, "refusal": None, "annotations": annotations}
@@ -63,7 +63,7 @@ def router(service: Service) -> APIRouter:
         head["model"] = body.model
         chunks = CompletionChunks(head, len(asked), wants_usage=_wants_usage(body))
 
-        def whole(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        def whole(outcomes: Sequence[AnswerResult]) -> dict[str, Any]:
             choices = [
                 _choice(index, {"text": outcome.answered.answer}, outcome.answered.finish_reason)
                 for index, outcome in enumerate(outcomes)
@@ -79,9 +79,9 @@ async def _respond(
     request: Request,
     service: Service,
     body: ChatRequest | CompletionRequest,
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerRequest],
     chunks: ChatChunks | CompletionChunks,
-    whole: Callable[[Sequence[Outcome]], dict[str, Any]],
+    whole: Callable[[Sequence[AnswerResult]], dict[str, Any]],
     *,
     events: bool,
 ) -> Response:
@@ -94,7 +94,7 @@ async def _respond(
     return json_response({**whole(outcomes), "usage": usage_of(outcomes)})
 
 
-def read_chat(body: ChatRequest, service: Service) -> Asked:
+def read_chat(body: ChatRequest, service: Service) -> AnswerRequest:
     """The last user's turn as a question, what was said before, and how to answer.
 
     Raises:
@@ -107,17 +107,18 @@ def read_chat(body: ChatRequest, service: Service) -> Asked:
         instructions = f"{instructions}\n\nWrite the answer as JSON of this schema: {schema}".strip()
     settings = replace(_settings(service.engine, body), shape=shape, instructions=instructions)
     wanted = body.telerag or TeleragOptions()
-    return Asked(pipeline, question, settings, turns, bool(wanted.timeline), bool(wanted.fresh))
+    return AnswerRequest(pipeline, question, settings, turns, bool(wanted.timeline), bool(wanted.fresh))
 
 
-def read_completion(body: CompletionRequest, service: Service) -> list[Asked]:
+def read_completion(body: CompletionRequest, service: Service) -> list[AnswerRequest]:
     """A question for each prompt; raises ApiError if there is no such model."""
     pipeline = service.pipeline_of(body.model)
     settings = _settings(service.engine, body)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     wanted = body.telerag or TeleragOptions()
     return [
-        Asked(pipeline, prompt.strip(), settings, (), bool(wanted.timeline), bool(wanted.fresh)) for prompt in prompts
+        AnswerRequest(pipeline, prompt.strip(), settings, (), bool(wanted.timeline), bool(wanted.fresh))
+        for prompt in prompts
     ]
 
 
@@ -201,12 +202,12 @@ class CompletionChunks:
 
     def news(self, news: News) -> bytes:
         """See `Chunks`."""
-        if not isinstance(news, Text) or news.stage != ANSWER:
+        if not isinstance(news, StageText) or news.stage != ANSWER:
             return b""
         more = self._growing[news.index].more(news.text)
         return self._chunk(news.index, self._piece(more)) if more else b""
 
-    def end(self, outcomes: Sequence[Outcome]) -> bytes:
+    def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
         """See `Chunks`."""
         rests = [
             growing.more(outcome.answered.answer) for growing, outcome in zip(self._growing, outcomes, strict=True)
@@ -219,7 +220,7 @@ class CompletionChunks:
     def _piece(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _last(self, index: int, rest: str, outcome: Outcome) -> bytes:
+    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
         return self._chunk(index, self._piece(rest), outcome.answered.finish_reason, telerag=outcome.about)
 
     def _chunk(self, index: int, content: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
@@ -236,7 +237,7 @@ class ChatChunks(CompletionChunks):
 
     def news(self, news: News) -> bytes:
         """See `Chunks`."""
-        if not isinstance(news, Text):
+        if not isinstance(news, StageText):
             return self._chunk(0, {"delta": {}}, telerag=news)
         if news.stage != ANSWER:
             about = {"event": "text", "stage": news.stage, "text": news.text.strip()}
@@ -246,7 +247,7 @@ class ChatChunks(CompletionChunks):
     def _piece(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
 
-    def _last(self, index: int, rest: str, outcome: Outcome) -> bytes:
+    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
         data = self._chunk(index, self._piece(rest)) if rest else b""
         annotations, finish_reason = {"delta": {"annotations": cited(outcome)}}, outcome.answered.finish_reason
         return data + self._chunk(index, annotations, finish_reason, telerag=outcome.about)

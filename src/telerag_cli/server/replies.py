@@ -12,7 +12,7 @@ from fastapi.sse import format_sse_event
 
 from telerag_cli.engine.lines import usage
 from telerag_cli.server.errors import ApiError, as_api_error
-from telerag_cli.server.service import Outcome
+from telerag_cli.server.service import AnswerResult
 
 Documented = dict[int | str, dict[str, Any]]
 """Responses of a route beside the usual one, as FastAPI takes them."""
@@ -36,7 +36,7 @@ STREAMS_TOO: Documented = {
 
 
 def failed(request: Request, error: Exception) -> bytes:
-    """An error inside a stream; whoever logs is told the rest."""
+    """An error inside a stream; the log has the rest."""
     api_error = as_api_error(error, request.state.request_id)
     note(request, outcome="failed", error=None if isinstance(error, ApiError) else repr(error))
     return event(api_error.body)
@@ -68,7 +68,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cited(outcome: Outcome) -> list[dict[str, Any]]:
+def cited(outcome: AnswerResult) -> list[dict[str, Any]]:
     """OpenAI's file citations: which stretch of the answer rests on which passage."""
     found = outcome.answered.found
     return [
@@ -86,7 +86,7 @@ def cited(outcome: Outcome) -> list[dict[str, Any]]:
     ]
 
 
-def usage_of(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def usage_of(outcomes: Sequence[AnswerResult]) -> dict[str, Any]:
     """OpenAI's count of tokens, over all that the LLM read and wrote for these answers."""
     counts = [usage(outcome.answered) for outcome in outcomes]
     total: dict[str, Any] = {name: sum(count[name] for count in counts) for name in counts[0]}
@@ -99,7 +99,7 @@ def note(request: Request, **said: Any) -> None:
     request.scope.setdefault("state", {}).setdefault("log", {}).update(said)
 
 
-def note_outcomes(request: Request, outcomes: Sequence[Outcome]) -> None:
+def note_outcomes(request: Request, outcomes: Sequence[AnswerResult]) -> None:
     """Add what answers took to the access log; of several, the longest waits."""
     total = usage_of(outcomes)
     note(

@@ -18,7 +18,7 @@ from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.snapshot import snapshot
-from telerag_cli.engine.workers import EngineSeats
+from telerag_cli.engine.workers import Local
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
@@ -58,7 +58,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnswerRequest:
     """A question, and how it is to be answered."""
 
     pipeline: Pipeline
@@ -68,14 +68,14 @@ class Asked:
     """Said before it."""
     wants_timeline: bool = False
     fresh: bool = False
-    """Whether it is to find nothing that is kept of earlier questions."""
+    """Whether to drop first what is cached of earlier questions."""
 
 
 class Watcher(Listener):
     """A `Listener` that also hears of the queue, and when the first text of an answer came."""
 
     first_s: float | None = None
-    """By `time.perf_counter`; None as long as there is none."""
+    """By `time.perf_counter`; None until then."""
 
     def queued(self, before: int) -> None:
         """The question waits behind so many others."""
@@ -87,7 +87,7 @@ class Watcher(Listener):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AnswerResult:
     """An answer, and how it came about as JSON."""
 
     answered: Answered
@@ -152,7 +152,7 @@ class Service:
         return [*(name.model for name in self.pipelines), self.embedder_name]
 
     def pipeline_of(self, model: str) -> Pipeline:
-        """The pipeline that a model's name stands for; raises ApiError as OpenAI does for a model that is none."""
+        """The pipeline that a model's name stands for; raises ApiError if there is no such model."""
         for pipeline in self.pipelines.values():
             if model == pipeline.model:
                 return pipeline
@@ -169,8 +169,8 @@ class Service:
 
     def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
         """Begin to answer."""
-        seats = [EngineSeats(engine, at_once)]
-        self._open = _Open(engine, AdmissionQueue(scheduler, seats, self.limits.queue, eager=True))
+        queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.limits.queue, eager=True)
+        self._open = _Open(engine, queue)
 
     async def close(self) -> None:
         """Take no more requests. The engine stays the caller's."""
@@ -211,7 +211,7 @@ class Service:
             "lookahead": {"rounds": now["rounds"]},
         }
 
-    async def answer(self, asked: Asked, watcher: Watcher) -> Outcome:
+    async def answer(self, asked: AnswerRequest, watcher: Watcher) -> AnswerResult:
         """Answer a question: wait in the queue, ask the engine, count. If cancelled, nothing is left in the engine.
 
         Raises:
@@ -307,8 +307,8 @@ class Service:
 
 
 async def _ask(
-    engine: Engine, asked: Asked, watcher: Watcher, permit: Permit, came_s: float, spans: Sequence[Span]
-) -> Outcome:
+    engine: Engine, asked: AnswerRequest, watcher: Watcher, permit: Permit, came_s: float, spans: Sequence[Span]
+) -> AnswerResult:
     if asked.fresh:
         await asyncio.to_thread(engine.forget)
     began_s = time.perf_counter()
@@ -330,11 +330,11 @@ async def _ask(
         passage["title"] = hit.passage.name
     if asked.wants_timeline:
         about["timeline"] = timeline(answered, list(spans), began_s, ended_s)
-    return Outcome(answered, about, began_s - came_s, (watcher.first_s or ended_s) - came_s)
+    return AnswerResult(answered, about, began_s - came_s, (watcher.first_s or ended_s) - came_s)
 
 
 def _embedder_name(engine: Engine) -> str:
-    """The last part of the embedder's path or repository: a path would tell of the file system."""
+    """The last part of the embedder's path or repository: a path would reveal the file system."""
     name = engine.retriever.index.manifest.embedder.model or "embedder"
     return name.rstrip("/").rpartition("/")[2]
 

@@ -16,7 +16,7 @@ from telerag_cli.pipelines.base import ANSWER
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.together import together
 from telerag_cli.server.replies import failed, note_outcomes
-from telerag_cli.server.service import Asked, Outcome, Service, Watcher
+from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ async def _gone(request: Request) -> None:
 
 
 @dataclass(frozen=True)
-class Text:
+class StageText:
     """All that a stage has written so far, for one of several questions."""
 
     index: int
@@ -58,11 +58,11 @@ class Text:
     text: str
 
 
-News = Text | dict[str, Any]
-"""A text that grows, or something else to tell, as JSON."""
+News = StageText | dict[str, Any]
+"""A text that grows, or another event as JSON."""
 
 
-class Stream:
+class EventStream:
     """Keeps the news of answers until they are fetched, however slowly: of a growing text only its last state."""
 
     def __init__(self, *, events: bool) -> None:
@@ -84,11 +84,11 @@ class Stream:
                 return
 
     def add(self, news: News) -> None:
-        """Tell something; in the event loop."""
+        """Add news; in the event loop."""
         if (
-            isinstance(news, Text)
+            isinstance(news, StageText)
             and self._news
-            and isinstance(last := self._news[-1], Text)
+            and isinstance(last := self._news[-1], StageText)
             and (last.index, last.stage) == (news.index, news.stage)
         ):
             self._news.pop()
@@ -96,7 +96,7 @@ class Stream:
         self._there.set()
 
     def add_soon(self, news: News) -> None:
-        """Tell something; from any thread."""
+        """Add news; from any thread."""
         with contextlib.suppress(RuntimeError):  # the loop has ended: the server was stopped by force
             self._loop.call_soon_threadsafe(self.add, news)
 
@@ -105,7 +105,7 @@ class Stream:
 class Watching(Watcher):
     """A `Watcher` that puts what becomes of one question into a stream."""
 
-    stream: Stream
+    stream: EventStream
     index: int = 0
 
     def queued(self, before: int) -> None:
@@ -132,7 +132,7 @@ class Watching(Watcher):
         """See `Watcher`."""
         super().wrote(stage, text)
         if self.stream.events or stage == ANSWER:
-            self.stream.add_soon(Text(self.index, stage, text))
+            self.stream.add_soon(StageText(self.index, stage, text))
 
     def _tell(self, body: dict[str, Any]) -> None:
         if self.stream.events:
@@ -140,13 +140,13 @@ class Watching(Watcher):
 
 
 class Growing:
-    """What is new of a text that grows, without white space around the whole."""
+    """Finds what is new in a text that grows, without white space around the whole."""
 
     def __init__(self) -> None:
         self.shown = ""
 
     def more(self, text: str) -> str:
-        """What to show now of all the text so far; nothing if it is not the text that was begun."""
+        """What to add to what was shown, by all the text so far; nothing if the text is another one now."""
         text = text.strip()
         if not text.startswith(self.shown):
             return ""
@@ -163,12 +163,12 @@ class Chunks(Protocol):
     def news(self, news: News) -> bytes:
         """What has happened; nothing if it is not to be shown."""
 
-    def end(self, outcomes: Sequence[Outcome]) -> bytes:
+    def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
         """What is left to say when all is answered."""
 
 
 async def streamed(
-    request: Request, service: Service, asked: Sequence[Asked], chunks: Chunks, *, events: bool
+    request: Request, service: Service, asked: Sequence[AnswerRequest], chunks: Chunks, *, events: bool
 ) -> Response:
     """Answer in pieces. The response begins with the first news, so that an error before it has a status of its own.
 
@@ -176,7 +176,7 @@ async def streamed(
         ApiError: it cannot be answered now.
         TeleragError: it cannot be answered.
     """
-    stream = Stream(events=events)
+    stream = EventStream(events=events)
     answering = asyncio.create_task(
         together(service.answer(each, Watching(stream, index)) for index, each in enumerate(asked))
     )
