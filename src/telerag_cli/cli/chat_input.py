@@ -25,16 +25,16 @@ class LineSource(Protocol):
     """A source of questions and commands."""
 
     interactive: bool
-    """Whether somebody sits there who can ask again."""
+    """Whether a person sits there, who can ask again."""
 
     def read(self, runner: asyncio.Runner) -> str | None:
         """The next one, without white space around it; None at the end.
 
         Args:
-            runner: may run what waits for it.
+            runner: runs what waits for input.
 
         Raises:
-            InputError: it is no text; the next one may be.
+            InputError: it is not text; the next one may be.
         """
 
 
@@ -77,7 +77,7 @@ class Typed:
 
         Args:
             arguments: the commands, and the words that each may be followed by.
-            note: is told, once, if the history cannot be kept.
+            note: called, at most once, if the history cannot be kept.
         """
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
@@ -116,15 +116,15 @@ def _history(path: Path, note: Note) -> History:
         note(f"What you type is not kept for next time: {path} cannot be written ({error.strerror}).")
 
     class Kept(FileHistory):
-        told = False
+        noted = False
 
         def store_string(self, string: str) -> None:
             try:
                 super().store_string(string)
-            except OSError as error:  # a disk that has filled up is no reason to end
-                if not self.told:
+            except OSError as error:  # a full disk must not end the conversation
+                if not self.noted:
                     lost(error)
-                self.told = True
+                self.noted = True
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

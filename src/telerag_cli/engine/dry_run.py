@@ -1,4 +1,4 @@
-"""Texts that a pipeline writes before it retrieves with lookahead: found by running it with nothing behind it."""
+"""Which texts a pipeline writes before it first retrieves with lookahead: found by running it with nothing behind it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from telerag_cli.llm.base import Generation, Message, Token
-from telerag_cli.pipelines.base import Ahead, Pipeline, Prompt
+from telerag_cli.pipelines.base import ANSWER, Ahead, Pipeline, Prompt
 from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 
 QUESTION = "How do I find the median of some numbers, and which module has it?"
 DOUBTFUL = -10.0
-"""Log probability that makes any pipeline look things up."""
+"""A logarithm of a probability that makes any pipeline look things up."""
 
 
 @dataclass(frozen=True)
-class Text:
+class PlannedText:
     """A text that the LLM would write."""
 
     stage: str
@@ -33,23 +33,23 @@ class _RetrievedAheadError(Exception):
 
 @dataclass
 class DryRunRag:
-    """A `Rag` without an LLM or an index."""
+    """A `Rag` with no LLM and no index."""
 
     max_tokens: int
-    texts: list[Text] = field(default_factory=list)
+    texts: list[PlannedText] = field(default_factory=list)
     ahead: bool = False
 
     @contextlib.asynccontextmanager
     async def lookahead(self, query: str) -> AsyncIterator[Ahead]:
         """See `Rag`."""
         if not self.ahead:
-            self.texts.clear()  # what came before is not in the window
+            self.texts.clear()  # what came before is not part of the window
         self.ahead = True
         yield Ahead()
 
-    async def generate(self, stage: str, messages: Sequence[Message], *, max_tokens: int, **_other: Any) -> Generation:
+    async def generate(self, stage: str, messages: Sequence[Message], *, max_tokens: int, **_how: Any) -> Generation:
         """See `Rag`."""
-        self.texts.append(Text(stage, messages, max_tokens))
+        self.texts.append(PlannedText(stage, messages, max_tokens))
         return Generation(QUESTION, "stop", 1, max_tokens, 0.0, 0.0, tokens=(Token(0, len(QUESTION), DOUBTFUL),))
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
@@ -63,25 +63,25 @@ class DryRunRag:
         question: str,
         found: Sequence[Retrieved],
         *,
-        stage: str = "answer",
+        stage: str = ANSWER,
         prompt: Prompt = answer_prompt,
         max_tokens: int | None = None,
-        **_other: Any,
+        **_how: Any,
     ) -> Answer:
         """See `Rag`."""
         written = await self.generate(stage, prompt(question, found), max_tokens=max_tokens or self.max_tokens)
         return Answer(written.text, found)
 
 
-def written_ahead(pipeline: Pipeline, max_tokens: int) -> list[Text]:
-    """Return the texts of the first window, for a question of usual length; none if a retrieval comes first."""
-    rag = DryRunRag(max_tokens)
+def written_ahead(pipeline: Pipeline, max_tokens: int) -> list[PlannedText]:
+    """The texts of the first window, for a question of usual length; none if nothing is written before a retrieval."""
 
-    async def run() -> None:
+    async def dry_run() -> None:
         await pipeline.run(rag, QUESTION)
 
+    rag = DryRunRag(max_tokens)
     try:
-        asyncio.run(run())
+        asyncio.run(dry_run())
     except _RetrievedAheadError:
         return rag.texts
     return []

@@ -42,7 +42,7 @@ MAX_STOP_TEXTS = 4
 """As many as OpenAI takes."""
 
 SchemaFormat = Literal["json_schema", "json_object"]
-"""How a server is told a schema: OpenAI's way, or the one before it."""
+"""How a schema is sent to a server: OpenAI's way, or the one before it."""
 
 _TRANSIENT = (408, 409, 429)
 _WAIT = "Wait, or send it fewer requests at once."
@@ -367,7 +367,7 @@ def _retry_after_s(error: Exception) -> float | None:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status, or the one that a stream told after it had begun with 200."""
+    """The HTTP status, or the one within a stream that had begun with 200."""
     if isinstance(error, openai.APIStatusError):
         return error.status_code
     code = getattr(error, "code", None)

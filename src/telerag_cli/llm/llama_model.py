@@ -401,7 +401,7 @@ class LlamaSampler:
         candidates = self._candidates(logits)
         _apply(self._grammar, candidates)  # which leaves their order
         masked: FloatArray = candidates["logit"].copy()
-        # llama.cpp ends the process when it is told to accept a token that the grammar refuses.
+        # llama.cpp ends the process when a token that the grammar refuses is to be accepted.
         if not np.isfinite(masked.max()):
             raise ModelError(
                 "The grammar leaves the model no token to go on with.",

@@ -1,4 +1,4 @@
-"""A generator that says what it is told to say, at the pace it is told: for tests and for timing without a model."""
+"""A generator that answers from a script at a given pace: for tests and for timing without a model."""
 
 from __future__ import annotations
 
