@@ -81,14 +81,11 @@ class AccessLog(logging.Handler):
         entry = {name: _rounded(value) for name, value in {**own, **details, **own}.items()}
         levels: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
         level = "warning" if status == 503 else levels.get(outcome, "info")
-        if self._form is LogFormat.JSON:
-            self._json(level, "request", entry)
-            return
-        bare = ("request_id", "client", "method", "path", "status")
-        head = " ".join(_shown(entry.pop(name)) for name in bare)
-        took = f"{entry.pop('duration_s'):.3f}s"
-        tail = " ".join(f"{escaped(name)}={_shown(value)}" for name, value in entry.items() if value is not None)
-        self._text(level, f"{head} {took} {tail}")
+        shown = {name: _shown(value) for name, value in entry.items() if value is not None}
+        head = " ".join(shown.pop(name) for name in ("request_id", "client", "method", "path", "status"))
+        del shown["duration_s"]
+        tail = " ".join(f"{escaped(name)}={value}" for name, value in shown.items())
+        self._out(level, "request", entry, f"{head} {entry['duration_s']:.3f}s {tail}")
 
     def failure(self, request_id: str, error: BaseException) -> None:
         """Log an error that nobody expected, with its traceback."""
@@ -118,26 +115,18 @@ class AccessLog(logging.Handler):
 
     def _message(self, level: str, event: str, entry: dict[str, Any], error: BaseException | None) -> None:
         trace = "".join(traceback.format_exception(error)).rstrip() if error else ""
-        if self._form is LogFormat.JSON:
-            self._json(level, event, entry | ({"traceback": trace} if trace else {}))
-            return
         lines = [": ".join(map(escaped, entry.values()))]
         lines += [_BEFORE_TRACE + escaped(line) for line in trace.splitlines()]
-        self._text(level, "\n".join(lines))
+        self._out(level, event, entry | ({"traceback": trace} if trace else {}), "\n".join(lines))
 
-    def _json(self, level: str, event: str, entry: Mapping[str, Any]) -> None:
-        head = {"time": self._now(), "level": level, "event": event}
-        # Nothing that a route notes replaces these. In ASCII, so that all that could move a terminal is escaped.
-        self._out(json.dumps({**head, **entry, **head}, default=str))
-
-    def _text(self, level: str, line: str) -> None:
-        self._out(f"{self._now()} {level.upper():7} {line}")
-
-    def _now(self) -> str:
-        now = datetime.fromtimestamp(self._clock(), UTC)
-        return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-    def _out(self, line: str) -> None:
+    def _out(self, level: str, event: str, entry: Mapping[str, Any], text: str) -> None:
+        now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if self._form is LogFormat.JSON:
+            head = {"time": now, "level": level, "event": event}
+            # Nothing that a route notes replaces these. In ASCII, so that all that could move a terminal is escaped.
+            line = json.dumps({**head, **entry, **head}, default=str)
+        else:
+            line = f"{now} {level.upper():7} {text}"
         # If nobody reads the log any more, requests go on.
         with contextlib.suppress(OSError):
             self._write(line)
