@@ -1,10 +1,7 @@
 """``telerag serve-local`` as its clients see it: a real server, and the official ``openai`` client as it is."""
 
-import asyncio
-import contextlib
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Literal
 
 import openai
@@ -18,7 +15,6 @@ from telerag_cli.cli.app import app
 pytestmark = pytest.mark.model
 KEY = "key-for-tests"
 MODEL = "telerag-naive"
-SEATS, QUEUE = 2, 1
 QUESTION = "What do owls eat?"
 STORE = "vs_telerag"
 ANIMALS = ("Owls", "Bees", "Eels", "Cows", "Bats", "Hens", "Ants", "Rats")
@@ -40,7 +36,7 @@ def served(tmp_path_factory):
     ):
         made = CliRunner().invoke(app, list(map(str, arguments)))
         assert made.exit_code == 0, made.stderr
-    options = ("--concurrency", SEATS, "--max-queue", QUEUE, "--ctx-size", 1024, "--nprobe", 4)
+    options = ("--concurrency", 2, "--ctx-size", 1024, "--nprobe", 4)
     options += ("-k", 2, "--max-tokens", 12)
     with serve_local(root / "index", *options, log=root / "log", api_key=KEY) as server:
         yield server
@@ -198,21 +194,6 @@ def test_the_vector_store_is_searched_with_filters(client):
     assert all(hit.attributes["part"] == 1 for hit in found)
 
 
-def test_many_ask_at_once_and_each_gets_its_own_answer(served, client):
-    questions = [f"What do {animal.lower()} eat?" for animal in ANIMALS[: SEATS + QUEUE]]
-    alone = [text_of(ask(client, question)) for question in questions]
-
-    async def one(asker, question):
-        stream = await ask(asker, question, stream=True)
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-
-    async def together():
-        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key=KEY, max_retries=0) as asker:
-            return await asyncio.gather(*(one(asker, question) for question in questions))
-
-    assert asyncio.run(together()) == alone
-
-
 def test_a_client_that_hangs_up_stops_the_work(served, client):
     stream = ramble(client)
     for _ in range(3):
@@ -224,22 +205,6 @@ def test_a_client_that_hangs_up_stops_the_work(served, client):
         ask(client.with_options(timeout=0.5), temperature=2.0, seed=3, max_tokens=700)
     wait_for(lambda: idle(served), 2.0)
     assert 'telerag_requests_ended_total{reason="cancelled"} 2.0' in served.get("/metrics")
-
-
-def test_beyond_the_queue_clients_are_told_when_to_come_again(served, client):
-    with ThreadPoolExecutor(SEATS + QUEUE) as threads, contextlib.ExitStack() as clients:
-        askers = [clients.enter_context(client_of(served)) for _ in range(SEATS + QUEUE)]
-        streams = [threads.submit(ramble, each) for each in askers]
-        full = {"running": SEATS, "waiting": QUEUE, "limit": QUEUE, "at_once": SEATS}
-        wait_for(lambda: served.state()["queue"] == full)
-        with pytest.raises(openai.InternalServerError) as raised:
-            ask(client)
-        assert (raised.value.status_code, raised.value.code) == (503, "queue_full")
-        assert int(raised.value.response.headers["retry-after"]) >= 1
-        for stream in as_completed(streams):
-            stream.result().close()
-    wait_for(lambda: idle(served), 3.0)
-    assert text_of(ask(client))
 
 
 def test_a_stopping_server_finishes_its_answers(served, client):

@@ -10,26 +10,21 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
-from fastapi import FastAPI, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.testclient import TestClient
 
-import animals
 from animals import ANIMALS, DIMENSION, TEXTS, WordHashes, World
+from served import assembled, open_over
 from telerag_cli.config import Metric
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.index.passages import write_passages
-from telerag_cli.server import embeddings, vector_stores
-from telerag_cli.server.errors import ApiError
+from telerag_cli.server import embeddings
 from telerag_cli.server.filters import attributes, passes
 from telerag_cli.server.requests import VectorSearchRequest
 from telerag_cli.server.responses import EmbeddingList, ErrorBody, VectorStore, VectorStoreList, VectorStoreSearchPage
-from telerag_cli.server.streams import ClientGoneError
-from telerag_cli.server.validation import invalid_request
 from telerag_cli.server.vector_stores import shown_scores
 
 MAX_TOKENS = 12
-MODEL = "words"
+MODEL = "embedder"
 SEARCH = "/v1/vector_stores/vs_telerag/search"
 QUERY = "owls number 3 live in place 8"
 OTHER = "bats number 4 live in place 2"
@@ -76,10 +71,7 @@ def only_engine(tmp_path_factory):
     metadata = [json.dumps(metadata_of(n)) for n in range(len(TEXTS))]
     rows = pa.record_batch([[f"p{n}" for n in range(len(TEXTS))], TEXTS, metadata], schema=PASSAGE_SCHEMA)
     assert sum(write_passages([rows], world.index.paths.passages)) == len(TEXTS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(animals, "WordHashes", Words)
-        engine = world.engine({})
-    yield engine
+    yield world.engine({}, embedder=Words())
     world.close()
 
 
@@ -103,39 +95,15 @@ def batches(engine, monkeypatch):
     return noted
 
 
-def app_over(engine, *, ready=True):
-    def require_ready():
-        if not ready:
-            raise ApiError(503, "Loading.")
-
-    async def within(work):
-        return await work
-
-    models = ["telerag-naive", MODEL]
-    service = SimpleNamespace(
-        engine=engine, embedder_name=MODEL, models=models, require_ready=require_ready, within=within, started_at=1.0
-    )
-
-    async def refused(_request, error):
-        return error.response()
-
-    async def malformed(_request, error):
-        return invalid_request(error).response()
-
-    async def gone(_request, _error):
-        return Response(status_code=499)
-
-    handlers = {ApiError: refused, RequestValidationError: malformed, ClientGoneError: gone}
-    app = FastAPI(exception_handlers=handlers)
-    app.include_router(embeddings.router(service))
-    app.include_router(vector_stores.router(service))
+def app_over(engine):
+    service, app = assembled(lambda _line: None)
+    open_over(service, engine)
     return app
 
 
 @pytest.fixture
 def client(engine):
-    with TestClient(app_over(engine)) as client:
-        yield client
+    return TestClient(app_over(engine))
 
 
 def page(client, **body):
@@ -216,7 +184,7 @@ def test_a_batch_is_short_in_texts_and_tokens(counts, expected):
     ("body", "status", "param", "values"),
     [
         ({"model": "gpt-5"}, 404, "model", ["gpt-5"]),
-        ({"model": "telerag-naive"}, 404, "model", ["telerag-naive", "words"]),
+        ({"model": "telerag-naive"}, 404, "model", ["telerag-naive", MODEL]),
         ({"dimensions": DIMENSION + 1}, 400, "dimensions", [DIMENSION + 1, DIMENSION]),
         ({"input": "word " * 13}, 400, "input", [13, 12]),
         ({"input": ["a"] * 40 + ["word " * 13]}, 400, "input.40", [13, 12]),
@@ -371,15 +339,15 @@ def test_distances_become_scores_of_which_larger_is_nearer():
     np.testing.assert_array_equal(shown_scores(np.array([-1, 2], np.float32), Metric.IP), [-1, 2])
 
 
-def test_nothing_is_answered_before_the_server_is_ready(engine):
-    with TestClient(app_over(engine, ready=False)) as client:
-        for response in (
-            client.post("/v1/embeddings", json={"model": MODEL, "input": "a"}),
-            client.get("/v1/vector_stores"),
-            client.get("/v1/vector_stores/vs_telerag"),
-            client.post(SEARCH, json={"query": "a"}),
-        ):
-            assert response.status_code == 503
+def test_nothing_is_answered_before_the_server_is_ready():
+    client = TestClient(assembled(lambda _line: None)[1])
+    for response in (
+        client.post("/v1/embeddings", json={"model": MODEL, "input": "a"}),
+        client.get("/v1/vector_stores"),
+        client.get("/v1/vector_stores/vs_telerag"),
+        client.post(SEARCH, json={"query": "a"}),
+    ):
+        assert response.status_code == 503
 
 
 def test_a_search_ends_when_its_client_is_gone(engine):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import pickle
 import time
 from collections import Counter
 from dataclasses import replace
@@ -206,18 +205,6 @@ def test_moves_that_nobody_listened_to_are_counted_as_undrawn(traced):
     moved = drawn["counts"]["lists_moved"] + len(answered.joins[0].trace.fetched)
     assert drawn["counts"]["lists_undrawn"] == moved > 0
     assert len(bars_of(drawn, "llm")) == 2
-
-
-def test_a_report_is_the_same_whatever_its_trace_and_travels_with_it(traced):
-    answered, _drawn = asked(traced(script, token_s=0.001))
-    report = answered.joins[0]
-    assert report == replace(report, trace=None)
-    assert "trace" not in repr(report)
-    assert "trace" not in report.counts()
-    there = pickle.loads(pickle.dumps(report))
-    assert there == report
-    assert there.trace.moved.tolist() == report.trace.moved.tolist()
-    assert there.trace.orders == report.trace.orders
 
 
 def test_a_search_knows_its_own_lists_of_a_join_that_both_ends_dealt_with(tmp_path):

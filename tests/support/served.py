@@ -62,6 +62,12 @@ def assembled(write, limits=None, access=None):
     return service, with_middleware(make_app(service), access or AccessOptions(), log, metrics)
 
 
+def open_over(service, engine, at_once=2):
+    """Let the service answer with an engine."""
+    schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)
+    service.open(engine, Scheduler.over(engine, schedule), at_once)
+
+
 @contextlib.contextmanager
 def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=None, is_open=True):
     """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
@@ -74,8 +80,7 @@ def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=Non
 
     async def live(listening):
         if is_open:
-            schedule = Schedule(ScheduleName.SIMILAR, micro_batch=2, max_wait_s=0.005)
-            service.open(engine, Scheduler.over(engine, schedule), at_once)
+            open_over(service, engine, at_once)
         running.append(Running(address_of(listening), service, lines, asyncio.get_running_loop(), server))
         listening.listen(100)
         started.set()
