@@ -14,16 +14,13 @@ from telerag_cli.server.requests import NOT_AN_OBJECT, NOT_TEXT
 
 _EXPECTED = {
     "string_type": "a string",
-    "int_type": "an integer",
-    "int_parsing": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "a boolean",
     "list_type": "an array",
-    "dict_type": "an object",
-    "model_type": "an object",
-    "model_attributes_type": "an object",
     "none_required": "null",
+    **dict.fromkeys(("int_type", "int_parsing"), "an integer"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
 }
 _BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
 _LENGTHS = {
@@ -41,14 +38,14 @@ _CODES = {
     **dict.fromkeys(_EXPECTED, "invalid_type"),
 }
 """OpenAI's ``code`` for pydantic's kinds of errors; ``invalid_value`` for all others."""
-_JSON_NAMES: list[tuple[type, str]] = [
-    (bool, "a boolean"),
-    (int, "an integer"),
-    (float, "a number"),
-    (str, "a string"),
-    (list, "an array"),
-    (dict, "an object"),
-]
+_JSON_NAMES: dict[type, str] = {
+    bool: "a boolean",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+    dict: "an object",
+}
 
 
 def invalid_request(error: RequestValidationError) -> ApiError:
@@ -114,10 +111,8 @@ def _describe(error: Mapping[str, Any], param: str, kinds: Sequence[str]) -> str
     if kind == UNSUPPORTED:
         return f"Unsupported parameter: '{param}' cannot be {_shown(value)} here; {error['msg']}."
     if kind in ("literal_error", "union_tag_invalid"):
-        value, expected = (
-            (value, context["expected"]) if kind == "literal_error" else (context["tag"], context["expected_tags"])
-        )
-        return f"Invalid value: {_shown(value)} for '{param}'. Supported values are: {expected}."
+        wrong, supported = context.get("tag", value), context.get("expected") or context["expected_tags"]
+        return f"Invalid value: {_shown(wrong)} for '{param}'. Supported values are: {supported}."
     if kind in _EXPECTED:
         expected = list(dict.fromkeys(_EXPECTED[each] for each in kinds if each in _EXPECTED))
         expected = [each for each in expected if each != "an integer" or "a number" not in expected]
@@ -136,7 +131,7 @@ def _describe(error: Mapping[str, Any], param: str, kinds: Sequence[str]) -> str
 
 
 def _json_name(value: Any) -> str:
-    return next((name for kind, name in _JSON_NAMES if isinstance(value, kind)), "null")
+    return _JSON_NAMES.get(type(value), "null")
 
 
 def _shown(value: Any) -> str:

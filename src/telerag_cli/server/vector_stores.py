@@ -67,14 +67,8 @@ def router(service: Service) -> APIRouter:
         assert isinstance(finder, Retrievals)
         found = await until_gone(request, service.within(search(finder, engine.retriever.index.manifest.metric, body)))
         note(request, outcome="done")
-        page = {
-            "object": "vector_store.search_results.page",
-            "search_query": body.queries,
-            "data": list(map(_result, found)),
-            "has_more": False,
-            "next_page": None,
-        }
-        return json_response(page)
+        page = {"object": "vector_store.search_results.page", "search_query": body.queries}
+        return json_response(page | {"data": list(map(_result, found)), "has_more": False, "next_page": None})
 
     return routes
 
