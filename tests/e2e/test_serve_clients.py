@@ -218,5 +218,5 @@ def test_a_stopping_server_finishes_its_answers(served, client):
     chunks = [first, *stream]
     assert chunks[-2].choices[0].finish_reason in ("stop", "length")
     assert chunks[-1].usage.completion_tokens > 10
-    assert served.process.wait(15) == 0
+    assert served.process.wait(60) == 0
     assert "Traceback" not in served.log.read_text()
