@@ -28,7 +28,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
@@ -42,7 +41,7 @@ from synthetic_store import Block, unit
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import TeleragError, UsageError
-from telerag_cli.files import wrap_os_error, writing
+from telerag_cli.files import write_at, writing
 from telerag_cli.index.artifact import (
     ID_BYTES,
     EmbedderInfo,
@@ -54,20 +53,10 @@ from telerag_cli.index.artifact import (
     lay_out,
 )
 from telerag_cli.index.assign import Assigner
-from telerag_cli.index.build import Encode, encoder
-from telerag_cli.index.partial import (
-    Making,
-    check_disk,
-    claimed,
-    finished,
-    left_bytes,
-    publish,
-    save_array,
-    seal,
-    write_at,
-)
+from telerag_cli.index.partial import Draft, save_array, seal
 from telerag_cli.index.passages import BATCH_ROWS, write_passages
 from telerag_cli.index.scoring import flat
+from telerag_cli.index.stages import Encode, encoder
 from telerag_cli.index.train import auto_nlist, train_centroids, train_ranges
 
 SAMPLES_PER_LIST = 64
@@ -289,7 +278,7 @@ def plan_lists(
         total_bytes,
         rows,
         trained,
-        encoder(centroids, Metric.IP, storage, trained),
+        encoder(base.shape[1], storage, trained),
     )
 
 
@@ -362,16 +351,6 @@ def passages_of(copied: IntArray, texts: pa.Array, metadata: pa.Array) -> Iterat
         yield pa.record_batch(columns, schema=SCHEMA)
 
 
-@dataclass(frozen=True)
-class Synthesis(Making):
-    """An index made by this script; interrupted, it is made from the start again."""
-
-    @staticmethod
-    def parameters_of(manifest: Manifest) -> dict[str, Any]:
-        """All arguments are in the digest."""
-        return {"source": manifest.source}
-
-
 def make(options: argparse.Namespace) -> None:
     """Make the index folder."""
     began = time.monotonic()
@@ -404,39 +383,34 @@ def make(options: argparse.Namespace) -> None:
     ):
         digest.update(f"{part}\0".encode())
     source = f"synthetic xxh3:{digest.hexdigest()}"
-    making = Synthesis(options.output, {"source": source})
-    if finished(making) and not options.overwrite:
+    needed = vectors * (code_bytes + ID_BYTES + 32) + nlist * 4096 + 2 * texts.nbytes
+    draft = Draft(options.output, {"source": source}, needed)
+    if draft.finished(overwrite=options.overwrite):
         print(f"{options.output} is there already, of the same.", file=sys.stderr)
         return
-    paths = IndexPaths(making.partial)
-    needed = vectors * (code_bytes + ID_BYTES + 32) + nlist * 4096 + 2 * texts.nbytes - left_bytes(making.root)
-    check_disk(making.root, needed, "Free space, choose another output, or make less.")
-    try:
-        with claimed(making, options.overwrite):
-            lists = plan_lists(base, vectors, nlist, storage, options.noise, options.seed, say)
-            save_array(paths.centroids, lists.centroids)
-            save_array(paths.offsets, lists.table)
-            if lists.trained is not None:
-                save_array(paths.quantizer, lists.trained)
-            say(f"Writing {vectors:,} passages.")
-            with writing(paths.passages) as temporary:
-                for _ in write_passages(passages_of(lists.copied(), texts, metadata), temporary, SCHEMA):
-                    pass
-            say(f"Writing {format_bytes(lists.total_bytes)} of lists.")
-            written = 0
+    paths = draft.paths
+    with draft.claimed(overwrite=options.overwrite, remedy="Free space, choose another output, or make less."):
+        lists = plan_lists(base, vectors, nlist, storage, options.noise, options.seed, say)
+        save_array(paths.centroids, lists.centroids)
+        save_array(paths.offsets, lists.table)
+        if lists.trained is not None:
+            save_array(paths.quantizer, lists.trained)
+        say(f"Writing {vectors:,} passages.")
+        with writing(paths.passages) as temporary:
+            for _ in write_passages(passages_of(lists.copied(), texts, metadata), temporary, SCHEMA):
+                pass
+        say(f"Writing {format_bytes(lists.total_bytes)} of lists.")
+        written = 0
 
-            def advance(count: int) -> None:
-                nonlocal written
-                written += count
-                if sys.stderr.isatty():
-                    print(f"\r{format_bytes(written)}", end="\r", file=sys.stderr)
+        def advance(count: int) -> None:
+            nonlocal written
+            written += count
+            if sys.stderr.isatty():
+                print(f"\r{format_bytes(written)}", end="\r", file=sys.stderr)
 
-            sums, whole = write_lists(lists, paths.lists, advance)
-            embedder = EmbedderInfo(made_by["model"], made_by.get("pooling"), True, made_by.get("prompt"))
-            seal(paths, lists.manifest(embedder, source), sums, whole)
-            publish(making)
-    except OSError as error:
-        raise wrap_os_error(error, making.partial) from error
+        sums, whole = write_lists(lists, paths.lists, advance)
+        embedder = EmbedderInfo(made_by["model"], made_by.get("pooling"), True, made_by.get("prompt"))
+        seal(paths, lists.manifest(embedder, source), sums, whole)
     share = lists.share_in_place()
     say(f"Done; {share:.2%} of vectors are in the list of their nearest centroid.")
     print(options.output)

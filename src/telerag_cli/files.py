@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half a file, and checking what was written."""
+"""Files that a reader never sees half-written, errors of the disk in words, and checksums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from telerag_cli.config import format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError
 
 CHUNK_BYTES = 4 << 20
+END_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -41,12 +43,8 @@ def writing(path: Path) -> Iterator[Path]:
 def wrap_os_error(error: OSError, path: Path) -> ResourceError | ArtifactError:
     """The sentence for an ``OSError`` met while reading or writing ``path``."""
     if error.errno == errno.ENOSPC:
-        import shutil
-
-        existing = next((parent for parent in (path, *path.parents) if parent.exists()), Path("/"))
-        free = format_bytes(shutil.disk_usage(existing).free)
         return ResourceError(
-            f"The disk is full: {path} could not be written and {free} are free.",
+            f"The disk is full: {path} could not be written and {format_bytes(free_bytes(path))} are free.",
             remedy="Free space and run the same command again; what is finished is kept.",
         )
     if error.errno in (errno.EFBIG, errno.EDQUOT):
@@ -61,13 +59,42 @@ def wrap_os_error(error: OSError, path: Path) -> ResourceError | ArtifactError:
     return ResourceError(f"{path}: {error.strerror or error}.", remedy="Check the path and the device.")
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk that ``path`` is on, or would be on.
+
+    Raises:
+        TeleragError: the disk cannot be asked.
+    """
+    try:
+        existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        return shutil.disk_usage(existing).free
+    except OSError as error:
+        raise wrap_os_error(error, path) from error
+
+
+def check_disk(path: Path, needed_bytes: int, remedy: str) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ResourceError: fewer bytes are free than needed.
+    """
+    free = free_bytes(path)
+    if needed_bytes > free:
+        raise ResourceError(
+            f"{path} needs {format_bytes(needed_bytes)} of disk, and {format_bytes(free)} are free.", remedy=remedy
+        )
+
+
 def cache_folder() -> Path:
-    """Where what can be made again is kept between runs: ``$XDG_CACHE_HOME/telerag``, or ``~/.cache/telerag``."""
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/telerag``, or ``~/.cache/telerag``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telerag"
 
 
 def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Write ``value`` as JSON, atomically; with sorted keys, unless their order means something, so that equal values give equal bytes."""
+    """Write ``value`` as JSON, atomically.
+
+    Keys are sorted, so that equal values give equal bytes, unless their order means something.
+    """
     with writing(path) as temporary:
         temporary.write_text(
             json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -95,3 +122,54 @@ def checksum(path: Path) -> str:
         while block := handle.read(CHUNK_BYTES):
             digest.update(block)
     return f"xxh3:{digest.hexdigest()}"
+
+
+def ends_of(path: Path) -> tuple[int, bytes]:
+    """The size of a file in bytes, and its first and last MiB: what tells files apart without reading all of them."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        first = handle.read(END_BYTES)
+        handle.seek(max(0, size - END_BYTES))
+        return size, first + handle.read(END_BYTES)
+
+
+def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
+    """Read ``count`` bytes at byte ``offset``; ``path`` is named in the error.
+
+    Raises:
+        ArtifactError: the file ends before.
+    """
+    data = os.pread(descriptor, count, offset)
+    while len(data) < count:
+        more = os.pread(descriptor, count - len(data), offset + len(data))
+        if not more:
+            raise ArtifactError(
+                f"{path} ends at byte {offset + len(data):,}, and {offset + count:,} were expected.",
+                remedy="Restore the file or build the index again.",
+            )
+        data += more
+    return data
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data`` at byte ``offset``."""
+    data = memoryview(data)
+    while len(data):
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+@contextlib.contextmanager
+def sized(path: Path, size: int | None = None) -> Iterator[int]:
+    """Open a file for writing in any order, made ``size`` bytes long: what was there stays, the rest is zeros.
+
+    Yields:
+        The file's descriptor.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if size is not None:
+            os.ftruncate(descriptor, size)
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,5 +1,6 @@
 """`telerag embed`: what it writes, what it refuses, and that a killed run resumes to the same bytes."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,14 +13,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner
 
+from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Encoder, EncoderInfo
-from telerag_cli.embedding.job import METADATA_KEY, embed_passages
-from telerag_cli.errors import ArtifactError, InputError, ResourceError
+from telerag_cli.embedding.job import METADATA_KEY, EmbedConfig, embed
+from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
 from telerag_cli.files import checksum
+from telerag_cli.progress import silent
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
 TELERAG = [sys.executable, "-c", "from telerag_cli.cli.app import main; main()"]
@@ -31,6 +35,7 @@ class Letters:
     def __init__(self, model="letters", precision=None):
         self.info = EncoderInfo(model, 4, "mean", True, None, 16, "xxh3:0")
         self.precision = precision
+        self.device = "cpu"
         self.calls = []
 
     def decide(self, texts):
@@ -48,6 +53,10 @@ def corpus(count, start=0):
     return [Passage(str(index), "a" * index + "b", {"n": index}) for index in range(start, start + count)]
 
 
+def embed_letters(passages, folder, encoder=None, progress=silent, **config):
+    return embed(passages, folder, EmbedConfig(**config), encoder=encoder or Letters(), progress=progress)
+
+
 def read(folder):
     return pq.read_table([str(path) for path in sorted(folder.glob("shard-*.parquet"))])
 
@@ -58,23 +67,22 @@ def contents(folder):
 
 def test_folder_is_what_the_contract_says(tmp_path):
     done = []
-    report = embed_passages(corpus(10), Letters(), tmp_path / "e", shard_rows=4, advance=done.append)
+
+    @contextlib.contextmanager
+    def progress(description, total, *, unit=""):
+        yield done.append
+
+    report = embed_letters(corpus(10), tmp_path / "e", shard_rows=4, progress=progress)
     assert (report.rows, report.embedded, report.shards, report.precision) == (10, 10, 3, "float32")
     assert sum(done) == 10
     manifest = json.loads((tmp_path / "e/embeddings.json").read_text())
-    assert manifest["complete"] is True
-    assert manifest["rows"] == 10
+    assert (manifest["complete"], manifest["rows"]) == (True, 10)
     assert [shard["rows"] for shard in manifest["shards"]] == [4, 4, 2]
     for shard in manifest["shards"]:
         path = tmp_path / "e" / shard["name"]
         assert (shard["bytes"], shard["checksum"]) == (path.stat().st_size, checksum(path))
     table = read(tmp_path / "e")
-    assert [str(field.type) for field in table.schema] == [
-        "string",
-        "string",
-        "string",
-        "fixed_size_list<element: float>[4]",
-    ]
+    assert [str(field.type) for field in table.schema] == [*["string"] * 3, "fixed_size_list<element: float>[4]"]
     assert table.column("id").to_pylist() == [str(index) for index in range(10)]
     assert json.loads(table.column("metadata")[3].as_py()) == {"n": 3}
     assert table.column("embedding")[3].as_py() == [3, 1, 0, 0]
@@ -85,12 +93,30 @@ def test_folder_is_what_the_contract_says(tmp_path):
 
 
 def test_float16_is_stored_as_asked(tmp_path):
-    embed_passages(corpus(3), Letters(), tmp_path, dtype="float16")
+    embed_letters(corpus(3), tmp_path, dtype="float16")
     assert str(read(tmp_path).schema.field("embedding").type) == "fixed_size_list<element: halffloat>[4]"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dtype": "int8"}, {"precision": "int4"}, {"batch_size": 0}, {"shard_rows": 0}, {"limit": 0}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_config_has_only_values_that_make_sense(wrong):
+    with fails(UsageError, *wrong, *wrong.values()):
+        EmbedConfig(**wrong)
+
+
+def test_files_are_read_and_the_limit_kept(tmp_path):
+    (tmp_path / "c.jsonl").write_text("".join(f'{{"id": {n}, "text": "{"ab" * n}"}}\n' for n in range(1, 9)))
+    encoder = Letters()
+    encoder.tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    embed(tmp_path / "c.jsonl", str(tmp_path / "e"), EmbedConfig(limit=3), encoder=encoder)
+    assert read(tmp_path / "e").column("embedding").to_pylist() == [[n, n, 0, 0] for n in (1, 2, 3)]
+
+
 def test_resumes_at_the_shard_and_grows_with_the_corpus(tmp_path):
-    embed_passages(corpus(10), Letters(), tmp_path / "whole", shard_rows=4)
+    embed_letters(corpus(10), tmp_path / "whole", shard_rows=4)
 
     def dies():
         yield from corpus(7)
@@ -98,87 +124,82 @@ def test_resumes_at_the_shard_and_grows_with_the_corpus(tmp_path):
 
     for _ in range(2):  # the second time there is nothing new to keep
         with pytest.raises(InputError):
-            embed_passages(dies(), Letters(), tmp_path / "e", shard_rows=4)
+            embed_letters(dies(), tmp_path / "e", shard_rows=4)
         assert json.loads((tmp_path / "e/embeddings.json").read_text())["complete"] is False
         assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["embeddings.json", "shard-00000.parquet"]
-    embed_passages(corpus(6), Letters(), tmp_path / "e", shard_rows=4)
+    embed_letters(corpus(6), tmp_path / "e", shard_rows=4)
     encoder = Letters()
-    report = embed_passages(corpus(10), encoder, tmp_path / "e", shard_rows=4)
+    report = embed_letters(corpus(10), tmp_path / "e", encoder, shard_rows=4)
     assert encoder.calls == [4, 2]
     assert (report.rows, report.embedded) == (10, 6)
     assert contents(tmp_path / "e") == contents(tmp_path / "whole")
     again = Letters()
-    assert embed_passages(corpus(10), again, tmp_path / "e", shard_rows=4).embedded == 0
+    assert embed_letters(corpus(10), tmp_path / "e", again, shard_rows=4).embedded == 0
     assert again.calls == []
     assert contents(tmp_path / "e") == contents(tmp_path / "whole")
 
 
 def test_resumed_run_computes_in_the_recorded_type(tmp_path):
-    embed_passages(corpus(3), Letters(precision="bfloat16"), tmp_path, shard_rows=2)
-    encoder = Letters()
-    assert embed_passages(corpus(5), encoder, tmp_path, shard_rows=2).precision == "bfloat16"
-    with pytest.raises(ArtifactError, match="precision bfloat16, and this run has precision float32"):
-        embed_passages(corpus(5), Letters(precision="float32"), tmp_path, shard_rows=2)
+    embed_letters(corpus(3), tmp_path, Letters(precision="bfloat16"), shard_rows=2)
+    assert embed_letters(corpus(5), tmp_path, shard_rows=2).precision == "bfloat16"
+    with fails(ArtifactError, "precision bfloat16", "precision float32"):
+        embed_letters(corpus(5), tmp_path, Letters(precision="float32"), shard_rows=2)
 
 
 @pytest.mark.parametrize(
-    ("options", "rows", "message"),
+    ("encoder", "config", "rows", "values"),
     [
-        ({"encoder": Letters("other")}, corpus(6), "model letters, and this run has model other"),
-        ({"dtype": "float16"}, corpus(6), "dtype float32, and this run has dtype float16"),
-        ({"shard_rows": 3}, corpus(6), "shard_rows 2, and this run has shard_rows 3"),
-        ({}, corpus(6, start=1), "shard-00000.parquet holds rows 0 to 1 of another corpus than new.jsonl"),
-        ({}, [*corpus(5), Passage("5", "x")], "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl"),
-        ({}, corpus(5), "shard-00002.parquet holds rows 4 to 5 of another corpus than new.jsonl"),
-        ({}, corpus(4), "holds shard-00002.parquet, and new.jsonl ends after 4 passages"),
+        (Letters("other"), {}, corpus(6), ["model letters", "model other"]),
+        (None, {"dtype": "float16"}, corpus(6), ["dtype float32", "dtype float16"]),
+        (None, {"shard_rows": 3}, corpus(6), ["shard_rows 2", "shard_rows 3"]),
+        (None, {}, corpus(6, start=1), ["shard-00000.parquet", "rows 0 to 1"]),
+        (None, {}, [*corpus(5), Passage("5", "x")], ["shard-00002.parquet", "rows 4 to 5"]),
+        (None, {}, corpus(5), ["shard-00002.parquet", "rows 4 to 5"]),
+        (None, {}, corpus(4), ["shard-00002.parquet", "4 passages"]),
     ],
 )
-def test_what_does_not_belong_in_the_folder_is_refused(tmp_path, options, rows, message):
-    embed_passages(corpus(6), Letters(), tmp_path, shard_rows=2)
+def test_what_does_not_belong_in_the_folder_is_refused(tmp_path, encoder, config, rows, values):
+    embed_letters(corpus(6), tmp_path, shard_rows=2)
     before = contents(tmp_path)
-    options = {"encoder": Letters(), "shard_rows": 2, **options}
-    with pytest.raises(ArtifactError) as caught:
-        embed_passages(rows, output=tmp_path, source="new.jsonl", **options)
-    assert message in caught.value.message
+    with fails(ArtifactError, *values) as caught:
+        embed_letters(rows, tmp_path, encoder, **{"shard_rows": 2, **config})
     assert caught.value.remedy
     assert contents(tmp_path) == before
 
 
 def test_empty_corpus_leaves_no_embeddings(tmp_path):
-    with pytest.raises(InputError, match=r"c\.jsonl holds no passage"):
-        embed_passages([], Letters(), tmp_path / "e", source="c.jsonl")
-    assert not (tmp_path / "e").exists()
     (tmp_path / "mine").mkdir()
-    with pytest.raises(InputError):
-        embed_passages([], Letters(), tmp_path / "mine", source="c.jsonl")
-    assert contents(tmp_path / "mine") == {}
+    for folder in (tmp_path / "e", tmp_path / "mine"):
+        with pytest.raises(InputError):
+            embed_letters([], folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match="is a file, and embeddings are a folder"):
-        embed_passages(corpus(1), Letters(), tmp_path / "file")
-    with pytest.raises(ResourceError, match="cannot be used"):
-        embed_passages(corpus(1), Letters(), Path("/sys/telerag"))
+    with fails(ArtifactError, tmp_path / "file"):
+        embed_letters(corpus(1), tmp_path / "file")
+    with fails(ResourceError, "/sys/telerag"):
+        embed_letters(corpus(1), Path("/sys/telerag"))
     (tmp_path / "shard-00000.parquet").write_text("")
-    with pytest.raises(ArtifactError, match=r"holds shards and no embeddings\.json"):
-        embed_passages(corpus(1), Letters(), tmp_path)
+    with fails(ArtifactError, "embeddings.json"):
+        embed_letters(corpus(1), tmp_path)
 
 
 def test_damaged_shard_is_named(tmp_path):
-    embed_passages(corpus(3), Letters(), tmp_path)
+    embed_letters(corpus(3), tmp_path)
     (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ArtifactError, match=r"shard-00000\.parquet is damaged"):
-        embed_passages(corpus(3), Letters(), tmp_path)
+    with fails(ArtifactError, "shard-00000.parquet"):
+        embed_letters(corpus(3), tmp_path)
 
 
 def test_second_writer_is_refused(tmp_path):
     def rows():
-        with pytest.raises(ArtifactError, match="is being written by another process"):
-            embed_passages(corpus(1), Letters(), tmp_path)
+        with fails(ArtifactError, tmp_path):
+            embed_letters(corpus(1), tmp_path)
         yield from corpus(2)
 
-    assert embed_passages(rows(), Letters(), tmp_path).rows == 2
+    assert embed_letters(rows(), tmp_path).rows == 2
 
 
 # The command, with the real model.

@@ -17,13 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, TeleragError, UsageError
 from telerag_cli.index.artifact import ID_BYTES, Index
-from telerag_cli.index.build import BuildOptions, build, finished, partial_of, plan_build
+from telerag_cli.index.build import BuildConfig, build_index, plan_build
+from telerag_cli.index.partial import partial_of
 from telerag_cli.index.passages import BATCH_ROWS, Passages
 from telerag_cli.index.recall import NEIGHBOURS, Nearest
 from telerag_cli.index.scoring import empty_ivf, flat
@@ -55,7 +57,7 @@ def contents(root):
 def test_lists_are_those_of_faiss(tmp_path, metric, storage):
     vectors = clustered(35_000, 20)  # three blocks to assign; codes of 20 bytes ask for padded capacities
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    index = build(source, tmp_path / "index", BuildOptions(64, metric, storage))
+    index = build_index(source, tmp_path / "index", BuildConfig(64, metric, storage))
     quantizer = flat(index.centroids, metric)
     reference = empty_ivf(quantizer, 20, 64, metric, storage, index.trained)
     reference.add(vectors)
@@ -70,8 +72,8 @@ def test_lists_are_those_of_faiss(tmp_path, metric, storage):
 def test_int8_ranges_are_those_faiss_trains(tmp_path):
     vectors = clustered(3000, 16)
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    options = BuildOptions(8, Metric.L2, Storage.INT8)
-    index = build(source, tmp_path / "index", options)
+    options = BuildConfig(8, Metric.L2, Storage.INT8)
+    index = build_index(source, tmp_path / "index", options)
     training, held_out = draw_rows(3000, plan_training(3000, 16, 8, 1 << 20), options.seed)
     assert not set(training) & set(held_out)
     reference = faiss.IndexIVFScalarQuantizer(
@@ -85,7 +87,7 @@ def test_int8_ranges_are_those_faiss_trains(tmp_path):
 def test_recall_in_the_manifest_is_what_faiss_finds(tmp_path, metric):
     vectors = clustered(20_000, 24)
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    manifest = build(source, tmp_path / "index", BuildOptions(100, metric, Storage.INT8)).manifest
+    manifest = build_index(source, tmp_path / "index", BuildConfig(100, metric, Storage.INT8)).manifest
     index = Index.open(tmp_path / "index")
     _, held_out = draw_rows(20_000, plan_training(20_000, 24, 100, 1 << 30), 0)
     exact = faiss.IndexFlat(24, faiss.METRIC_INNER_PRODUCT if metric is Metric.IP else faiss.METRIC_L2)
@@ -125,7 +127,7 @@ def test_nearest_in_blocks_is_nearest_at_once():
 def test_manifest_numbers(tmp_path):
     vectors = clustered(2000, 8)
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    index = build(source, tmp_path / "index", BuildOptions(16))
+    index = build_index(source, tmp_path / "index", BuildConfig(16))
     sizes = index.sizes
     assert sizes.sum() == index.manifest.ntotal == 2000
     balance = index.manifest.balance
@@ -148,7 +150,7 @@ def test_manifest_numbers(tmp_path):
 def test_empty_lists(tmp_path):
     vectors = np.repeat(np.eye(4, 8, dtype=np.float32), 30, axis=0)  # four places for twenty centroids
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    index = build(source, tmp_path / "index", BuildOptions(20, Metric.L2))
+    index = build_index(source, tmp_path / "index", BuildConfig(20, Metric.L2))
     assert index.manifest.balance["empty"] == (index.sizes == 0).sum() >= 16
     rows = np.concatenate([vectors_of(index, number)[1] for number in range(20)])
     assert sorted(rows.tolist()) == list(range(120))
@@ -157,7 +159,7 @@ def test_empty_lists(tmp_path):
 @pytest.mark.parametrize("rows", [1, 2, 11])
 def test_tiny_corpora(tmp_path, rows):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(rows, 8)))
-    index = build(source, tmp_path / "index", BuildOptions())
+    index = build_index(source, tmp_path / "index", BuildConfig())
     assert (index.manifest.nlist, index.manifest.ntotal) == (1, rows)
     assert vectors_of(index, 0)[1].tolist() == list(range(rows))
     assert index.manifest.recall_at_10 == ({"1": 1.0} if rows == 11 else {})
@@ -175,8 +177,8 @@ def test_auto_nlist():
 def test_more_lists_than_vectors_names_both(tmp_path):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
     with pytest.raises(UsageError, match=r"51 lists .* 50 vectors"):
-        plan_build(source, tmp_path / "index", BuildOptions(51))
-    assert build(source, tmp_path / "index", BuildOptions(50)).manifest.nlist == 50
+        plan_build(source, tmp_path / "index", BuildConfig(51))
+    assert build_index(source, tmp_path / "index", BuildConfig(50)).manifest.nlist == 50
 
 
 def test_memory_is_bounded(tmp_path):
@@ -216,7 +218,7 @@ def test_memory_is_bounded(tmp_path):
 def test_too_little_memory_is_refused(tmp_path):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
     with pytest.raises(UsageError, match=r"--memory is 1.00 MiB, and .* need"):
-        plan_build(source, tmp_path / "index", BuildOptions(memory_bytes=1 << 20))
+        plan_build(source, tmp_path / "index", BuildConfig(memory_bytes=1 << 20))
 
 
 # Where k-means runs
@@ -261,7 +263,7 @@ def test_a_gpu_that_is_not_there_says_what_is(device, gpus, message):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "cuda0", ""])
 def test_what_is_no_device(device):
-    with pytest.raises(UsageError, match=rf"'{device}' is no device"):
+    with pytest.raises(UsageError, match=rf"'{device}' is not a device"):
         find_gpu(device, library(2))
 
 
@@ -276,11 +278,13 @@ def test_cuda_without_a_faiss_for_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["e.parquet"]
 
 
-def test_a_build_does_not_go_on_on_another_device(tmp_path):
+def test_a_build_does_not_go_on_on_another_device(tmp_path, monkeypatch):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
-    assert build(source, tmp_path / "index", BuildOptions(4)).manifest.trained_on == "cpu"
-    with pytest.raises(ArtifactError, match="training device cpu, and this asks for training device cuda"):
-        build(source, tmp_path / "index", BuildOptions(4, gpu=0))
+    assert build_index(source, tmp_path / "index", BuildConfig(4)).manifest.trained_on == "cpu"
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    with fails(ArtifactError, "training device cpu", "training device cuda"):
+        build_index(source, tmp_path / "index", BuildConfig(4, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -288,9 +292,9 @@ def test_a_build_does_not_go_on_on_another_device(tmp_path):
 @pytest.mark.parametrize("metric", Metric)
 def test_trained_on_a_gpu(tmp_path, metric):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 24)))
-    options = BuildOptions(64, metric)
-    reference = build(source, tmp_path / "cpu", options).manifest
-    index = build(source, tmp_path / "cuda", replace(options, gpu=find_gpu("cuda")))
+    options = BuildConfig(64, metric)
+    reference = build_index(source, tmp_path / "cpu", options).manifest
+    index = build_index(source, tmp_path / "cuda", replace(options, device="cuda"))
     assert (index.manifest.trained_on, index.sizes.sum()) == ("cuda", 20_000)
     for nprobe, recall in index.manifest.recall_at_10.items():
         assert recall == pytest.approx(reference.recall_at_10[nprobe], abs=0.05)
@@ -304,18 +308,18 @@ def test_trained_on_a_gpu(tmp_path, metric):
 def test_kept_vectors_are_those_of_the_embeddings(tmp_path, storage, kept):
     vectors = clustered(5000, 20)
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    options = BuildOptions(16, storage=storage, keep_vectors=kept)
+    options = BuildConfig(16, storage=storage, keep_vectors=kept)
     plan = replace(plan_build(source, tmp_path / "index", options), place_rows=700)
-    index = build(source, tmp_path / "index", options, plan=plan)
+    index = build_index(source, tmp_path / "index", options, plan=plan)
     assert index.manifest.kept_vectors == kept
     assert isinstance(index.vectors, np.memmap)
     assert index.vectors.dtype == kept
     np.testing.assert_array_equal(index.vectors, vectors.astype(kept))
     np.testing.assert_array_equal(np.load(index.paths.vectors, mmap_mode="r"), index.vectors)
     assert plan.vectors_bytes == index.paths.vectors.stat().st_size == index.manifest.files["vectors.npy"].bytes
-    without = plan_build(source, tmp_path / "other", replace(options, keep_vectors=""))
+    without = plan_build(source, tmp_path / "other", replace(options, keep_vectors=None))
     plan = plan_build(source, tmp_path / "other", options)
-    assert plan.needed_disk_bytes - without.needed_disk_bytes == plan.vectors_bytes
+    assert plan.needed_bytes - without.needed_bytes == plan.vectors_bytes
 
 
 def test_vectors_are_kept_if_asked_for(tmp_path):
@@ -342,7 +346,7 @@ def test_lists_of_float32_hold_the_vectors_already(tmp_path):
 
 def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(64, 8)))
-    index = build(source, tmp_path / "index", BuildOptions(2, storage=Storage.INT8, keep_vectors="float16"))
+    index = build_index(source, tmp_path / "index", BuildConfig(2, storage=Storage.INT8, keep_vectors="float16"))
     right = np.array(index.vectors)
     for wrong, found in ((right.T.copy(), r"float16 \(8, 64\)"), (right.view(np.int16), r"int16 \(64, 8\)")):
         np.save(index.paths.vectors, wrong)
@@ -357,12 +361,12 @@ def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
 
 def test_a_manifest_of_before_there_were_devices_and_kept_vectors(tmp_path):
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
-    index = build(source, tmp_path / "index", BuildOptions(4))
+    index = build_index(source, tmp_path / "index", BuildConfig(4))
     known = json.loads(index.paths.manifest.read_text())
     del known["trained_on"], known["kept_vectors"]
     index.paths.manifest.write_text(json.dumps(known))
     assert Index.open(index.paths.root).manifest == index.manifest
-    assert finished(plan_build(source, index.paths.root, BuildOptions(4)))
+    assert plan_build(source, index.paths.root, BuildConfig(4)).finished()
 
 
 # Passages
@@ -377,7 +381,7 @@ def test_passages_by_row(tmp_path):
         title=[f"T{i}" for i in range(rows)],
         year=[2000 + i if i % 2 else None for i in range(rows)],
     )
-    build(Embeddings.open(file), tmp_path / "index", BuildOptions(4))
+    build_index(Embeddings.open(file), tmp_path / "index", BuildConfig(4))
     passages = Passages.open(tmp_path / "index" / "passages.arrow")
     assert len(passages) == rows
     last = rows - 1
@@ -391,8 +395,8 @@ def test_passages_by_row(tmp_path):
 
 
 def test_damaged_passages_are_named(tmp_path):
-    build(
-        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildOptions(1)
+    build_index(
+        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildConfig(1)
     )
     path = tmp_path / "index" / "passages.arrow"
     path.write_bytes(path.read_bytes()[:-20])
@@ -424,7 +428,7 @@ def test_foreign_parquet(tmp_path, kind):
     assert source.sample(np.array([0, 999, 1000, 2999]), lambda _count: None).tolist() == [
         next(block for _, block in source.batches(1, row))[0].tolist() for row in (0, 999, 1000, 2999)
     ]
-    index = build(source, tmp_path / "index", BuildOptions(8))
+    index = build_index(source, tmp_path / "index", BuildConfig(8))
     assert index.manifest.embedder.model is None
     assert Passages.open(index.paths.passages)[[2999]] == [Passage("2999", "", {})]
 
@@ -457,7 +461,7 @@ def test_ragged_lists_name_the_row(tmp_path):
         pa.table({"v": pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32()))}), tmp_path / "r.parquet"
     )
     with pytest.raises(ArtifactError, match=r"Row 5 of .*r\.parquet has dimension 1, and the first has 2"):
-        build(Embeddings.open(tmp_path / "r.parquet"), tmp_path / "index", BuildOptions())
+        build_index(Embeddings.open(tmp_path / "r.parquet"), tmp_path / "index", BuildConfig())
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -466,24 +470,24 @@ def test_vectors_that_are_no_numbers_name_the_row(tmp_path, bad):
     vectors[2345, 3] = bad
     file = write_parquet(tmp_path / "e.parquet", vectors)
     with pytest.raises(InputError, match=rf"row 2,345 of .*e\.parquet holds {bad}"):
-        build(Embeddings.open(file), tmp_path / "index", BuildOptions())
+        build_index(Embeddings.open(file), tmp_path / "index", BuildConfig())
 
 
 def test_missing_vectors_name_the_row(tmp_path):
     pq.write_table(pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet")
     with pytest.raises(InputError, match=r"Row 1 of .* has no vector"):
-        build(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildOptions())
+        build_index(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildConfig())
 
 
 @pytest.mark.parametrize(
-    "options", [BuildOptions(storage=Storage.FLOAT16), BuildOptions(storage=Storage.INT8, keep_vectors="float16")]
+    "options", [BuildConfig(storage=Storage.FLOAT16), BuildConfig(storage=Storage.INT8, keep_vectors="float16")]
 )
 def test_too_large_for_float16(tmp_path, options):
     vectors = clustered(300, 8)
     vectors[123] *= 1e6
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
     with pytest.raises(InputError, match=r"row 123 .* float16 ends at 65504"):
-        build(source, tmp_path / "index", options)
+        build_index(source, tmp_path / "index", options)
 
 
 def test_no_rows(tmp_path):
@@ -556,8 +560,8 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
     import contextlib
 
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 8)))
-    options = BuildOptions(32, storage=Storage.INT8, keep_vectors="float32")
-    build(source, tmp_path / "whole", options)
+    options = BuildConfig(32, storage=Storage.INT8, keep_vectors="float32")
+    build_index(source, tmp_path / "whole", options)
     advanced = []
 
     @contextlib.contextmanager
@@ -574,20 +578,20 @@ def test_stopped_in_each_stage_the_bytes_are_the_same(tmp_path, stage):
     # Several blocks to place, of another size than in the uninterrupted build.
     plan = replace(plan_build(source, tmp_path / "index", options), place_rows=3000)
     with pytest.raises(Stop):
-        build(source, tmp_path / "index", options, progress=progress, plan=plan)
+        build_index(source, tmp_path / "index", options, progress=progress, plan=plan)
     assert not (tmp_path / "index").exists()
     if stage == "Assigning":  # with another file the build is another
         other = Embeddings.open(write_parquet(tmp_path / "other.parquet", clustered(20_000, 8, seed=1)))
         with pytest.raises(
             ArtifactError, match=r"was begun with embeddings xxh3:\w+, and this asks for embeddings xxh3:"
         ):
-            build(other, tmp_path / "index", options)
+            build_index(other, tmp_path / "index", options)
         with pytest.raises(ArtifactError, match=r"was begun with nlist 32, .* and this asks for nlist 16, "):
-            build(source, tmp_path / "index", replace(options, nlist=16))
+            build_index(source, tmp_path / "index", replace(options, nlist=16))
         with pytest.raises(ArtifactError, match="begun with kept vectors float32, and this asks for kept vectors none"):
-            build(source, tmp_path / "index", replace(options, keep_vectors=""))
+            build_index(source, tmp_path / "index", replace(options, keep_vectors=None))
     advanced.clear()
-    build(source, tmp_path / "index", options)
+    build_index(source, tmp_path / "index", options)
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
 
 
@@ -617,11 +621,11 @@ def test_a_folder_that_is_no_index_is_never_touched(tmp_path):
     for flags in ([], ["--overwrite"]):
         result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "mine"), *flags])
         assert result.exit_code == 1
-        assert "is no index" in result.stderr
+        assert "is not an index" in result.stderr
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     (tmp_path / "mine").rename(partial_of(tmp_path / "other"))
-    with pytest.raises(ArtifactError, match="no build of ours"):
-        build(Embeddings.open(file), tmp_path / "other", BuildOptions(), overwrite=True)
+    with pytest.raises(ArtifactError, match="is not an unfinished index"):
+        build_index(Embeddings.open(file), tmp_path / "other", BuildConfig(), overwrite=True)
 
 
 def test_two_builds_of_one_index_at_once(tmp_path):
@@ -633,11 +637,11 @@ def test_two_builds_of_one_index_at_once(tmp_path):
     @contextlib.contextmanager
     def progress(description, _total, *, unit=""):
         with pytest.raises(ResourceError, match="Another telerag is building"):
-            build(source, tmp_path / "index", BuildOptions())
+            build_index(source, tmp_path / "index", BuildConfig())
         seen.append(description)
         yield lambda _count: None
 
-    build(source, tmp_path / "index", BuildOptions(), progress=progress)
+    build_index(source, tmp_path / "index", BuildConfig(), progress=progress)
     assert seen
 
 
@@ -655,8 +659,8 @@ def test_a_full_disk_is_a_sentence_and_the_build_resumes(tmp_path):
     assert not (tmp_path / "index").exists()
     assert (partial_of(tmp_path / "index") / "centroids.npy").exists()
     source = Embeddings.open(file)
-    build(source, tmp_path / "whole", BuildOptions(16))
-    build(source, tmp_path / "index", BuildOptions(16))
+    build_index(source, tmp_path / "whole", BuildConfig(16))
+    build_index(source, tmp_path / "index", BuildConfig(16))
     assert contents(tmp_path / "index") == contents(tmp_path / "whole")
 
 
@@ -665,7 +669,7 @@ def test_not_enough_room_is_refused_with_numbers(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1 << 20))
     with pytest.raises(ResourceError, match=r"needs \d.* MiB of disk, and 1\.00 MiB are free"):
-        build(source, tmp_path / "index", BuildOptions())
+        build_index(source, tmp_path / "index", BuildConfig())
     assert list(tmp_path.iterdir()) == [tmp_path / "e.parquet"]
 
 
@@ -674,7 +678,7 @@ def test_unwritable_output(tmp_path):
     file = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
     (tmp_path / "closed").mkdir(mode=0o555)
     with pytest.raises(TeleragError, match="cannot be written"):
-        build(Embeddings.open(file), tmp_path / "closed" / "index", BuildOptions())
+        build_index(Embeddings.open(file), tmp_path / "closed" / "index", BuildConfig())
 
 
 def test_output_under_a_file(tmp_path):
@@ -688,9 +692,9 @@ def test_vectors_whose_distances_exceed_float32(tmp_path):
     vectors = clustered(200, 8)
     vectors[123] *= 1e30
     file = write_parquet(tmp_path / "e.parquet", vectors)
-    options = BuildOptions(2, Metric.L2, seed=1)
+    options = BuildConfig(2, Metric.L2, seed=1)
     with pytest.raises(InputError, match=r"row 123 is .*e\+30 long.*exceeds float32"):
-        build(Embeddings.open(file), tmp_path / "index", options)
+        build_index(Embeddings.open(file), tmp_path / "index", options)
 
 
 # Our own folders
@@ -699,7 +703,7 @@ def test_vectors_whose_distances_exceed_float32(tmp_path):
 def test_our_folder(tmp_path):
     vectors = clustered(250, 8)
     source = Embeddings.open(embeddings_folder(tmp_path / "e", vectors, 100))
-    index = build(source, tmp_path / "index", BuildOptions(2))
+    index = build_index(source, tmp_path / "index", BuildConfig(2))
     embedder = index.manifest.embedder
     assert (embedder.model, embedder.pooling, embedder.normalized, embedder.prompt) == ("m", "mean", True, "query: ")
     assert Passages.open(index.paths.passages)[[249]] == [Passage("p249", "Text 249", {"title": "T249"})]

@@ -24,9 +24,9 @@ from telerag_cli.corpus.passages import Passage
 from telerag_cli.distributed.data import MAX_TRIES, RayPool
 from telerag_cli.distributed.session import Cluster, cause, joined
 from telerag_cli.embedding.encoder import EncoderInfo
-from telerag_cli.embedding.job import embed_passages, make_shard
+from telerag_cli.embedding.job import EmbedConfig, embed, make_shard
 from telerag_cli.errors import InputError, ResourceError, UsageError
-from telerag_cli.index.build import BuildOptions, build
+from telerag_cli.index.build import BuildConfig, build_index
 from telerag_cli.index.recall import Nearest
 from telerag_cli.index.stages import ASSIGN_ROWS
 from vector_files import clustered, write_parquet
@@ -140,7 +140,11 @@ class Letters:
 
     too_much: str = ""
     precision: str = "float32"
+    device = "cpu"
     info = EncoderInfo("letters", 4, "mean", True, None, 16, "xxh3:0")
+
+    def decide(self, texts):
+        return self.precision
 
     def encode(self, texts, batch_size=None, advance=None):
         if self.too_much in texts:
@@ -148,30 +152,34 @@ class Letters:
         return np.array([[text.count(letter) for letter in "abcd"] for text in texts], np.float32)
 
 
-def makers(too_much):
-    """Shards made by workers."""
+@dataclass
+class LetterPool:
+    """Workers that make shards with `Letters`."""
 
-    def letters():
-        return partial(make_shard, encoder=Letters(too_much))
+    too_much: str = ""
+    workers, gpus_each = 2, 0.0
 
-    return partial(POOL, make_worker=letters)
+    def __call__(self, tasks, make_worker):
+        def letters():
+            return partial(make_shard, encoder=Letters(self.too_much))
+
+        return POOL(tasks, letters)
 
 
 def test_embeddings_are_the_same_bytes_and_go_on_from_each_other(cluster, tmp_path):
     rows = [Passage(str(index), "a" * index + "b", {"n": index}) for index in range(30)]
-    here, there = tmp_path / "here", tmp_path / "there"
-    embed_passages(rows, Letters(), here, shard_rows=4)
+    here, there, config = tmp_path / "here", tmp_path / "there", EmbedConfig(shard_rows=4)
+    embed(rows, here, config, encoder=Letters())
     with fails(ResourceError, "It does not fit"):
-        embed_passages(rows, Letters(), there, shard_rows=4, makers=makers(rows[22].text))
+        embed(rows, there, config, encoder=Letters(), pool=LetterPool(rows[22].text))
     left = {path.name for path in there.glob("*.parquet")}
     assert "shard-00005.parquet" not in left
-    done = []
-    report = embed_passages(rows, Letters(), there, shard_rows=4, advance=done.append, makers=makers(""))
+    report = embed(rows, there, config, encoder=Letters(), pool=LetterPool())
     assert contents(there) == contents(here)
-    assert (report.rows, sum(done)) == (30, 30)
+    assert (report.rows, report.shards) == (30, 8)
     assert report.embedded == 30 - sum(2 if name == "shard-00007.parquet" else 4 for name in left)
     (there / "shard-00003.parquet").unlink()
-    embed_passages(rows, Letters(), there, shard_rows=4)
+    embed(rows, there, config, encoder=Letters())
     assert contents(there) == contents(here)
 
 
@@ -195,11 +203,11 @@ def until(stage):
 def test_an_index_is_the_same_bytes_and_goes_on_from_each_other(cluster, tmp_path, first):
     vectors = clustered(2 * ASSIGN_ROWS + 1000, 8)
     source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    options = BuildOptions(16, Metric.L2, Storage.INT8, keep_vectors="float16")
-    build(source, tmp_path / "here", options)
+    options = BuildConfig(16, Metric.L2, Storage.INT8, keep_vectors="float16")
+    build_index(source, tmp_path / "here", options)
     with pytest.raises(StopError):
-        build(source, tmp_path / "there", options, pool=first, progress=until("Placing"))
-    build(source, tmp_path / "there", options, pool=POOL if first is None else None)
+        build_index(source, tmp_path / "there", options, pool=first, progress=until("Placing"))
+    build_index(source, tmp_path / "there", options, pool=POOL if first is None else None)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 

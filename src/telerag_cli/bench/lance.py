@@ -25,9 +25,9 @@ from telerag_cli.bench.baselines import Plain
 from telerag_cli.config import Metric, Storage
 from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.files import read_json, wrap_os_error, write_json
+from telerag_cli.files import check_disk, read_json, wrap_os_error, write_json
 from telerag_cli.index.artifact import ID_BYTES, Index
-from telerag_cli.index.partial import check_disk, partial_of
+from telerag_cli.index.partial import partial_of
 from telerag_cli.index.scoring import faiss_threads, nothing
 from telerag_cli.progress import Advance, Progress
 

@@ -28,7 +28,7 @@ from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.embedding.encoder import Encoder, min_cosine, model_path
 from telerag_cli.errors import InputError, TeleragError
 from telerag_cli.index.artifact import ID_BYTES, Index, code_size
-from telerag_cli.index.build import partial_of
+from telerag_cli.index.partial import partial_of
 from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.train import ITERATIONS, TrainingPlan, draw_rows
 from telerag_cli.progress import Advance

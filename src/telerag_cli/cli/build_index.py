@@ -12,6 +12,8 @@ from telerag_cli.cli import console
 from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
 from telerag_cli.config import KeptType, Metric, Storage, format_bytes, parse_bytes
 from telerag_cli.errors import UsageError
+from telerag_cli.files import free_bytes
+from telerag_cli.system import available_bytes
 
 COLUMNS = ("what", "value")
 
@@ -31,7 +33,8 @@ def build_index(
     keep_vectors: Annotated[
         KeptType | None,
         typer.Option(
-            help="Keep the vectors in row order too: searches then score their best candidates again from them.  \\[default: not kept]",
+            help="Keep the vectors in row order too: searches then score their best candidates again from them.  "
+            "\\[default: not kept]",
             show_default=False,
         ),
     ] = None,
@@ -53,31 +56,28 @@ def build_index(
     count = _list_count(nlist)
     memory_bytes = parse_bytes(memory)
 
-    from telerag_cli.corpus.embeddings import Embeddings
-    from telerag_cli.index.build import BuildOptions, build, finished, plan_build
+    from telerag_cli.index.build import BuildConfig, plan_build
+    from telerag_cli.index.build import build_index as run
     from telerag_cli.index.scoring import faiss_threads
-    from telerag_cli.index.train import find_gpu
 
     with console.stdout_reserved():
-        gpu = find_gpu(device)
         if ray or ray_address is not None:  # workers need not have this process's working folder
             embeddings, root = embeddings.absolute(), output.absolute()
         else:
             root = output
-        source = Embeddings.open(embeddings, column)
-        options = BuildOptions(count, metric, storage, seed, memory_bytes, gpu, str(keep_vectors or ""))
-        plan = plan_build(source, root, options)
-        kept = finished(plan) and not overwrite
+        config = BuildConfig(count, metric, storage, keep_vectors, seed, memory_bytes, device, column)
+        plan = plan_build(embeddings, root, config)
+        kept = plan.finished(overwrite=overwrite)
         if kept:
             console.say(f"{output} is already built from these embeddings with these options.")
         else:
             _show_plan(plan)
-            if device == "auto" and gpu is not None:
-                console.say(f"k-means runs on cuda:{gpu}, which Faiss finds; --device cpu keeps it off.")
+            if device == "auto" and plan.gpu is not None:
+                console.say(f"k-means runs on cuda:{plan.gpu}, which Faiss finds; --device cpu keeps it off.")
         # The scores of Faiss differ in their last bit with its threads: workers have as many as this process.
         with contextlib.ExitStack() as stack:
             pool = None if kept else stack.enter_context(ray_pool(ray, ray_address, workers, threads=faiss_threads()))
-            index = build(source, root, options, overwrite=overwrite, progress=console.progress, plan=plan, pool=pool)
+            index = run(embeddings, root, config, overwrite=overwrite, progress=console.progress, pool=pool, plan=plan)
         console.table("", COLUMNS, index_rows(index.manifest))
     console.emit(str(output))
 
@@ -94,9 +94,6 @@ def _list_count(text: str) -> int | None:
 
 
 def _show_plan(plan: BuildPlan) -> None:
-    import os
-
-    memory_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     needed = [
         ("training sample", "memory", plan.sample_bytes),
         ("block of vectors", "memory", plan.block_bytes),
@@ -105,16 +102,17 @@ def _show_plan(plan: BuildPlan) -> None:
         *([("kept vectors", "disk", plan.vectors_bytes)] if plan.vectors_bytes else []),
         ("assignments, centroids", "disk", plan.work_bytes),
     ]
-    title = f"{plan.rows:,} vectors of {plan.dimension} dimensions into {plan.training.nlist:,} lists of {plan.parameters['storage']}"
+    vectors = f"{plan.embeddings.rows:,} vectors of {plan.embeddings.dimension} dimensions"
+    title = f"{vectors} into {plan.training.nlist:,} lists of {plan.config.storage}"
     console.table(
         title, ["what", "where", "bytes"], [(what, where, format_bytes(size)) for what, where, size in needed]
     )
     resumed = (
-        f" A build of the same was begun and goes on; {format_bytes(plan.on_disk_bytes)} are there."
-        if plan.begun
-        else ""
+        f" A build of the same was begun and goes on; {format_bytes(plan.left_bytes)} are there." if plan.begun else ""
     )
-    console.say(f"Free: {format_bytes(memory_bytes)} of memory, {format_bytes(plan.free_disk_bytes)} of disk.{resumed}")
+    console.say(
+        f"Free: {format_bytes(available_bytes())} of memory, {format_bytes(free_bytes(plan.root))} of disk.{resumed}"
+    )
 
 
 def index_rows(manifest: Manifest) -> list[tuple[str, str]]:

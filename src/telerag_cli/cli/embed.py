@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
 from telerag_cli.config import DEFAULT_EMBEDDER
-from telerag_cli.errors import InputError, ResourceError, UsageError
-
-if TYPE_CHECKING:
-    from telerag_cli.distributed.data import RayPool
-    from telerag_cli.embedding.job import Makers
+from telerag_cli.errors import InputError, UsageError
 
 
 def embed(
@@ -52,23 +45,18 @@ def embed(
     workers: WorkersOption = None,
 ) -> None:
     """Embed a corpus into a folder of Parquet shards; a killed run resumes."""
-    from telerag_cli.corpus.readers import count_passages, find_sources, read_passages
+    from telerag_cli.corpus.readers import find_sources
 
-    found = find_sources(sources)  # before the seconds that loading a model takes
+    find_sources(sources)  # what is missing is said before the seconds that loading libraries takes
     remote = ray or ray_address is not None
     if remote and ":" in device:
         raise UsageError(
             f"--device is {device}, and Ray gives each worker a GPU.", remedy="Use --device cuda, auto or cpu."
         )
+    from telerag_cli.embedding.job import EmbedConfig
+    from telerag_cli.embedding.job import embed as run
 
-    from itertools import islice
-
-    from telerag_cli.corpus.chunking import Chunker
-    from telerag_cli.embedding.encoder import Encoder
-    from telerag_cli.embedding.job import embed_passages
-
-    # With Ray this process only counts tokens, and settles the precision.
-    encoder = Encoder.load(model, device="auto" if remote and device == "cuda" else device, dtype=precision)
+    config = EmbedConfig(model, device, precision, dtype, batch_size, shard_rows, limit)
     bad: list[InputError] = []
     skipped = 0
 
@@ -78,26 +66,10 @@ def embed(
         if len(bad) < 3:
             bad.append(error)
 
-    passages = read_passages(found, Chunker(encoder.tokenizer, encoder.info.max_tokens), on_bad if skip_bad else None)
-    total = count_passages(found)
-    if limit is not None:
-        total = limit if total is None else min(total, limit)
-    started = time.perf_counter()
     try:
-        with (
-            ray_pool(ray, ray_address, workers, gpus=device != "cpu") as pool,
-            console.progress("Embedding", total, unit="passages") as advance,
-        ):
-            report = embed_passages(
-                islice(passages, limit),
-                encoder,
-                output,
-                source=", ".join(sources),
-                dtype=dtype,
-                shard_rows=shard_rows,
-                batch_size=batch_size,
-                advance=advance,
-                makers=_makers(pool, model, device, batch_size) if pool else None,
+        with ray_pool(ray, ray_address, workers, gpus=device != "cpu") as pool:
+            report = run(
+                sources, output, config, pool=pool, progress=console.progress, on_bad=on_bad if skip_bad else None
             )
     finally:
         if skipped:
@@ -105,33 +77,15 @@ def embed(
             console.warn(
                 f"left out {skipped:,} bad line{'s' * (skipped != 1)}: {examples}{' ...' * (skipped > len(bad))}"
             )
-    seconds = time.perf_counter() - started
     place = f"{report.rows:,} passages in {report.shards:,} shard{'s' * (report.shards != 1)} in {output}"
     if report.embedded:
         kept = report.rows - report.embedded
-        computed_on = f"{pool.workers:,} worker{'s' * (pool.workers != 1)}" if pool else encoder.device
+        computed_on = f"{pool.workers:,} worker{'s' * (pool.workers != 1)}" if pool else report.device
+        speed = f"{report.embedded / report.seconds:,.1f} passages/s, {report.precision} on {computed_on}"
         console.say(
-            f"Embedded {report.embedded:,} passages in {seconds:.1f} s ({report.embedded / seconds:,.1f} passages/s, "
-            f"{report.precision} on {computed_on}){f', kept {kept:,} from before' * bool(kept)}: {place}."
+            f"Embedded {report.embedded:,} passages in {report.seconds:.1f} s ({speed})"
+            f"{f', kept {kept:,} from before' * bool(kept)}: {place}."
         )
     else:
         console.say(f"Already complete: {place}.")
     console.emit(str(output))
-
-
-def _makers(pool: RayPool, model: str, device: str, batch_size: int | None) -> Makers:
-    """Shards made by the workers of a pool."""
-    from telerag_cli.embedding.job import ShardMaker, ShardTask
-
-    if device == "cuda" and not pool.gpus_each:
-        raise ResourceError("cuda was asked for and Ray finds no GPU on its machines.", remedy="Use --device cpu.")
-    folder = Path(model).expanduser()
-    maker = ShardMaker(
-        str(folder.resolve()) if folder.is_dir() else model, "cuda" if pool.gpus_each else "cpu", batch_size
-    )
-
-    def makers(tasks: Iterable[ShardTask]) -> Generator[int]:
-        # Workers need not have this process's working folder.
-        return pool((replace(task, path=task.path.absolute()) for task in tasks), maker)
-
-    return makers

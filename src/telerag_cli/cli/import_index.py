@@ -10,6 +10,7 @@ import typer
 from telerag_cli.cli import console
 from telerag_cli.cli.build_index import COLUMNS, index_rows
 from telerag_cli.config import format_bytes
+from telerag_cli.files import free_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.index.faiss_import import ImportPlan
@@ -57,10 +58,9 @@ def import_index(
         from telerag_cli.index.faiss_file import read_faiss
         from telerag_cli.index.faiss_import import import_index as run
         from telerag_cli.index.faiss_import import plan_import
-        from telerag_cli.index.partial import finished
 
         plan = plan_import(read_faiss(index), sources, output, model)
-        if finished(plan) and not overwrite:
+        if plan.finished(overwrite=overwrite):
             console.say(f"{output} is already imported from these files with these options.")
         else:
             _show_plan(plan)
@@ -82,8 +82,8 @@ def _show_plan(plan: ImportPlan) -> None:
     title = f"{file.ntotal:,} vectors of {file.dimension} dimensions in {file.nlist:,} lists of {file.storage}, {file.metric}"
     console.table(title, ["what", "where", "bytes"], rows)
     resumed = (
-        f" An import of the same was begun and goes on; {format_bytes(plan.on_disk_bytes)} are there."
+        f" An import of the same was begun and goes on; {format_bytes(plan.left_bytes)} are there."
         if plan.begun
         else ""
     )
-    console.say(f"Free: {format_bytes(plan.free_disk_bytes)} of disk.{resumed}")
+    console.say(f"Free: {format_bytes(free_bytes(plan.root))} of disk.{resumed}")

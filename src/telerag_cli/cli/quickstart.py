@@ -81,22 +81,21 @@ def quickstart(
 
 
 def _prepare(directory: Path, limit: int | None, encoder: Encoder, took_s: dict[str, float]) -> Index:
-    from telerag_cli.corpus.embeddings import Embeddings
     from telerag_cli.corpus.pydocs import python_documentation
-    from telerag_cli.embedding.job import embed_passages
-    from telerag_cli.index.build import BuildOptions, build
+    from telerag_cli.embedding.job import EmbedConfig, embed
+    from telerag_cli.index.build import BuildConfig, build_index
 
     with _timed("make the corpus", took_s):
         passages = list(itertools.islice(python_documentation(), limit))
         _write_corpus(directory / "corpus.jsonl", passages)
     console.say(f"{len(passages):,} passages of Python documentation.")
     try:
-        with _timed("embed", took_s), console.progress("Embedding", len(passages), unit="passages") as advance:
-            embed_passages(passages, encoder, directory / "embeddings", shard_rows=SHARD_ROWS, advance=advance)
+        with _timed("embed", took_s):
+            config = EmbedConfig(shard_rows=SHARD_ROWS)
+            embed(passages, directory / "embeddings", config, encoder=encoder, progress=console.progress)
         with _timed("build the index", took_s):
-            embeddings = Embeddings.open(directory / "embeddings")
-            options = BuildOptions(nlist=-(-len(passages) // PASSAGES_PER_LIST))
-            return build(embeddings, directory / "index", options, progress=console.progress)
+            lists = BuildConfig(nlist=-(-len(passages) // PASSAGES_PER_LIST))
+            return build_index(directory / "embeddings", directory / "index", lists, progress=console.progress)
     except ArtifactError as error:
         # Another Python has other documentation, and another --limit less of it.
         raise ArtifactError(error.message, remedy=f"Remove {directory} or choose another --dir.") from error

@@ -18,7 +18,7 @@ import xxhash
 
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import ArtifactError, InputError, UsageError
-from telerag_cli.files import checksum, read_json, wrap_os_error
+from telerag_cli.files import checksum, ends_of, read_json, wrap_os_error
 
 FORMAT = "telerag-embeddings"
 DESCRIPTION = "embeddings.json"
@@ -26,7 +26,6 @@ READ_ROWS = 8192
 """Rows asked of Parquet at a time."""
 BUFFER_BYTES = 1 << 20
 """Column chunks are read through a buffer of this size, so that a large row group is never held whole."""
-FINGERPRINT_BYTES = 1 << 20
 PASSAGE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "text", "metadata")])
 
 T = TypeVar("T")
@@ -130,12 +129,8 @@ class Embeddings:
             digest.update(json.dumps(self.description["shards"], sort_keys=True).encode())
             return f"xxh3:{digest.hexdigest()}"
         for shard in self.shards:
-            size = shard.path.stat().st_size
-            digest.update(f"{shard.path.name} {size}".encode())
-            with shard.path.open("rb") as handle:
-                digest.update(handle.read(FINGERPRINT_BYTES))
-                handle.seek(max(0, size - FINGERPRINT_BYTES))
-                digest.update(handle.read())
+            size, ends = ends_of(shard.path)
+            digest.update(f"{shard.path.name} {size}".encode() + ends)
         return f"xxh3:{digest.hexdigest()}"
 
     def batches(self, rows: int, start: int = 0) -> Iterator[tuple[int, FloatArray]]:

@@ -96,22 +96,24 @@ class Encoder:
         return hasattr(self._model[0], "auto_model")
 
     @classmethod
-    def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", dtype: str = "auto") -> Encoder:
+    def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", precision: str = "auto") -> Encoder:
         """Load a model.
 
         Args:
             model: the bundled model's alias, a folder, or a name in the Hugging Face cache or hub.
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-            dtype: in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries are always
+            precision: type in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries are always
                 computed in float32.
 
         Raises:
             ModelError: the model cannot be had or is no text encoder.
             ResourceError: the device is not there.
-            UsageError: the device or dtype is no such thing.
+            UsageError: the device or precision is none of these.
         """
-        if dtype != "auto" and dtype not in get_args(Precision):
-            raise UsageError(f"'{dtype}' is no precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}.")
+        if precision != "auto" and precision not in get_args(Precision):
+            raise UsageError(
+                f"'{precision}' is not a precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}."
+            )
         place = find_device(device)
         folder = _folder(model)
         name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
@@ -125,7 +127,7 @@ class Encoder:
                 f"The embedder '{model}' cannot be loaded: {reason}.",
                 remedy=f"Give a folder or a sentence-transformers name, or leave out --model for {DEFAULT_EMBEDDER}.",
             ) from error
-        return cls(loaded, name, place, None if dtype == "auto" else dtype)  # type: ignore[arg-type]
+        return cls(loaded, name, place, None if precision == "auto" else precision)  # type: ignore[arg-type]
 
     @property
     def device(self) -> str:
@@ -320,7 +322,7 @@ def find_device(device: str) -> torch.device:
         return torch.device("cuda:0" if count else "cpu")
     kind, _, number = device.partition(":")
     if device != "cpu" and not (kind == "cuda" and (number.isdecimal() or device == "cuda")):
-        raise UsageError(f"'{device}' is no device.", remedy="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"'{device}' is not a device.", remedy="Use auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and int(number or 0) >= count:
         raise ResourceError(
             f"{device} was asked for and this machine has {count or 'no'} CUDA device{'s' * (count != 1)} that torch can use.",

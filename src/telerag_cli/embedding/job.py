@@ -1,11 +1,11 @@
-"""`telerag embed`'s work: passages to a folder of Parquet shards, resumable at each of them.
+"""Embedding a corpus: passages to a folder of Parquet shards, resumable at each of them.
 
 The folder holds ``shard-00000.parquet``, ... in the order of the corpus, and ``embeddings.json``, which is there from
 the start and says at the end ``"complete": true``. A shard is whole or absent. A resumed run reads the whole corpus
 again and compares it, by a running digest that each shard records, with what the shards were made of.
 
-What is to be made of a shard, a `ShardTask`, is pickled easily, and `make_shard` needs an encoder beside it and no
-more; so shards can be made elsewhere too (`Makers`). Which are made, and that the folder is whole, is decided here.
+A `ShardTask` is pickled easily, and `make_shard` needs nothing but an encoder beside it; so shards can be made by other
+processes too. Which are made, and that the folder is whole, is decided here.
 """
 
 from __future__ import annotations
@@ -14,27 +14,30 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from telerag_cli.arrays import FloatArray
+from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
+from telerag_cli.corpus.readers import OnBad, count_passages, find_sources, read_passages
 from telerag_cli.embedding.encoder import Encoder, Precision
-from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
+from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError, UsageError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
-from telerag_cli.progress import Advance
+from telerag_cli.progress import Advance, Pool, Progress, silent
 
 VERSION = 1
 METADATA_KEY = b"telerag"
-DEFAULT_SHARD_ROWS = 8192
 ROW_GROUP_ROWS = 2048
 
 REMEDIES = {
@@ -45,19 +48,57 @@ REMEDIES = {
 }
 OTHER_MODEL = "The model is not the one that the folder was begun with: choose another --output."
 
-
 Dtype = Literal["float32", "float16"]
-"""How vectors are stored."""
+"""Type in which vectors are stored."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a run did: rows in the folder, rows embedded by this run, and the type they were computed in."""
+class EmbedConfig:
+    """How a corpus is embedded.
+
+    Raises:
+        UsageError: a value is not one of its choices, or less than 1.
+    """
+
+    model: str = DEFAULT_EMBEDDER
+    """The bundled model's alias, a folder, or a name in the Hugging Face cache or hub."""
+    device: str = "auto"
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: Literal["auto"] | Precision = "auto"
+    """Type to compute in; ``auto`` is the folder's if it was begun, else decided on the first passages."""
+    dtype: Dtype = "float32"
+    """Type of the stored vectors."""
+    batch_size: int | None = None
+    """Passages in a batch, as in `Encoder.encode`."""
+    shard_rows: int = 8192
+    """Passages in a shard, which is the unit of resuming."""
+    limit: int | None = None
+    """Number of passages to embed, the first ones; None for all."""
+
+    def __post_init__(self) -> None:
+        for name, choices in {"precision": ("auto", *get_args(Precision)), "dtype": get_args(Dtype)}.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} is {getattr(self, name)!r}.", remedy=f"Choose {' or '.join(choices)}.")
+        for name in ("batch_size", "shard_rows", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}.", remedy="Choose 1 or more.")
+
+
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a run did."""
 
     rows: int
+    """Passages in the folder."""
     embedded: int
+    """Passages embedded by this run."""
     shards: int
     precision: str
+    """Type that the vectors were computed in."""
+    device: str
+    seconds: float
+    """Time that reading and embedding took, without loading the model."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +111,93 @@ class ShardTask:
     """What the shard records of its making: model, precision, dtype, rows and corpus among it."""
 
 
-Makers = Callable[[Iterable[ShardTask]], Generator[int]]
-"""Makes shards in other processes, which find the folder by the same path: the rows of each, in order, as it is there."""
+def embed(
+    sources: str | Path | Sequence[str | Path] | Iterable[Passage],
+    output: Path | str,
+    config: EmbedConfig | None = None,
+    *,
+    encoder: Encoder | None = None,
+    pool: Pool | None = None,
+    progress: Progress = silent,
+    on_bad: OnBad | None = None,
+) -> EmbedReport:
+    """Embed a corpus into a folder, or finish what an earlier run of the same left.
+
+    Batches never cross a shard, so an interrupted and resumed run writes the same bytes as one that was not.
+
+    Args:
+        sources: files and folders that `telerag_cli.corpus.readers` reads, ``-`` for standard input; or the passages
+            themselves. One shard of them is held at a time, or as many as ``pool`` asks for.
+        output: the folder, made if absent.
+        config: how to embed; None for the defaults.
+        encoder: a loaded model instead of the config's.
+        pool: processes that make the shards; they find the folder and the config's model by the same paths. None: this
+            one does.
+        progress: shows passages as they are done, those of finished shards included.
+        on_bad: called with the error of each line that cannot be used; without it the first one is raised.
+
+    Raises:
+        InputError: the corpus is empty, or a line of it cannot be used.
+        ArtifactError: the folder holds, or another process now writes, embeddings of another make or corpus.
+        ModelError: the model cannot be had or is not a text encoder.
+        ResourceError: the folder cannot be written, or a device lacks memory; finished shards are kept.
+    """
+    config, output = config or EmbedConfig(), Path(output)
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    files = find_sources(list(map(str, sources))) if _are_files(sources) else None  # before a model is loaded
+    if encoder is None:
+        # With a pool this process only counts tokens, and settles the precision.
+        device = "auto" if pool and config.device == "cuda" else config.device
+        encoder = Encoder.load(config.model, device=device, precision=config.precision)
+    if files is None:
+        name, total, passages = "the given corpus", None, iter(cast("Iterable[Passage]", sources))
+    else:
+        name, total = ", ".join(map(str, sources)), count_passages(files)
+        passages = read_passages(files, Chunker(encoder.tokenizer, encoder.info.max_tokens), on_bad)
+    if config.limit is not None:
+        total = config.limit if total is None else min(total, config.limit)
+    began_s, embedded = time.perf_counter(), 0
+    with _locked(output), progress("Embedding", total, unit="passages") as advance:
+        folder = _Folder(output, name, islice(passages, config.limit), config.shard_rows)
+        folder.begin(encoder, config)
+        with contextlib.closing(_made(folder.missing(advance), encoder, config, pool, advance)) as made:
+            for rows in made:
+                embedded += rows
+        folder.finish()
+    assert encoder.precision is not None
+    return EmbedReport(
+        folder.rows, embedded, folder.shards, encoder.precision, encoder.device, time.perf_counter() - began_s
+    )
+
+
+def _are_files(sources: Sequence[str | Path] | Iterable[Passage]) -> bool:
+    return isinstance(sources, Sequence) and isinstance(next(iter(sources), None), str | Path)
+
+
+def _made(
+    tasks: Iterator[ShardTask], encoder: Encoder, config: EmbedConfig, pool: Pool | None, advance: Advance
+) -> Generator[int]:
+    """Make the shards, here or by the processes of a pool, and yield the rows of each as it is there."""
+    if pool is None:
+        for task in tasks:
+            yield make_shard(task, encoder, config.batch_size, advance)
+        return
+    if config.device == "cuda" and not pool.gpus_each:
+        raise ResourceError("cuda was asked for and Ray finds no GPU on its machines.", remedy="Use --device cpu.")
+    model = Path(config.model).expanduser()
+    maker = ShardMaker(
+        str(model.resolve()) if model.is_dir() else config.model, "cuda" if pool.gpus_each else "cpu", config.batch_size
+    )
+    # Workers need not have this process's working folder.
+    with contextlib.closing(pool((replace(task, path=task.path.absolute()) for task in tasks), maker)) as made:
+        for rows in made:
+            advance(rows)
+            yield rows
 
 
 def make_shard(task: ShardTask, encoder: Encoder, batch_size: int | None = None, advance: Advance | None = None) -> int:
-    """Embed a shard's passages and write it; the number of them.
+    """Embed a shard's passages and write it; return the number of them.
 
     Args:
         task: the shard.
@@ -87,7 +209,7 @@ def make_shard(task: ShardTask, encoder: Encoder, batch_size: int | None = None,
         ResourceError: the file cannot be written, or the GPU's memory does not hold a batch.
     """
     vectors = encoder.encode([row.embedded_text for row in task.rows], batch_size, advance)
-    _write_shard(task.path, task.rows, vectors, task.header["dtype"], task.header)
+    _write_shard(task.path, task.rows, vectors, task.header)
     return len(task.rows)
 
 
@@ -101,168 +223,117 @@ class ShardMaker:
     batch_size: int | None = None
 
     def __call__(self) -> Callable[[ShardTask], int]:
-        """What makes a shard and returns its rows."""
-        encoders: list[Encoder] = []
+        """Return what makes a shard and returns its rows."""
+        encoder: Encoder | None = None
 
         def make(task: ShardTask) -> int:
+            nonlocal encoder
             if not (task.path.parent / DESCRIPTION).exists():
                 raise ResourceError(
                     f"A worker does not see {task.path.parent} with its {DESCRIPTION}.",
                     remedy="Choose an --output on a file system that all machines share.",
                 )
-            if not encoders:
-                encoders.append(self._load(task.header))
-            return make_shard(task, encoders[0], self.batch_size)
+            encoder = encoder or self._load(task.header)
+            return make_shard(task, encoder, self.batch_size)
 
         return make
 
     def _load(self, header: dict[str, Any]) -> Encoder:
-        encoder = Encoder.load(self.model, device=self.device, dtype=header["precision"])
+        encoder = Encoder.load(self.model, device=self.device, precision=header["precision"])
         for name, value in asdict(encoder.info).items():
             if header[name] != value:
                 raise ModelError(
-                    f"The embedder '{self.model}' of a worker has {name} {value}, and this process's has {header[name]}.",
+                    f"The embedder '{self.model}' of a worker has {name} {value}, "
+                    f"and this process's has {header[name]}.",
                     remedy="Give all machines the same model.",
                 )
         return encoder
 
 
-def embed_passages(
-    passages: Iterable[Passage],
-    encoder: Encoder,
-    output: Path,
-    *,
-    source: str = "the source",
-    dtype: Dtype = "float32",
-    shard_rows: int = DEFAULT_SHARD_ROWS,
-    batch_size: int | None = None,
-    advance: Advance | None = None,
-    makers: Makers | None = None,
-) -> Report:
-    """Embed a corpus into a folder, or finish what an earlier run of the same left.
+class _Folder:
+    """The folder of one run: what it is for, which shards it lacks, and that it is whole at the end."""
 
-    Batches never cross a shard, so an interrupted and resumed run writes the same bytes as one that was not.
-
-    Args:
-        passages: the corpus; one shard of it is held at a time, or as many as ``makers`` asks for before they are made.
-        encoder: its precision, if still undecided, is the folder's or decided on the first passages.
-        output: the folder, made if absent.
-        source: names the corpus in errors.
-        dtype: of the stored vectors.
-        shard_rows: passages in a shard.
-        batch_size: as in `Encoder.encode`.
-        advance: called with the number of passages done, those of finished shards included.
-        makers: what makes the shards; None: ``encoder``, here.
-
-    Raises:
-        InputError: the corpus is empty.
-        ArtifactError: the folder holds, or another process now writes, embeddings of another make or corpus.
-        ResourceError: the folder cannot be written; finished shards are kept.
-    """
-    with _locked(output):
-        job = _Job(iter(passages), encoder, output, source, dtype, shard_rows, advance)
-        job.begin()
-        if makers is None:
-            for task in job.missing():
-                job.embedded += make_shard(task, encoder, batch_size, advance)
-        else:
-            with contextlib.closing(makers(job.missing())) as made:
-                for rows in made:
-                    job.embedded += rows
-                    if advance:
-                        advance(rows)
-        return job.finish()
-
-
-class _Job:
-    """One run: what the folder is for, which shards it lacks, and that it is whole at the end."""
-
-    def __init__(
-        self,
-        passages: Iterator[Passage],
-        encoder: Encoder,
-        output: Path,
-        source: str,
-        dtype: Dtype,
-        shard_rows: int,
-        advance: Advance | None,
-    ) -> None:
-        self._passages, self._encoder, self._output, self._source = passages, encoder, output, source
-        self._dtype, self._shard_rows, self._advance = dtype, shard_rows, advance
-        self._manifest = output / DESCRIPTION
-        self._rows: list[Passage] = []
+    def __init__(self, path: Path, source: str, passages: Iterator[Passage], shard_rows: int) -> None:
+        self._path, self._source = path, source
+        self._shards = iter(lambda: list(islice(passages, shard_rows)), [])
+        self._first: list[Passage] = []
         self._complete = False
-        self._total = self._number = 0
-        self.embedded = 0
-        """Passages embedded by this run."""
+        self.rows = self.shards = 0
 
-    def begin(self) -> None:
-        """Read the first passages, settle the precision, and describe the folder or compare it with its description."""
-        manifest = self._manifest
+    def begin(self, encoder: Encoder, config: EmbedConfig) -> None:
+        """Settle the precision, and describe the folder or compare it with its description."""
+        manifest = self._path / DESCRIPTION
         recorded = read_json(manifest) if manifest.exists() else None
-        if recorded is None and any(self._output.glob("shard-*.parquet")):
+        if recorded is None and any(self._path.glob("shard-*.parquet")):
             raise ArtifactError(
-                f"{self._output} holds shards and no {DESCRIPTION}, so what made them is not known.",
+                f"{self._path} holds shards and no {DESCRIPTION}, so what made them is not known.",
                 remedy="Choose another --output.",
             )
         if recorded is not None and (not isinstance(recorded, dict) or recorded.get("format") != FORMAT):
             raise ArtifactError(f"{manifest} is not of the format {FORMAT}.", remedy="Choose another --output.")
-        self._rows = list(islice(self._passages, self._shard_rows))
-        if not self._rows:
+        self._first = next(self._shards, [])
+        if not self._first:
             raise InputError(
-                f"{self._source} holds no passage.", remedy="Name a source with at least one line of text."
+                f"There is no passage in {self._source}.", remedy="Name a source with at least one line of text."
             )
-        if self._encoder.precision is None:
-            if recorded and recorded.get("precision") in get_args(Precision):
-                self._encoder.precision = recorded["precision"]
-            else:
-                self._encoder.decide([row.embedded_text for row in self._rows])
-        self._header = _header(self._encoder, self._dtype, self._shard_rows)
+        if encoder.precision is None and recorded and recorded.get("precision") in get_args(Precision):
+            encoder.precision = recorded["precision"]
+        encoder.decide([row.embedded_text for row in self._first])
+        self._header = {
+            "format": FORMAT,
+            "version": VERSION,
+            **asdict(encoder.info),
+            "precision": encoder.precision,
+            "dtype": config.dtype,
+            "shard_rows": config.shard_rows,
+        }
         if recorded is None:
             self._describe(complete=False)
-        else:
-            _refuse_mixing(recorded, self._header, self._output)
-            self._complete = bool(recorded.get("complete"))
+            return
+        for key in ("model", *self._header):
+            if recorded.get(key) != self._header[key]:
+                raise ArtifactError(
+                    f"{self._path} was begun with {key} {recorded.get(key)}, "
+                    f"and this run has {key} {self._header[key]}.",
+                    remedy=REMEDIES.get(key, OTHER_MODEL),
+                )
+        self._complete = bool(recorded.get("complete"))
 
-    def missing(self) -> Iterator[ShardTask]:
-        """Read the corpus to its end, and say which shards are not there."""
+    def missing(self, advance: Advance) -> Iterator[ShardTask]:
+        """Read the corpus to its end, and yield the shards that are not there."""
         digest = xxhash.xxh3_128()
-        while self._rows:
-            rows, path = self._rows, self._output / shard_name(self._number)
-            before = digest.copy()
+        rows = self._first
+        while rows:
+            path, before = self._shard(self.shards), digest.copy()
             _update(digest, rows)
-            if not (path.exists() and _already_done(path, rows, before, digest, self._source)):
+            if path.exists() and _already_done(path, rows, before, digest, self._source):
+                advance(len(rows))
+            else:
                 if self._complete:  # the corpus has grown
                     self._describe(complete=False)
-                made_of = {"rows": len(rows), "first_row": self._total, "corpus": _text(digest)}
+                made_of = {"rows": len(rows), "first_row": self.rows, "corpus": _text(digest)}
                 yield ShardTask(path, rows, {**self._header, **made_of})
-            elif self._advance:
-                self._advance(len(rows))
-            self._total, self._number = self._total + len(rows), self._number + 1
-            self._rows = list(islice(self._passages, self._shard_rows))
+            self.rows, self.shards = self.rows + len(rows), self.shards + 1
+            rows = next(self._shards, [])
 
-    def finish(self) -> Report:
+    def finish(self) -> None:
         """Describe the whole folder."""
-        output, number = self._output, self._number
-        if (output / shard_name(number)).exists():
+        beyond = self._shard(self.shards)
+        if beyond.exists():
             raise ArtifactError(
-                f"{output} holds {shard_name(number)}, and {self._source} ends after {self._total:,} passages.",
+                f"{self._path} holds {beyond.name}, and {self._source} ends after {self.rows:,} passages.",
                 remedy="Choose another --output for this corpus.",
             )
         if not self._complete:
-            shards = [_describe(output / shard_name(index)) for index in range(number)]
-            self._describe(complete=True, rows=self._total, shards=shards)
-        assert self._encoder.precision is not None
-        return Report(self._total, self.embedded, number, self._encoder.precision)
+            shards = [_described(self._shard(number)) for number in range(self.shards)]
+            self._describe(complete=True, rows=self.rows, shards=shards)
+
+    def _shard(self, number: int) -> Path:
+        return self._path / f"shard-{number:05d}.parquet"
 
     def _describe(self, *, complete: bool, **more: Any) -> None:
-        write_json(self._manifest, {**self._header, "complete": complete, **more})
+        write_json(self._path / DESCRIPTION, {**self._header, "complete": complete, **more})
         self._complete = complete
-
-
-def shard_name(number: int) -> str:
-    """``shard-00012.parquet``."""
-    return f"shard-{number:05d}.parquet"
 
 
 @contextlib.contextmanager
@@ -297,27 +368,6 @@ def _locked(output: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _header(encoder: Encoder, dtype: Dtype, shard_rows: int) -> dict[str, Any]:
-    """What must be equal for two runs to write into one folder."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **asdict(encoder.info),
-        "precision": encoder.precision,
-        "dtype": dtype,
-        "shard_rows": shard_rows,
-    }
-
-
-def _refuse_mixing(recorded: dict[str, Any], header: dict[str, Any], output: Path) -> None:
-    for key in ("model", *header):
-        if recorded.get(key) != header[key]:
-            raise ArtifactError(
-                f"{output} was begun with {key} {recorded.get(key)}, and this run has {key} {header[key]}.",
-                remedy=REMEDIES.get(key, OTHER_MODEL),
-            )
-
-
 def _update(digest: xxhash.xxh3_128, rows: Iterable[Passage]) -> None:
     for row in rows:
         for text in (row.id, row.text, row.metadata_json):
@@ -338,25 +388,25 @@ def _already_done(
     Raises:
         ArtifactError: it holds other rows.
     """
-    recorded, count = _read_shard_header(path)
-    if count == len(rows) and recorded["corpus"] == _text(after):
+    corpus, first, count = _read_shard_header(path)
+    if count == len(rows) and corpus == _text(after):
         return True
     if count < len(rows):
         _update(before, rows[:count])
-        if recorded["corpus"] == _text(before):
+        if corpus == _text(before):
             return False
-    first = recorded["first_row"]
     raise ArtifactError(
         f"{path} holds rows {first:,} to {first + count - 1:,} of another corpus than {source}.",
         remedy="Choose another --output for this corpus, or name the sources as before.",
     )
 
 
-def _read_shard_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_shard_header(path: Path) -> tuple[str, int, int]:
+    """Digest of the corpus up to the shard's end, number of its first row, and its rows."""
     try:
         file = pq.ParquetFile(path)
         recorded = json.loads(file.schema_arrow.metadata[METADATA_KEY])
-        return {"corpus": recorded["corpus"], "first_row": recorded["first_row"]}, file.metadata.num_rows
+        return recorded["corpus"], recorded["first_row"], file.metadata.num_rows
     except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path} is damaged: {error}.", remedy="Remove it and run again; it is made anew."
@@ -365,8 +415,8 @@ def _read_shard_header(path: Path) -> tuple[dict[str, Any], int]:
         raise wrap_os_error(error, path) from error
 
 
-def _write_shard(path: Path, rows: list[Passage], vectors: FloatArray, dtype: Dtype, header: dict[str, Any]) -> None:
-    flat = pa.array(vectors.astype(dtype, copy=False).ravel())
+def _write_shard(path: Path, rows: list[Passage], vectors: FloatArray, header: dict[str, Any]) -> None:
+    flat = pa.array(vectors.astype(header["dtype"], copy=False).ravel())
     columns = {
         "id": pa.array([row.id for row in rows], pa.string()),
         "text": pa.array([row.text for row in rows], pa.string()),
@@ -387,13 +437,9 @@ def _write_shard(path: Path, rows: list[Passage], vectors: FloatArray, dtype: Dt
         )
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> dict[str, Any]:
     try:
-        return {
-            "name": path.name,
-            "rows": _read_shard_header(path)[1],
-            "bytes": path.stat().st_size,
-            "checksum": checksum(path),
-        }
+        rows = _read_shard_header(path)[-1]
+        return {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "checksum": checksum(path)}
     except OSError as error:
         raise wrap_os_error(error, path) from error

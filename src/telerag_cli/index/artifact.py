@@ -37,51 +37,19 @@ VERSION = 1
 ID_BYTES = 8
 
 
-@dataclass(frozen=True)
 class IndexPaths:
     """The files of an index folder."""
 
-    root: Path
-
-    @property
-    def manifest(self) -> Path:
-        """What the index is."""
-        return self.root / "manifest.json"
-
-    @property
-    def centroids(self) -> Path:
-        """Centroids."""
-        return self.root / "centroids.npy"
-
-    @property
-    def quantizer(self) -> Path:
-        """Trained ranges, for ``int8``."""
-        return self.root / "quantizer.npy"
-
-    @property
-    def offsets(self) -> Path:
-        """Where each list lies."""
-        return self.root / "offsets.npy"
-
-    @property
-    def checksums(self) -> Path:
-        """A checksum for each list."""
-        return self.root / "checksums.npy"
-
-    @property
-    def lists(self) -> Path:
-        """The lists."""
-        return self.root / "lists.bin"
-
-    @property
-    def passages(self) -> Path:
-        """The passages."""
-        return self.root / "passages.arrow"
-
-    @property
-    def vectors(self) -> Path:
-        """The vectors in row order, if they were kept."""
-        return self.root / "vectors.npy"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = root / "manifest.json"
+        self.centroids = root / "centroids.npy"
+        self.quantizer = root / "quantizer.npy"
+        self.offsets = root / "offsets.npy"
+        self.checksums = root / "checksums.npy"
+        self.lists = root / "lists.bin"
+        self.passages = root / "passages.arrow"
+        self.vectors = root / "vectors.npy"
 
 
 @dataclass(frozen=True)
@@ -146,7 +114,7 @@ class Manifest:
             raise ArtifactError(f"{path.parent} is not an index folder.", remedy="Make one with telerag build-index.")
         if not path.exists():
             raise ArtifactError(
-                f"{path.parent} holds no {path.name}, so it is no finished index.",
+                f"{path.parent} holds no {path.name}, so it is not a finished index.",
                 remedy="Run telerag build-index on its embeddings; an interrupted build resumes.",
             )
         raw = read_json(path)
@@ -172,7 +140,7 @@ def code_size(dimension: int, storage: Storage) -> int:
     return dimension * {Storage.FLOAT32: 4, Storage.FLOAT16: 2, Storage.INT8: 1}[storage]
 
 
-def lay_out(sizes: IntArray, code_bytes: int) -> tuple[TableArray, int]:
+def lay_out(sizes: npt.NDArray[np.int64], code_bytes: int) -> tuple[TableArray, int]:
     """Where lists of these sizes lie in ``lists.bin``.
 
     The capacity is the least one not below the size for which the row numbers are 8-byte aligned.

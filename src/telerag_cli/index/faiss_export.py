@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 from telerag_cli.errors import ArtifactError
-from telerag_cli.files import writing
+from telerag_cli.files import check_disk, sized, write_at, writing
 from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.faiss_file import copy_list, lay_out_faiss
-from telerag_cli.index.partial import check_disk, sized, write_at
 from telerag_cli.progress import Progress, silent
 
 

@@ -34,11 +34,9 @@ import xxhash
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, InputError
-from telerag_cli.files import CHUNK_BYTES, wrap_os_error
+from telerag_cli.files import CHUNK_BYTES, ends_of, read_exactly, wrap_os_error, write_at
 from telerag_cli.index.artifact import ID_BYTES, code_size
-from telerag_cli.index.partial import write_at
 from telerag_cli.index.scoring import empty_ivf, flat
-from telerag_cli.index.verify import read_exactly
 from telerag_cli.progress import Advance
 
 FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
@@ -80,7 +78,6 @@ KNOWN = {
 }
 """Faiss's names for other types, by how their files begin."""
 WRAPPERS = ("IxPT", "IxM", "IxRF")
-FINGERPRINT_BYTES = 1 << 20
 CHECKED_IDS = 1 << 18
 
 
@@ -125,17 +122,8 @@ class FaissFile:
         digest = xxhash.xxh3_64(self.table.tobytes())
         digest.update(self.centroids.tobytes())
         for path in dict.fromkeys((self.path, self.data)):
-            digest.update(ends_of(path))
+            digest.update(b"%d %b" % ends_of(path))
         return f"xxh3:{digest.hexdigest()}"
-
-
-def ends_of(path: Path) -> bytes:
-    """The length of a file, and its first and last MiB."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        first = handle.read(FINGERPRINT_BYTES)
-        handle.seek(max(0, size - FINGERPRINT_BYTES))
-        return b"%d " % size + first + handle.read(FINGERPRINT_BYTES)
 
 
 def read_faiss(path: Path) -> FaissFile:

@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyarrow as pa
 import xxhash
@@ -31,21 +31,10 @@ from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import Kind, Source, read_passages
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.files import read_json, wrap_os_error, write_json, writing
-from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, lay_out
-from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list, ends_of
-from telerag_cli.index.partial import (
-    Making,
-    check_disk,
-    claimed,
-    finished,
-    free_bytes,
-    left_bytes,
-    publish,
-    save_array,
-    seal,
-    sized,
-)
+from telerag_cli.files import ends_of, read_json, sized, wrap_os_error, write_json, writing
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, Manifest, lay_out
+from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list
+from telerag_cli.index.partial import Draft, save_array, seal
 from telerag_cli.index.passages import BATCH_ROWS, write_passages
 from telerag_cli.index.verify import scan_lists
 from telerag_cli.progress import Progress, silent
@@ -57,41 +46,23 @@ UNPACKED = 4
 
 
 @dataclass(frozen=True)
-class ImportPlan(Making):
+class ImportPlan(Draft):
     """What will be imported, and the bytes it takes."""
 
     file: FaissFile
     passages: tuple[Source, ...]
     embedder: str | None
     table: TableArray
-    """Of the lists in ``lists.bin``."""
+    """Size, capacity and offset of the lists in ``lists.bin``."""
     lists_bytes: int
     passages_bytes: int
-    """An estimate; 0 if nobody knows."""
-    on_disk_bytes: int
-    """What a killed import has left, and this one will use."""
-    free_disk_bytes: int
+    """An estimate."""
 
-    sources: ClassVar[str] = "files"
-
-    @staticmethod
-    def parameters_of(manifest: Manifest) -> dict[str, Any]:
-        """`parameters` of a finished index."""
-        return {
-            "files": manifest.source,
-            "embedder": manifest.embedder.model,
-            "telerag": manifest.created_by.removeprefix("telerag "),
-        }
-
-    @property
-    def needed_disk_bytes(self) -> int:
-        """What is still to be written."""
-        centroids_bytes = self.file.centroids.nbytes + self.table.nbytes
-        return max(0, self.lists_bytes + self.passages_bytes + centroids_bytes - self.on_disk_bytes)
+    made_from: ClassVar[str] = "files"
 
 
 def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedder: str | None) -> ImportPlan:
-    """Work out sizes, and refuse what cannot be told apart or cut into passages.
+    """Work out sizes, and refuse passages that cannot be matched with vectors.
 
     Args:
         file: the index.
@@ -115,28 +86,26 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
             remedy="Write them to a file first.",
         )
     digest = xxhash.xxh3_64()
+    passages_bytes = 0
     try:
         for path in files:
-            digest.update(ends_of(path))
-        passages_bytes = sum(
-            path.stat().st_size * (UNPACKED if path.suffix in (".gz", ".parquet") else 1) for path in files
-        )
+            size, ends = ends_of(path)
+            digest.update(b"%d %b" % (size, ends))
+            passages_bytes += size * (UNPACKED if path.suffix in (".gz", ".parquet") else 1)
     except OSError as error:
         raise wrap_os_error(error, files[0]) from error
     digests = f"faiss {file.fingerprint()}, passages xxh3:{digest.hexdigest()}"
     table, lists_bytes = lay_out(file.table[:, 0].astype("int64"), file.code_size)
-    parameters = {"files": digests, "embedder": embedder, "telerag": __version__}
     return ImportPlan(
         root,
-        parameters,
+        {"files": digests, "embedder": embedder, "version": f"telerag {__version__}"},
+        lists_bytes + passages_bytes + file.centroids.nbytes + table.nbytes,
         file,
         tuple(passages),
         embedder,
         table,
         lists_bytes,
         passages_bytes,
-        left_bytes(root),
-        free_bytes(root),
     )
 
 
@@ -151,17 +120,17 @@ def import_index(plan: ImportPlan, *, overwrite: bool = False, progress: Progres
     Raises:
         ArtifactError: ``root`` is something else, or was begun or made of other files.
         ResourceError: the disk is full or cannot be written; what was finished is kept.
-        InputError: an id is no number of a passage, a passage cannot be used, or there are more or fewer than vectors.
+        InputError: an id is not the number of a passage, a passage cannot be used, or there are more or fewer than
+            vectors.
     """
-    if finished(plan) and not overwrite:
-        return Index.open(plan.root)
-    check_disk(plan.root, plan.needed_disk_bytes, "Free space or choose another output.")
-    try:
-        with claimed(plan, overwrite):
-            _Import(plan, progress).run()
-            publish(plan)
-    except OSError as error:
-        raise wrap_os_error(error, plan.partial) from error
+    if not plan.finished(overwrite=overwrite):
+        with plan.claimed(overwrite=overwrite, remedy="Free space or choose another output."):
+            if not plan.paths.manifest.exists():
+                stages = _Import(plan, progress)
+                stages.begin()
+                stages.write_passages()
+                stages.copy()
+                stages.seal()
     return Index.open(plan.root)
 
 
@@ -170,20 +139,12 @@ class _Import:
 
     def __init__(self, plan: ImportPlan, progress: Progress) -> None:
         self.plan, self.file, self.progress = plan, plan.file, progress
-        self.paths = IndexPaths(plan.partial)
-        self.copied = plan.partial / "work" / "copied.json"
-
-    def run(self) -> None:
-        if self.paths.manifest.exists():
-            return
-        if not self.paths.centroids.exists():
-            self.begin()
-        if not self.paths.passages.exists():
-            self.write_passages()
-        self.copy()
-        self.seal()
+        self.paths = plan.paths
+        self.copied = plan.work / "copied.json"
 
     def begin(self) -> None:
+        if self.paths.centroids.exists():
+            return
         with self.progress("Checking ids", self.file.ntotal, unit="vectors") as advance:
             check_ids(self.file, advance)
         if self.file.trained is not None:
@@ -192,6 +153,8 @@ class _Import:
         save_array(self.paths.centroids, self.file.centroids)
 
     def write_passages(self) -> None:
+        if self.paths.passages.exists():
+            return
         ntotal = self.file.ntotal
         passages = read_passages(self.plan.passages)
         written = 0

@@ -1,18 +1,18 @@
-"""An index folder while it is made: ``INDEX.partial/``, which one process at a time works in, and which gets its name when whole.
+"""An index folder while it is made: ``INDEX.partial/``, which one process works in and which gets its name when whole.
 
-Its ``work/`` holds what is needed only until then: the lock, and in ``build.json`` what the index is made from, so that
-an interrupted making goes on only with the same.
+Every way to make an index resumes in the same manner. A stage's files appear whole, or grow beside a checkpoint that
+says how far they are good; what is there is not made again. ``work/`` holds what is needed only meanwhile: the lock,
+the checkpoints, and in ``build.json`` what the index is made from, so that a killed run goes on only with the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,11 +20,29 @@ import numpy as np
 import numpy.typing as npt
 
 from telerag_cli.arrays import IntArray, TableArray
-from telerag_cli.config import Storage, format_bytes
+from telerag_cli.config import Storage
 from telerag_cli.errors import ArtifactError, ResourceError
-from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
+from telerag_cli.files import check_disk, checksum, read_json, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
 from telerag_cli.progress import Progress, silent
+
+RECORDED = {
+    "embeddings": "source",
+    "files": "source",
+    "source": "source",
+    "rows": "ntotal",
+    "dimension": "dimension",
+    "metric": "metric",
+    "storage": "storage",
+    "nlist": "nlist",
+    "seed": "seed",
+    "training rows": "training_rows",
+    "training device": "trained_on",
+    "kept vectors": "kept_vectors",
+    "embedder": "embedder.model",
+    "version": "created_by",
+}
+"""Where the manifest of a finished index records each of `Draft.parameters`."""
 
 
 def partial_of(root: Path) -> Path:
@@ -33,157 +51,146 @@ def partial_of(root: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Making(ABC):
+class Draft:
     """An index to be made: where, and from what."""
 
     root: Path
     parameters: dict[str, Any]
-    """All that decides the index's bytes; a partial one with others is not continued."""
+    """All that decides the index's bytes, by the names in `RECORDED`; a run begun with others is not continued."""
+    needed_bytes: int
+    """Bytes of disk that all of it takes until it is finished."""
 
-    sources: ClassVar[str] = "embeddings"
-    """What it is made from, for messages."""
-
-    @staticmethod
-    @abstractmethod
-    def parameters_of(manifest: Manifest) -> dict[str, Any]:
-        """`parameters` of a finished index."""
+    made_from: ClassVar[str] = "embeddings"
 
     @property
     def partial(self) -> Path:
-        """Where the index grows until it is whole."""
+        """The folder in which the index grows until it is whole."""
         return partial_of(self.root)
 
     @property
+    def paths(self) -> IndexPaths:
+        """The files of the index while it grows."""
+        return IndexPaths(self.partial)
+
+    @property
+    def work(self) -> Path:
+        """The folder of what is needed only meanwhile."""
+        return self.partial / "work"
+
+    @property
     def begun(self) -> bool:
-        """A killed making can be continued."""
-        return (self.partial / "work" / "build.json").exists() or IndexPaths(self.partial).manifest.exists()
+        """Whether a killed run can be continued."""
+        return (self.work / "build.json").exists() or self.paths.manifest.exists()
 
+    @property
+    def left_bytes(self) -> int:
+        """Bytes on disk that a killed run has left.
 
-def finished(making: Making) -> bool:
-    """There is an index at ``making.root`` made with these parameters.
-
-    Raises:
-        ArtifactError: there is something else.
-    """
-    root = making.root
-    if not root.exists():
-        return False
-    if not root.is_dir() or (any(root.iterdir()) and not IndexPaths(root).manifest.exists()):
-        raise ArtifactError(f"{root} exists and is no index.", remedy="Choose another output or remove it.")
-    if not any(root.iterdir()):
-        return False
-    return making.parameters_of(Manifest.load(IndexPaths(root).manifest)) == making.parameters
-
-
-def left_bytes(root: Path) -> int:
-    """What a killed making of ``root`` has left on the disk.
-
-    Raises:
-        TeleragError: it cannot be read.
-    """
-    partial = partial_of(root)
-    try:
-        files = [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else []
-        return sum(path.stat().st_blocks * 512 for path in files)
-    except OSError as error:
-        raise wrap_os_error(error, root) from error
-
-
-def free_bytes(path: Path) -> int:
-    """What is free on the disk that ``path`` is on, or would be.
-
-    Raises:
-        TeleragError: it cannot be found out.
-    """
-    try:
-        existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        return shutil.disk_usage(existing).free
-    except OSError as error:
-        raise wrap_os_error(error, path) from error
-
-
-def check_disk(path: Path, needed_bytes: int, remedy: str) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        ResourceError: fewer bytes are free than needed.
-    """
-    free = free_bytes(path)
-    if needed_bytes > free:
-        raise ResourceError(
-            f"{path} needs {format_bytes(needed_bytes)} of disk, and {format_bytes(free)} are free.", remedy=remedy
-        )
-
-
-def _refuse_other(found: dict[str, Any], making: Making, where: Path, verb: str) -> None:
-    wanted = making.parameters
-    other = [name for name in wanted if found.get(name) != wanted[name]]
-    if other:
-        was = ", ".join(f"{name} {found.get(name)}" for name in other)
-        now = ", ".join(f"{name} {wanted[name]}" for name in other)
-        raise ArtifactError(
-            f"{where} was {verb} with {was}, and this asks for {now}.",
-            remedy=f"Use the same {making.sources} and options, another output, or --overwrite.",
-        )
-
-
-@contextlib.contextmanager
-def claimed(making: Making, overwrite: bool) -> Iterator[None]:
-    """Make the partial folder, or check that it was begun with the same parameters, and keep others out of it.
-
-    Raises:
-        ArtifactError: it is something else, or it or the index there is was made with other parameters.
-        ResourceError: another process is at work in it.
-    """
-    root, partial = making.root, making.partial
-    if IndexPaths(root).manifest.exists() and not overwrite:
-        _refuse_other(making.parameters_of(Manifest.load(IndexPaths(root).manifest)), making, root, "built")
-    work = partial / "work"
-    if partial.exists() and not making.begun and not _is_barely_begun(partial):
-        raise ArtifactError(f"{partial} exists and is no build of ours.", remedy="Remove it or choose another output.")
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+        Raises:
+            TeleragError: the folder cannot be read.
+        """
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(f"Another telerag is building {root} right now.", remedy="Wait for it.") from error
+            return sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*") if path.is_file())
+        except OSError as error:
+            raise wrap_os_error(error, self.root) from error
+
+    def finished(self, *, overwrite: bool = False) -> bool:
+        """Whether the index is there, made with these parameters, and is not to be replaced.
+
+        Raises:
+            ArtifactError: ``root`` is something else, or an index of other parameters that is not to be replaced.
+        """
+        if not self.root.exists() or (self.root.is_dir() and not any(self.root.iterdir())):
+            return False
+        manifest = IndexPaths(self.root).manifest
+        if not manifest.exists():
+            raise ArtifactError(
+                f"{self.root} exists and is not an index.", remedy="Choose another output or remove it."
+            )
+        if not overwrite:
+            self._refuse_other(self._recorded(manifest), self.root, "built")
+        return not overwrite
+
+    @contextlib.contextmanager
+    def claimed(self, *, overwrite: bool = False, remedy: str) -> Iterator[None]:
+        """Hold the partial folder, new or begun with the same parameters; give the index its name afterwards.
+
+        Args:
+            overwrite: start over if it was begun with other parameters.
+            remedy: what to do if the disk is too small.
+
+        Raises:
+            ArtifactError: the folder is something else, or was begun with other parameters.
+            ResourceError: another process is at work in it, or the disk cannot hold what is still to be written.
+        """
+        check_disk(self.root, self.needed_bytes - self.left_bytes, remedy)
+        try:
+            if self.partial.exists() and not self.begun and not self._is_barely_begun():
+                raise ArtifactError(
+                    f"{self.partial} exists and is not an unfinished index.",
+                    remedy="Remove it or choose another output.",
+                )
+            self.work.mkdir(parents=True, exist_ok=True)
+            with (self.work / "lock").open("w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise ResourceError(
+                        f"Another telerag is building {self.root} right now.", remedy="Wait for it."
+                    ) from error
+                self._begin(overwrite)
+                yield
+                self._publish()
+        except OSError as error:
+            raise wrap_os_error(error, self.partial) from error
+
+    def _begin(self, overwrite: bool) -> None:
+        build = self.work / "build.json"
         begun = None
-        if IndexPaths(partial).manifest.exists():
-            begun = making.parameters_of(Manifest.load(IndexPaths(partial).manifest))
-        elif (work / "build.json").exists():
-            begun = read_json(work / "build.json")
-        if begun is not None and begun != making.parameters and overwrite:
-            for path in partial.iterdir():
-                if path != work:
-                    path.unlink()
-            for path in work.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            begun = None
-        if begun is None:
-            write_json(work / "build.json", making.parameters)
-        else:
-            _refuse_other(begun, making, partial, "begun")
-        yield
+        if self.paths.manifest.exists():
+            begun = self._recorded(self.paths.manifest)
+        elif build.exists():
+            begun = read_json(build)
+        if begun is not None and (begun == self.parameters or not overwrite):
+            self._refuse_other(begun, self.partial, "begun")
+            return
+        for path in (*self.partial.iterdir(), *self.work.iterdir()):
+            if path != self.work and path.name != "lock":
+                path.unlink()
+        write_json(build, self.parameters)
+
+    def _publish(self) -> None:
+        shutil.rmtree(self.work)
+        replaced = self.root.with_name(f".{self.root.name}.replaced")
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        if self.root.exists():
+            self.root.rename(replaced)
+        self.partial.rename(self.root)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def _recorded(self, path: Path) -> dict[str, Any]:
+        manifest = Manifest.load(path)
+        return {name: attrgetter(RECORDED[name])(manifest) for name in self.parameters}
+
+    def _refuse_other(self, found: dict[str, Any], where: Path, verb: str) -> None:
+        wanted = self.parameters
+        other = [name for name in wanted if found.get(name) != wanted[name]]
+        if other:
+            was, now = (", ".join(f"{name} {_shown(values.get(name))}" for name in other) for values in (found, wanted))
+            raise ArtifactError(
+                f"{where} was {verb} with {was}, and this asks for {now}.",
+                remedy=f"Use the same {self.made_from} and options, another output, or --overwrite.",
+            )
+
+    def _is_barely_begun(self) -> bool:
+        """Killed before ``build.json`` was whole: nothing in it but the lock and a temporary file."""
+        return all(path.name in ("work", "lock", ".build.json.partial") for path in self.partial.rglob("*"))
 
 
-def _is_barely_begun(partial: Path) -> bool:
-    """Killed before ``build.json`` was whole: nothing in it but the lock and a temporary file."""
-    return all(path.name in ("work", "lock", ".build.json.partial") for path in partial.rglob("*"))
-
-
-def publish(making: Making) -> None:
-    """Drop what was needed for the making, and give the index its name."""
-    root = making.root
-    shutil.rmtree(making.partial / "work")
-    replaced = root.with_name(f".{root.name}.replaced")
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    if root.exists():
-        root.rename(replaced)
-    making.partial.rename(root)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+def _shown(value: Any) -> Any:
+    return "none" if value in ("", None) else value
 
 
 def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent) -> None:
@@ -192,8 +199,8 @@ def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, pr
     Args:
         paths: the folder.
         manifest: all of it but ``files`` and ``balance``.
-        sums: checksum of each list, (nlist,), and
-        whole: that of ``lists.bin``, both as `telerag_cli.index.verify.scan_lists` returns them.
+        sums: checksum of each list, (nlist,).
+        whole: checksum of ``lists.bin``; `telerag_cli.index.verify.scan_lists` returns both.
         progress: shows that something is done.
     """
     save_array(paths.checksums, sums)
@@ -204,10 +211,10 @@ def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, pr
         files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in others}
     files[paths.lists.name] = FileInfo(paths.lists.stat().st_size, whole)
     sizes = np.load(paths.offsets)[:, 0].astype(np.int64)
-    replace(manifest, files=dict(sorted(files.items())), balance=balance(sizes)).save(paths.manifest)
+    replace(manifest, files=dict(sorted(files.items())), balance=_balance(sizes)).save(paths.manifest)
 
 
-def balance(sizes: IntArray) -> dict[str, float]:
+def _balance(sizes: IntArray) -> dict[str, float]:
     """How even the lists are: vectors in the least, median and largest, empty lists, and Faiss's imbalance factor.
 
     The factor is ``nlist * sum(size^2) / (sum size)^2``: 1 if all are equal, and the expected cost of a probe of a
@@ -229,20 +236,7 @@ def save_array(path: Path, array: npt.NDArray[Any]) -> None:
         np.save(handle, array)
 
 
-@contextlib.contextmanager
-def sized(path: Path, size: int) -> Iterator[int]:
-    """A descriptor of a file of this many bytes, to be written in any order; what was there stays, the rest is zeros."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        os.ftruncate(descriptor, size)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of ``data`` at byte ``offset``."""
-    data = memoryview(data)
-    while len(data):
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write named arrays as ``.npz``, atomically."""
+    with writing(path) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, **arrays)

@@ -9,13 +9,12 @@ from typing import IO
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.index.artifact import ID_BYTES
-from telerag_cli.index.scoring import COARSE_BLOCK, Coarse, faiss_metric
-from telerag_cli.index.verify import read_exactly
+from telerag_cli.files import read_exactly
+from telerag_cli.index.artifact import ID_BYTES, code_size
+from telerag_cli.index.scoring import COARSE_BLOCK, Coarse, faiss_metric, scalar_quantizer
 
 NEIGHBOURS = 10
 NPROBES = (1, 4, 16, 32, 64, 128, 256)
@@ -84,17 +83,14 @@ class ListRecall:
         coarse: Coarse,
         path: Path,
         table: TableArray,
-        code_size: int,
         storage: Storage,
         trained: FloatArray | None,
     ) -> None:
-        self._truth, self._path, self._table, self._code_size, self._storage = (truth, path, table, code_size, storage)
-        self.nprobes = [n for n in NPROBES if n < coarse.nlist] + (
-            [coarse.nlist] if coarse.nlist <= NPROBES[-1] else []
-        )
-        self._decoder = faiss.ScalarQuantizer(coarse.dimension, faiss.ScalarQuantizer.QT_8bit)
-        if trained is not None:
-            faiss.copy_array_to_vector(trained, self._decoder.trained)
+        self._truth, self._path, self._table = truth, path, table
+        self._code_size = code_size(coarse.dimension, storage)
+        self._decoder = None if storage is Storage.FLOAT32 else scalar_quantizer(coarse.dimension, storage, trained)
+        self.nprobes = [n for n in NPROBES if n < coarse.nlist]
+        self.nprobes += [coarse.nlist] if coarse.nlist <= NPROBES[-1] else []
         count, depth = len(truth.queries), self.nprobes[-1]
         self._wanted: dict[int, list[tuple[int, int]]] = defaultdict(list)
         if count:
@@ -161,12 +157,9 @@ class ListRecall:
         return recalls
 
     def _decode(self, codes: bytes) -> FloatArray:
-        if self._storage is Storage.INT8:
-            decoded: FloatArray = self._decoder.decode(np.frombuffer(codes, np.uint8).reshape(-1, self._code_size))
-            return decoded
-        kind: type[np.floating] = np.float32 if self._storage is Storage.FLOAT32 else np.float16
-        flat: npt.NDArray[np.floating] = np.frombuffer(codes, kind)
-        return flat.reshape(-1, self._code_size // flat.itemsize).astype(np.float32, copy=False)
+        rows = np.frombuffer(codes, np.uint8).reshape(-1, self._code_size)
+        vectors: FloatArray = rows.view(np.float32) if self._decoder is None else self._decoder.decode(rows)
+        return vectors
 
 
 def _best(scores: FloatArray, rows: IntArray) -> tuple[FloatArray, IntArray]:

@@ -16,8 +16,7 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.index.artifact import ID_BYTES, Index
 
 BLOCK_BYTES = 8 << 20
-"""Of lists that several queries are scored against before the next ones: less than the last cache of processors with two cores
-and more."""
+"""Bytes of lists that several queries are scored against before the next ones: less than a processor's last cache."""
 COARSE_BLOCK = 16
 """Queries per call of the coarse quantizer. Faiss turns to BLAS, and other roundings, at 20 queries; staying below
 makes a query's probes independent of what it is batched with."""
@@ -45,8 +44,17 @@ def empty_ivf(
     return index
 
 
+def scalar_quantizer(dimension: int, storage: Storage, trained: FloatArray | None = None) -> Any:
+    """A ``faiss.ScalarQuantizer`` of ``float16`` or ``int8``, as it is inside `empty_ivf`."""
+    kind = faiss.ScalarQuantizer.QT_fp16 if storage is Storage.FLOAT16 else faiss.ScalarQuantizer.QT_8bit
+    quantizer = faiss.ScalarQuantizer(dimension, kind)
+    if trained is not None:
+        faiss.copy_array_to_vector(np.ascontiguousarray(trained), quantizer.trained)
+    return quantizer
+
+
 def faiss_threads() -> int:
-    """Threads that Faiss scores with."""
+    """Number of threads that Faiss scores with."""
     return int(faiss.omp_get_max_threads())
 
 

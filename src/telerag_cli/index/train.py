@@ -83,12 +83,12 @@ def find_gpu(device: str, library: Any = faiss) -> int | None:
         library: the ``faiss`` module.
 
     Raises:
-        UsageError: the device is no such thing.
+        UsageError: the device is none of these.
         ResourceError: a GPU was asked for, and Faiss has no support for GPUs or does not find that one.
     """
     kind, _, number = device.partition(":")
     if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
-        raise UsageError(f"'{device}' is no device.", remedy="Use auto, cpu, cuda or cuda:N.")
+        raise UsageError(f"'{device}' is not a device.", remedy="Use auto, cpu, cuda or cuda:N.")
     if device == "cpu":
         return None
     supported = hasattr(library, "StandardGpuResources")
@@ -108,7 +108,8 @@ def find_gpu(device: str, library: Any = faiss) -> int | None:
         )
     if int(number or 0) >= count:
         raise ResourceError(
-            f"{device} was asked for, and Faiss finds {count} GPU{'s' * (count != 1)}, the last of which is cuda:{count - 1}.",
+            f"{device} was asked for, and Faiss finds {count} GPU{'s' * (count != 1)}, "
+            f"the last of which is cuda:{count - 1}.",
             remedy="Name one that is there, or use --device cpu.",
         )
     return int(number or 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,7 @@ import numpy as np
 import xxhash
 
 from telerag_cli.arrays import TableArray
-from telerag_cli.errors import ArtifactError
-from telerag_cli.files import CHUNK_BYTES, checksum
+from telerag_cli.files import CHUNK_BYTES, checksum, read_exactly
 from telerag_cli.index.artifact import Index, extent_bytes
 from telerag_cli.progress import Advance
 
@@ -29,8 +27,8 @@ def scan_lists(
         path: the file.
         table: size, capacity and offset of each list, (nlist, 3).
         code_size: bytes of one stored vector.
-        advance: told the bytes read.
-        on_codes: sees each block of whole codes; padding is left out.
+        advance: called with the number of bytes read.
+        on_codes: called with each block of whole codes; padding is left out.
 
     Returns:
         xxh3-64 of each list, padding included, uint64 (nlist,); and the whole file's, as ``xxh3:...``.
@@ -60,24 +58,6 @@ def scan_lists(
     return sums, f"xxh3:{whole.hexdigest()}"
 
 
-def read_exactly(descriptor: int, count: int, offset: int, path: Path) -> bytes:
-    """``count`` bytes at ``offset``.
-
-    Raises:
-        ArtifactError: the file ends before.
-    """
-    data = os.pread(descriptor, count, offset)
-    while len(data) < count:
-        more = os.pread(descriptor, count - len(data), offset + len(data))
-        if not more:
-            raise ArtifactError(
-                f"{path} ends at byte {offset + len(data):,}, and {offset + count:,} were expected.",
-                remedy="Restore the file or build the index again.",
-            )
-        data += more
-    return data
-
-
 @dataclass(frozen=True)
 class Damage:
     """What `verify` found wrong; empty if the index is whole."""
@@ -94,7 +74,7 @@ def verify(index: Index, advance: Advance) -> Damage:
 
     Args:
         index: the index; opening it has checked sizes.
-        advance: told the bytes read.
+        advance: called with the number of bytes read.
     """
     files = []
     for name, info in sorted(index.manifest.files.items()):
