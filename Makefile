@@ -64,7 +64,7 @@ bench: $(READY) $(INDEX)/manifest.json ## the paper's figures with an index of 8
 $(INDEX)/manifest.json: | $(READY)
 	mkdir -p $(BENCH)
 	$(BIN)/telerag quickstart
-	$(BIN)/python scripts/make_synthetic_index.py --base quickstart/embeddings --bytes 8GB --nlist 4096 -o $(INDEX)
+	$(BIN)/python scripts/make_synthetic.py index --base quickstart/embeddings --bytes 8GB --nlist 4096 -o $(INDEX)
 
 clean: ## remove .venv, caches, and what demo and bench made
 	rm -rf $(VENV) $(BENCH) quickstart build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

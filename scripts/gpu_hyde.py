@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gpu_stages import Outcome, Row, median, timed
-from synthetic_store import Datastore
+from make_synthetic import Datastore
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import CacheKind, Storage, format_bytes
 from telerag_cli.index.scoring import ListScorer
@@ -38,7 +38,7 @@ def end_to_end(bench: Bench) -> Outcome:
     """Replay HyDE by several systems in turn, and compare joins."""
     llm, gpu, options = bench.llm, bench.gpu, bench.options  # the LLM before the arena takes its memory
     asked = options.bytes or (bench.sizes.moved_bytes if bench.simulated else min(60 * 10**9, available_bytes() // 2))
-    store = Datastore(bench.material, asked, bench.sizes.list_bytes, Storage(options.storage))
+    store = Datastore.near(bench.material.base, asked, bench.sizes.list_bytes, Storage(options.storage))
     index, coarse = store.index, store.coarse
     nprobe = options.nprobe or max(1, index.manifest.nlist // 16)
     texts = bench.material.written[1.0][:32]

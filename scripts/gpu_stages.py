@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from synthetic_store import Block, Datastore, packed, uniform
+from make_synthetic import Datastore
+from synthetic_store import Block, packed, uniform
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import CacheKind, Metric, Storage
 from telerag_cli.errors import ResourceError
@@ -316,7 +317,8 @@ def scoring(bench: Bench) -> Outcome:
 
         launch = kernel.launch
     for storage in Storage:
-        stored = Datastore(bench.material, min(bench.sizes.scored_bytes, gpu.free_bytes() // 3), 4 << 20, storage)
+        nbytes = min(bench.sizes.scored_bytes, gpu.free_bytes() // 3)
+        stored = Datastore.near(bench.material.base, nbytes, 4 << 20, storage)
         arena, other = (gpu.allocate(len(stored.memory), "--arena") for _ in range(2))
         arena.copy_(torch.from_numpy(stored.memory))
         index = stored.index

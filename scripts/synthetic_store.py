@@ -1,12 +1,9 @@
-"""A datastore of any size straight in host memory, for measuring: lists as k-means cuts real embeddings, and vectors near those."""
+"""What is measured with where there is no index: vectors of questions, texts and passages, and lists in host memory."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +14,10 @@ import numpy.typing as npt
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError
-from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, code_size, lay_out
-from telerag_cli.index.scoring import Coarse
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, lay_out
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of a generated text, at which its embedding is known; the last is the query."""
-NOISE = 0.5
-"""Length of what is added to a real vector of length 1."""
-BLOCK_ROWS = 4096
-INT8_RANGE = (-0.4, 0.8)
-"""Least number that a code of ``int8`` stands for, and from there to the largest: nearly all of a unit vector's fall into it."""
 
 
 @dataclass(frozen=True)
@@ -94,79 +85,6 @@ class Block:
         del self.memory
         with contextlib.suppress(BufferError):  # somebody still looks at it, and their end frees it
             self._map.close()
-
-
-class Datastore(Block):
-    """Lists in host memory, and the index over them, which has no files."""
-
-    def __init__(
-        self,
-        material: Material,
-        nbytes: int,
-        list_bytes: int,
-        storage: Storage,
-        *,
-        seed: int = 0,
-        advance: Callable[[int], None] = lambda _count: None,
-    ) -> None:
-        """Make it.
-
-        Args:
-            material: what the vectors look like.
-            nbytes: of all lists, about.
-            list_bytes: of one, on average.
-            storage: what they are stored as.
-            seed: of the noise.
-            advance: told of bytes as they are written.
-        """
-        dimension = material.base.shape[1]
-        code_bytes = code_size(dimension, storage)
-        nlist = max(1, min(nbytes // list_bytes, len(material.base) // 8))
-        kmeans = faiss.Kmeans(dimension, nlist, niter=10, seed=seed, spherical=True, min_points_per_centroid=1)
-        kmeans.train(material.base)
-        self.coarse = Coarse(kmeans.centroids, Metric.IP)
-        assigned = self.coarse.index.search(material.base, 1)[1][:, 0]
-        members = [np.flatnonzero(assigned == number) for number in range(nlist)]
-        counts = np.array([len(some) for some in members])
-        sizes = counts * (nbytes // (code_bytes + ID_BYTES)) // counts.sum()
-        table, total = lay_out(sizes, code_bytes)
-        super().__init__(total)
-        trained = None
-        if storage is Storage.INT8:
-            trained = np.repeat(np.array(INT8_RANGE, np.float32), dimension)
-        manifest = Manifest(
-            dimension, Metric.IP, storage, nlist, int(sizes.sum()), code_bytes, seed, EmbedderInfo(None), {}
-        )
-        self.index = Index(IndexPaths(Path("(memory)")), manifest, kmeans.centroids, table, trained)
-        first_rows = np.cumsum(sizes) - sizes
-        extents = self.index.list_bytes
-
-        def fill(number: int) -> int:
-            self._fill(number, material.base[members[number]], int(first_rows[number]), seed)
-            return int(extents[number])
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for count in pool.map(fill, np.flatnonzero(sizes).tolist()):
-                advance(count)
-
-    def _fill(self, number: int, members: FloatArray, first_row: int, seed: int) -> None:
-        manifest = self.index.manifest
-        size, capacity, offset = (int(value) for value in self.index.table[number])
-        kind = {Storage.FLOAT32: np.float32, Storage.FLOAT16: np.float16, Storage.INT8: np.uint8}[manifest.storage]
-        codes = self.memory[offset : offset + size * manifest.code_size].view(kind).reshape(size, -1)
-        random = np.random.default_rng([seed, number])
-        for start in range(0, size, BLOCK_ROWS):
-            rows = np.arange(start, min(start + BLOCK_ROWS, size))
-            block = random.standard_normal((len(rows), manifest.dimension), np.float32)
-            block *= np.float32(NOISE / np.sqrt(manifest.dimension))
-            block += members[rows % len(members)]
-            block /= np.linalg.norm(block, axis=1, keepdims=True)
-            if manifest.storage is Storage.INT8:
-                least, reach = INT8_RANGE
-                block = np.clip((block - least) * (255 / reach), 0, 255)
-            codes[rows] = block
-        begin = offset + capacity * manifest.code_size
-        self.memory[begin : begin + ID_BYTES * size].view(np.int64)[:] = np.arange(first_row, first_row + size)
 
 
 def uniform(list_bytes: int, count: int) -> Index:

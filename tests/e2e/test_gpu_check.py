@@ -10,7 +10,8 @@ import pytest
 import gpu_check
 import gpu_stages
 from expect import fails
-from synthetic_store import Datastore, make_material, read_material, unit
+from make_synthetic import Datastore
+from synthetic_store import make_material, read_material, unit
 from telerag_cli.config import Storage
 from telerag_cli.errors import ArtifactError
 from telerag_cli.index.scoring import ListScorer
@@ -112,7 +113,7 @@ def test_what_is_missing_is_named(check, monkeypatch, tmp_path):
 @pytest.mark.parametrize("storage", list(Storage))
 def test_a_datastore_in_memory_is_an_index(storage):
     material = make_material(questions=8)
-    store = Datastore(material, 4 << 20, 64 << 10, storage)
+    store = Datastore.near(material.base, 4 << 20, 64 << 10, storage)
     index = store.index
     assert 0.9 * (4 << 20) < len(store.memory) <= (4 << 20) + 4096 * index.manifest.nlist
     assert index.sizes.min() < index.sizes.max()  # as k-means cuts, not all alike
