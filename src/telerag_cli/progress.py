@@ -27,7 +27,7 @@ def silent(description: str, total: int | None, *, unit: str = "") -> Iterator[A
     yield lambda _count: None
 
 
-class Pool(Protocol):
+class WorkerPool(Protocol):
     """Processes to work in, instead of this one."""
 
     @property

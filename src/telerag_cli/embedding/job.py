@@ -34,7 +34,7 @@ from telerag_cli.corpus.readers import OnBad, count_passages, find_sources, read
 from telerag_cli.embedding.encoder import Encoder, Precision
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError, UsageError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
-from telerag_cli.progress import Advance, Pool, Progress, silent
+from telerag_cli.progress import Advance, Progress, WorkerPool, silent
 
 VERSION = 1
 METADATA_KEY = b"telerag"
@@ -117,7 +117,7 @@ def embed(
     config: EmbedConfig | None = None,
     *,
     encoder: Encoder | None = None,
-    pool: Pool | None = None,
+    pool: WorkerPool | None = None,
     progress: Progress = silent,
     on_bad: OnBad | None = None,
 ) -> EmbedReport:
@@ -176,7 +176,7 @@ def _are_files(sources: Sequence[str | Path] | Iterable[Passage]) -> bool:
 
 
 def _made(
-    tasks: Iterator[ShardTask], encoder: Encoder, config: EmbedConfig, pool: Pool | None, advance: Advance
+    tasks: Iterator[ShardTask], encoder: Encoder, config: EmbedConfig, pool: WorkerPool | None, advance: Advance
 ) -> Generator[int]:
     """Make the shards, here or by the processes of a pool, and yield the rows of each as it is there."""
     if pool is None:

@@ -50,7 +50,7 @@ from telerag_cli.index.stages import (
 )
 from telerag_cli.index.train import TrainingPlan, draw_rows, find_gpu, plan_training, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
-from telerag_cli.progress import Pool, Progress, silent
+from telerag_cli.progress import Progress, WorkerPool, silent
 
 CHECKPOINT_BLOCKS = 16
 """Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""
@@ -204,7 +204,7 @@ def build_index(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
-    pool: Pool | None = None,
+    pool: WorkerPool | None = None,
     plan: BuildPlan | None = None,
 ) -> Index:
     """Build an index, or go on with one that was interrupted; a finished one of the same parameters is opened as it is.
@@ -241,7 +241,7 @@ def build_index(
 class _Build:
     """The stages; each looks at what is there and does what is missing."""
 
-    def __init__(self, plan: BuildPlan, progress: Progress, pool: Pool | None) -> None:
+    def __init__(self, plan: BuildPlan, progress: Progress, pool: WorkerPool | None) -> None:
         self.plan, self.progress, self.pool = plan, progress, pool
         self.embeddings, self.config, self.paths = plan.embeddings, plan.config, plan.paths
         self.rows = plan.embeddings.rows

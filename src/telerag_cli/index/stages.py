@@ -28,7 +28,7 @@ from telerag_cli.index.assign import Assigner
 from telerag_cli.index.partial import save_array
 from telerag_cli.index.recall import Found, Nearest
 from telerag_cli.index.scoring import scalar_quantizer
-from telerag_cli.progress import Pool
+from telerag_cli.progress import WorkerPool
 
 ASSIGN_ROWS = 16384
 """Rows assigned at a time. Fixed, not from the memory given: where a block ends may show in the last bit of a score."""
@@ -78,7 +78,7 @@ class Stage(Protocol[R_co]):
 
 
 def run_stage(
-    stage: Stage[R], start: int, known: Callable[[int, int], npt.NDArray[Any]], pool: Pool | None
+    stage: Stage[R], start: int, known: Callable[[int, int], npt.NDArray[Any]], pool: WorkerPool | None
 ) -> Generator[R]:
     """Yield the results of all blocks from row ``start`` on, in order, made here or by the processes of a pool.
 
