@@ -317,8 +317,8 @@ def scoring(bench: Bench) -> Outcome:
 
         launch = kernel.launch
     for storage in Storage:
-        nbytes = min(bench.sizes.scored_bytes, gpu.free_bytes() // 3)
-        stored = Datastore.near(bench.material.base, nbytes, 4 << 20, storage)
+        store_bytes = min(bench.sizes.scored_bytes, gpu.free_bytes() // 3)
+        stored = Datastore.near(bench.material.base, store_bytes, 4 << 20, storage)
         arena, other = (gpu.allocate(len(stored.memory), "--arena") for _ in range(2))
         arena.copy_(torch.from_numpy(stored.memory))
         index = stored.index
