@@ -303,9 +303,9 @@ def test_a_gpu_that_the_installation_makes_no_use_of(monkeypatch):
     assert not any(told[name].fatal for name in ("locked memory", "llama-cpp-python", "torch"))
 
 
-def test_without_the_driver_s_library_the_extra_is_named(monkeypatch):
+def test_without_the_driver_s_library_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert "telerag-cli[gpu]" in found()["GPU"].value
+    assert "pip install nvidia-ml-py" in found()["GPU"].value
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch):

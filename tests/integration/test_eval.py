@@ -118,18 +118,18 @@ def test_scores_of_an_answer_are_squads(answer, gold, exact, f1, contained):
 
 
 @pytest.mark.parametrize(
-    ("text", "answers", "is_contained"),
+    ("text", "answer", "is_contained"),
     [
-        ("It was in 1976, they say.", ["1976"], True),
-        ("It was in 19760.", ["1976"], False),  # whole words only
-        ("Call f.cache_clear() then.", ["f.cache_clear()"], True),
-        ("The cat sat on a mat", ["sat on the mat"], True),
-        ("cat", ["the", "dog"], False),
-        ("none", ["no"], False),
+        ("It was in 1976, they say.", "1976", True),
+        ("It was in 19760.", "1976", False),  # whole words only
+        ("Call f.cache_clear() then.", "f.cache_clear()", True),
+        ("The cat sat on a mat", "sat on the mat", True),
+        ("cat", "the", False),
+        ("none", "no", False),
     ],
 )
-def test_containment(text, answers, is_contained):
-    assert contains(normalized(text), [normalized(answer) for answer in answers]) is is_contained
+def test_containment(text, answer, is_contained):
+    assert contains(normalized(text), [normalized(answer)]) is is_contained
 
 
 def record(key, ids, score=None):
@@ -180,8 +180,8 @@ def test_an_interval_is_that_of_the_binomial():
 
 def test_the_seed_decides():
     scores = list(np.random.default_rng(7).random(50))
-    assert estimate(scores, Sampling(500, 1)) == estimate(scores, Sampling(500, 1))
-    assert estimate(scores, Sampling(500, 1)) != estimate(scores, Sampling(500, 2))
+    again, other = (estimate(scores, Sampling(500, seed)) for seed in (1, 2))
+    assert estimate(scores, Sampling(500, 1)) == again != other
 
 
 def test_a_pair_is_compared_question_by_question():

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from expect import fails
 from indexes import make_index, make_vectors
-from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind
+from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind, format_bytes
 from telerag_cli.engine.llm_plan import plan_llm
 from telerag_cli.engine.opening import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
@@ -44,7 +45,7 @@ def test_a_machine_without_a_gpu_takes_the_host_tier_and_says_why(index, monkeyp
     planned = plan_tier(index, TierConfig())
     assert (planned.kind, planned.why) == (TierKind.HOST, "no GPU found")
     for named in (TierConfig(device="cuda:0"), TierConfig(gpu_memory=1 << 20), TierConfig(tier=TierKind.CUDA)):
-        with pytest.raises(ResourceError, match="none"):
+        with fails(ResourceError, "none"):
             plan_tier(index, named)
 
 
@@ -54,7 +55,7 @@ def test_a_machine_with_a_gpu_takes_it_unless_told_otherwise(index, found):
     assert plan_tier(index, TierConfig(device="cpu")).why == "--device cpu"
     assert plan_tier(index, TierConfig(fast_memory=1 << 20)).why == "--fast-memory"
     assert plan_tier(index, TierConfig(tier=TierKind.HOST)).kind is TierKind.HOST
-    with pytest.raises(ResourceError, match="not there"):
+    with fails(ResourceError, "not there"):
         plan_tier(index, TierConfig(device="cuda:1"))
 
 
@@ -62,26 +63,26 @@ def test_an_index_larger_than_the_hosts_memory_takes_the_host_tier(index, found,
     monkeypatch.setattr("telerag_cli.engine.tier_plan.available_bytes", lambda: 1000)
     planned = plan_tier(index, TierConfig())
     assert planned.kind is TierKind.HOST
-    assert "of host memory are free" in planned.why
+    assert format_bytes(1000) in planned.why
     # Asked for, it is refused in its own words when it is opened.
     monkeypatch.setattr("telerag_cli.tiers.slow.available_bytes", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"lists take 80\.0 KiB of host memory, and 1000 B are free"):
+    with fails(ResourceError, "80.0 KiB", "1000 B"):
         open_retriever(index, plan_tier(index, TierConfig(tier=TierKind.CUDA)), EngineConfig(index="."))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("config", "values"),
     [
-        (TierConfig(tier=TierKind.HOST, gpu_memory=1), "--gpu-memory has no part in the host tier"),
-        (TierConfig(tier=TierKind.HOST, require_pinned=True), "--require-pinned has no part in the host tier"),
-        (TierConfig(tier=TierKind.CUDA, fast_memory=1), "--fast-memory has no part in --tier cuda"),
-        (TierConfig(tier=TierKind.CUDA, device="cpu"), "--device cpu has no GPU"),
-        (TierConfig(tier=TierKind.CUDA, device="tpu"), "names no GPU"),
+        (TierConfig(tier=TierKind.HOST, gpu_memory=1), ["--gpu-memory", "host"]),
+        (TierConfig(tier=TierKind.HOST, require_pinned=True), ["--require-pinned", "host"]),
+        (TierConfig(tier=TierKind.CUDA, fast_memory=1), ["--fast-memory", "--tier cuda"]),
+        (TierConfig(tier=TierKind.CUDA, device="cpu"), ["--device cpu"]),
+        (TierConfig(tier=TierKind.CUDA, device="tpu"), ["tpu"]),
     ],
 )
-def test_what_contradicts_itself(index, options, message):
-    with pytest.raises(UsageError, match=message):
-        plan_tier(index, options)
+def test_what_contradicts_itself(index, config, values):
+    with fails(UsageError, *values):
+        plan_tier(index, config)
 
 
 def test_what_a_tier_takes_where(index):
@@ -101,7 +102,7 @@ def test_an_llm_that_goes_to_a_gpu_whole_is_planned_by_its_memory(index, found, 
     tier = plan_tier(index, TierConfig(tier=TierKind.SIMULATED, gpu_memory=8192))
     monkeypatch.setattr("telerag_cli.llm.llama_model.llama_cpp.llama_supports_gpu_offload", lambda: True)
     found._memory_bytes = 300 << 20
-    with pytest.raises(ResourceError, match=r"16 contexts of 4,096 tokens take .*Lower .*--gpu-memory"):
+    with fails(ResourceError, "16 ", "4,096", "--gpu-memory"):
         plan_llm(EngineConfig(index=".", n_gpu_layers=-1, concurrency=16), tier, print)
     planned = plan_llm(EngineConfig(index=".", n_gpu_layers=-1), tier, print)
     assert planned.concurrency == 1

@@ -160,7 +160,7 @@ def bytes_to_check(cached: Cached, folder: Path) -> int:
     return sum(path.stat().st_size for path in paths if path.is_file())
 
 
-def check(cached: Cached, folder: Path, advance: Advance) -> list[FileFinding]:
+def check(cached: Cached, folder: Path, advance: Advance) -> Iterator[FileFinding]:
     """Read everything and compare it with the description, ``source.json`` and ``prepared.json``.
 
     Args:
@@ -172,27 +172,26 @@ def check(cached: Cached, folder: Path, advance: Advance) -> list[FileFinding]:
         ArtifactError: ``source.json`` or ``prepared.json`` is damaged.
         ResourceError: a file cannot be read.
     """
-    files, known = cached.dataset.files, cached.sources()
-    none = not any(cached.path(file).exists() for file in files)
+    known, manifest = cached.sources(), Manifest.load(folder)
+    none = not any(cached.path(file).exists() for file in cached.dataset.files)
     try:
-        found = [FileFinding(file.name, *_fetched(cached, file, none, advance)) for file in files]
-        manifest = Manifest.load(folder)
+        for file in cached.dataset.files:
+            yield FileFinding(file.name, *_fetched(cached, file, none, advance))
         if manifest is None:
-            return found
+            return
         if manifest.dataset != cached.dataset.name:
             says = f"was prepared from {manifest.dataset}, and not from {cached.dataset.name}"
-            return [*found, FileFinding(str(folder), says, True)]
-        found += [
-            FileFinding(str(folder / name), *_prepared(folder / name, made)) for name, made in manifest.files.items()
-        ]
-        advance(sum(made.bytes for made in manifest.files.values()))
+            yield FileFinding(str(folder), says, True)
+            return
+        for name, made in manifest.files.items():
+            yield FileFinding(str(folder / name), *_prepared(folder / name, made))
+            advance(made.bytes)
     except OSError as error:
         raise wrap_os_error(error, Path(error.filename or folder)) from error
     for name, digest in manifest.sources.items():
         if name in known and known[name].sha256 != digest:
             says = f"was made from {name} with sha256 {digest}, and that of {known[name].sha256} is there now"
-            found.append(FileFinding(str(folder), says, True))
-    return found
+            yield FileFinding(str(folder), says, True)
 
 
 def _fetched(cached: Cached, file: RemoteFile, none: bool, advance: Advance) -> tuple[str, bool]:

@@ -206,7 +206,7 @@ def _gpus() -> Iterator[Finding]:
 
         pynvml.nvmlInit()
     except ModuleNotFoundError:
-        yield Finding("GPU", "unknown, nvidia-ml-py is not installed; pip install 'telerag-cli[gpu]'")
+        yield Finding("GPU", "unknown, nvidia-ml-py is not installed: pip install nvidia-ml-py")
         return
     except Exception:  # no driver, or one that does not answer
         yield Finding("GPU", "no GPU")
