@@ -16,7 +16,7 @@ from telerag_cli.cli import data
 from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.datasets import streams
 from telerag_cli.datasets.cache import Cached
-from telerag_cli.datasets.catalogue import Kind, describe, names
+from telerag_cli.datasets.catalogue import DatasetKind, describe, names
 from telerag_cli.datasets.questions import load_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 
@@ -80,7 +80,7 @@ def test_every_description_can_be_read_and_tells_what_it_knows():
     }
     for each in found:
         assert each.homepage.startswith(("http://", "https://")), each.name
-        assert (each.split is None) == (each.kind is Kind.PASSAGES), each.name
+        assert (each.split is None) == (each.kind is DatasetKind.PASSAGES), each.name
         assert each.split in (None, *each.splits), each.name
         assert len({file.name for file in each.files}) == len(each.files), each.name
         for file in each.files:

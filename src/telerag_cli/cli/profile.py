@@ -150,28 +150,18 @@ def profile(
 def _of_index(config: EngineConfig, recording: Path | None, *, quick: bool) -> Iterator[tuple[Profile, Planner]]:
     from telerag_cli.cli.reporting import ConsoleReporter
     from telerag_cli.engine.opening import open_parts
-    from telerag_cli.engine.survey import Replays, survey
+    from telerag_cli.engine.survey import Replays, subject_of
     from telerag_cli.planning.averages import Averages
+    from telerag_cli.planning.measure import measure
     from telerag_cli.planning.planner import Planner
 
     replays = Replays(_replayed(recording), recording.name) if recording else Replays()
     with open_parts(config, ConsoleReporter()) as (prepared, generator, retriever):
-        identity, versions = prepared.identity
+        opened, gpu, nprobe = prepared.opened, prepared.tier.gpu, prepared.nprobe
+        subject = subject_of(opened, gpu, retriever, generator, nprobe, prepared.identity, replays)
         with console.progress("measuring", None, unit="figures") as advance:
-            made = survey(
-                prepared.opened,
-                prepared.tier,
-                retriever,
-                generator,
-                prepared.nprobe,
-                replays,
-                identity=identity,
-                versions=versions,
-                quick=quick,
-                advance=advance,
-                command=_command(),
-            )
-        yield made, Planner(made, Averages(), nprobe=prepared.nprobe, arena_bytes=retriever.tier.arena_bytes)
+            made = measure(subject, quick=quick, advance=advance, command=_command())
+        yield made, Planner(made, Averages(), nprobe=nprobe, arena_bytes=retriever.tier.arena_bytes)
 
 
 def _replayed(recording: Path) -> list[Replayed]:
@@ -185,7 +175,7 @@ def _replayed(recording: Path) -> list[Replayed]:
         raise wrap_os_error(error, recording) from error
     except ValueError as error:
         raise ArtifactError(
-            f"{recording} is no recording: {error}.", remedy="Name what telerag run --record wrote."
+            f"{recording} is not a recording: {error}.", remedy="Name what telerag run --record wrote."
         ) from error
 
 

@@ -56,7 +56,7 @@ class PreparedFile:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class PreparedManifest:
     """What ``prepared.json`` says: what was made, and from what."""
 
     dataset: str
@@ -74,7 +74,7 @@ class Manifest:
         write_json(folder / MANIFEST, asdict(self))
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest | None:
+    def load(cls, folder: Path) -> PreparedManifest | None:
         """Read what `save` wrote; None if nothing was prepared there.
 
         Raises:
@@ -168,7 +168,7 @@ class Cached:
     def state(self) -> str:
         """Return the state in a word or two: absent, partial n%, fetched, prepared or damaged."""
         try:
-            manifest = Manifest.load(self.prepared)
+            manifest = PreparedManifest.load(self.prepared)
             complete = [file for file in self.dataset.files if self.has(file)]
         except ArtifactError:
             return "damaged"

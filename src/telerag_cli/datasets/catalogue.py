@@ -21,7 +21,7 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^./\\][^/\\]*$")]
 Address = Annotated[str, StringConstraints(pattern=r"^https?://")]
 
 
-class Kind(StrEnum):
+class DatasetKind(StrEnum):
     """What a dataset holds."""
 
     QUESTIONS = "questions"
@@ -78,7 +78,7 @@ class Dataset:
     what: str
     homepage: str
     licence: str
-    kind: Kind
+    kind: DatasetKind
     parser: Parser
     files: tuple[RemoteFile, ...]
     split: str | None = None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import find_sources, read_passages
 from telerag_cli.datasets.cache import Cached
-from telerag_cli.datasets.catalogue import Kind, Parser, no_split
+from telerag_cli.datasets.catalogue import DatasetKind, Parser, no_split
 from telerag_cli.datasets.streams import OnBad, Row, archive_errors, json_array, json_lines, opened
 from telerag_cli.errors import InputError
 
@@ -71,7 +71,7 @@ class DatasetReader:
         """Read the questions of the split."""
         parser = self._dataset.parser
         judged = {question for question, _passage, _score in self.judgements()}
-        for file in self.files if self._dataset.kind is not Kind.PASSAGES else ():
+        for file in self.files if self._dataset.kind is not DatasetKind.PASSAGES else ():
             member = self._beir.get("queries")
             if file.members:
                 if self._split not in file.members:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from telerag_cli.datasets.cache import CORPUS, QRELS, QUESTIONS, Cached, Manifest, PreparedFile
-from telerag_cli.datasets.catalogue import Kind, Parser, RemoteFile
+from telerag_cli.datasets.cache import CORPUS, QRELS, QUESTIONS, Cached, PreparedFile, PreparedManifest
+from telerag_cli.datasets.catalogue import DatasetKind, Parser, RemoteFile
 from telerag_cli.datasets.fetch import checksums, mismatch
 from telerag_cli.datasets.parsers import QRELS_HEADER, DatasetReader
 from telerag_cli.errors import ArtifactError, InputError
@@ -38,7 +38,7 @@ def prepare(
     folder: Path,
     advance: Advance,
     on_bad: Callable[[InputError], None] | None = None,
-) -> Manifest:
+) -> PreparedManifest:
     """Write the files, and in ``prepared.json`` what they were made from; what was there is replaced at the end.
 
     Args:
@@ -68,30 +68,7 @@ def prepare(
         on_bad(error)
 
     source = DatasetReader(cached, split, count_bad)
-    kept: set[str] = set()
-
-    def corpus() -> Iterator[str]:
-        for passage in islice(source.passages(), limit if dataset.kind is Kind.PASSAGES else None):
-            rest = {key: value for key, value in passage.metadata.items() if key != "title"}
-            row = {"_id": passage.id, "title": passage.metadata.get("title", ""), "text": passage.text}
-            yield json.dumps(row | ({"metadata": rest} if rest else {}), ensure_ascii=False)
-
-    def questions() -> Iterator[str]:
-        for question in islice(source.questions(), limit):
-            kept.add(question.id)
-            row = {"id": question.id, "question": question.question, "answers": list(question.answers)}
-            yield json.dumps(row, ensure_ascii=False)
-
-    def qrels() -> Iterator[str]:
-        for question, passage, score in source.judgements():
-            if question in kept:
-                yield f"{question}\t{passage}\t{score}"
-
-    made = {
-        Kind.PASSAGES: {CORPUS: corpus},
-        Kind.QUESTIONS: {QUESTIONS: questions},
-        Kind.BOTH: {CORPUS: corpus, QUESTIONS: questions, QRELS: qrels},
-    }[dataset.kind]
+    made = _lines_of(source, dataset.kind, limit)
     rows: dict[str, int] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +76,10 @@ def prepare(
         raise wrap_os_error(error, folder) from error
     with contextlib.ExitStack() as stack:  # the files get their names together
         for name, lines in made.items():
-            header = "\t".join(QRELS_HEADER) + "\n" if name == QRELS else ""
             temporary = stack.enter_context(writing(folder / name))
-            rows[name] = _write(temporary, folder / name, header, lines(), advance)
+            rows[name] = _write(temporary, folder / name, lines, advance) - (name == QRELS)  # without the header
     known = cached.sources()
-    manifest = Manifest(
+    manifest = PreparedManifest(
         dataset.name,
         split,
         limit,
@@ -119,6 +95,33 @@ def prepare(
     return manifest
 
 
+def _lines_of(source: DatasetReader, kind: DatasetKind, limit: int | None) -> dict[str, Iterator[str]]:
+    """Return the lines of each file, to be read in this order: judgements are of the questions before them."""
+    kept: set[str] = set()
+
+    def corpus() -> Iterator[str]:
+        for passage in islice(source.passages(), limit if kind is DatasetKind.PASSAGES else None):
+            rest = {key: value for key, value in passage.metadata.items() if key != "title"}
+            row = {"_id": passage.id, "title": passage.metadata.get("title", ""), "text": passage.text}
+            yield json.dumps(row | ({"metadata": rest} if rest else {}), ensure_ascii=False)
+
+    def questions() -> Iterator[str]:
+        for question in islice(source.questions(), limit):
+            kept.add(question.id)
+            row = {"id": question.id, "question": question.question, "answers": list(question.answers)}
+            yield json.dumps(row, ensure_ascii=False)
+
+    def qrels() -> Iterator[str]:
+        yield "\t".join(QRELS_HEADER)
+        for question, passage, score in source.judgements():
+            if question in kept:
+                yield f"{question}\t{passage}\t{score}"
+
+    files = {CORPUS: corpus(), QUESTIONS: questions(), QRELS: qrels()}
+    wanted = {DatasetKind.PASSAGES: [CORPUS], DatasetKind.QUESTIONS: [QUESTIONS], DatasetKind.BOTH: list(files)}[kind]
+    return {name: files[name] for name in wanted}
+
+
 def _need(cached: Cached, files: tuple[RemoteFile, ...], split: str | None) -> None:
     for file in files:
         if not cached.has(file):
@@ -128,10 +131,9 @@ def _need(cached: Cached, files: tuple[RemoteFile, ...], split: str | None) -> N
             )
 
 
-def _write(temporary: Path, path: Path, header: str, lines: Iterator[str], advance: Advance) -> int:
+def _write(temporary: Path, path: Path, lines: Iterator[str], advance: Advance) -> int:
     count = 0
     with temporary.open("w", encoding="utf-8", newline="\n") as handle:
-        handle.write(header)
         for line in lines:
             try:
                 handle.write(line + "\n")
@@ -154,7 +156,7 @@ class FileFinding:
 
 def bytes_to_check(cached: Cached, folder: Path) -> int:
     """Return how much `check` will read, for a progress bar."""
-    manifest = Manifest.load(folder)
+    manifest = PreparedManifest.load(folder)
     prepared = [folder / name for name in manifest.files] if manifest else []
     paths = [*(cached.path(file) for file in cached.dataset.files), *prepared]
     return sum(path.stat().st_size for path in paths if path.is_file())
@@ -172,7 +174,7 @@ def check(cached: Cached, folder: Path, advance: Advance) -> Iterator[FileFindin
         ArtifactError: ``source.json`` or ``prepared.json`` is damaged.
         ResourceError: a file cannot be read.
     """
-    known, manifest = cached.sources(), Manifest.load(folder)
+    known, manifest = cached.sources(), PreparedManifest.load(folder)
     none = not any(cached.path(file).exists() for file in cached.dataset.files)
     try:
         for file in cached.dataset.files:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from telerag_cli.datasets.cache import QUESTIONS, Cached, Manifest
-from telerag_cli.datasets.catalogue import Kind, describe, names
+from telerag_cli.datasets.cache import QUESTIONS, Cached, PreparedManifest
+from telerag_cli.datasets.catalogue import DatasetKind, describe, names
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import wrap_os_error
@@ -56,10 +56,10 @@ def load_questions(
 
 def _prepared(name: str, cache_dir: Path | None) -> Path:
     dataset = describe(name)
-    if dataset.kind is Kind.PASSAGES:
+    if dataset.kind is DatasetKind.PASSAGES:
         raise UsageError(f"{name} holds passages and no questions.", remedy="telerag data list shows what has some.")
     cached = Cached.of(dataset, cache_dir)
-    if Manifest.load(cached.prepared) is None:
+    if PreparedManifest.load(cached.prepared) is None:
         fetched = all(cached.has(file) for file in dataset.files_of(dataset.split))
         first = "" if fetched else f"{cached.fetch_command(dataset.split)}, then "
         raise ArtifactError(

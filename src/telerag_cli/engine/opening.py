@@ -25,13 +25,14 @@ from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.llm_plan import PlannedLlm, plan_llm
 from telerag_cli.engine.opened_index import OpenedIndex, open_index
 from telerag_cli.engine.retrieval import Finder
-from telerag_cli.engine.survey import Replays, embedder_name, identity_of, rates_for_joins, survey
+from telerag_cli.engine.survey import embedder_name, identity_of, rates_for_joins, subject_of
 from telerag_cli.engine.tier_plan import PlannedTier, Row, plan_tier
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.planning.averages import Averages
+from telerag_cli.planning.measure import measure
 from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Identity, Profile, kept_in
 from telerag_cli.progress import Advance, silent
@@ -255,23 +256,11 @@ def _measured(
         reporter.warn("A server is not measured unasked, so nothing is predicted; telerag profile measures it.")
         return None
     reporter.say("Measuring this machine and index to plan with; once, some seconds. --profile none goes without.")
-    identity, versions = made.identity
+    subject = subject_of(made.opened, made.tier.gpu, retriever, generator, made.nprobe, made.identity)
     try:
         with reporter.progress("measuring", None) as advance:
-            profile = survey(
-                made.opened,
-                made.tier,
-                retriever,
-                generator,
-                made.nprobe,
-                Replays(),
-                identity=identity,
-                versions=versions,
-                quick=True,
-                advance=advance,
-                command="telerag run",
-            )
-        profile.save(kept_in(identity, versions))
+            profile = measure(subject, quick=True, advance=advance, command="telerag run")
+        profile.save(kept_in(*made.identity))
     except (ResourceError, ArtifactError) as error:
         reporter.warn(f"Nothing is predicted, because measuring failed: {error}")
         return None

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.llm_plan import PlannedLlm
 from telerag_cli.engine.opened_index import OpenedIndex
-from telerag_cli.engine.tier_plan import PlannedTier
 from telerag_cli.index.artifact import Index
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.hits import Replayed, from_passages
 from telerag_cli.planning.links import scratch_file
-from telerag_cli.planning.measure import FULL, Subject, measure
+from telerag_cli.planning.measure import FULL, ProfileSubject, measure
 from telerag_cli.planning.profile import Identity, Profile
 from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever
@@ -55,28 +54,20 @@ def identity_of(
     return identity, {name: version for name, version in machine["versions"].items() if name in VERSIONS}
 
 
-def survey(
+def subject_of(
     opened: OpenedIndex,
-    tier: PlannedTier,
+    gpu: Gpu | None,
     retriever: Retriever,
     generator: Generator,
     nprobe: int,
-    replays: Replays,
-    *,
-    identity: Identity,
-    versions: dict[str, str],
-    quick: bool,
-    advance: Advance,
-    command: str = "",
-) -> Profile:
-    """Measure parts that are open: see `measure`. The arena is empty afterwards."""
+    identity: tuple[Identity, dict[str, str]],
+    replays: Replays = Replays(),
+) -> ProfileSubject:
+    """Return what `measure` needs of parts that are open; the arena is empty afterwards."""
     questions = replays.questions or from_passages(opened.passages, FULL.replayed)
     source = replays.source if replays.questions else PASSAGES
     lists = opened.index.paths.lists
-    subject = Subject(
-        identity, versions, tier.gpu, lists, opened.embedder, generator, retriever, nprobe, questions, source
-    )
-    return measure(subject, quick=quick, advance=advance, command=command)
+    return ProfileSubject(*identity, gpu, lists, opened.embedder, generator, retriever, nprobe, questions, source)
 
 
 def survey_machine(
@@ -98,7 +89,7 @@ def survey_machine(
     identity, versions = identity_of(None, name, llm, embedder_name(encoder))
     left_out = ("Name an index to measure its lists, their hit rates and the coarse quantizer as well.",)
     with scratch_file(Path.cwd()) as file:
-        subject = Subject(identity, versions, gpu, file, encoder, generator, left_out=left_out)
+        subject = ProfileSubject(identity, versions, gpu, file, encoder, generator, left_out=left_out)
         return measure(subject, quick=quick, advance=advance, command=command)
 
 

@@ -67,7 +67,7 @@ FULL = Extent(
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProfileSubject:
     """What is to be measured; None for what there is not."""
 
     identity: Identity
@@ -86,7 +86,7 @@ class Subject:
     left_out: tuple[str, ...] = ()
 
 
-def measure(subject: Subject, *, quick: bool, advance: Advance, command: str = "") -> Profile:
+def measure(subject: ProfileSubject, *, quick: bool, advance: Advance, command: str = "") -> Profile:
     """Measure all of it; an index's arena is empty afterwards.
 
     Args:
