@@ -61,8 +61,6 @@ class LlamaCpp:
         self.name = model.name
         self.context_tokens = min(context_tokens, model.trained_tokens)
         self.parallel = parallel
-        self.context_bytes = parallel * model.context_bytes(self.context_tokens)
-        """Size of the contexts."""
         self._model = model
         self._decoder = model.decoder(parallel, self.context_tokens, threads, reproducible=reproducible)
         self._batcher = Batcher(self._decoder, parallel, self._decoder.chunk)
