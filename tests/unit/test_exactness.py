@@ -181,9 +181,10 @@ def test_a_useless_prediction_moves_little_after_the_query_arrives(small, open_o
     index, _ivf, vectors = small
     retriever = open_over(transport=chosen(links, depth=2, longest_s=0.01))
     prefetch = retriever.prefetch(-vectors[:1], 4)
+    before = len(links[0].moves)
     report = retriever.search(vectors[:1], 3, 4, prefetch).report
     wanted = set(Coarse(index.centroids, Metric.IP).nearest(vectors[:1], 4)[0].tolist())
-    assert sum(move.list_no not in wanted for move in links[0].moves) <= retriever.tier.depth
+    assert sum(move.list_no not in wanted for move in links[0].moves[before:]) <= retriever.tier.depth
     assert report.lists_missed + report.lists_coming + report.lists_hit == len(wanted)
 
 

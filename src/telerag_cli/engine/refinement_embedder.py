@@ -56,7 +56,7 @@ class RefinementEmbedder:
         self._waiting: list[Subject] = []
         self._closing = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="sketch", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="refinement", daemon=True)
         self._thread.start()
 
     def submit(self, subject: Subject) -> None:

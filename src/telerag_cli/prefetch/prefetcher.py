@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -206,8 +206,8 @@ class Prefetch:
             self.going = False
             now_s = time.perf_counter()
             moving_s = self._moving_s + (now_s - self._moving_since_s if self.under_way else 0.0)
-            begun = self.window
-            self.window = Window(now_s - self._began_s, moving_s, self.bytes_moved, begun.held_share, begun.prefetches)
+            window_s = now_s - self._began_s
+            self.window = replace(self.window, window_s=window_s, moving_s=moving_s, bytes_moved=self.bytes_moved)
 
     def end(self) -> None:
         """Stop, and let others evict what was moved."""

@@ -160,16 +160,7 @@ class TwoEndsJoin(Join):
         beside: Executor,
         contention: ContentionEstimate,
     ) -> None:
-        """Get ready.
-
-        Args:
-            tier: where lists are moved to.
-            probes: what is searched.
-            observer: notes what happens.
-            place: scores lists in the slow tier.
-            beside: the thread for that.
-            contention: how much both ends slow each other; taught by this join.
-        """
+        """Score in the slow tier by ``place``, on the thread ``beside``; ``contention`` learns from it."""
         super().__init__(tier, probes, observer)
         self._place = place
         self._beside = beside

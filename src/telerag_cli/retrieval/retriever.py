@@ -86,7 +86,7 @@ class Retriever:
         budget_bytes: int | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """Begin.
+        """Begin with nothing prefetched.
 
         Args:
             index: the index.
@@ -133,10 +133,7 @@ class Retriever:
         return self._contention.slowdown
 
     def prefetch(self, queries: FloatArray, nprobe: int, *, refining: bool = False) -> Prefetch:
-        """Start lookahead for queries expected to be like these, shape (n, dimension).
-
-        ``refining`` says that `refine` will follow, so that this order is only a start.
-        """
+        """Start lookahead for queries like these, shape (n, dimension); ``refining`` says that `refine` will follow."""
         return self.prefetch_batch([queries], nprobe, refining=refining)[0]
 
     def prefetch_batch(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:

@@ -80,7 +80,7 @@ class Residency:
         """
         self.policy.new_round()
         if not self.policy.keeps:
-            self._evict_all()
+            self._evict(np.flatnonzero(self._evictable()).tolist())
         kept: BoolArray = np.zeros(len(self.list_bytes), np.bool_)
         hot = np.flatnonzero((self.state == RESIDENT) & (self.list_bytes > 0) & (self.policy.heat >= self.policy.hot))
         hot = hot[np.argsort(-self.policy.heat[hot], kind="stable")]
@@ -141,7 +141,7 @@ class Residency:
 
     def forget(self) -> None:
         """Evict all that is not moving or referenced, and all that was known of its heat."""
-        self._evict_all()
+        self._evict(np.flatnonzero(self._evictable()).tolist())
         self.policy.heat[:] = 0
 
     def occupancy(self) -> Occupancy:
@@ -187,17 +187,13 @@ class Residency:
         cost = np.where(evictable, heat + 1e-6, np.inf)
         runs = self.arena.cheapest_runs(int(self.list_bytes[lists].max()), cost, len(lists))
         for run in runs:
-            for owner in run:
-                self._evict(owner)
+            self._evict(run)
         return bool(runs)
 
-    def _evict_all(self) -> None:
-        for list_no in np.flatnonzero(self._evictable()).tolist():
-            self._evict(list_no)
-
-    def _evict(self, list_no: int) -> None:
-        self._evicted(list_no)
-        self._vacate(list_no)
+    def _evict(self, lists: Sequence[int]) -> None:
+        for list_no in lists:
+            self._evicted(list_no)
+            self._vacate(list_no)
 
     def _vacate(self, list_no: int) -> None:
         assert self.references[list_no] == 0

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -95,7 +96,7 @@ class FastTier:
             transport: the link.
             scorer: scores what is in the arena.
             cache: what stays between queries.
-            in_place: how lists are scored where they lie in the slow tier; None where they must be moved for it.
+            in_place: how lists are scored in the slow tier; None where they must be moved for it.
             notes: what a user should know, beside the transport's own note.
             closing: called last by `close`.
             tracer: where moves are recorded.
@@ -229,28 +230,20 @@ class FastTier:
         return list(map(Move, started, self._source[started].tolist(), targets, self.list_bytes[started].tolist()))
 
     def _submit(self, moves: Sequence[Move]) -> None:
-        if not moves:
-            return
-        started_s = time.perf_counter()
+        if moves:
+            self._transport.submit(moves, partial(self._arrived, time.perf_counter()))
 
-        def arrived(ended: Sequence[Move], error: TeleragError | None) -> None:
-            if self._tracer.wanted:
-                lane, ended_s = threading.current_thread().name, time.perf_counter()
-                for move in ended:
-                    self._tracer.add(
-                        lane, f"list {move.list_no}", started_s, ended_s, list=move.list_no, bytes=move.nbytes
-                    )
-            self._arrived(ended, error)
-
-        self._transport.submit(moves, arrived)
-
-    def _arrived(self, moves: Sequence[Move], error: TeleragError | None) -> None:
-        told: dict[ListsArrived, list[int]] = {}
+    def _arrived(self, started_s: float, moves: Sequence[Move], error: TeleragError | None) -> None:
+        if self._tracer.wanted:
+            lane, ended_s = threading.current_thread().name, time.perf_counter()
+            for move in moves:
+                self._tracer.add(lane, f"list {move.list_no}", started_s, ended_s, list=move.list_no, bytes=move.nbytes)
+        arrived_for: dict[ListsArrived, list[int]] = {}
         ended = np.array([move.list_no for move in moves], np.int64)
         with self._lock:
             for list_no in ended.tolist():
-                for tell in self._waiting.pop(list_no):
-                    told.setdefault(tell, []).append(list_no)
+                for receiver in self._waiting.pop(list_no):
+                    arrived_for.setdefault(receiver, []).append(list_no)
             if error is None:
                 # The table first: whoever sees a list as resident may score it at once.
                 self._scorer.table[ended] = self._shape[ended]
@@ -260,8 +253,8 @@ class FastTier:
                 self._residency.abort(ended)
             if not self._waiting:
                 self._settled.notify_all()
-        for tell, lists in told.items():
-            tell(lists, error)
+        for receiver, lists in arrived_for.items():
+            receiver(lists, error)
 
     def _evicted(self, list_no: int) -> None:
         self._scorer.table[list_no] = 0

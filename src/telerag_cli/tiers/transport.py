@@ -123,13 +123,9 @@ class DirectReader:
     """
 
     def __init__(self, path: Path, memory: ByteArray, *, threads: int = 2, direct: bool = True) -> None:
-        """Open the file.
+        """Open the file, to read ``threads`` parts of it at once into memory.
 
-        Args:
-            path: what to read.
-            memory: what to read into.
-            threads: reads under way at once.
-            direct: past the page cache, where that is possible; otherwise through it, to measure what that takes.
+        ``direct`` is False only to measure what reading through the page cache takes.
 
         Raises:
             ArtifactError: there is no such file.

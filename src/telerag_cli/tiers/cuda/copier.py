@@ -53,14 +53,9 @@ class Copier:
     def __init__(
         self, stream: Stream, source: torch.Tensor, arena: torch.Tensor, rate: Rate, mean_bytes: float
     ) -> None:
-        """Begin with nothing under way.
+        """Begin with nothing under way; lists of ``mean_bytes`` move from source to arena, both uint8.
 
-        Args:
-            stream: does the copies.
-            source: the lists in host memory, uint8.
-            arena: their place on the device, uint8.
-            rate: of the link, as measured; it goes on learning.
-            mean_bytes: of a list.
+        The rate is what was measured of the link; it goes on learning.
         """
         wanted = IN_FLIGHT_S * rate.bytes_per_s / max(mean_bytes, 1)
         self.depth = int(min(MAX_IN_FLIGHT, max(MIN_IN_FLIGHT, wanted)))

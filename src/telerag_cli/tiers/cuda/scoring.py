@@ -43,13 +43,8 @@ class GpuScorer:
     ) -> None:
         """Begin with nothing in the arena.
 
-        Args:
-            gpu: the device.
-            index: the index.
-            arena: uint8, on the device.
-            exact: scores lists in the slow tier.
-            launch: the kernel, or its reference.
-            workspace: uint8, on the device, of at least `workspace_bytes`.
+        Arena and workspace (at least `workspace_bytes`) are uint8 on the device; ``exact`` scores in the slow tier, and
+        ``launch`` is the kernel or its reference.
         """
         manifest = index.manifest
         self.table: TableArray = np.zeros((manifest.nlist, 3), np.uint64)
