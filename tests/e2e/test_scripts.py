@@ -45,7 +45,7 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
     }
     (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(result))
     (tmp_path / "benchmarks" / "results" / "raw.json").write_text(json.dumps({"numbers": [1, 2]}))
-    with pytest.raises(SystemExit, match="stale"):
+    with pytest.raises(SystemExit, match="make docs"):
         run(figures, monkeypatch, "--check")
     run(figures, monkeypatch)
     run(figures, monkeypatch, "--check")
@@ -112,7 +112,7 @@ def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(figures
 
 def test_a_document_without_marks_is_refused(figures, tmp_path, monkeypatch):
     (tmp_path / "docs" / "benchmarks.md").write_text("nothing\n")
-    with pytest.raises(SystemExit, match="lacks <!-- figures:begin -->"):
+    with pytest.raises(SystemExit, match="<!-- figures:begin -->"):
         run(figures, monkeypatch)
 
 
@@ -126,7 +126,7 @@ def test_the_command_reference_is_written_and_a_stale_one_shown(tmp_path, monkey
     run(module, monkeypatch, "--check")
     target.write_text(written.replace("## `telerag build-index`", "## `telerag make-index`"))
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="stale"):
+    with pytest.raises(SystemExit, match="make docs"):
         run(module, monkeypatch, "--check")
     shown = capsys.readouterr().out
     assert "-## `telerag make-index`" in shown
@@ -152,7 +152,7 @@ def test_a_random_model_decodes_and_is_the_same_each_time(tmp_path, monkeypatch,
 def test_a_random_model_needs_a_tokenizer(tmp_path, monkeypatch):
     module = script("make_random_model")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing more" * 10)
-    with pytest.raises(SystemExit, match="is no GGUF file that can be read"):
+    with pytest.raises(SystemExit, match="GGUF"):
         run(
             module,
             monkeypatch,

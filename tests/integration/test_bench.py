@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from animals import TEXTS, WordHashes, World
+from expect import fails
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import MEAN, Ask, breakdown, hit_rate, latency, nprobe, throughput
 from telerag_cli.bench.baselines import FaissMemory, FaissOnDisk, Recalled
@@ -188,9 +189,9 @@ def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup)
 
 
 def test_llm_only_alone_has_nothing_to_give(setup):
-    with pytest.raises(UsageError, match="llm-only"):
+    with fails(UsageError, "llm-only"):
         Harness.open(setup, (SystemName.LLM_ONLY,))
-    with pytest.raises(ModelError, match="no other system had that query"):
+    with fails(ModelError):
         asyncio.run(Recalled().find(["Where do owls live?"], []))
 
 
@@ -233,7 +234,7 @@ def test_hits_rise_with_the_budget_and_the_perfect_prediction_is_the_limit(setup
 
 def test_hit_rate_is_for_pipelines_that_retrieve_once(setup):
     for pipeline in (PipelineName.ITER_RETGEN, PipelineName.NAIVE):
-        with pytest.raises(UsageError, match="hit-rate is for pipelines"):
+        with fails(UsageError, "hit-rate"):
             hit_rate(ask_of(setup, (SystemName.QUESTION,), (pipeline,)), [1.0])
 
 
@@ -250,7 +251,7 @@ def test_caches_are_compared_over_the_same_queries(setup):
 
 def test_what_does_not_fit_memory_is_refused(setup, monkeypatch):
     monkeypatch.setattr("telerag_cli.bench.systems.available_bytes", lambda: 1000)
-    with pytest.raises(ResourceError, match=r"faiss-memory and resident take .* and 1000 B are free"):
+    with fails(ResourceError, "faiss-memory", "resident", "1000 B"):
         Harness.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT))
 
 
@@ -259,7 +260,7 @@ def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
 
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this Faiss has GPUs")
-    with pytest.raises(ResourceError, match="built without GPUs"):
+    with fails(ResourceError, "faiss-gpu"):
         Harness.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH))
 
 

@@ -1,8 +1,10 @@
 """Readers: every kind of source, and what is said about the lines that cannot be used."""
 
+import errno
 import gzip
 import io
 import json
+import os
 import re
 import sys
 
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from expect import fails
 from telerag_cli.corpus.chunking import Chunker, blocks
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import count_passages, find_sources, read_passages
@@ -159,16 +162,16 @@ def test_bad_files_are_named(write, name, content, reason):
 
 
 def test_missing_source_and_stdin_twice(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
+    with fails(InputError, "none.jsonl"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(UsageError, match="twice"):
+    with fails(UsageError):
         read("-", "-")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a file that fails to be read")
 def test_source_that_fails_to_be_read(tmp_path):
     (tmp_path / "c.jsonl").symlink_to("/proc/self/mem")
-    with pytest.raises(ResourceError, match=r"c\.jsonl: Input/output error"):
+    with fails(ResourceError, "c.jsonl", os.strerror(errno.EIO)):
         read(tmp_path / "c.jsonl")
 
 
@@ -208,7 +211,7 @@ def test_text_file_offsets_are_of_the_file(write, chunker):
 
 
 def test_text_file_that_is_not_utf8_is_named_by_line(write, chunker):
-    with pytest.raises(InputError, match=r"^notes\.txt:2: not valid UTF-8"):
+    with fails(InputError, "notes.txt:2"):
         read(write("notes.txt", b"one\ntwo \xff\n"), chunker=chunker)
 
 
