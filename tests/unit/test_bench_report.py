@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from expect import fails
 from telerag_cli.bench import plots, report, wording
 from telerag_cli.bench.compare import Verdict, compare, compare_paths
-from telerag_cli.bench.plots import colours_of, plots_of
+from telerag_cli.bench.plots import looks_of, plots_of
 from telerag_cli.bench.report import escaped, fenced
 from telerag_cli.bench.results import Cell, Check, Ratio, SuiteResult
 from telerag_cli.bench.suites import SUITES, SuiteName
@@ -149,7 +149,7 @@ def text(whole):
 
 
 def only_plot(result, name):
-    return next(plot for plot in plots_of(result, colours_of([result])) if plot.name == name)
+    return next(plot for plot in plots_of(result, looks_of([result])) if plot.name == name)
 
 
 def test_every_figure_is_in_the_report(text):
@@ -220,11 +220,11 @@ def test_nothing_measured_draws_nothing(tmp_path):
 
 def test_a_system_has_one_colour_throughout():
     results = fabricated()
-    numbers = colours_of(results.values())
+    numbers = looks_of(results.values())
     assert len(set(numbers.values())) == len(numbers)
     drawn = [plot.legend for each in results.values() for plot in plots_of(each, numbers)]
     assert len({legend["refined"][0] for legend in drawn if "refined" in legend}) == 1
-    assert colours_of([latency(systems=("refined",))])["refined"] == numbers["refined"]
+    assert looks_of([latency(systems=("refined",))])["refined"] == numbers["refined"]
 
 
 def test_colours_can_be_told_from_the_paper():

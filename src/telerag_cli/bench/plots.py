@@ -1,36 +1,29 @@
-"""The plots of a report: bars with intervals, lines over an axis, and stacked stages, drawn by matplotlib."""
+"""What a report draws of each suite: bars with intervals, lines over an axis, and stacked stages."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from telerag_cli.bench.drawing import INK, MUTED, PAPER, Panel, Plot, tick, wrapped
 from telerag_cli.bench.report import COUNTS, at, headline, why_none
-from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult
+from telerag_cli.bench.results import Cell, Key, SuiteResult
 from telerag_cli.bench.suites import SuiteName
 from telerag_cli.bench.wording import is_bytes, is_share, is_time, label, number, short, times
 from telerag_cli.config import format_bytes
-from telerag_cli.errors import needs_extra
-from telerag_cli.files import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 T = TypeVar("T")
 
-PANEL_IN = 4.8
-"""Width of a panel."""
 LINES_IN = 3.1
 """Height of a panel of lines."""
-DPI = 144
-INK, MUTED, RULE, PAPER = "#1c1f23", "#59616a", "#d8dbd6", "#fdfdfb"
 COLOURS = (
     *("#188ced", "#d77915", "#005e3d", "#6f297f", "#8b4c00", "#676c80"),
     *("#009dcb", "#640000", "#102233", "#0145ba", "#ae857a", "#7a8b00"),
@@ -60,119 +53,41 @@ BARS: dict[str, tuple[str, ...]] = {SuiteName.LATENCY: ("median_e2el_ms",)}
 SHOWN = 4
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes, and the same in words."""
-
-    title: str
-    description: str
-    height_in: float
-    draw: Callable[[Axes], None]
+Looks = Mapping[str, tuple[str, str]]
+"""The colour and the marker of each system of a report."""
 
 
-@dataclass(frozen=True)
-class Plot:
-    """One figure of a report: panels over one legend."""
-
-    name: str
-    title: str
-    legend: Mapping[str, tuple[str, str]]
-    """Colour and marker of each entry; the marker is empty for bars."""
-    panels: Sequence[Panel]
-
-    @property
-    def description(self) -> str:
-        """What the plot shows, for readers who do not see it."""
-        return " ".join([f"{self.title}.", *(panel.description for panel in self.panels)])
-
-    def save(self, path: Path) -> None:
-        """Draw the plot into a PNG.
-
-        Raises:
-            ResourceError: matplotlib is missing, or the file cannot be written.
-        """
-        with needs_extra("bench", "A report"):
-            import matplotlib
-            from matplotlib.figure import Figure
-            from matplotlib.lines import Line2D
-
-        count = len(self.panels)
-        columns = min(count, 2 if count <= 4 else 3)
-        rows = -(-count // columns)
-        starts = range(0, count, columns)
-        heights = [max(panel.height_in for panel in self.panels[start : start + columns]) for start in starts]
-        across = max(1, int(columns * PANEL_IN * 12 / (max(map(len, self.legend), default=1) + 6)))
-        height = sum(heights) + 0.25 * rows + 0.25 * -(-len(self.legend) // across) + 0.4
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(columns * PANEL_IN, height), layout="constrained", facecolor=PAPER)
-            grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-            for axis, panel in itertools.zip_longest(grid.flat, self.panels):
-                if panel is None:
-                    axis.set_axis_off()
-                    continue
-                panel.draw(axis)
-                axis.set_axisbelow(True)
-                axis.spines[["top", "right", "left"]].set_visible(False)
-                axis.set_title(_wrapped(panel.title, 56), loc="left", fontsize=9, fontweight="bold")
-            heading = _wrapped(self.title, int(columns * PANEL_IN * 10.5))
-            figure.suptitle(heading, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
-            handles = [
-                Line2D([], [], color=colour, marker=marker or "s", linewidth=1.6 if marker else 0, markersize=6)
-                for colour, marker in self.legend.values()
-            ]
-            if handles:
-                figure.legend(handles, list(self.legend), loc="outside lower left", ncols=across, frameon=False)
-            with writing(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=DPI)
-
-
-STYLE: Any = {
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib, so that plots are the same everywhere
-    "font.size": 8.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "ytick.labelcolor": INK,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-}
-
-
-def colours_of(results: Iterable[SuiteResult]) -> dict[str, int]:
-    """Number the systems of a report: the number chooses the colour and the marker in every plot."""
+def looks_of(results: Iterable[SuiteResult]) -> Looks:
+    """Choose how each system looks in every plot of a report."""
     names = dict.fromkeys(
         name
         for result in results
         for name in [cell.system for cell in result.cells] + [each.under for each in result.ratios]
     )
-    numbers = {name: KNOWN.index(name) for name in names if name in KNOWN}
+    places = {name: KNOWN.index(name) for name in names if name in KNOWN}
     for name in names:
-        if name not in numbers:
-            numbers[name] = next(slot for slot in itertools.count() if slot not in numbers.values())
-    return numbers
+        if name not in places:
+            places[name] = next(place for place in itertools.count() if place not in places.values())
+    return {name: (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]) for name, place in places.items()}
 
 
-def plots_of(result: SuiteResult, colours: Mapping[str, int]) -> list[Plot]:
+def plots_of(result: SuiteResult, looks: Looks) -> list[Plot]:
     """Return the plots of a result; none of what was not measured.
 
     Args:
         result: the result of one suite.
-        colours: the systems' numbers, see `colours_of`.
+        looks: how the systems look, see `looks_of`.
     """
     axis, metrics = LINES.get(result.suite, ("", ()))
     metrics = tuple(name for name in metrics if _values(result, name))
     if any("mean_stage_ms" in cell.values for cell in result.cells) and result.suite == SuiteName.BREAKDOWN:
         made = [_stacks(result, "mean_stage_ms")]
     elif metrics and len({cell.key.get(axis) for cell in result.cells}) > 1:
-        made = [_lines(result, axis, metrics, colours)]
+        made = [_lines(result, axis, metrics, looks)]
     else:
         names = metrics or BARS.get(result.suite) or tuple(name for name in headline(result) if name not in COUNTS)
-        made = [_bars(result, [name for name in names if _values(result, name)][:SHOWN], colours)]
-    ratios = [_ratios(result, metric, colours) for metric in dict.fromkeys(ratio.metric for ratio in result.ratios)]
+        made = [_bars(result, [name for name in names if _values(result, name)][:SHOWN], looks)]
+    ratios = [_ratios(result, metric, looks) for metric in dict.fromkeys(ratio.metric for ratio in result.ratios)]
     # The ratios of a comparison come first.
     made = [*ratios, *made] if result.suite == SuiteName.LATENCY else [*made, *ratios]
     return [plot for plot in made if plot.panels]
@@ -191,7 +106,7 @@ class _Bar:
     interval: tuple[float, float] | None = None
 
 
-def _bars(result: SuiteResult, metrics: Sequence[str], colours: Mapping[str, int]) -> Plot:
+def _bars(result: SuiteResult, metrics: Sequence[str], looks: Looks) -> Plot:
     """Draw values as bars, a panel for each metric and combination of the inner axes."""
     panels: list[Panel] = []
     for metric in metrics:
@@ -200,30 +115,28 @@ def _bars(result: SuiteResult, metrics: Sequence[str], colours: Mapping[str, int
         for cell in result.cells:
             value = number(cell.values.get(metric))
             says = short(metric, value) if value is not None else _why_missing(cell)
-            bars.append((cell.key, _Bar(cell.system, _colour(colours, cell.system), value and value * scale, says)))
+            bars.append((cell.key, _Bar(cell.system, looks[cell.system][0], value and value * scale, says)))
         heading = _capital(label(metric)) if len(metrics) > 1 else ""
         panels += _bar_panels(result, bars, label(metric) + unit, heading=heading)
     title = _capital(label(metrics[0])) if len(metrics) == 1 else "Figures by system"
     name = "median" if result.suite == SuiteName.LATENCY else "bars"
-    return Plot(name, title, _legend(result, colours, marked=False) if result.axes else {}, panels)
+    return Plot(name, title, _legend(result, looks) if result.axes else {}, panels)
 
 
-def _ratios(result: SuiteResult, metric: str, colours: Mapping[str, int]) -> Plot:
+def _ratios(result: SuiteResult, metric: str, looks: Looks) -> Plot:
     """Draw the ratios over the system that most others are compared with; what else was compared stands in the table."""
     ratios = [ratio for ratio in result.ratios if ratio.metric == metric]
     baseline = Counter(ratio.over for ratio in ratios).most_common(1)[0][0]
     ratios = [ratio for ratio in ratios if ratio.over == baseline]
     words = label(metric).removesuffix(" (ms)")
     title = f"Speed-up over {baseline}: {words}" if is_time(metric) else f"{baseline}, divided by each system: {words}"
-    bars = [(ratio.key, _ratio_bar(ratio, _colour(colours, ratio.under))) for ratio in ratios]
-    legend = {ratio.under: (_colour(colours, ratio.under), "") for ratio in ratios}
+    bars: list[tuple[Key, _Bar]] = []
+    for ratio in ratios:
+        says = why_none(ratio) if ratio.ratio is None else times(ratio.ratio)
+        interval = None if ratio.ratio is None else (ratio.low, ratio.high)
+        bars.append((ratio.key, _Bar(ratio.under, looks[ratio.under][0], ratio.ratio, says, interval)))
+    legend = {ratio.under: looks[ratio.under] for ratio in ratios}
     return Plot(f"ratio-{metric}", title, legend, _bar_panels(result, bars, f"{words}, ratio", reference=1.0))
-
-
-def _ratio_bar(ratio: Ratio, colour: str) -> _Bar:
-    if ratio.ratio is None:
-        return _Bar(ratio.under, colour, None, why_none(ratio))
-    return _Bar(ratio.under, colour, ratio.ratio, times(ratio.ratio), (ratio.low, ratio.high))
 
 
 def _bar_panels(
@@ -303,12 +216,12 @@ def _draw_bar(axis: Axes, bar: _Bar, line: float, limit: float) -> None:
 
 
 def _name_rows(axis: Axes, places: Sequence[float], names: Sequence[str], words: str) -> None:
-    axis.set_yticks(places, [_wrapped(name, 18) for name in names])
+    axis.set_yticks(places, [wrapped(name, 18) for name in names])
     axis.tick_params(axis="y", length=0)
     axis.grid(visible=True, axis="x")
-    axis.xaxis.set_major_formatter(_tick)
+    axis.xaxis.set_major_formatter(tick)
     axis.locator_params(axis="x", nbins=6)
-    axis.set_xlabel(_wrapped(words, 60))
+    axis.set_xlabel(wrapped(words, 60))
 
 
 # Stages.
@@ -374,7 +287,7 @@ def _family(stage: str) -> str:
 # Lines.
 
 
-def _lines(result: SuiteResult, over: str, metrics: Sequence[str], colours: Mapping[str, int]) -> Plot:
+def _lines(result: SuiteResult, over: str, metrics: Sequence[str], looks: Looks) -> Plot:
     """Draw values over an axis, a line for each system, a panel for each metric and combination of the other axes."""
     panels = []
     for metric in metrics:
@@ -392,20 +305,20 @@ def _lines(result: SuiteResult, over: str, metrics: Sequence[str], colours: Mapp
                 if x is not None and y is not None:
                     curves.setdefault(cell.system, []).append((x, scale * y))
             heading = ", ".join(filter(None, (_capital(label(metric)) if len(metrics) > 1 else "", where)))
-            draw = _draw_lines(curves, colours, over, label(metric) + unit, limit)
+            draw = _draw_lines(curves, looks, over, label(metric) + unit, limit)
             panels.append(Panel(heading, f"{heading or label(metric)}: {', '.join(told)}.", LINES_IN, draw))
     title = _capital(f"{' and '.join(map(label, metrics))} over {label(over)}")
-    return Plot("curve", title, _legend(result, colours, marked=True), panels)
+    return Plot("curve", title, _legend(result, looks), panels, is_lines=True)
 
 
 def _draw_lines(
-    curves: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, int], over: str, words: str, limit: float
+    curves: Mapping[str, Sequence[tuple[float, float]]], looks: Looks, over: str, words: str, limit: float
 ) -> Callable[[Axes], None]:
     def draw(axis: Axes) -> None:
         for system, points in curves.items():
             xs, ys = zip(*sorted(points), strict=True)
-            marker = MARKERS[colours[system] % len(MARKERS)]
-            axis.plot(xs, ys, color=_colour(colours, system), marker=marker, markersize=5, linewidth=1.6)
+            colour, marker = looks[system]
+            axis.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6)
         places = sorted({x for points in curves.values() for x, _ in points})
         if places and all(place >= 1 and math.log2(place).is_integer() for place in places):
             axis.set_xscale("log", base=2)
@@ -413,9 +326,9 @@ def _draw_lines(
         axis.set_xticks([], minor=True)
         axis.set_ylim(0, limit)
         axis.grid(visible=True)
-        axis.yaxis.set_major_formatter(_tick)
-        axis.set_xlabel(_wrapped(label(over), 60))
-        axis.set_ylabel(_wrapped(words, 34))
+        axis.yaxis.set_major_formatter(tick)
+        axis.set_xlabel(wrapped(label(over), 60))
+        axis.set_ylabel(wrapped(words, 34))
 
     return draw
 
@@ -433,13 +346,8 @@ def _by(items: Sequence[tuple[Key, T]], axes: Sequence[str]) -> dict[str, list[t
     return groups
 
 
-def _legend(result: SuiteResult, colours: Mapping[str, int], *, marked: bool) -> dict[str, tuple[str, str]]:
-    names = dict.fromkeys(cell.system for cell in result.cells)
-    return {name: (_colour(colours, name), MARKERS[colours[name] % len(MARKERS)] if marked else "") for name in names}
-
-
-def _colour(colours: Mapping[str, int], system: str) -> str:
-    return COLOURS[colours[system] % len(COLOURS)]
+def _legend(result: SuiteResult, looks: Looks) -> Looks:
+    return {cell.system: looks[cell.system] for cell in result.cells}
 
 
 def _values(result: SuiteResult, name: str) -> list[float]:
@@ -462,11 +370,3 @@ def _unit(metric: str, values: Sequence[float]) -> tuple[float, str]:
 
 def _capital(words: str) -> str:
     return words[:1].upper() + words[1:]
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=3, placeholder=" …"))
-
-
-def _tick(value: float, _place: float) -> str:
-    return f"{value:,.10g}"

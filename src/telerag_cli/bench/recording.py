@@ -6,9 +6,6 @@ import datetime
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from telerag_cli.bench.answering import Outcome
@@ -20,71 +17,60 @@ from telerag_cli.files import checksum
 from telerag_cli.system import hardware
 
 
-@dataclass(frozen=True)
-class Started:
-    """A suite that runs."""
+class Stopwatch:
+    """Notes when a suite began."""
 
-    suite: SuiteName
-    date: str
-    began_s: float
+    def __init__(self, suite: SuiteName) -> None:
+        self._suite = suite
+        self._date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self._began_s = time.perf_counter()
 
-    def done(self, outcome: Outcome, settings: dict[str, Any], metadata: dict[str, str]) -> SuiteResult:
-        """What is kept of it."""
-        suite = SUITES[self.suite]
+    def result(self, outcome: Outcome, settings: dict[str, Any], metadata: dict[str, str]) -> SuiteResult:
+        """Return what is kept of the suite, which ends now."""
+        suite = SUITES[self._suite]
         return SuiteResult(
-            suite=self.suite.value,
+            suite=self._suite.value,
             title=suite.title,
             stands_for=suite.stands_for,
-            date=self.date,
-            took_s=round(time.perf_counter() - self.began_s, 1),
+            date=self._date,
+            took_s=round(time.perf_counter() - self._began_s, 1),
             command=shlex.join(["telerag", *sys.argv[1:]]),
             hardware=hardware(),
             metadata=metadata,
             settings=settings,
-            systems=outcome.systems,
             axes=list(suite.axes),
-            cells=outcome.cells,
-            ratios=outcome.ratios,
-            checks=outcome.checks,
-            notes=outcome.notes,
+            **vars(outcome),
         )
 
 
-def keep(suite: SuiteName) -> Started:
-    """Note when a suite began."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Started(suite, now, time.perf_counter())
-
-
-def settings_of(
-    opened: OpenedIndex, config: EngineConfig, questions: Mapping[str, Sequence[str]], trace: Path | None, **more: Any
-) -> dict[str, Any]:
+def settings_of(opened: OpenedIndex, config: EngineConfig, llm: str, **extent: Any) -> dict[str, Any]:
     """Return what was the same for all systems.
 
     Args:
         opened: index and embedder.
-        config: how questions were answered.
-        questions: the questions of each dataset.
-        trace: the recording whose texts were replayed, if any.
-        more: other settings, by their names in results.
+        config: how questions were answered, with ``k`` and ``nprobe``.
+        llm: the LLM's name.
+        extent: how much was asked, by the names of results.
     """
-    manifest = opened.index.manifest
+    index, trace = opened.index, config.replay
+    manifest = index.manifest
     return {
         "index": {
-            "name": opened.index.paths.root.name,
-            "lists_bytes": int(opened.index.list_bytes.sum()),
+            "name": index.paths.root.name,
+            "lists_bytes": int(index.list_bytes.sum()),
             "ntotal": manifest.ntotal,
             "nlist": manifest.nlist,
             "dimension": manifest.dimension,
             "storage": manifest.storage.value,
             "metric": manifest.metric.value,
         },
+        "llm": llm,
         "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
         "embedder": opened.embedder.info.model,
-        "datasets": list(questions),
+        **extent,
         "k": config.k,
         "nprobe": config.nprobe,
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
-        **more,
+        "fast_memory_bytes": config.fast_memory_bytes,
     }

@@ -72,7 +72,7 @@ def write(folder: Path, output: Path, advance: Callable[[int], None] = lambda _c
         ArtifactError: the folder has no result, or one of them is damaged.
         ResourceError: matplotlib is missing, or the output cannot be written.
     """
-    from telerag_cli.bench.plots import colours_of, plots_of
+    from telerag_cli.bench.plots import looks_of, plots_of
 
     results = ordered(load_all(folder))
     try:
@@ -83,12 +83,12 @@ def write(folder: Path, output: Path, advance: Callable[[int], None] = lambda _c
         ) from error
     except OSError as error:
         raise wrap_os_error(error, output) from error
-    colours = colours_of(results.values())
+    looks = looks_of(results.values())
     images: dict[str, list[tuple[str, str]]] = {}
     written = []
     for stem, result in results.items():
         images[stem] = []
-        for plot in plots_of(result, colours):
+        for plot in plots_of(result, looks):
             name = f"{stem}-{plot.name}.png"
             plot.save(output / name)
             images[stem].append((plot.description, name))

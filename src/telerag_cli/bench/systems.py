@@ -40,7 +40,6 @@ class Setup:
     config: EngineConfig
     """With ``k`` and ``nprobe``."""
     pages: Pages
-    cache_fraction: float = 0.5
     reporter: Reporter = SILENT
 
     @property
@@ -185,7 +184,7 @@ class Harness:
             return opened
 
         base: Retriever = self._once("retriever", open_base) if setup.pages is Pages.COLD else open_base()
-        return kind(base.index, self.coarse(), base.tier, cache_fraction=setup.cache_fraction)
+        return kind(base.index, self.coarse(), base.tier)
 
     def memory(self) -> FaissMemory:
         """Faiss with everything in RAM, one for all that need it."""
@@ -249,7 +248,6 @@ def _telerag(
         "lookahead": lookahead.value,
         "arena_bytes": tier.arena_bytes,
         "cache": rig.setup.config.cache.value,
-        "cache_fraction": rig.setup.cache_fraction,
         "schedule": schedule.value,
         "tier": plan_tier(rig.setup.opened.index, rig.setup.config).name,
     }

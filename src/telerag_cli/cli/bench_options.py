@@ -1,20 +1,41 @@
-"""Options that suites of ``telerag bench`` share, and how their results are shown."""
+"""Options that suites of ``telerag bench`` share, and what follows from them."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from telerag_cli.bench.suites import SystemName
-from telerag_cli.cli import console
+from telerag_cli.bench.suites import SuiteName, SystemName
 from telerag_cli.cli.options import one
 from telerag_cli.config import NONE, EngineConfig, Lookahead, PipelineName, TierKind
+from telerag_cli.errors import ResourceError, UsageError
 
-_WHERE = "What is kept"
-WORK = "How much"
+
+def _option(panel: str, help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
+    """An option of a panel; ``default`` is said in its help where the declared default is None."""
+    said = f"  \\[default: {default}]" if default else ""
+    return typer.Option(*names, help=help + said, show_default=not default, rich_help_panel=panel, **more)
+
+
+def work(help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
+    """Return an option that says how much is measured.
+
+    Args:
+        help: what it is.
+        names: its names, if the parameter's is not its name.
+        default: the default in words, where the declared one is None.
+        more: what else `typer.Option` takes.
+    """
+    return _option("How much", help, *names, default=default, **more)
+
+
+def _kept(help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
+    return _option("What is kept", help, *names, default=default, **more)
 
 
 @dataclass(frozen=True)
@@ -23,37 +44,62 @@ class ResultOptions:
 
     result_dir: Annotated[
         Path | None,
-        typer.Option(
-            help="Write the result there, as SUITE.json; telerag bench report makes a report of them.  \\[default: nowhere]",
+        _kept(
+            "Write the result there, as SUITE.json; telerag bench report makes a report of them.",
+            default="nowhere",
             metavar="DIR",
-            show_default=False,
-            rich_help_panel=_WHERE,
         ),
     ] = None
-    result_filename: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of that file.  \\[default: SUITE.json]",
-            metavar="NAME",
-            show_default=False,
-            rich_help_panel=_WHERE,
-        ),
-    ] = None
-    save_detailed: Annotated[
-        bool, typer.Option("--save-detailed", help="Keep every request, not only summaries.", rich_help_panel=_WHERE)
-    ] = False
-    metadata: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A note to keep with the result; repeatable.",
-            metavar="KEY=VALUE",
-            show_default=False,
-            rich_help_panel=_WHERE,
-        ),
-    ] = None
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON instead of tables.", rich_help_panel=_WHERE)
-    ] = False
+    result_filename: Annotated[str | None, _kept("Name of that file.", default="SUITE.json", metavar="NAME")] = None
+    save_detailed: Annotated[bool, _kept("Keep every request, not only summaries.", "--save-detailed")] = False
+    metadata: Annotated[list[str] | None, _kept("A note to keep with the result; repeatable.", metavar="KEY=VALUE")] = (
+        None
+    )
+    as_json: Annotated[bool, _kept("Print the result as JSON instead of tables.", "--json")] = False
+
+    def path(self, default: str) -> Path | None:
+        """Return where the result goes, if anywhere, after making sure that it can be written.
+
+        Raises:
+            UsageError: the name is not that of a JSON file, or the folder is a file.
+            ResourceError: the folder cannot be made or written.
+        """
+        folder, name = self.result_dir, self.result_filename
+        if not (folder or name):
+            return None
+        if name and (Path(name).name != name or not name.endswith(".json")):
+            raise UsageError(
+                f"--result-filename is '{name}', which does not name a JSON file.",
+                remedy="Write it like before.json, and its folder as --result-dir.",
+            )
+        path = (folder or Path()) / (name or default)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UsageError(f"--result-dir {folder} is a file, not a folder.", remedy="Name another.") from error
+        except OSError as error:
+            from telerag_cli.files import wrap_os_error
+
+            raise wrap_os_error(error, path.parent) from error
+        if not os.access(path.parent, os.W_OK):
+            raise ResourceError(f"{path.parent} cannot be written.", remedy="Choose another --result-dir.")
+        return path
+
+    def noted(self) -> dict[str, str]:
+        """Return the notes; the last of a key counts.
+
+        Raises:
+            UsageError: a note is not KEY=VALUE.
+        """
+        found = {}
+        for entry in self.metadata or ():
+            key, equals, value = entry.partition("=")
+            if not (key and equals):
+                raise UsageError(
+                    f"--metadata is '{entry}', which is not KEY=VALUE.", remedy="Write it like --metadata disk=nvme."
+                )
+            found[key] = value
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,37 +109,23 @@ class BenchOptions:
     index: Annotated[Path, one("index")]
     dataset: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Questions: a dataset that telerag data prepared, or a file, one a line or JSONL; repeatable.",
+        work(
+            "Questions: a dataset that telerag data prepared, or a file, one a line or JSONL; repeatable.",
             metavar="NAME|FILE",
-            show_default=False,
-            rich_help_panel=WORK,
         ),
     ] = None
-    system: Annotated[
-        list[SystemName] | None,
-        typer.Option(help="What is measured, interleaved; repeatable.", show_default=False, rich_help_panel=WORK),
-    ] = None
-    pipeline: Annotated[
-        list[PipelineName] | None,
-        typer.Option(help="How questions are answered; repeatable.", show_default=False, rich_help_panel=WORK),
-    ] = None
-    num_prompts: Annotated[int, typer.Option(min=1, help="Questions of each dataset.", rich_help_panel=WORK)] = 8
-    num_warmups: Annotated[
-        int, typer.Option(min=0, help="Questions asked before, and not measured.", rich_help_panel=WORK)
-    ] = 1
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each is asked.", rich_help_panel=WORK)] = 1
-    seed: Annotated[
-        int, typer.Option(min=0, help="For the choice of questions, and intervals.", rich_help_panel=WORK)
-    ] = 0
+    system: Annotated[list[SystemName] | None, work("What is measured, interleaved; repeatable.")] = None
+    pipeline: Annotated[list[PipelineName] | None, work("How questions are answered; repeatable.")] = None
+    num_prompts: Annotated[int, work("Questions of each dataset.", min=1)] = 8
+    num_warmups: Annotated[int, work("Questions asked before, and not measured.", min=0)] = 1
+    repeats: Annotated[int, work("Times that each is asked.", min=1)] = 1
+    seed: Annotated[int, work("For the choice of questions, and intervals.", min=0)] = 0
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="Give the texts of a recording (telerag run --record), in the time the LLM takes for as many tokens; "
+        work(
+            "Give the texts of a recording (telerag run --record), in the time the LLM takes for as many tokens; "
             "without it the LLM writes.",
             metavar="FILE",
-            show_default=False,
-            rich_help_panel=WORK,
         ),
     ] = None
     k: Annotated[int | None, one("k")] = None
@@ -112,7 +144,7 @@ class BenchOptions:
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel="The LLM")] = 64
 
     def config(self, concurrency: int) -> EngineConfig:
-        """What the engines of all systems have in common."""
+        """Return what the engines of all systems have in common."""
         own = {"dataset", "system", "pipeline", "num_prompts", "num_warmups", "repeats", "seed", "trace"}
         shared = {name: value for name, value in vars(self).items() if name not in own}
         return EngineConfig(
@@ -123,27 +155,34 @@ class BenchOptions:
             profile=NONE,
         )
 
+    def questions(self, suite: SuiteName) -> dict[str, list[str]]:
+        """Return the questions of each dataset by its name, those for warming up first.
 
-def show(result: Any, keeping: ResultOptions, path: Path | None) -> None:
-    """Write the result where it was wanted, and print it."""
-    from dataclasses import asdict
+        Raises:
+            UsageError: no dataset is named.
+        """
+        if not self.dataset:
+            raise UsageError(
+                f"bench {suite} needs questions and none are named.",
+                remedy="Give --dataset FILE, or the NAME of a prepared dataset.",
+            )
+        from telerag_cli.datasets.questions import load_questions
 
-    from telerag_cli.bench.report import headline_table, ratios_table
+        count = self.num_warmups + self.num_prompts
+        return {
+            (Path(name).stem if Path(name).suffix else name): [
+                each.text for each in load_questions(name, limit=count, seed=self.seed)
+            ]
+            for name in self.dataset
+        }
 
-    if path:
-        result.save(path)
-        console.say(f"{path}; telerag bench report {path.parent} makes a report of it.")
-    if keeping.as_json:
-        console.emit_json(asdict(result))
-    else:
-        tables = [headline_table(result), *([ratios_table(result)] if result.ratios else [])]
-        for each in tables:
-            console.table(each.caption, each.columns, each.rows, data=True)
-    for check in result.checks:
-        if not check.held:
-            console.warn(f"{check.name}: {check.says}")
-
-
-def dataset_name(name: str) -> str:
-    """As it stands in results: a file's without folder and ending."""
-    return Path(name).stem if Path(name).suffix else name
+    def extent(self, questions: dict[str, list[str]], pipelines: Sequence[PipelineName]) -> dict[str, Any]:
+        """Return how much is asked, and how, as settings of a result."""
+        return {
+            "datasets": list(questions),
+            "num_prompts": max(map(len, questions.values())) - self.num_warmups,
+            "num_warmups": self.num_warmups,
+            "repeats": self.repeats,
+            "seed": self.seed,
+            "pipelines": [name.value for name in pipelines],
+        }
