@@ -45,6 +45,7 @@ def cluster():
     before = dict(os.environ), signal.getsignal(signal.SIGTERM), sys.excepthook
     with joined(cpus=2) as found:
         assert signal.getsignal(signal.SIGTERM) == before[1]
+        assert (found.nodes, found.cpus, found.local) == (1, 2, True)
         yield found
     assert (dict(os.environ), signal.getsignal(signal.SIGTERM), sys.excepthook) == before
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -52,10 +53,6 @@ def cluster():
 
 def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-
-
-def test_what_was_started_here_is_told(cluster):
-    assert (cluster.nodes, cluster.cpus, cluster.local) == (1, 2, True)
 
 
 @dataclass(frozen=True)

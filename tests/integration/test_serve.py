@@ -37,7 +37,7 @@ class Asking:
     def streamed(self, body, path=CHAT):
         """The JSON of a stream's events, and whether it ended as it should."""
         with self.stream(body, path) as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
+            assert response.headers["content-type"].startswith("text/event-stream"), response.read()
             data = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
         return [json.loads(each) for each in data if each != "[DONE]"], data[-1] == "[DONE]"
 
@@ -223,7 +223,7 @@ def test_an_error_of_the_engine_says_nothing_of_it(server):
 
 
 def test_an_error_in_a_stream_ends_it_without_done(server):
-    with server({"Question:": Reply("Cats live here and there.", fails_after=3)}, token_s=0.01) as made:
+    with server(lambda _request: Reply("Cats live here and there.", fails_after=3), token_s=0.01) as made:
         chunks, complete = made.streamed(ask())
         assert not complete
         assert chunks[-1]["error"]["code"] == "internal_error"

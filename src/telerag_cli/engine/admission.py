@@ -148,7 +148,7 @@ class AdmissionQueue:
 
     def _wake(self) -> None:
         self._changed.set()
-        if self._working is None or self._working.done():
+        if self.waiting and (self._working is None or self._working.done()):
             self._working = asyncio.create_task(self._work())
 
     async def _work(self) -> None:

@@ -23,7 +23,7 @@ from telerag_cli.server.replies import STREAMS_TOO, cited, event, json_response,
 from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
 from telerag_cli.server.responses import ChatCompletion, Completion
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
-from telerag_cli.server.streams import Growing, News, StageText, streamed, until_gone
+from telerag_cli.server.streams import News, StageText, streamed, until_gone
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_SCHEMA_CHARACTERS = 2000
@@ -194,7 +194,7 @@ class CompletionChunks:
         """
         self._head = head
         self._wants_usage = wants_usage
-        self._growing = [Growing() for _ in range(prompts)]
+        self._shown = [""] * prompts
 
     def begin(self) -> bytes:
         """See `Chunks`."""
@@ -204,18 +204,24 @@ class CompletionChunks:
         """See `Chunks`."""
         if not isinstance(news, StageText) or news.stage != ANSWER:
             return b""
-        more = self._growing[news.index].more(news.text)
+        more = self._more(news.index, news.text)
         return self._chunk(news.index, self._piece(more)) if more else b""
 
     def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
         """See `Chunks`."""
-        rests = [
-            growing.more(outcome.answered.answer) for growing, outcome in zip(self._growing, outcomes, strict=True)
-        ]
+        rests = [self._more(index, outcome.answered.answer) for index, outcome in enumerate(outcomes)]
         data = b"".join(self._last(index, rests[index], outcome) for index, outcome in enumerate(outcomes))
         if self._wants_usage:
             data += event({**self._head, "choices": [], "usage": usage_of(outcomes)})
         return data
+
+    def _more(self, index: int, text: str) -> str:
+        """What to add to what was shown, by all the text so far; nothing if it is another text now."""
+        text, shown = text.strip(), self._shown[index]
+        if not text.startswith(shown):
+            return ""
+        self._shown[index] = text
+        return text[len(shown) :]
 
     def _piece(self, text: str) -> dict[str, Any]:
         return {"text": text}

@@ -139,21 +139,6 @@ class Watching(Watcher):
             self.stream.add(body)
 
 
-class Growing:
-    """Finds what is new in a text that grows, without white space around the whole."""
-
-    def __init__(self) -> None:
-        self.shown = ""
-
-    def more(self, text: str) -> str:
-        """What to add to what was shown, by all the text so far; nothing if the text is another one now."""
-        text = text.strip()
-        if not text.startswith(self.shown):
-            return ""
-        new, self.shown = text[len(self.shown) :], text
-        return new
-
-
 class Chunks(Protocol):
     """The events of some answers, as bytes."""
 
