@@ -193,7 +193,10 @@ def test_progress_is_silent_when_stderr_is_no_terminal(capsys):
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
 def test_openmp_spins_at_barriers_unless_the_environment_says_otherwise(given):
     policy = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    script = f"import telerag_cli, os; print([os.environ.get(name) for name in {policy}])"
+    script = (
+        "import os; from telerag_cli.system import spin_at_barriers; spin_at_barriers();"
+        f"print([os.environ.get(name) for name in {policy}])"
+    )
     bare = {name: value for name, value in os.environ.items() if name not in policy}
     printed = subprocess.run(
         [sys.executable, "-c", script], env={**bare, **given}, capture_output=True, text=True, check=True

@@ -27,6 +27,7 @@ from telerag_cli.cli.run import run
 from telerag_cli.cli.search import search
 from telerag_cli.cli.serve_local import serve_local
 from telerag_cli.cli.settings import wanted
+from telerag_cli.system import spin_at_barriers
 
 app = typer.Typer(
     name="telerag",
@@ -92,4 +93,5 @@ app.add_typer(data.app)
 
 def main() -> None:
     """Run ``telerag``."""
+    spin_at_barriers()
     app()

@@ -26,6 +26,7 @@ from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
+from telerag_cli.system import spin_at_barriers
 
 RETRIES = 1
 """Times that a question is asked again because its replica died; without a bound one could kill it for ever."""
@@ -58,6 +59,7 @@ class Recipe:
 
     def __call__(self, share: Share) -> Engine:
         """See `Opens`."""
+        spin_at_barriers()
         import faiss
         import torch
 

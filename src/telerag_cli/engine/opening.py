@@ -37,7 +37,7 @@ from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Identity, Profile, kept_in
 from telerag_cli.progress import Advance, silent
 from telerag_cli.retrieval.retriever import Retriever, check_search
-from telerag_cli.system import available_bytes
+from telerag_cli.system import available_bytes, spin_at_barriers
 from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tracing import Tracer
 
@@ -191,6 +191,7 @@ def open_engine(
 
     What was opened is closed if a part fails. The LLM comes before the arena, which on a GPU may take what is left.
     """
+    spin_at_barriers()
     made = prepare(config, reporter, opened=opened, sharers=sharers, generate=generate and generator is None)
     averages: Averages | None = None
     known: Profile | None = None
