@@ -353,19 +353,6 @@ def run(code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_pydantic_settings_is_loaded_only_for_settings():
-    code = (
-        "import sys\n"
-        "from telerag_cli.cli.app import app\n"
-        "try: app(['run', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('pydantic_settings' in sys.modules)\n"
-    )
-    assert run(code).splitlines()[-1] == "False"
-    write("nprobe = 3\n")
-    assert run(code).splitlines()[-1] == "True"
-
-
 def test_a_full_disk_and_a_closed_pipe_are_as_for_every_command():
     program = f"{sys.executable} -m telerag_cli config --all"
     full = subprocess.run(["sh", "-c", f"{program} > /dev/full"], capture_output=True, text=True, check=False)

@@ -17,7 +17,6 @@ from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.options import expanded, one
 from telerag_cli.config import CacheKind, Lookahead, PipelineName, PlacementName, ReplicaConfig, ScheduleName
 from telerag_cli.errors import UsageError
-from telerag_cli.pipelines.registry import make_pipeline
 
 if TYPE_CHECKING:
     from telerag_cli.bench.answering import Ask, Outcome
@@ -370,6 +369,7 @@ def _answering(
         from telerag_cli.bench.systems import Setup
         from telerag_cli.cli.reporting import ConsoleReporter
         from telerag_cli.engine.opening import prepare
+        from telerag_cli.pipelines.registry import make_pipeline
         from telerag_cli.retrieval.retriever import check_search
 
         reporter = ConsoleReporter()

@@ -14,7 +14,6 @@ from telerag_cli.cli import console
 from telerag_cli.cli.options import Without, check_trace
 from telerag_cli.config import EngineConfig
 from telerag_cli.errors import EXIT_PARTIAL
-from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
 
 
 def chat(
@@ -30,6 +29,8 @@ def chat(
 
     From a pipe, each line is a question.
     """
+    from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
+
     make_pipeline(config.pipeline, **config.pipeline_options)  # what is impossible is said before anything is opened
     check_trace(trace)
     with console.stdout_reserved() as out, contextlib.ExitStack() as opened_here:

@@ -14,7 +14,6 @@ from telerag_cli.cli.scheduling import open_workers
 from telerag_cli.cli.search import no_question, open_lines
 from telerag_cli.config import EngineConfig, ReplicaConfig
 from telerag_cli.errors import EXIT_PARTIAL
-from telerag_cli.pipelines.registry import make_pipeline
 
 
 def run(
@@ -48,6 +47,8 @@ def run(
     ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""
+    from telerag_cli.pipelines.registry import make_pipeline
+
     make_pipeline(config.pipeline, **config.pipeline_options)  # what is impossible is said before anything is opened
     check_trace(trace)
     with console.stdout_reserved(), open_lines(questions) as (lines, name), contextlib.ExitStack() as opened_here:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from types import GenericAlias, MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from types import GenericAlias
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from telerag_cli.cli.guard import DEBUG_VARIABLE
 from telerag_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from pydantic_settings import BaseSettings
 
 PREFIX = "TELERAG_"
 GLOBAL = "global"
@@ -209,14 +207,17 @@ def load(sections: dict[str, Section], named: Path | None = None) -> Settings:
     if settings.file is not None:
         for section, table in _tables(settings.file, sections):
             place = f"{settings.file} [{section.name}]"
-            for key, value in _checked(section, FILE, place, table).items():
-                settings.values[FILE, section.name, key] = Value(value, FILE, place)
+            for key, value in table.items():
+                checked = _checked(section, key, f"{place} {key}", value)
+                settings.values[FILE, section.name, key] = Value(checked, FILE, place)
     ours = {name for name in os.environ if _is_ours(name)}
-    known = {section.variable(key) for section in sections.values() for key in section.options}
+    known = set()
     for section in sections.values():
-        if any(section.variable(key) in ours for key in section.options):
-            for key, value in _checked(section, ENVIRONMENT, "").items():
-                settings.values[ENVIRONMENT, section.name, key] = Value(value, ENVIRONMENT, section.variable(key))
+        for key in section.options:
+            known.add(variable := section.variable(key))
+            if given := os.environ.get(variable):
+                checked = _checked(section, key, variable, given)
+                settings.values[ENVIRONMENT, section.name, key] = Value(checked, ENVIRONMENT, variable)
     for name in sorted(ours - known):
         own = _own(name.removeprefix(PREFIX).lower(), sections, lambda s, key: s.variable(key))
         settings.unknown.append(f"{name} is no option{own or _nearest(name, known)}.")
@@ -267,68 +268,32 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"; the nearest is {near[0]}" if near else ""
 
 
-def _model(section: Section, source: str) -> type[BaseSettings]:
-    """What checks a section's values: those it is given, or with the environment as their source, those there."""
-    from pydantic import Field, create_model
-    from pydantic_settings import BaseSettings, SettingsConfigDict
+def _checked(section: Section, key: str, place: str, value: Any) -> Any:
+    """A value of the file or the environment, as the option would be given.
 
-    class Base(BaseSettings):
-        model_config = SettingsConfigDict(
-            case_sensitive=True, coerce_numbers_to_str=True, env_ignore_empty=True, extra="ignore"
-        )
+    Raises:
+        UsageError: the option does not take it.
+    """
+    from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: Any,
-            init_settings: Any,
-            env_settings: Any,
-            dotenv_settings: Any,
-            file_secret_settings: Any,
-        ) -> tuple[Any, ...]:
-            return (env_settings if source == ENVIRONMENT else init_settings,)
-
-    def field(key: str, option: Option) -> tuple[Any, Any]:
-        kinds = [kind for kind in (option.annotation, *get_args(option.annotation)) if get_origin(kind) is list]
-        if not kinds:
-            return option.annotation | None, Field(
-                None, validation_alias=section.variable(key), ge=option.minimum, le=option.maximum
-            )
-        # The bounds of an option that can be repeated are of each value.
-        bounds = Field(ge=option.minimum, le=option.maximum)
-        each: Any = Annotated.__class_getitem__((get_args(kinds[0])[0], bounds))  # type: ignore[attr-defined]
-        return GenericAlias(list, (each,)) | None, Field(None, validation_alias=section.variable(key))
-
-    # The underscore keeps a key like json from hiding what the model has by that name.
-    fields: dict[str, Any] = {f"{key}_": field(key, option) for key, option in section.options.items()}
-    return create_model(section.name, __base__=Base, **fields)
-
-
-def _checked(
-    section: Section, source: str, place: str, table: Mapping[str, Any] = MappingProxyType({})
-) -> dict[str, Any]:
-    """What a source has for a section, as options would be given; ``table`` is the file's."""
-    from pydantic import ValidationError
-    from pydantic_settings import SettingsError
-
-    def refused(key: str, value: Any, allowed: str) -> UsageError:
-        name, option = f"{place} {key}" if place else section.variable(key), section.options[key]
-        return UsageError(f"{name} is {value!r}, and it {allowed}.", remedy=f"It is {option.flag}: {option.help}")
-
-    for key, value in table.items():
-        if isinstance(value, bool) and section.options[key].annotation is not bool:
-            raise refused(key, value, "should not be true or false")  # which pydantic takes for 1 and 0
+    option = section.options[key]
+    lists = [kind for kind in (option.annotation, *get_args(option.annotation)) if get_origin(kind) is list]
+    kind = get_args(lists[0])[0] if lists else option.annotation
+    bounded: Any = Annotated.__class_getitem__((kind, Field(ge=option.minimum, le=option.maximum)))  # type: ignore[attr-defined]
+    wanted = GenericAlias(list, (bounded,)) if lists else bounded
     try:
-        made = _model(section, source)(**{section.variable(key): value for key, value in table.items()})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = next(key for key in section.options if section.variable(key) == first["loc"][0])
-        allowed = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        raise refused(key, first["input"], allowed[:1].lower() + allowed[1:]) from error
-    except SettingsError as error:  # a list that is no JSON
-        raise UsageError(f"The environment cannot be used: {error}.", remedy="Write lists as JSON.") from error
-    found = {key: plain(getattr(made, f"{key}_")) for key in section.options}
-    return {key: _home(value) for key, value in found.items() if value is not None}
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError("should not be true or false")  # which pydantic takes for 1 and 0
+        if lists and isinstance(value, str):
+            value = json.loads(value)
+        made = TypeAdapter(wanted, config=ConfigDict(coerce_numbers_to_str=True)).validate_python(value)
+    except (ValidationError, ValueError) as error:
+        told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        told = told.removeprefix("Input ").removeprefix("Value error, ")
+        raise UsageError(
+            f"{place} is {value!r}, and it {told[:1].lower()}{told[1:]}.", remedy=f"It is {option.flag}: {option.help}"
+        ) from error
+    return _home(plain(made))
 
 
 def _home(value: Any) -> Any:
