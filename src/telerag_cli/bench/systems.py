@@ -203,7 +203,7 @@ class Harness:
         """An engine over the shared LLM."""
         setup = self.setup
         config = replace(setup.config, lookahead=lookahead)
-        return Engine(setup.generator, setup.opened.embedder, retriever, setup.opened.passages, config, finder=finder)
+        return Engine.open(config, opened=setup.opened, generator=setup.generator, retriever=retriever, finder=finder)
 
     def plain(self, searcher: Plain) -> Engine:
         """An engine that finds passages with something else than a fast tier."""

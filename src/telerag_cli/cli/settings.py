@@ -280,7 +280,7 @@ def _checked(section: Section, key: str, place: str, value: Any) -> Any:
     lists = [kind for kind in (option.annotation, *get_args(option.annotation)) if get_origin(kind) is list]
     kind = get_args(lists[0])[0] if lists else option.annotation
     bounded: Any = Annotated.__class_getitem__((kind, Field(ge=option.minimum, le=option.maximum)))  # type: ignore[attr-defined]
-    wanted = GenericAlias(list, (bounded,)) if lists else bounded
+    wanted: Any = GenericAlias(list, (bounded,)) if lists else bounded
     try:
         if isinstance(value, bool) and kind is not bool:
             raise ValueError("should not be true or false")  # which pydantic takes for 1 and 0

@@ -179,11 +179,11 @@ def in_order(take: Take) -> Take:
     kept: dict[int, tuple[Question, Outcome]] = {}
     place = 0
 
-    def takein_order(number: int, question: Question, outcome: Outcome) -> None:
+    def take_in_order(number: int, question: Question, outcome: Outcome) -> None:
         nonlocal place
         kept[number] = question, outcome
         while place in kept:
             take(place, *kept.pop(place))
             place += 1
 
-    return takein_order
+    return take_in_order

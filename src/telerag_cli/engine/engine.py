@@ -180,7 +180,7 @@ class Engine:
         opened: OpenedIndex | None = None,
         generator: Generator | None = None,
         finder: Finder | None = None,
-        retriever: type[Retriever] = Retriever,
+        retriever: Retriever | None = None,
         sharers: int = 1,
         generate: bool = True,
     ) -> Engine:
@@ -191,9 +191,9 @@ class Engine:
             reporter: is told the memory plan, warnings and progress.
             tracer: where work is recorded.
             opened: index, passages and embedder, if they are open already; they stay the caller's.
-            generator: the LLM, if it is open already.
+            generator: the LLM, if it is open already; `release` leaves it open, `close` does not.
             finder: finds passages in the retriever's place, for baselines.
-            retriever: the class of the retriever, for baselines.
+            retriever: the index with its fast tier, if they are open already, as ``opened`` must be then.
             sharers: processes that share this machine's memory alike, this one included.
             generate: whether an LLM is wanted; without one the engine only searches.
 

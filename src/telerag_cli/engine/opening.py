@@ -154,12 +154,13 @@ def open_retriever(
     tracer: Tracer | None = None,
     reporter: Reporter = SILENT,
     rates: JoinRates | None = None,
-    kind: type[Retriever] = Retriever,
 ) -> Retriever:
     """A retriever over the planned tier, which takes its memory now."""
     coarse = Coarse(index.centroids, index.manifest.metric)
     opened = tier.open(coarse, tracer, reporter.progress, rates)
-    return kind(index, coarse, opened, rescore=config.rescore, budget_bytes=config.prefetch_budget_bytes, tracer=tracer)
+    return Retriever(
+        index, coarse, opened, rescore=config.rescore, budget_bytes=config.prefetch_budget_bytes, tracer=tracer
+    )
 
 
 @contextlib.contextmanager
@@ -183,7 +184,7 @@ def open_engine(
     opened: OpenedIndex | None = None,
     generator: Generator | None = None,
     finder: Finder | None = None,
-    retriever: type[Retriever] = Retriever,
+    retriever: Retriever | None = None,
     sharers: int = 1,
     generate: bool = True,
 ) -> Engine:
@@ -192,6 +193,10 @@ def open_engine(
     What was opened is closed if a part fails. The LLM comes before the arena, which on a GPU may take what is left.
     """
     spin_at_barriers()
+    if retriever is not None:
+        assert opened, "whoever has the retriever has the index"
+        parts = generator or SearchOnly(), opened.embedder, retriever, opened.passages
+        return Engine(*parts, config, finder=finder, tracer=tracer)
     made = prepare(config, reporter, opened=opened, sharers=sharers, generate=generate and generator is None)
     averages: Averages | None = None
     known: Profile | None = None
@@ -203,9 +208,7 @@ def open_engine(
             generator = made.llm.open()
             undo.callback(generator.close)
         rates = rates_for_joins(known) if known else None
-        searching = open_retriever(
-            made.opened.index, made.tier, config, tracer=tracer, reporter=reporter, rates=rates, kind=retriever
-        )
+        searching = open_retriever(made.opened.index, made.tier, config, tracer=tracer, reporter=reporter, rates=rates)
         undo.callback(searching.close)
         planner: Planner | None = None
         if averages is not None:
