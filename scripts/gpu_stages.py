@@ -25,7 +25,7 @@ from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, best, empty_ivf, flat
 from telerag_cli.prefetch.prefetcher import Prefetcher
-from telerag_cli.retrieval.retriever import Found, Retriever
+from telerag_cli.retrieval.retriever import Neighbours, Retriever
 from telerag_cli.tiers.cuda import reference
 from telerag_cli.tiers.cuda.copier import Copier
 from telerag_cli.tiers.cuda.gpu import Copy, Event, Gpu, Stream
@@ -210,7 +210,7 @@ def _compare(
     return {"failing": bool(failing), "notes": tier.notes, **counts}
 
 
-def _same(ivf: Any, found: Found, queries: FloatArray, k: int, metric: Metric) -> bool:
+def _same(ivf: Any, found: Neighbours, queries: FloatArray, k: int, metric: Metric) -> bool:
     """Tell whether a search found what Faiss finds, equal scores ordered by row."""
     scores, _rows = ivf.search(queries, k)
     width = k

@@ -22,7 +22,7 @@ from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation, Message, Request
 from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
 from telerag_cli.pipelines.registry import make_pipeline
-from telerag_cli.prefetch.prefetcher import Order
+from telerag_cli.prefetch.prefetcher import FollowedOrder
 from telerag_cli.retrieval.report import JoinReport, JoinTrace
 from telerag_cli.retrieval.retriever import Retriever, Search
 from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
@@ -284,7 +284,7 @@ def link_span(draw, number, end_s):
 
 def trace_of(arrived_s, ended_s, wanted, moved, moved_s, fetched=()):
     scored_s = np.array([[arrived_s, ended_s]])
-    orders = (Order(arrived_s - 1.0, 0.0), Order(arrived_s - 0.5, 0.3))
+    orders = (FollowedOrder(arrived_s - 1.0, 0.0), FollowedOrder(arrived_s - 0.5, 0.3))
     return JoinTrace(
         arrived_s,
         ended_s,

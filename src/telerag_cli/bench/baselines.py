@@ -20,7 +20,7 @@ from telerag_cli.index.scoring import Coarse, empty_ivf
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.retrieval.retriever import Found, Search
+from telerag_cli.retrieval.retriever import Neighbours, Search
 
 
 def plain_join(took_s: float) -> JoinReport:
@@ -39,15 +39,15 @@ class Plain(ABC):
     def find(self, queries: FloatArray, k: int, nprobe: int) -> tuple[FloatArray, IntArray]:
         """Scores and rows, (n, k), best first."""
 
-    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Neighbours]:
         """See `Searcher`."""
         return [self._search(search.queries, k, nprobe) for search in searches]
 
-    def _search(self, queries: FloatArray, k: int, nprobe: int) -> Found:
+    def _search(self, queries: FloatArray, k: int, nprobe: int) -> Neighbours:
         began_s = time.perf_counter()
         scores, rows = self.find(np.ascontiguousarray(queries), k, nprobe)
         took_s = time.perf_counter() - began_s
-        return Found(scores, rows, plain_join(took_s))
+        return Neighbours(scores, rows, plain_join(took_s))
 
 
 class FaissIvf(Plain):

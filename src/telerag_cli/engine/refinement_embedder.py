@@ -19,7 +19,7 @@ MAX_TEXTS = 8
 NICENESS = 5
 
 
-class Subject(Protocol):
+class EmbeddingTask(Protocol):
     """Something that wants texts embedded when there is time for it."""
 
     urgent: bool
@@ -36,7 +36,7 @@ class Subject(Protocol):
 
 
 class RefinementEmbedder:
-    """One polite thread. Subjects that wait are taken together, urgent ones first, the others as their share allows."""
+    """One polite thread. Tasks that wait are taken together, urgent ones first, the others as their share allows."""
 
     def __init__(
         self, embed: Callable[[Sequence[str]], FloatArray], *, share: float = SHARE, allowance_s: float = ALLOWANCE_S
@@ -53,17 +53,17 @@ class RefinementEmbedder:
         self._allowance_s = allowance_s
         self._credit_s = allowance_s
         self._credited_s = time.perf_counter()
-        self._waiting: list[Subject] = []
+        self._waiting: list[EmbeddingTask] = []
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="refinement", daemon=True)
         self._thread.start()
 
-    def submit(self, subject: Subject) -> None:
-        """Have the subject's texts embedded; one that waits already keeps its place."""
+    def submit(self, task: EmbeddingTask) -> None:
+        """Have the task's texts embedded; one that waits already keeps its place."""
         with self._changed:
-            if subject not in self._waiting:
-                self._waiting.append(subject)
+            if task not in self._waiting:
+                self._waiting.append(task)
                 self._changed.notify()
 
     def close(self) -> None:
@@ -82,16 +82,16 @@ class RefinementEmbedder:
                 # Processor time, not time: that is what the LLM does not get.
                 self._credit_s -= time.thread_time() - began_s
 
-    def _next(self) -> list[Subject]:
+    def _next(self) -> list[EmbeddingTask]:
         """What to do now, all of it urgent or none; waits for it. Empty at the end."""
         with self._changed:
             while not self._closing:
                 pause_s = self._pause_s()
-                chosen = [subject for subject in self._waiting if subject.urgent]
+                chosen = [task for task in self._waiting if task.urgent]
                 if not chosen and not pause_s:
                     chosen = self._waiting[:MAX_TEXTS]
                 if chosen:
-                    self._waiting = [subject for subject in self._waiting if subject not in chosen]
+                    self._waiting = [task for task in self._waiting if task not in chosen]
                     return chosen
                 self._changed.wait(pause_s if self._waiting else None)
         return []
@@ -104,20 +104,20 @@ class RefinementEmbedder:
         self._credited_s = now_s
         return 0.0 if self._credit_s > 0 else (1e-4 - self._credit_s) / self._share
 
-    def _serve(self, subjects: Sequence[Subject]) -> None:
+    def _serve(self, tasks: Sequence[EmbeddingTask]) -> None:
         try:
-            texts = [subject.take() for subject in subjects]
+            texts = [task.take() for task in tasks]
             flat = [text for each in texts for text in each]
             vectors = self._embed(flat) if flat else None
         except Exception as error:
-            for subject in subjects:
-                subject.fail(error)
+            for task in tasks:
+                task.fail(error)
             return
         start = 0
-        for subject, each in zip(subjects, texts, strict=True):
+        for task, each in zip(tasks, texts, strict=True):
             if vectors is not None and each:
                 try:
-                    subject.give(vectors[start : start + len(each)])
+                    task.give(vectors[start : start + len(each)])
                 except Exception as error:
-                    subject.fail(error)
+                    task.fail(error)
                 start += len(each)

@@ -23,7 +23,7 @@ StartPrefetches = Callable[[Sequence[FloatArray]], Sequence[Prefetch]]
 
 
 class PrefetchStart:
-    """A `Subject` that starts lookahead for some queries together while the LLM already reads their prompts."""
+    """A `EmbeddingTask` that starts lookahead for some queries together while the LLM already reads their prompts."""
 
     urgent = True
 
@@ -41,7 +41,7 @@ class PrefetchStart:
         self.prefetches: list[Future[Prefetch]] = [Future() for _ in queries]
 
     def take(self) -> Sequence[str]:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         # What nobody wants any more is left out, and a future that is running can no longer be cancelled.
         wanted = [place for place, future in enumerate(self.prefetches) if future.set_running_or_notify_cancel()]
         self.prefetches = [self.prefetches[place] for place in wanted]
@@ -54,13 +54,13 @@ class PrefetchStart:
         return []
 
     def give(self, vectors: FloatArray) -> None:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         for future, vector, prefetch in zip(self.prefetches, vectors, self._start(list(vectors[:, None])), strict=True):
             prefetch.question = vector
             future.set_result(prefetch)
 
     def fail(self, error: Exception) -> None:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         for future in self.prefetches:
             if not future.done():
                 future.set_exception(error)
@@ -127,7 +127,7 @@ class Refiner:
             raise self._error
 
     def take(self) -> Sequence[str]:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         started = self._prefetch
         if self._ended or not started.done() or started.cancelled() or started.exception():
             return []
@@ -144,14 +144,14 @@ class Refiner:
         return queries
 
     def give(self, vectors: FloatArray) -> None:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         prefetch, fraction = self._prefetch.result(), self._followed
         assert prefetch.question is not None
         mixed = [blend(prefetch.question, vector, fraction) for vector in vectors]
         self._retriever.refine(prefetch, np.stack(mixed), len(mixed) * self._nprobe, fraction)
 
     def fail(self, error: Exception) -> None:
-        """See `Subject`."""
+        """See `EmbeddingTask`."""
         self._error = error
 
     def _more(self, queries: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ from telerag_cli.index.passages import Passages
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.retrieval.retriever import Found, Search, Searcher
+from telerag_cli.retrieval.retriever import Neighbours, Search, Searcher
 from telerag_cli.tracing import Tracer
 
 EMBED = "embed"
@@ -76,11 +76,11 @@ class Finder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked(Generic[T]):
+class _QueuedSearch(Generic[T]):
     queries: tuple[str, ...]
     prefetches: tuple[Prefetch, ...]
     k: int
-    make: Callable[[Found, float], T]
+    make: Callable[[Neighbours, float], T]
     """The answer from what was found and the seconds that embedding took; called in the thread."""
     answer: asyncio.Future[T] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -98,7 +98,7 @@ class Retrievals:
         self._nprobe = nprobe
         self._tracer = tracer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retrieve")
-        self._waiting: list[_Asked[Any]] = []
+        self._waiting: list[_QueuedSearch[Any]] = []
         self._running: asyncio.Task[None] | None = None
 
     async def find(self, queries: Sequence[str], prefetches: Sequence[Prefetch]) -> Retrieval:
@@ -109,12 +109,12 @@ class Retrievals:
         """
         texts = tuple(queries)
 
-        def retrieval(found: Found, embed_s: float) -> Retrieval:
+        def retrieval(found: Neighbours, embed_s: float) -> Retrieval:
             best = self._best([found], self._k)
             rows, scores = best.rows.tolist(), best.scores.tolist()
             return Retrieval(texts, list(map(Retrieved, self._passages[rows], rows, scores)), found.report, embed_s)
 
-        return await self._enqueue(_Asked(texts, tuple(prefetches), self._k, retrieval))
+        return await self._enqueue(_QueuedSearch(texts, tuple(prefetches), self._k, retrieval))
 
     async def rank(self, queries: Sequence[str], k: int) -> Ranking:
         """The best ``k`` passages for these queries together, as deep as anyone wants to look, without their texts.
@@ -128,7 +128,9 @@ class Retrievals:
         width = min(k, self._deepest)
         step = max(1, MAX_HITS // width)
         parts = [
-            await self._enqueue(_Asked(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found))
+            await self._enqueue(
+                _QueuedSearch(tuple(queries[start : start + step]), (), width, lambda found, _embed_s: found)
+            )
             for start in range(0, len(queries), step)
         ]
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._best, parts, k)
@@ -145,7 +147,7 @@ class Retrievals:
         """Wait for what runs and stop the thread."""
         self._thread.shutdown()
 
-    def _enqueue(self, asked: _Asked[T]) -> asyncio.Future[T]:
+    def _enqueue(self, asked: _QueuedSearch[T]) -> asyncio.Future[T]:
         self._waiting.append(asked)
         if self._running is None:
             self._running = asyncio.create_task(self._run())
@@ -170,9 +172,9 @@ class Retrievals:
         finally:
             self._running = None
 
-    def _next_batch(self) -> list[_Asked[Any]]:
+    def _next_batch(self) -> list[_QueuedSearch[Any]]:
         """Who has waited longest, and others whose results are as many, as far as a batch goes."""
-        batch: list[_Asked[Any]] = []
+        batch: list[_QueuedSearch[Any]] = []
         hits = 0
         for asked in self._waiting:
             if asked.k != self._waiting[0].k:
@@ -183,7 +185,7 @@ class Retrievals:
             batch.append(asked)
         return batch
 
-    def _search(self, batch: Sequence[_Asked[Any]]) -> list[Any]:
+    def _search(self, batch: Sequence[_QueuedSearch[Any]]) -> list[Any]:
         """What each has asked for, or what went wrong with it; in the thread."""
         if not batch:
             return []
@@ -209,7 +211,7 @@ class Retrievals:
         """No query has more candidates than this."""
         return int(np.sort(self._searcher.index.sizes)[-self._nprobe :].sum())
 
-    def _best(self, parts: Sequence[Found], k: int) -> Ranking:
+    def _best(self, parts: Sequence[Neighbours], k: int) -> Ranking:
         """The best ``k`` passages over all queries of these searches, each once, best first."""
         scores = np.concatenate([found.scores.ravel() for found in parts])
         rows = np.concatenate([found.rows.ravel() for found in parts])

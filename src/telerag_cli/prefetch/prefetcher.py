@@ -35,7 +35,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Order:
+class FollowedOrder:
     """An order that a prefetch followed."""
 
     at_s: float
@@ -164,7 +164,7 @@ class Prefetch:
         """Moves that ended in an error; the join tries those lists again and reports it."""
         self.question: FloatArray | None = None
         """Embedding of what it was started for, shape (dimension,), where texts may refine it."""
-        self.orders: list[Order] = []
+        self.orders: list[FollowedOrder] = []
         """Orders followed: the first, and one for each refinement."""
         self.window = Window(0.0, 0.0, 0, held_share, beside)
         """Complete when it has stopped."""
@@ -185,7 +185,7 @@ class Prefetch:
 
     def reorder(self, order: IntArray, depth: int, fraction: float) -> None:
         """As `follow`, without starting a move; the prefetcher's lock is held."""
-        self.orders.append(Order(time.perf_counter(), fraction))
+        self.orders.append(FollowedOrder(time.perf_counter(), fraction))
         self.queue.reorder(order, depth)
 
     def count_moves(self, count: int) -> None:

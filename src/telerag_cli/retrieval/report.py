@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from telerag_cli.arrays import BoolArray, DoubleArray, IntArray
-from telerag_cli.prefetch.prefetcher import Order, Prefetch, Window
+from telerag_cli.prefetch.prefetcher import FollowedOrder, Prefetch, Window
 from telerag_cli.tiers.tier import PinResult
 from telerag_cli.tracing import Tracer
 
@@ -31,7 +31,7 @@ class JoinTrace:
     """When the query arrived."""
     ended_s: float
     """When its results were there."""
-    orders: tuple[Order, ...]
+    orders: tuple[FollowedOrder, ...]
     """Those that its lookahead followed."""
     wanted: IntArray
     """The distinct lists probed, without empty ones, shape (lists_wanted,)."""

@@ -34,7 +34,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Found:
+class Neighbours:
     """The best passages of each query: scores and row numbers, (n, k), best first; row -1 where there is none."""
 
     scores: FloatArray
@@ -47,7 +47,7 @@ class Searcher(Protocol):
 
     index: Index
 
-    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Neighbours]:
         """Several searches at once; each finds what it would find alone.
 
         Raises:
@@ -159,7 +159,7 @@ class Retriever:
         """The order in which lists are worth moving for queries like these, shape (n, dimension)."""
         return interleave([self._coarse.rank(query) for query in queries])
 
-    def search(self, queries: FloatArray, k: int, nprobe: int, prefetch: Prefetch | None = None) -> Found:
+    def search(self, queries: FloatArray, k: int, nprobe: int, prefetch: Prefetch | None = None) -> Neighbours:
         """What ``faiss.IndexIVF`` finds with the same probes; equal scores are ordered by row.
 
         Where candidates are re-ranked, they are what it finds for ``rescore * k``.
@@ -175,7 +175,7 @@ class Retriever:
         """
         return self.search_batch([Search(queries, (prefetch,) if prefetch else ())], k, nprobe)[0]
 
-    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Found]:
+    def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Neighbours]:
         """Several searches at once; each finds what it would find alone, and a list that two probe is moved once.
 
         Lookahead stops, what is in the arena is scored, and what is missing is moved or scored in place. Only moves
@@ -212,7 +212,7 @@ class Retriever:
         for search in searches:
             mine = slice(start, start := start + len(search.queries))
             report = observer.report(search.prefetches, self._lists(probed[mine]))
-            found.append(Found(scores[mine], rows[mine], report))
+            found.append(Neighbours(scores[mine], rows[mine], report))
         return found
 
     def _join(self, probes: Probes, observer: JoinObserver) -> Join:

@@ -17,7 +17,7 @@ Protected = Callable[[int], BoolArray]
 """Which lists may not be evicted for the one named, shape (nlist,)."""
 
 
-class State(IntEnum):
+class ListState(IntEnum):
     """Where a list is, seen from the fast tier."""
 
     ABSENT = 0
@@ -25,7 +25,7 @@ class State(IntEnum):
     RESIDENT = 2
 
 
-ABSENT, MOVING, RESIDENT = (state.value for state in State)
+ABSENT, MOVING, RESIDENT = (state.value for state in ListState)
 """The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
 MAX_AT_ONCE = 16
 """Lists that room is made for at once. Each gets as much as the longest of them needs, so more would evict more."""

@@ -22,7 +22,7 @@ MIN_IN_FLIGHT, MAX_IN_FLIGHT = 4, 256
 
 
 @dataclass(frozen=True)
-class _Job:
+class _CopyJob:
     moves: Sequence[Move]
     arrived: Arrived
     event: Event | TeleragError
@@ -64,7 +64,7 @@ class Copier:
         self._stream = stream
         self._source = source
         self._arena = arena
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[_CopyJob] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="link", daemon=True)
@@ -80,7 +80,7 @@ class Copier:
                 events = self._stream.copy([self._copy(run) for run in runs])
             except TeleragError as error:
                 events = [error] * len(runs)
-            self._jobs.extend(_Job(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True))
+            self._jobs.extend(_CopyJob(run, arrived, event, started_s) for run, event in zip(runs, events, strict=True))
             self._changed.notify()
 
     def close(self) -> None:
