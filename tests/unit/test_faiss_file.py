@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from expect import fails
 from indexes import expected, make_vectors
 from telerag_cli.cli.export_index import export_index as export_command
 from telerag_cli.cli.guard import guarded
@@ -196,17 +197,15 @@ def test_passages_of_other_kinds(tmp_path, name):
     assert found[[14]][0].text == "Passage 14."
 
 
-@pytest.mark.parametrize(
-    ("count", "said"), [(COUNT - 1, "299 passages"), (COUNT + 2, "302 passages"), (0, "0 passages")]
-)
+@pytest.mark.parametrize(("count", "said"), [(COUNT - 1, " 299 "), (COUNT + 2, " 302 "), (0, " 0 ")])
 def test_passages_must_be_as_many_as_vectors(tmp_path, count, said):
     ivf, _ = faiss_index()
     file = write(ivf, tmp_path / "f.index")
     passages = write_passages(tmp_path / "p.jsonl", count)
-    with pytest.raises(InputError, match=rf"p.jsonl holds {said}, and .*f.index holds 300 vectors"):
+    with fails(InputError, "p.jsonl", said, "f.index", 300):
         imported(file, passages, tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    with pytest.raises(ArtifactError, match="was begun with files faiss"):
+    with fails(ArtifactError, "files faiss"):
         imported(file, write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
     imported(file, passages, tmp_path / "index", overwrite=True)
 
@@ -216,7 +215,7 @@ def test_passages_without_rows_are_refused(tmp_path, where):
     ivf, _ = faiss_index()
     (tmp_path / "text.txt").write_text("Some text.")
     file = read_faiss(write(ivf, tmp_path / "f.index"))
-    with pytest.raises(UsageError, match="pipe cannot be compared" if where == "-" else "is text without rows"):
+    with fails(UsageError, "--passages" if where == "-" else "text.txt"):
         plan_import(file, find_sources([where if where == "-" else str(tmp_path / where)]), tmp_path / "index", None)
 
 
@@ -224,21 +223,21 @@ def test_a_bad_passage_is_named(tmp_path):
     ivf, _ = faiss_index(count=20)
     passages = write_passages(tmp_path / "p.jsonl", 20)
     passages.write_text(passages.read_text().replace('"text": "Passage 7."', '"text": ""'))
-    with pytest.raises(InputError, match=r"p.jsonl:8: the text is empty"):
+    with fails(InputError, "p.jsonl:8"):
         imported(write(ivf, tmp_path / "f.index"), passages, tmp_path / "index")
 
 
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        (np.arange(1, COUNT + 1), r"holds the id 300 in place \d+, and with 300 vectors they must be .* 0 to 299"),
-        (np.arange(COUNT) - 1, r"holds the id -1 in place"),
-        (np.arange(COUNT) // 2 * 2, r"holds the id \d+ twice"),
+        (np.arange(1, COUNT + 1), ("id 300", "0 to 299")),
+        (np.arange(COUNT) - 1, ("id -1", "0 to 299")),
+        (np.arange(COUNT) // 2 * 2, ("twice", "0 to 299")),
     ],
 )
 def test_ids_must_be_row_numbers(tmp_path, ids, said):
     ivf, _ = faiss_index(ids=ids)
-    with pytest.raises(InputError, match=said):
+    with fails(InputError, "f.index", *said):
         imported(write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
     assert not (tmp_path / "index").exists()
 
@@ -278,43 +277,42 @@ def other(kind):
     return index, None
 
 
+SUPPORTED = ("IndexIVFFlat", "IndexIVFScalarQuantizer")
+
+
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "values"),
     [
-        ("Flat", "is IndexFlat, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit"),
-        ("HNSW8", "is IndexHNSW, and"),
-        ("IVF4,PQ2x4", "is IndexIVFPQ, and"),
-        ("PCA4,IVF4,Flat", "is IndexPreTransform, and .* Import the index inside"),
-        ("IDMap,IVF4,Flat", "is IndexIDMap, and .* Import the index inside"),
-        ("IVF4,SQ8", r"by_residual = True, .*\(by_residual = False\)"),
-        ("IVF4,SQfp16", r"by_residual = True, .*\(by_residual = False\)"),
-        ("IVF4,SQ4", "is IndexIVFScalarQuantizer of 4bit, and telerag imports it of fp16 or 8bit"),
-        ("IVF4_HNSW4,Flat", "coarse quantizer of .* is IndexHNSW, and telerag takes IndexFlat"),
-        ("mixed", "ranks lists by l2, and its vectors by ip"),
-        ("L1", r"Faiss's metric 2, and telerag by 0 \(inner product\) or 1 \(L2\)"),
-        ("empty", "holds no vectors"),
-        ("no lists", "has no lists in it"),
-        ("untrained", "is not trained"),
+        ("Flat", ("IndexFlat", *SUPPORTED)),
+        ("HNSW8", ("IndexHNSW", *SUPPORTED)),
+        ("IVF4,PQ2x4", ("IndexIVFPQ", *SUPPORTED)),
+        ("PCA4,IVF4,Flat", ("IndexPreTransform", "inner.index")),
+        ("IDMap,IVF4,Flat", ("IndexIDMap", "inner.index")),
+        ("IVF4,SQ8", ("by_residual = True", "by_residual = False")),
+        ("IVF4,SQfp16", ("by_residual = True", "by_residual = False")),
+        ("IVF4,SQ4", ("4bit", "fp16", "8bit")),
+        ("IVF4_HNSW4,Flat", ("IndexHNSW", "IndexFlat")),
+        ("mixed", (Metric.L2, Metric.IP)),
+        ("L1", ("metric 2",)),
+        ("empty", ("vectors",)),
+        ("no lists", ("lists",)),
+        ("untrained", ("trained",)),
     ],
 )
-def test_what_cannot_be_represented_is_refused_by_name(tmp_path, kind, said):
+def test_what_cannot_be_represented_is_refused_by_name(tmp_path, kind, values):
     index, _kept = other(kind)
-    with pytest.raises(InputError, match=said):
+    with fails(InputError, "f.index", *values):
         read_faiss(write(index, tmp_path / "f.index"))
 
 
-def test_what_is_no_faiss_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"f\.index does not exist"):
-        read_faiss(tmp_path / "f.index")
-    with pytest.raises(InputError, match="is a folder"):
-        read_faiss(tmp_path)
-    for content in (b"", b"Iw", b"PK\3\4 and so on", b'{"a": 1}'):
+@pytest.mark.parametrize("content", [None, b"", b"Iw", b"PK\3\4 and so on", b'{"a": 1}', b"IxZZ" + bytes(100)])
+def test_what_is_not_a_faiss_file_is_refused(tmp_path, content):
+    if content is not None:
         (tmp_path / "f.index").write_bytes(content)
-        with pytest.raises(InputError, match=r"begins with b.*, and a Faiss index with b'IwFl'"):
-            read_faiss(tmp_path / "f.index")
-    (tmp_path / "f.index").write_bytes(b"IxZZ" + bytes(100))
-    with pytest.raises(InputError, match="an index of the type 'IxZZ'"):
+    with fails(InputError, tmp_path / "f.index"):
         read_faiss(tmp_path / "f.index")
+    with fails(InputError, tmp_path):
+        read_faiss(tmp_path)
 
 
 @pytest.mark.parametrize("storage", [Storage.FLOAT32, Storage.INT8])
@@ -324,7 +322,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, storage, written):
     whole = written(ivf, tmp_path / "f.index").read_bytes()
     for length in (*range(4, len(whole) - 1, 5), len(whole) - 1):
         (tmp_path / "f.index").write_bytes(whole[:length])
-        with pytest.raises(InputError, match=rf"f.index ends at byte {length:,}, and"):
+        with fails(InputError, "f.index", f"{length:,}"):
             read_faiss(tmp_path / "f.index")
     (tmp_path / "f.index").write_bytes(whole)
     read_faiss(tmp_path / "f.index")
@@ -332,7 +330,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path, storage, written):
 
 @pytest.mark.parametrize("written", [write, write_on_disk])
 def test_damage_is_an_error_of_ours_or_harmless(tmp_path, written):
-    """Numbers that cannot be are found before memory is taken for them."""
+    """Numbers that cannot be are found before memory is taken for them, which Faiss's own reader does not do."""
     ivf, _ = faiss_index(storage=Storage.INT8, count=20, dimension=4, nlist=3)
     whole = written(ivf, tmp_path / "f.index").read_bytes()
     refused = 0
@@ -356,10 +354,10 @@ def test_a_data_file_is_looked_for_beside_the_index(tmp_path):
     same_results(imported(moved, passages, tmp_path / "index"), ivf, vectors)
     data = moved.with_suffix(".ivfdata")
     data.write_bytes(data.read_bytes()[:-5000])
-    with pytest.raises(InputError, match=r"f.ivfdata ends at byte .*, and its lists reach to byte"):
+    with fails(InputError, data, f"{data.stat().st_size:,}"):
         read_faiss(moved)
     data.unlink()
-    with pytest.raises(InputError, match=r"old/f.ivfdata, and there is no such file, nor .*new/f.ivfdata"):
+    with fails(InputError, "old/f.ivfdata", "new/f.ivfdata"):
         read_faiss(moved)
 
 
@@ -382,7 +380,7 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
         imported(file, passages, root)
     assert not root.exists()
     assert plan_import(read_faiss(file), find_sources([str(passages)]), root, None).begun
-    with pytest.raises(ArtifactError, match="was begun with embedder none, and this asks for embedder other"):
+    with fails(ArtifactError, "embedder none", "embedder other"):
         imported(file, passages, root, "other")
     monkeypatch.setattr(faiss_import, "copy_list", lambda *arguments: copied.append(1) or copy(*arguments))
     monkeypatch.setattr(faiss_import, "read_passages", lambda _sources: pytest.fail("they are there already"))
@@ -401,15 +399,13 @@ def test_a_finished_import_is_opened_and_another_refused(tmp_path, monkeypatch):
         imported(file, passages, root)
     changed, _ = faiss_index(seed=1)
     write(changed, file)
-    with pytest.raises(
-        ArtifactError, match=r"was built with files faiss .*, and this asks for files faiss .* --overwrite"
-    ):
+    with fails(ArtifactError, "files faiss", "--overwrite"):
         imported(file, passages, root)
     index = imported(file, passages, root, overwrite=True)
     assert (index.centroids == changed.quantizer.reconstruct_n()).all()
     (tmp_path / "else").mkdir()
     (tmp_path / "else" / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists and is not an index"):
+    with fails(ArtifactError, tmp_path / "else"):
         imported(file, passages, tmp_path / "else")
 
 
@@ -419,9 +415,9 @@ def test_too_little_disk_is_said_before(tmp_path, monkeypatch):
     index = imported(file, passages, tmp_path / "index")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
-    with pytest.raises(ResourceError, match=r"other needs .* of disk, and 1000 B are free"):
+    with fails(ResourceError, tmp_path / "other", "1000 B"):
         imported(file, passages, tmp_path / "other")
-    with pytest.raises(ResourceError, match=r"out.index needs .* of disk, and 1000 B are free"):
+    with fails(ResourceError, tmp_path / "out.index", "1000 B"):
         export_index(index, tmp_path / "out.index")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.index", "index", "p.jsonl"]
 
@@ -431,7 +427,7 @@ def test_lists_that_end_early_leave_no_file(tmp_path):
     index = imported(write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
     with index.paths.lists.open("r+b") as handle:
         handle.truncate(5000)
-    with pytest.raises(ArtifactError, match=r"lists.bin ends at byte 5,000"):
+    with fails(ArtifactError, "lists.bin", "5,000"):
         export_index(index, tmp_path / "out.index")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.index", "index", "p.jsonl"]
 

@@ -1,5 +1,6 @@
-"""Faiss's own file of an inverted-file index: its header read, its lists found where they lie, and files written that Faiss reads.
+"""Faiss's own file of an inverted-file index: its header read, its lists found where they lie, and such files written.
 
+Faiss's own reader takes memory for whatever a damaged header says, and reads the lists; this one does neither.
 Only what we can represent is read: ``IndexIVFFlat``, and ``IndexIVFScalarQuantizer`` of the types fp16 and 8bit without
 residuals, by inner product or L2, with a flat coarse quantizer of the same metric. All numbers are little-endian::
 
@@ -43,7 +44,7 @@ FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
 METRICS = {0: Metric.IP, 1: Metric.L2}
 QUANTIZERS = {b"IxFI": Metric.IP, b"IxF2": Metric.L2}
 SCALAR_KINDS = {faiss.ScalarQuantizer.QT_8bit: Storage.INT8, faiss.ScalarQuantizer.QT_fp16: Storage.FLOAT16}
-SCALAR_NAMES = (
+SCALAR_NAMES = [
     "8bit",
     "4bit",
     "8bit_uniform",
@@ -53,7 +54,7 @@ SCALAR_NAMES = (
     "6bit",
     "bf16",
     "8bit_direct_signed",
-)
+]
 KNOWN = {
     "IxF": "IndexFlat",
     "IxPT": "IndexPreTransform",
@@ -95,21 +96,21 @@ class FaissFile:
     trained: FloatArray | None
     """Minima and ranges of ``int8``, (2 * dimension,)."""
     table: TableArray
-    """Size and capacity in vectors and byte offset in ``data`` of each list, (nlist, 3); the ids are after the capacity."""
+    """Size and capacity in vectors and byte offset in ``data`` of each list, (nlist, 3); ids are after the capacity."""
 
     @property
     def dimension(self) -> int:
-        """Of the vectors."""
+        """Dimension of the vectors."""
         return int(self.centroids.shape[1])
 
     @property
     def nlist(self) -> int:
-        """Lists."""
+        """Number of lists."""
         return len(self.centroids)
 
     @property
     def ntotal(self) -> int:
-        """Vectors in all lists."""
+        """Number of vectors in all lists."""
         return int(self.table[:, 0].sum())
 
     @property
@@ -118,7 +119,7 @@ class FaissFile:
         return code_size(self.dimension, self.storage)
 
     def fingerprint(self) -> str:
-        """A digest that another index would not have: of sizes and of the first and last MiB of the file and its data file."""
+        """A digest that another index would not have: of the centroids, the sizes, and the ends of the files."""
         digest = xxhash.xxh3_64(self.table.tobytes())
         digest.update(self.centroids.tobytes())
         for path in dict.fromkeys((self.path, self.data)):
@@ -144,8 +145,13 @@ def read_faiss(path: Path) -> FaissFile:
         raise wrap_os_error(error, path) from error
 
 
+def _known(kind: bytes) -> str:
+    name = kind.decode("latin-1")
+    return next((KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"an index of the type '{name}'")
+
+
 class _Header:
-    """Reads one file from its begin; every number is checked before it decides how much memory to take."""
+    """Reads one file from its beginning; every number is checked before it decides how much memory to take."""
 
     def __init__(self, path: Path, handle: IO[bytes]) -> None:
         self.path, self.handle = path, handle
@@ -182,12 +188,11 @@ class _Header:
                 f"{self.path} begins with {kind!r}, and a Faiss index with {FLAT!r} or {SCALAR!r}.",
                 remedy="Name a file that faiss.write_index made.",
             )
-        known = next((KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"an index of the type '{name}'")
         remedy = "Import the index inside: faiss.write_index(faiss.downcast_index(index.index), 'inner.index')."
         if not name.startswith(WRAPPERS):
             remedy = "Build one of these, or let telerag embed and telerag build-index make an index of the passages."
         raise InputError(
-            f"{self.path} is {known}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit.",
+            f"{self.path} is {_known(kind)}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit.",
             remedy=remedy,
         )
 
@@ -202,14 +207,10 @@ class _Header:
         return dimension, ntotal, metric
 
     def _quantizer(self, nlist: int, dimension: int, metric: Metric) -> FloatArray:
-        kind = self.handle.read(4)
-        if len(kind) < 4:
-            self._ends()
+        (kind,) = self._take("4s")
         if kind not in QUANTIZERS:
-            name = kind.decode("latin-1")
-            known = next((KNOWN[name[:n]] for n in (4, 3, 2) if name[:n] in KNOWN), f"of the type {name!r}")
             raise InputError(
-                f"The coarse quantizer of {self.path} is {known}, and telerag takes IndexFlat of inner product or L2.",
+                f"The coarse quantizer of {self.path} is {_known(kind)}, and telerag takes IndexFlat of inner product or L2.",
                 remedy="Put its centroids into a faiss.IndexFlat: index.quantizer.reconstruct_n().",
             )
         if QUANTIZERS[kind] is not metric:
@@ -221,8 +222,8 @@ class _Header:
         values = self._array(np.float32)
         if (found_dimension, count, len(values)) != (dimension, nlist, nlist * dimension) or not nlist:
             self._damaged(
-                f"its quantizer has {count:,} centroids of {found_dimension:,} dimensions, and it says {nlist:,} lists of "
-                f"{dimension:,}"
+                f"its quantizer has {count:,} centroids of {found_dimension:,} dimensions, and it says {nlist:,} lists "
+                f"of {dimension:,}"
             )
         return values.reshape(nlist, dimension)
 
@@ -244,12 +245,11 @@ class _Header:
             )
         if by_residual:
             raise self._residual("IndexIVFScalarQuantizer")
-        storage = SCALAR_KINDS[kind]
-        if storage is Storage.INT8:
-            if len(trained) != 2 * dimension:
-                self._damaged(f"its 8bit quantizer has {len(trained):,} numbers, and needs {2 * dimension:,}")
-            return storage, trained
-        return storage, None
+        if SCALAR_KINDS[kind] is not Storage.INT8:
+            return SCALAR_KINDS[kind], None
+        if len(trained) != 2 * dimension:
+            self._damaged(f"its 8bit quantizer has {len(trained):,} numbers, and needs {2 * dimension:,}")
+        return Storage.INT8, trained
 
     def _residual(self, name: str) -> InputError:
         return InputError(
@@ -260,9 +260,7 @@ class _Header:
         )
 
     def _lists(self, nlist: int, code_bytes: int) -> tuple[Path, TableArray]:
-        kind = self.handle.read(4)
-        if len(kind) < 4:
-            self._ends()
+        (kind,) = self._take("4s")
         if kind == b"il00":
             raise InputError(f"{self.path} has no lists in it.", remedy="Write it together with its lists.")
         if kind not in (b"ilar", b"ilod"):
@@ -274,12 +272,11 @@ class _Header:
         found_nlist, found_code = self._take("<QQ")
         if (found_nlist, found_code) != (nlist, code_bytes):
             self._damaged(
-                f"it has {found_nlist:,} lists of codes of {found_code:,} bytes, and its header says {nlist:,} of {code_bytes:,}"
+                f"it has {found_nlist:,} lists of codes of {found_code:,} bytes, and its header says {nlist:,} of "
+                f"{code_bytes:,}"
             )
         data, table = self._array_lists(nlist, code_bytes) if kind == b"ilar" else self._disk_lists(nlist)
-        size, capacity, offset = (
-            column.astype(object) for column in table.T
-        )  # what a damaged file says may exceed any type
+        size, capacity, offset = (column.astype(object) for column in table.T)  # a damaged file may exceed any type
         length = data.stat().st_size
         reach = max((offset + capacity * (code_bytes + ID_BYTES))[size > 0], default=0)
         if reach > length:
@@ -292,20 +289,18 @@ class _Header:
         return data, table
 
     def _array_lists(self, nlist: int, code_bytes: int) -> tuple[Path, TableArray]:
-        form = self.handle.read(4)
+        (form,) = self._take("4s")
         sizes = np.zeros(nlist, np.uint64)
         if form == b"full":
             found = self._array(np.uint64)
             if len(found) != nlist:
-                self._damaged(f"it tells {len(found):,} sizes of {nlist:,} lists")
+                self._damaged(f"it has {len(found):,} sizes of {nlist:,} lists")
             sizes[:] = found
         elif form == b"sprs":
             pairs = self._array(np.uint64)
             if len(pairs) % 2 or (len(pairs) and int(pairs[::2].max()) >= nlist):
-                self._damaged(f"it tells the size of a list that is not among its {nlist:,}")
+                self._damaged(f"it has the size of a list that is not among its {nlist:,}")
             sizes[pairs[::2].astype(np.int64)] = pairs[1::2]
-        elif len(form) < 4:
-            self._ends()
         else:
             self._damaged(f"the sizes of its lists are written in the form {form!r}")
         used = np.concatenate([[0], np.cumsum(sizes.astype(np.float64) * (code_bytes + ID_BYTES))])
@@ -322,7 +317,7 @@ class _Header:
         name = os.fsdecode(self._array(np.uint8).tobytes())
         self._take("<Q")
         if len(table) != nlist:
-            self._damaged(f"it tells the places of {len(table):,} lists, and has {nlist:,}")
+            self._damaged(f"it has the places of {len(table):,} lists, and says {nlist:,}")
         # Where Faiss looks; or, after both were moved, beside the index.
         places = (Path(name), self.path.parent / Path(name).name)
         data = next((place for place in places if place.is_file()), None)
@@ -354,11 +349,9 @@ class _Header:
         return struct.unpack(form, data)
 
     def _ends(self, wanted: int | None = None) -> NoReturn:
-        where = (
-            "its header goes on"
-            if wanted is None
-            else f"{wanted:,} more bytes come at byte {self.handle.tell():,} of its header"
-        )
+        where = "its header goes on"
+        if wanted is not None:
+            where = f"{wanted:,} more bytes come at byte {self.handle.tell():,} of its header"
         raise InputError(
             f"{self.path} ends at byte {self.size:,}, and {where}.", remedy="Fetch it again; it is not whole."
         )
@@ -372,7 +365,7 @@ def check_ids(file: FaissFile, advance: Advance) -> None:
 
     Args:
         file: the index.
-        advance: told of vectors as they are looked at.
+        advance: called with the number of vectors looked at.
 
     Raises:
         InputError: an id is another number, or is there twice.
@@ -385,7 +378,8 @@ def check_ids(file: FaissFile, advance: Advance) -> None:
         other = np.flatnonzero((ids < 0) | (ids >= ntotal))
         if len(other):
             raise InputError(
-                f"List {number:,} of {file.path} holds the id {ids[other[0]]:,} in place {first + int(other[0]):,}, {wanted}.",
+                f"List {number:,} of {file.path} holds the id {ids[other[0]]:,} in place {first + int(other[0]):,}, "
+                f"{wanted}.",
                 remedy=remedy,
             )
         twice = ids[seen[ids]]
@@ -420,7 +414,7 @@ def copy_list(
         target: descriptor to write to.
         wanted: the same for the place it gets.
         code_bytes: bytes of one stored vector.
-        path: of the source, for messages.
+        path: path of the source, for messages.
 
     Raises:
         ArtifactError: the source ends before.
