@@ -32,7 +32,7 @@ ID_KEYS = ("id", "_id")
 OnBad = Callable[[InputError], None]
 
 
-class Kind(Enum):
+class SourceKind(Enum):
     """How a source is read."""
 
     JSONL = auto()
@@ -44,13 +44,13 @@ class Kind(Enum):
 
 
 KINDS = {
-    ".jsonl": Kind.JSONL,
-    ".ndjson": Kind.JSONL,
-    ".csv": Kind.CSV,
-    ".tsv": Kind.TSV,
-    ".parquet": Kind.PARQUET,
-    ".txt": Kind.TEXT,
-    ".md": Kind.MARKDOWN,
+    ".jsonl": SourceKind.JSONL,
+    ".ndjson": SourceKind.JSONL,
+    ".csv": SourceKind.CSV,
+    ".tsv": SourceKind.TSV,
+    ".parquet": SourceKind.PARQUET,
+    ".txt": SourceKind.TEXT,
+    ".md": SourceKind.MARKDOWN,
 }
 
 
@@ -59,7 +59,7 @@ class Source:
     """One file, or standard input; ``label`` names it in ids and messages wherever it lies."""
 
     path: Path | None
-    kind: Kind
+    kind: SourceKind
     label: str
 
 
@@ -79,7 +79,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
     found: list[tuple[Source, str]] = []
     for argument in arguments:
         if argument == STDIN:
-            found.append((Source(None, Kind.JSONL, "<stdin>"), "<stdin>"))
+            found.append((Source(None, SourceKind.JSONL, "<stdin>"), "<stdin>"))
             continue
         root = Path(argument)
         if root.is_dir():
@@ -96,7 +96,7 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
             raise InputError(f"{root} does not exist.", remedy="Check the path.")
         else:
             # A pipe such as <(zcat corpus.gz) has no name to judge by.
-            kind = _kind(root) if root.is_file() else Kind.JSONL
+            kind = _kind(root) if root.is_file() else SourceKind.JSONL
             if kind is None:
                 raise InputError(
                     f"{root} is of no kind that is read ({', '.join(KINDS)}, .gz of the text ones).",
@@ -107,11 +107,11 @@ def find_sources(arguments: Sequence[str]) -> list[Source]:
     return [source if uses[source.label] == 1 else Source(source.path, source.kind, full) for source, full in found]
 
 
-def _kind(path: Path) -> Kind | None:
+def _kind(path: Path) -> SourceKind | None:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         kind = KINDS.get(suffixes[-2]) if len(suffixes) > 1 else None
-        return None if kind is Kind.PARQUET else kind
+        return None if kind is SourceKind.PARQUET else kind
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
@@ -120,9 +120,14 @@ def count_passages(sources: Sequence[Source]) -> int | None:
     total = 0
     for source in sources:
         path = source.path
-        if path is None or not path.is_file() or path.suffix == ".gz" or source.kind in (Kind.TEXT, Kind.MARKDOWN):
+        if (
+            path is None
+            or not path.is_file()
+            or path.suffix == ".gz"
+            or source.kind in (SourceKind.TEXT, SourceKind.MARKDOWN)
+        ):
             return None
-        if source.kind is Kind.PARQUET:
+        if source.kind is SourceKind.PARQUET:
             total += _parquet(path).metadata.num_rows
             continue
         try:
@@ -131,7 +136,7 @@ def count_passages(sources: Sequence[Source]) -> int | None:
                     total += block.count(b"\n")
         except OSError as error:
             raise wrap_os_error(error, path) from error
-        total -= source.kind is not Kind.JSONL  # the header
+        total -= source.kind is not SourceKind.JSONL  # the header
     return max(total, 0)
 
 
@@ -162,7 +167,7 @@ def read_passages(
 
     for source in sources:
         try:
-            if source.kind in (Kind.TEXT, Kind.MARKDOWN):
+            if source.kind in (SourceKind.TEXT, SourceKind.MARKDOWN):
                 assert chunker is not None, "text files need a chunker"
                 yield from _read_text(source, chunker)
                 continue
@@ -178,11 +183,11 @@ def read_passages(
 
 
 def _rows(source: Source, bad: Callable[[Source, int, object], None]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if source.kind is Kind.PARQUET:
+    if source.kind is SourceKind.PARQUET:
         yield from _parquet_rows(source)
         return
     with _open(source) as handle:
-        if source.kind is Kind.JSONL:
+        if source.kind is SourceKind.JSONL:
             yield from _json_rows(source, handle, bad)
         else:
             yield from _csv_rows(source, handle, bad)
@@ -223,7 +228,7 @@ def _json_rows(
 
 def _csv_rows(source: Source, handle: IO[str], bad: Callable[[Source, int, object], None]) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses a field of 128 KiB
-    reader = csv.reader(handle, delimiter="\t" if source.kind is Kind.TSV else ",", strict=True)
+    reader = csv.reader(handle, delimiter="\t" if source.kind is SourceKind.TSV else ",", strict=True)
     columns: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -327,7 +332,7 @@ def _passage(row: Mapping[str, Any], where: str) -> Passage:
 def _read_text(source: Source, chunker: Chunker) -> Iterator[Passage]:
     with _open(source) as handle:
         checked = _Checked(handle, source.label)
-        chunks = chunker.chunks(checked, markdown=source.kind is Kind.MARKDOWN)  # type: ignore[arg-type]
+        chunks = chunker.chunks(checked, markdown=source.kind is SourceKind.MARKDOWN)  # type: ignore[arg-type]
         for number, (start, chunk) in enumerate(chunks):
             yield Passage(
                 f"{source.label}#{number}", chunk, {"source": source.label, "start": start, "end": start + len(chunk)}

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +33,9 @@ import xxhash
 
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.errors import ArtifactError, InputError
+from telerag_cli.errors import InputError
 from telerag_cli.files import CHUNK_BYTES, ends_of, read_exactly, wrap_os_error, write_at
 from telerag_cli.index.artifact import ID_BYTES, code_size
-from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.progress import Advance
 
 FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
@@ -425,58 +423,3 @@ def copy_list(
         for done in range(0, length, CHUNK_BYTES):
             count = min(CHUNK_BYTES, length - done)
             write_at(target, read_exactly(source, count, begin + done, path), to + done)
-
-
-@dataclass(frozen=True)
-class FaissLayout:
-    """What a file that Faiss reads will hold: the bytes before the lists, and where each list goes."""
-
-    header: bytes
-    table: TableArray
-    """As `FaissFile.table`; nothing is between the lists."""
-    total_bytes: int
-
-
-def lay_out_faiss(
-    centroids: FloatArray, metric: Metric, storage: Storage, trained: FloatArray | None, sizes: IntArray
-) -> FaissLayout:
-    """Begin an ``IndexIVFFlat`` or ``IndexIVFScalarQuantizer`` with ``ArrayInvertedLists``.
-
-    Faiss itself writes the header, of an index that has no lists yet; so it is what the installed version writes.
-
-    Args:
-        centroids: (nlist, dimension).
-        metric: of index and quantizer.
-        storage: how vectors are kept.
-        trained: minima and ranges of ``int8``.
-        sizes: vectors in each list, (nlist,).
-
-    Raises:
-        ArtifactError: the installed Faiss writes headers otherwise.
-    """
-    nlist, dimension = centroids.shape
-    quantizer = flat(centroids, metric)
-    ivf = empty_ivf(quantizer, dimension, nlist, metric, storage, trained)
-    ivf.ntotal = int(sizes.sum())
-    ivf.replace_invlists(None, False)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header.index"
-        faiss.write_index(ivf, str(path))
-        written = path.read_bytes()
-    if not written.endswith(b"il00"):
-        raise ArtifactError(
-            f"Faiss {faiss.__version__} ends an index without lists with {written[-4:]!r}, and b'il00' was expected.",
-            remedy="Export with another version of Faiss.",
-        )
-    code_bytes = code_size(dimension, storage)
-    header = (
-        written.removesuffix(b"il00")
-        + b"ilar"
-        + struct.pack("<QQ", nlist, code_bytes)
-        + b"full"
-        + struct.pack("<Q", nlist)
-        + sizes.astype("<u8").tobytes()
-    )
-    ends = len(header) + np.cumsum(sizes * (code_bytes + ID_BYTES))
-    offsets = np.concatenate([[len(header)], ends])
-    return FaissLayout(header, np.stack([sizes, sizes, offsets[:-1]], axis=1).astype(np.uint64), int(offsets[-1]))

@@ -29,7 +29,7 @@ from telerag_cli import __version__
 from telerag_cli.arrays import TableArray
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import Kind, Source, read_passages
+from telerag_cli.corpus.readers import Source, SourceKind, read_passages
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import ends_of, read_json, sized, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, Manifest, lay_out
@@ -74,7 +74,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
         UsageError: the passages are of a kind whose rows are not those of the index.
     """
     for source in passages:
-        if source.kind in (Kind.TEXT, Kind.MARKDOWN):
+        if source.kind in (SourceKind.TEXT, SourceKind.MARKDOWN):
             raise UsageError(
                 f"{source.label} is text without rows, and passage number i must be that of Faiss's id i.",
                 remedy="Give the passages as JSONL, TSV, CSV or Parquet, one a row.",

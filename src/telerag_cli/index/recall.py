@@ -30,7 +30,7 @@ def closeness(queries: FloatArray, vectors: FloatArray, metric: Metric) -> Float
 
 
 @dataclass(frozen=True)
-class Found:
+class NearestInBlock:
     """The ten best rows of a block, (n, 10) in no order, for the queries of these numbers, (n,)."""
 
     queries: IntArray
@@ -55,18 +55,18 @@ class Nearest:
         """See the vectors of rows ``first``, ``first + 1``, ..."""
         self.merge(self.found(first, vectors, self.least))
 
-    def found(self, first: int, vectors: FloatArray, least: FloatArray) -> Found:
+    def found(self, first: int, vectors: FloatArray, least: FloatArray) -> NearestInBlock:
         """What of these rows may be among the nearest, if ``least`` was `least` at some moment before them."""
         if not len(self.queries):
-            return Found(np.empty(0, np.int64), self.scores, self.rows)
+            return NearestInBlock(np.empty(0, np.int64), self.scores, self.rows)
         scores = closeness(self.queries, vectors, self.metric)
         inside = np.flatnonzero((self.own_rows >= first) & (self.own_rows < first + len(vectors)))
         scores[inside, self.own_rows[inside] - first] = WORST
         # After the first blocks next to nothing passes the tenth best so far, so this costs one comparison per score.
         better = np.flatnonzero((scores > least[:, None]).any(axis=1))
-        return Found(better, *_best(scores[better], np.arange(first, first + len(vectors))))
+        return NearestInBlock(better, *_best(scores[better], np.arange(first, first + len(vectors))))
 
-    def merge(self, found: Found) -> None:
+    def merge(self, found: NearestInBlock) -> None:
         """Take in what was found in rows after those seen so far."""
         better = found.queries
         self.scores[better], self.rows[better] = _merge(

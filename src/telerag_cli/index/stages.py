@@ -26,7 +26,7 @@ from telerag_cli.files import sized, write_at
 from telerag_cli.index.artifact import ID_BYTES, IndexPaths, lay_out_vectors
 from telerag_cli.index.assign import Assigner
 from telerag_cli.index.partial import save_array
-from telerag_cli.index.recall import Found, Nearest
+from telerag_cli.index.recall import Nearest, NearestInBlock
 from telerag_cli.index.scoring import scalar_quantizer
 from telerag_cli.progress import WorkerPool
 
@@ -133,7 +133,7 @@ class Assigned:
     """Lists (n,) of a block of rows, and which of its rows may be exact answers to the held-out queries."""
 
     lists: npt.NDArray[np.int32]
-    found: Found
+    found: NearestInBlock
 
 
 @dataclass(frozen=True)
