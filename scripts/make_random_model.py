@@ -28,8 +28,8 @@ from telerag_cli.llm.models import resolve_model
 DEVIATION = 0.02
 """Of the weights, around 0: as models begin their training."""
 POOL_ROWS = 2**14 - 3
-"""Random rows of 1,024 weights that are drawn, and then repeated. A prime, so that the rows of a matrix begin at different
-places: with equal rows, tokens would have equal logits."""
+"""Random rows of 1,024 weights that are drawn, and then repeated. A prime, so that the rows of a matrix begin at
+different places: with equal rows, tokens would have equal logits."""
 
 
 @dataclass(frozen=True)

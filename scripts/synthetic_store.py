@@ -35,7 +35,7 @@ class Material:
 
 
 def read_material(folder: Path) -> Material:
-    """Recorded embeddings: ``background.npy``, and ``embeddings.npz`` with ``question`` and ``generated_25`` to ``_100``.
+    """Read ``background.npy``, and ``embeddings.npz`` with ``question`` and ``generated_25`` to ``generated_100``.
 
     Raises:
         ArtifactError: a file or an array is missing.

@@ -58,7 +58,7 @@ class Tracer:
 
     @property
     def wanted(self) -> bool:
-        """Whether a span that is added now goes anywhere: what costs something to find out need not be found out otherwise."""
+        """Whether a span that is added now goes anywhere; if not, its details need not be found out."""
         return self.enabled or bool(self._listeners)
 
     def add(self, lane: str, name: str, start_s: float, end_s: float, **details: Any) -> None:
@@ -103,7 +103,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def lane(self, kind: str) -> Iterator[str]:
-        """A lane that nobody else has meanwhile, for work that overlaps with more of its kind: ``LLM``, ``LLM 2``, ..."""
+        """Yield a lane that nobody else has meanwhile, for work that overlaps with its kind: ``LLM``, ``LLM 2``, ..."""
         with self._lock:
             number = next(n for n in itertools.count(1) if (kind, n) not in self._busy)
             self._busy.add((kind, number))

@@ -19,12 +19,12 @@ from telerag_cli.embedding.encoder import (
     MIN_COSINE,
     TOKENS_PER_PASSAGE,
     Encoder,
-    _computes_bfloat16,
-    _folder,
     batches,
+    computes_bfloat16,
     find_device,
     min_cosine,
 )
+from telerag_cli.embedding.loading import model_path
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 TEXTS = [
@@ -95,7 +95,7 @@ def test_short_types_stay_close_and_leave_queries_alone(precision, reference):
 def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
     encoder = Encoder.load(device="cpu")
     assert encoder.precision is None
-    native = _computes_bfloat16(find_device("cpu"))
+    native = computes_bfloat16(find_device("cpu"))
     assert encoder.decide(TEXTS) == ("bfloat16" if native else "float32")
     inexact = Encoder.load(device="cpu")
     monkeypatch.setattr("telerag_cli.embedding.encoder.MIN_COSINE", 1.1)
@@ -127,7 +127,7 @@ def test_threads_may_share_it(encoder, reference):
 
 @pytest.mark.model
 def test_prompts_of_the_model_are_used(tmp_path, encoder):
-    shutil.copytree(_folder(DEFAULT_EMBEDDER), tmp_path / "m")
+    shutil.copytree(model_path(DEFAULT_EMBEDDER), tmp_path / "m")
     settings = json.loads((tmp_path / "m/config_sentence_transformers.json").read_text())
     settings["prompts"] = {"query": "query: ", "passage": "passage: "}
     (tmp_path / "m/config_sentence_transformers.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""Vectors and passages from Parquet, of our own folders and of others, and what is said of those that cannot be used."""
+"""Vectors and passages from Parquet, of our own folders and of others, and what cannot be used of them."""
 
 import numpy as np
 import pyarrow as pa

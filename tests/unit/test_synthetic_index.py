@@ -1,4 +1,4 @@
-"""The script that makes large indexes: what it makes is an index like those of build-index, each vector in its place."""
+"""The script that makes large data: an index is like those of build-index, with each vector in its place."""
 
 import shutil
 import sys

@@ -25,7 +25,8 @@ from telerag_cli.config import parse_bytes
 from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.readers import find_sources, read_passages
-from telerag_cli.embedding.encoder import Encoder, min_cosine, model_path
+from telerag_cli.embedding.encoder import Encoder, min_cosine
+from telerag_cli.embedding.loading import model_path
 from telerag_cli.errors import InputError, TeleragError
 from telerag_cli.index.artifact import ID_BYTES, Index, code_size
 from telerag_cli.index.partial import partial_of

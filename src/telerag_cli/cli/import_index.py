@@ -20,7 +20,8 @@ def import_index(
     index: Annotated[
         Path,
         typer.Argument(
-            help="A file made by faiss.write_index: IndexIVFFlat, or IndexIVFScalarQuantizer of fp16 or 8bit without residuals.",
+            help="A file made by faiss.write_index: IndexIVFFlat, or IndexIVFScalarQuantizer of fp16 or 8bit without "
+            "residuals.",
             metavar="FAISS",
             show_default=False,
         ),
@@ -79,7 +80,8 @@ def _show_plan(plan: ImportPlan) -> None:
         ("centroids", "memory and disk", format_bytes(file.centroids.nbytes)),
         ("ids to check", "memory", format_bytes(file.ntotal)),
     ]
-    title = f"{file.ntotal:,} vectors of {file.dimension} dimensions in {file.nlist:,} lists of {file.storage}, {file.metric}"
+    vectors = f"{file.ntotal:,} vectors of {file.dimension} dimensions"
+    title = f"{vectors} in {file.nlist:,} lists of {file.storage}, {file.metric}"
     console.table(title, ["what", "where", "bytes"], rows)
     resumed = (
         f" An import of the same was begun and goes on; {format_bytes(plan.left_bytes)} are there."

@@ -31,7 +31,7 @@ class UnpaddedBert(torch.nn.Module):
 
     @staticmethod
     def fits(module: Any) -> bool:
-        """Whether this class computes what the module does, and this torch has the fused operations for this processor."""
+        """Whether this class computes what the module does, with fused operations of this torch on this processor."""
         config: Any = getattr(module, "config", None)
         return (
             getattr(config, "model_type", None) in FAMILY

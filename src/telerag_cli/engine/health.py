@@ -313,7 +313,7 @@ def made_by(folder: Path) -> str | None:
 
 
 def _embedder(examined: Examined) -> Iterator[Finding]:
-    from telerag_cli.embedding.encoder import model_path
+    from telerag_cli.embedding.loading import model_path
 
     name = examined.embedder or DEFAULT_EMBEDDER
     path = model_path(name)

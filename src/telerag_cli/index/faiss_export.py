@@ -1,4 +1,4 @@
-"""Faiss's file of an index folder: lists copied to where Faiss looks for them, after a header that Faiss itself writes."""
+"""Faiss's file of an index folder: lists copied to where Faiss looks for them, after a header that Faiss writes."""
 
 from __future__ import annotations
 

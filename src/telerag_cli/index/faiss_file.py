@@ -190,7 +190,8 @@ class _Header:
         if not name.startswith(WRAPPERS):
             remedy = "Build one of these, or let telerag embed and telerag build-index make an index of the passages."
         raise InputError(
-            f"{self.path} is {_known(kind)}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or 8bit.",
+            f"{self.path} is {_known(kind)}, and telerag imports IndexIVFFlat, and IndexIVFScalarQuantizer of fp16 or "
+            "8bit.",
             remedy=remedy,
         )
 
@@ -208,7 +209,8 @@ class _Header:
         (kind,) = self._take("4s")
         if kind not in QUANTIZERS:
             raise InputError(
-                f"The coarse quantizer of {self.path} is {_known(kind)}, and telerag takes IndexFlat of inner product or L2.",
+                f"The coarse quantizer of {self.path} is {_known(kind)}, and telerag takes IndexFlat of inner "
+                "product or L2.",
                 remedy="Put its centroids into a faiss.IndexFlat: index.quantizer.reconstruct_n().",
             )
         if QUANTIZERS[kind] is not metric:
@@ -251,8 +253,8 @@ class _Header:
 
     def _residual(self, name: str) -> InputError:
         return InputError(
-            f"{self.path} is {name} with by_residual = True, whose codes are of what a vector differs from its centroid "
-            "by, and telerag's are of the vector itself (by_residual = False).",
+            f"{self.path} is {name} with by_residual = True, whose codes are of what a vector differs from its "
+            "centroid by, and telerag's are of the vector itself (by_residual = False).",
             remedy="Build it with faiss.IndexIVFScalarQuantizer(quantizer, d, nlist, type, metric, False), or with "
             "telerag build-index.",
         )

@@ -110,7 +110,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
 
 
 def import_index(plan: ImportPlan, *, overwrite: bool = False, progress: Progress = silent) -> Index:
-    """Import an index, or go on with an import that was interrupted; a finished one of the same files is opened as it is.
+    """Import an index, or go on with an interrupted import; a finished one of the same files is opened as it is.
 
     Args:
         plan: `plan_import`.

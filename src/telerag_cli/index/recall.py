@@ -75,7 +75,7 @@ class Nearest:
 
 
 class ListRecall:
-    """Searches the lists as they are read back from disk, and says how much of the exact result each ``nprobe`` finds."""
+    """Searches the lists as they are read back from disk: how much of the exact result does each ``nprobe`` find?"""
 
     def __init__(
         self,

@@ -161,7 +161,7 @@ class ListScorer:
         return scores, rows
 
     def _blocks(self, lists: IntArray) -> Iterator[tuple[IntArray, IntArray]]:
-        """The lists a few at a time, for all queries that want one of them: their numbers (m,), and what each wants, (m, most).
+        """A few lists at a time, for all queries that want one of them: their numbers (m,), and the lists of each.
 
         Faiss takes one query after the other through all its lists. What one has just brought into the processor's
         cache is there for the next only if it is not too much.

@@ -179,7 +179,8 @@ class Assigning:
             row = int(np.flatnonzero(lists < 0)[0])
             length = np.linalg.norm(block[row].astype(np.float64))
             raise InputError(
-                f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list exceeds float32.",
+                f"The vector in row {first + row:,} is {length:.3g} long, and its distance to any list exceeds "
+                "float32.",
                 remedy="Scale the vectors down.",
             )
 

@@ -31,7 +31,7 @@ class TrainingPlan:
 
 
 def auto_nlist(rows: int) -> int:
-    """The power of two nearest ``4 * sqrt(rows)``, at most ``rows / 39`` (then Faiss has what it asks to train), at least 1."""
+    """The power of two nearest ``4 * sqrt(rows)``, from 1 to ``rows / 39``, as many as Faiss asks for to train."""
     wanted: int = 2 ** round(math.log2(4 * math.sqrt(rows)))
     most: int = 2 ** int(math.log2(max(1, rows // MIN_POINTS_PER_CENTROID)))
     return min(wanted, most)
