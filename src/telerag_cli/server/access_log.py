@@ -34,7 +34,7 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-class Outcome(StrEnum):
+class RequestOutcome(StrEnum):
     """How a request ended."""
 
     DONE = "done"
@@ -79,7 +79,7 @@ class AccessLog(logging.Handler):
             return
         # Nothing that a route notes replaces what is known of the request itself.
         entry = {name: _rounded(value) for name, value in {**own, **details, **own}.items()}
-        levels: dict[str, str] = {Outcome.FAILED: "error", Outcome.TIMEOUT: "warning"}
+        levels: dict[str, str] = {RequestOutcome.FAILED: "error", RequestOutcome.TIMEOUT: "warning"}
         level = "warning" if status == 503 else levels.get(outcome, "info")
         shown = {name: _shown(value) for name, value in entry.items() if value is not None}
         head = " ".join(shown.pop(name) for name in ("request_id", "client", "method", "path", "status"))

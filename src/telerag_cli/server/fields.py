@@ -37,7 +37,7 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Only:
+class OnlyValues:
     """An option that asks for nothing with these values, and for something unavailable with any other."""
 
     def __init__(self, *values: JsonValue) -> None:
@@ -87,9 +87,9 @@ OneOrMany = Annotated[
 ]
 """One thing or a list of things; an error speaks of the form that was sent."""
 
-Null = Annotated[Any, Only(None)]
-Zero = Annotated[Any, Only(None, 0)]
-One = Annotated[Any, Only(None, 1)]
-No = Annotated[Any, Only(None, False)]
-NoItems = Annotated[Any, Only(None, [])]
-NoTool = Annotated[Any, Only(None, "none", "auto")]
+Null = Annotated[Any, OnlyValues(None)]
+Zero = Annotated[Any, OnlyValues(None, 0)]
+One = Annotated[Any, OnlyValues(None, 1)]
+No = Annotated[Any, OnlyValues(None, False)]
+NoItems = Annotated[Any, OnlyValues(None, [])]
+NoTool = Annotated[Any, OnlyValues(None, "none", "auto")]

@@ -28,7 +28,7 @@ class Equality(StrictModel):
     value: Scalar
 
 
-class Order(StrictModel):
+class Comparison(StrictModel):
     """How an attribute compares with this value: numbers by size, texts by their characters."""
 
     type: Literal["gt", "gte", "lt", "lte"]
@@ -51,7 +51,7 @@ class Compound(StrictModel):
     filters: Annotated[list[Filter], Field(min_length=1, max_length=MAX_PARTS)]
 
 
-Filter: TypeAlias = Annotated[Equality | Order | Membership | Compound, Field(discriminator="type")]
+Filter: TypeAlias = Annotated[Equality | Comparison | Membership | Compound, Field(discriminator="type")]
 
 
 def _clause_depths(some: Filter, depth: int = 1) -> Iterator[int]:

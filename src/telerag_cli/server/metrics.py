@@ -81,7 +81,7 @@ _MODEL_COUNTERS = {
 
 
 @dataclass(frozen=True)
-class State:
+class ServerState:
     """The server at this moment."""
 
     running: int
@@ -121,7 +121,7 @@ class Metrics(Collector):
     def __init__(self, version: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Begin with nothing counted; the clock, in seconds, is for the windows of rates."""
         self._clock = clock
-        self._state: Callable[[], State | None] = lambda: None
+        self._state: Callable[[], ServerState | None] = lambda: None
         self._done: deque[_Done] = deque(maxlen=MAX_KEPT)
         self._lock = threading.Lock()
         self._registry = registry = CollectorRegistry()
@@ -169,7 +169,7 @@ class Metrics(Collector):
         )
         registry.register(self)
 
-    def watch(self, state: Callable[[], State | None]) -> None:
+    def watch(self, state: Callable[[], ServerState | None]) -> None:
         """Ask this for the server's state whenever somebody reads the metrics; None while there is no engine."""
         self._state = state
 

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from telerag_cli.errors import UsageError
-from telerag_cli.server.access_log import CLIENT_CLOSED, AccessLog, Outcome
+from telerag_cli.server.access_log import CLIENT_CLOSED, AccessLog, RequestOutcome
 from telerag_cli.server.errors import INVALID, TIMEOUT, ApiError, as_api_error
 from telerag_cli.server.metrics import Metrics, Rejection
 
@@ -165,15 +165,15 @@ def _route_of(scope: Scope) -> str | None:
     return f"{mounted}/*" if mounted else None
 
 
-def _outcome(status: int, *, complete: bool, client_left: bool) -> Outcome:
+def _outcome(status: int, *, complete: bool, client_left: bool) -> RequestOutcome:
     """How a request ended whose route does not say."""
     if client_left or status == CLIENT_CLOSED:
-        return Outcome.CANCELLED
+        return RequestOutcome.CANCELLED
     if status in (408, 504):
-        return Outcome.TIMEOUT
+        return RequestOutcome.TIMEOUT
     if 400 <= status < 500 or status == 503:
-        return Outcome.REFUSED
-    return Outcome.FAILED if status >= 500 or not complete else Outcome.DONE
+        return RequestOutcome.REFUSED
+    return RequestOutcome.FAILED if status >= 500 or not complete else RequestOutcome.DONE
 
 
 class _RefusedError(Exception):
@@ -225,18 +225,18 @@ class Guard:
             await self._app(scope, _replaying(body, receive), sent)
         except _RefusedError as refused:
             self._metrics.rejected(refused.reason)
-            state["log"]["outcome"] = Outcome.REFUSED
+            state["log"]["outcome"] = RequestOutcome.REFUSED
             if refused.body_read or not {"content-length", "transfer-encoding"} & set(headers):
                 await refused.answer.response()(scope, receive, send)
             else:
                 await _refuse_and_drain(refused.answer, scope, receive, send)
         except ClientDisconnect:
-            state["log"].setdefault("outcome", Outcome.CANCELLED)
+            state["log"].setdefault("outcome", RequestOutcome.CANCELLED)
         except Exception as error:
             answer = as_api_error(error, state["request_id"])
             if answer.status >= 500:
                 self._log.failure(state["request_id"], error)
-                state["log"].setdefault("outcome", Outcome.FAILED)
+                state["log"].setdefault("outcome", RequestOutcome.FAILED)
             # A response that has begun stays torn: the server then closes the connection, which tells the client.
             if not began:
                 await answer.response()(scope, receive, send)

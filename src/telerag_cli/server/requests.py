@@ -1,7 +1,7 @@
 """Requests of OpenAI's routes, as this server takes them; the OpenAPI document is made from these classes.
 
-An option of OpenAI's that this server cannot honour is accepted with the values that ask for nothing (`Only`), so that
-clients that send every option work, and refused with any other.
+An option of OpenAI's that this server cannot honour is accepted with the values that ask for nothing (`OnlyValues`), so
+that clients that send every option work, and refused with any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from telerag_cli.server.fields import (
     Null,
     One,
     OneOrMany,
-    Only,
+    OnlyValues,
     Positive,
     StrictModel,
     Text,
@@ -195,7 +195,7 @@ class _AnswerRequest(_Request):
     n: One = None
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
-    logit_bias: Annotated[Any, Only(None, {})] = None
+    logit_bias: Annotated[Any, OnlyValues(None, {})] = None
     user: str | None = None
 
     @property
@@ -251,14 +251,14 @@ class ChatRequest(_AnswerRequest):
     tool_choice: NoTool = None
     functions: NoItems = None
     function_call: NoTool = None
-    modalities: Annotated[Any, Only(None, ["text"])] = None
+    modalities: Annotated[Any, OnlyValues(None, ["text"])] = None
     audio: Null = None
     prediction: Null = None
     moderation: Null = None
     web_search_options: Null = None
-    reasoning_effort: Annotated[Any, Only(None, "none")] = None
-    verbosity: Annotated[Any, Only(None, "medium")] = None
-    service_tier: Annotated[Any, Only(None, "auto", "default")] = None
+    reasoning_effort: Annotated[Any, OnlyValues(None, "none")] = None
+    verbosity: Annotated[Any, OnlyValues(None, "medium")] = None
+    service_tier: Annotated[Any, OnlyValues(None, "auto", "default")] = None
     store: No = None
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
@@ -284,7 +284,7 @@ class CompletionRequest(_AnswerRequest):
     best_of: One = None
     echo: No = None
     logprobs: Null = None
-    suffix: Annotated[Any, Only(None, "")] = None
+    suffix: Annotated[Any, OnlyValues(None, "")] = None
 
 
 class EmbeddingRequest(_Request):

@@ -56,7 +56,7 @@ class Citation(_Response):
     file_citation: CitedFile
 
 
-class Passage(_Response):
+class PassageReport(_Response):
     rank: int
     id: str
     title: str
@@ -102,7 +102,7 @@ class Report(_Response):
     question: str
     standalone: str | None = None
     queries: list[list[str]]
-    passages: list[Passage]
+    passages: list[PassageReport]
     citations: list[CitationReport]
     stages: list[CallReport]
     timings: dict[str, float]

@@ -23,7 +23,7 @@ from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError, shortened
-from telerag_cli.server.metrics import Metrics, State
+from telerag_cli.server.metrics import Metrics, ServerState
 from telerag_cli.server.timeline import timeline
 from telerag_cli.tracing import Span
 
@@ -300,10 +300,10 @@ class Service:
         message = f"As many requests are waiting as may, {self.limits.queue}; try again in {wait_s} s."
         return ApiError(503, message, OVERLOADED, code="queue_full", headers={"Retry-After": str(wait_s)})
 
-    def _watched(self) -> State | None:
+    def _watched(self) -> ServerState | None:
         if self._open is None:
             return None
-        return State(self._open.queue.running, self._open.queue.waiting, snapshot(self._open.engine))
+        return ServerState(self._open.queue.running, self._open.queue.waiting, snapshot(self._open.engine))
 
 
 async def _ask(

@@ -37,7 +37,7 @@ _NAMES = {"llm": "LLM", "link": "link", "scoring": "scoring", "embedding": "embe
 
 
 @dataclass(frozen=True)
-class _Bar:
+class _TimelineBar:
     """One bar, from ``start_s`` to ``end_s`` on any clock."""
 
     start_s: float
@@ -76,7 +76,7 @@ class _Link:
     """
 
     def __init__(self, spans: Iterable[Span]) -> None:
-        self._moves: defaultdict[int, list[_Bar]] = defaultdict(list)
+        self._moves: defaultdict[int, list[_TimelineBar]] = defaultdict(list)
         ends_s: defaultdict[str, tuple[float, float]] = defaultdict(lambda: (float("-inf"), float("-inf")))
         for span in sorted((span for span in spans if "list" in span.details), key=lambda span: span.end_s):
             before_s, last_s = ends_s[span.lane]
@@ -85,16 +85,16 @@ class _Link:
             ends_s[span.lane] = before_s, last_s
             number = span.details["list"]
             figures = {"list": number, "lists": 1, "bytes": span.details["bytes"]}
-            self._moves[number].append(_Bar(max(span.start_s, before_s), span.end_s, "", figures))
+            self._moves[number].append(_TimelineBar(max(span.start_s, before_s), span.end_s, "", figures))
 
-    def last(self, number: int, outcome: str, before_s: float, since_s: float = float("-inf")) -> _Bar | None:
+    def last(self, number: int, outcome: str, before_s: float, since_s: float = float("-inf")) -> _TimelineBar | None:
         """The last move of a list that ended between these times, if it was seen."""
         moves = self._moves[number]
         place = bisect_right(moves, before_s, key=lambda move: move.end_s)
         if not place or moves[place - 1].end_s < since_s:
             return None
         move = moves[place - 1]
-        return _Bar(move.start_s, move.end_s, outcome, move.figures | {"outcome": outcome})
+        return _TimelineBar(move.start_s, move.end_s, outcome, move.figures | {"outcome": outcome})
 
 
 def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s: float) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s:
     }
 
 
-def _written(answered: Answered) -> Iterator[_Bar]:
+def _written(answered: Answered) -> Iterator[_TimelineBar]:
     for stage in answered.stages:
         made = stage.generation
         figures = {
@@ -143,10 +143,10 @@ def _written(answered: Answered) -> Iterator[_Bar]:
             "prefill_s": round(made.prefill_s, 6),
             "decode_s": round(made.decode_s, 6),
         }
-        yield _Bar(stage.began_s, stage.began_s + stage.took_s, stage.name, figures)
+        yield _TimelineBar(stage.began_s, stage.began_s + stage.took_s, stage.name, figures)
 
 
-def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
+def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_TimelineBar | None]:
     """What was moved ahead for these retrievals and by them; None for a move that was not seen."""
     for trace in (join.trace for join in joins if join.trace):
         wanted = set(trace.wanted.tolist())
@@ -156,26 +156,26 @@ def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_Bar | None]:
             yield link.last(number, "missed", trace.ended_s, trace.arrived_s)
 
 
-def _scored(join: JoinReport) -> Iterator[_Bar]:
+def _scored(join: JoinReport) -> Iterator[_TimelineBar]:
     trace = join.trace
     if trace is None:
         return
-    yield _Bar(trace.arrived_s, trace.arrived_s + join.coarse_s, "find lists")
+    yield _TimelineBar(trace.arrived_s, trace.arrived_s + join.coarse_s, "find lists")
     for (start_s, end_s), lists, in_place in zip(
         trace.scored_s.tolist(), trace.scored.tolist(), trace.scored_in_place.tolist(), strict=True
     ):
-        yield _Bar(start_s, end_s, "score {} in place" if in_place else "score {}", {"lists": lists})
+        yield _TimelineBar(start_s, end_s, "score {} in place" if in_place else "score {}", {"lists": lists})
     if trace.again_s:
-        yield _Bar(trace.ended_s - trace.again_s, trace.ended_s, "score again")
+        yield _TimelineBar(trace.ended_s - trace.again_s, trace.ended_s, "score again")
 
 
-def _embedded(retrievals: Iterable[Retrieval]) -> Iterator[_Bar]:
+def _embedded(retrievals: Iterable[Retrieval]) -> Iterator[_TimelineBar]:
     for retrieval in retrievals:
         if trace := retrieval.join.trace:
             # A retrieval embeds right before it searches.
             start_s = trace.arrived_s - retrieval.embed_s
             count = len(retrieval.queries)
-            yield _Bar(start_s, trace.arrived_s, "embed the query" if count == 1 else f"embed {count} queries")
+            yield _TimelineBar(start_s, trace.arrived_s, "embed the query" if count == 1 else f"embed {count} queries")
 
 
 def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, Any]]:
@@ -196,35 +196,35 @@ def _marks(retrievals: Sequence[Retrieval], axis: _Axis) -> Iterator[dict[str, A
         yield mark(trace.arrived_s, "query", f"retrieval{which}: {asked}" if which else asked)
 
 
-def _gathered(moves: Iterable[_Bar]) -> list[_Bar]:
+def _gathered(moves: Iterable[_TimelineBar]) -> list[_TimelineBar]:
     """Moves of one outcome that began and ended together, as one: a link may copy and report many lists at a time."""
-    together: defaultdict[tuple[str, float, float], list[_Bar]] = defaultdict(list)
+    together: defaultdict[tuple[str, float, float], list[_TimelineBar]] = defaultdict(list)
     for bar in moves:
         together[bar.says, bar.start_s, bar.end_s].append(bar)
     return list(map(_merged, together.values()))
 
 
-def _thinned(bars: Sequence[_Bar], axis: _Axis) -> list[_Bar]:
+def _thinned(bars: Sequence[_TimelineBar], axis: _Axis) -> list[_TimelineBar]:
     """At most `MAX_BARS`, as there are at most four things to say of lists in each slice of the time."""
     if len(bars) <= MAX_BARS:
         return list(bars)
-    near: defaultdict[tuple[str, int], list[_Bar]] = defaultdict(list)
+    near: defaultdict[tuple[str, int], list[_TimelineBar]] = defaultdict(list)
     for bar in bars:
         slice_no = min(int(axis.at(bar.start_s) / max(axis.total_s, 1e-9) * SLICES), SLICES - 1)
         near[bar.says, slice_no].append(bar)
     return list(map(_merged, near.values()))
 
 
-def _merged(bars: Sequence[_Bar]) -> _Bar:
+def _merged(bars: Sequence[_TimelineBar]) -> _TimelineBar:
     """Bars that say the same as one: of all their lists and bytes, named after the first."""
     first = min(bars, key=lambda bar: bar.start_s)
     sums = {name: sum(bar.figures[name] for bar in bars) for name in ("lists", "bytes") if name in first.figures}
-    return _Bar(first.start_s, max(bar.end_s for bar in bars), first.says, first.figures | sums)
+    return _TimelineBar(first.start_s, max(bar.end_s for bar in bars), first.says, first.figures | sums)
 
 
-def _lanes(kind: str, bars: Iterable[_Bar], axis: _Axis) -> list[dict[str, Any]]:
+def _lanes(kind: str, bars: Iterable[_TimelineBar], axis: _Axis) -> list[dict[str, Any]]:
     """The bars in as many lanes as overlap."""
-    lanes: list[list[_Bar]] = []
+    lanes: list[list[_TimelineBar]] = []
     ends_s: list[float] = []
     for bar in sorted(bars, key=lambda bar: (bar.start_s, bar.end_s)):
         free = next((lane for lane, end_s in enumerate(ends_s) if end_s <= bar.start_s), None)
