@@ -38,13 +38,14 @@ import torch
 from gpu_hyde import end_to_end
 from gpu_stages import Outcome, Row, bandwidth, exactness, interference, scoring
 from synthetic_store import Block, Material, make_material, read_material
-from telerag_cli.config import Storage, format_bytes, parse_bytes
+from telerag_cli.config import Storage
 from telerag_cli.errors import ResourceError, TeleragError
 from telerag_cli.files import write_json
 from telerag_cli.llm.models import resolve_model
 from telerag_cli.system import hardware
 from telerag_cli.tiers.cuda.gpu import Gpu, find_gpu
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
+from telerag_cli.units import format_bytes, parse_bytes
 
 STAGES: dict[str, tuple[Callable[[Bench], Outcome], float]] = {
     "exactness": (exactness, 2.0),

@@ -13,12 +13,13 @@ import numpy as np
 from gpu_stages import Outcome, Row, median, timed
 from make_synthetic import Datastore
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.config import CacheKind, Storage, format_bytes
+from telerag_cli.config import CacheKind, Storage
 from telerag_cli.index.scoring import ListScorer
 from telerag_cli.prefetch.order import blend
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from gpu_check import Bench

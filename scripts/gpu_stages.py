@@ -107,7 +107,7 @@ class _FailingStream:
         self._stream, self._dice = stream, dice
         self.close = stream.close
 
-    def copy(self, copies: Sequence[Copy]) -> list[Event]:
+    def copy(self, copies: Sequence[Copy]) -> Sequence[Event]:
         if self._dice():
             raise ResourceError("The copy failed.", remedy="It was told to.")
         return self._stream.copy(copies)

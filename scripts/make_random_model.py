@@ -20,10 +20,10 @@ import gguf
 import numpy as np
 
 from telerag_cli.arrays import ByteArray
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ModelError, ResourceError, TeleragError
 from telerag_cli.files import writing
 from telerag_cli.llm.models import resolve_model
+from telerag_cli.units import format_bytes
 
 DEVIATION = 0.02
 """Of the weights, around 0: as models begin their training."""

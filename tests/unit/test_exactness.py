@@ -17,7 +17,7 @@ from doubles import ChosenLink
 from expect import fails
 from indexes import make_index, make_vectors
 from searching import check_released, check_search, host_retriever, small_index
-from telerag_cli.config import CacheKind, Metric, Storage, format_bytes
+from telerag_cli.config import CacheKind, Metric, Storage
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.retrieval import retriever as retrieval
@@ -25,6 +25,7 @@ from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.transport import DirectReader
+from telerag_cli.units import format_bytes
 
 WHOLE = 1 << 40
 rows = st.integers(0, 600)

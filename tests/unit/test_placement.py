@@ -7,7 +7,7 @@ import pytest
 
 from expect import fails
 from indexes import make_index, make_vectors
-from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind, format_bytes
+from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind
 from telerag_cli.engine.llm_plan import plan_llm
 from telerag_cli.engine.opening import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
@@ -16,6 +16,7 @@ from telerag_cli.index.scoring import best, score_again
 from telerag_cli.tiers.cuda import gpu as cuda_gpu
 from telerag_cli.tiers.cuda.scoring import WORKSPACE_BYTES
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
+from telerag_cli.units import format_bytes
 
 
 @pytest.fixture(scope="module")

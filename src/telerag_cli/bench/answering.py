@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from telerag_cli.bench import measure, page_cache
-from telerag_cli.bench.measure import Turn, Work, take_turns
+from telerag_cli.bench.measure import SystemTurn, Work, take_turns
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Perfect, Setup, System
@@ -77,7 +77,7 @@ def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
     return _joined(parts)
 
 
-def _means(ask: Ask, turns: Sequence[Turn], state: Pages) -> list[Ratio]:
+def _means(ask: Ask, turns: Sequence[SystemTurn], state: Pages) -> list[Ratio]:
     """For each dataset, over the pipelines that retrieve after generating, if there are several."""
     names = [each.name for each in ask.pipelines if each.name in GENERATING_FIRST]
     found = []
@@ -160,7 +160,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     return Outcome(systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes)
 
 
-def only_retrieval(turn: Turn, suite: SuiteName) -> Answered:
+def only_retrieval(turn: SystemTurn, suite: SuiteName) -> Answered:
     """The answer of a turn that wrote, then retrieved once.
 
     Raises:
@@ -199,7 +199,7 @@ def _simple(ask: Ask, works: Sequence[Work], metrics: Sequence[str]) -> Outcome:
     )
 
 
-def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[Turn], dict[str, dict[str, Any]]]:
+def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[SystemTurn], dict[str, dict[str, Any]]]:
     with Harness.open(setup, ask.systems) as rig:
         if setup.pages is Pages.WARM:
             rig.warm()

@@ -19,13 +19,14 @@ from telerag_cli.bench.results import Cell, Key, Ratio
 from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Setup
-from telerag_cli.config import CacheKind, format_bytes
+from telerag_cli.config import CacheKind
 from telerag_cli.engine.opening import open_retriever
 from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
+from telerag_cli.units import format_bytes
 
 
 @dataclass(frozen=True)

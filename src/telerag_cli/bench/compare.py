@@ -49,7 +49,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BenchComparison:
     """Two results of one suite."""
 
     suite: str
@@ -61,7 +61,7 @@ class Comparison:
     ratios: list[Change]
 
 
-def compare_paths(first: Path, second: Path) -> tuple[list[Comparison], list[str]]:
+def compare_paths(first: Path, second: Path) -> tuple[list[BenchComparison], list[str]]:
     """Compare two result files, or all suites that two folders share.
 
     Returns:
@@ -112,7 +112,7 @@ def _paired(left: Mapping[str, SuiteResult], right: Mapping[str, SuiteResult]) -
     return pairs
 
 
-def compare(first: SuiteResult, second: SuiteResult) -> Comparison:
+def compare(first: SuiteResult, second: SuiteResult) -> BenchComparison:
     """Compare two results of one suite, cell by cell and ratio by ratio."""
     axes = list(dict.fromkeys([*first.axes, *second.axes]))
     shared = first.systems.keys() & second.systems.keys()
@@ -131,7 +131,7 @@ def compare(first: SuiteResult, second: SuiteResult) -> Comparison:
         for name in dict.fromkeys([*a, *b])
         if a.get(name) != b.get(name)
     ]
-    return Comparison(first.suite, first.title, axes, differences, _cells(first, second), _ratios(first, second))
+    return BenchComparison(first.suite, first.title, axes, differences, _cells(first, second), _ratios(first, second))
 
 
 def _cells(first: SuiteResult, second: SuiteResult) -> list[Change]:
@@ -202,7 +202,7 @@ def _place(key: Key) -> frozenset[tuple[str, Any]]:
     return frozenset(key.items())
 
 
-def table(comparison: Comparison) -> Table:
+def table(comparison: BenchComparison) -> Table:
     """Return a comparison as a table: cells, then ratios."""
     rows = []
     for changes, written in ((comparison.cells, short), (comparison.ratios, lambda _metric, value: times(value))):

@@ -46,7 +46,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Turn:
+class SystemTurn:
     """One system's turn at some work. Times are milliseconds."""
 
     system: str
@@ -74,7 +74,7 @@ class Turn:
 
 def take_turns(
     rig: Harness, works: Sequence[Work], systems: Sequence[SystemName], warmups: Sequence[Work], advance: Advance
-) -> list[Turn]:
+) -> list[SystemTurn]:
     """Have each system do each work; which goes first rotates.
 
     Args:
@@ -107,7 +107,7 @@ def _order(systems: Sequence[SystemName], number: int) -> Iterator[SystemName]:
     return iter(order)
 
 
-async def _turn(rig: Harness, system: System, work: Work) -> Turn:
+async def _turn(rig: Harness, system: System, work: Work) -> SystemTurn:
     left = rig.start(system)
     work.prepare(system)
     began_s = time.perf_counter()
@@ -143,14 +143,14 @@ async def outcomes_of(
 
 def turn_of(
     system: str, work: Work, outcomes: Sequence[Answered | BaseException], took_s: float, pages_left: float = 0.0
-) -> Turn:
+) -> SystemTurn:
     """Return what came of a turn; raise an outcome that is a bug."""
     answers = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for outcome in failed:
         if not isinstance(outcome, TeleragError):
             raise outcome
-    return Turn(system, work, 1e3 * took_s, answers, list(map(str, failed)), pages_left)
+    return SystemTurn(system, work, 1e3 * took_s, answers, list(map(str, failed)), pages_left)
 
 
 def ttft_ms(answered: Answered) -> float:
@@ -172,7 +172,7 @@ def stages_ms(answered: Answered) -> dict[str, float]:
     return dict([*first, ("retrieval", retrieval), *rest])
 
 
-def cell(system: str, key: Key, turns: Sequence[Turn], *, detailed: bool) -> Cell:
+def cell(system: str, key: Key, turns: Sequence[SystemTurn], *, detailed: bool) -> Cell:
     """What one system did at one place of a suite."""
     answers = [answered for turn in turns for answered in turn.answers]
     wall_s = sum(turn.wall_ms for turn in turns) / 1e3
@@ -212,7 +212,7 @@ def cell(system: str, key: Key, turns: Sequence[Turn], *, detailed: bool) -> Cel
     )
 
 
-def _detail(turn: Turn, answered: Answered) -> dict[str, object]:
+def _detail(turn: SystemTurn, answered: Answered) -> dict[str, object]:
     return {
         "questions": list(turn.work.questions),
         "repeat": turn.work.number,
@@ -228,9 +228,9 @@ def _detail(turn: Turn, answered: Answered) -> dict[str, object]:
     }
 
 
-def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
+def cells(turns: Sequence[SystemTurn], *, detailed: bool) -> list[Cell]:
     """One for each system and key, in the order in which they were measured."""
-    groups: dict[tuple[object, ...], list[Turn]] = {}
+    groups: dict[tuple[object, ...], list[SystemTurn]] = {}
     order = list(dict.fromkeys(turn.system for turn in turns))
     keys = list(dict.fromkeys(tuple(turn.work.key.items()) for turn in turns))
     for turn in turns:
@@ -246,7 +246,7 @@ def cells(turns: Sequence[Turn], *, detailed: bool) -> list[Cell]:
     ]
 
 
-def measured(turns: Sequence[Turn], key: Key, system: str, metric: str) -> dict[object, float]:
+def measured(turns: Sequence[SystemTurn], key: Key, system: str, metric: str) -> dict[object, float]:
     """A metric of each complete turn at a key, by the work it was."""
     found: dict[object, float] = {}
     for turn in turns:
@@ -278,7 +278,9 @@ def comparisons(systems: Sequence[SystemName]) -> list[tuple[SystemName, SystemN
     return pairs + [pair for pair in more if set(pair) <= set(systems) and pair not in pairs]
 
 
-def ratios(turns: Sequence[Turn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int) -> list[Ratio]:
+def ratios(
+    turns: Sequence[SystemTurn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int
+) -> list[Ratio]:
     """Every comparison, for each key."""
     keys = [dict(key) for key in dict.fromkeys(tuple(turn.work.key.items()) for turn in turns)]
     return [
@@ -291,7 +293,7 @@ def ratios(turns: Sequence[Turn], systems: Sequence[SystemName], metrics: Sequen
 
 
 def mean_ratios(
-    turns: Sequence[Turn], systems: Sequence[SystemName], keys: Sequence[Key], label: Key, seed: int
+    turns: Sequence[SystemTurn], systems: Sequence[SystemName], keys: Sequence[Key], label: Key, seed: int
 ) -> list[Ratio]:
     """Every comparison end to end, as the mean over some keys."""
     return [
@@ -303,14 +305,14 @@ def mean_ratios(
 
 
 def _pairs(
-    turns: Sequence[Turn], key: Key, over: SystemName, under: SystemName, metric: str
+    turns: Sequence[SystemTurn], key: Key, over: SystemName, under: SystemName, metric: str
 ) -> list[tuple[float, float]]:
     return pairs_of(measured(turns, key, over, metric), measured(turns, key, under, metric))
 
 
-def checks(turns: Sequence[Turn], pages: Pages) -> list[Check]:
+def checks(turns: Sequence[SystemTurn], pages: Pages) -> list[Check]:
     """Whether all systems found and wrote the same, and whether cold was cold."""
-    works: dict[object, list[Turn]] = {}
+    works: dict[object, list[SystemTurn]] = {}
     for turn in turns:
         works.setdefault((tuple(turn.work.key.items()), turn.work.questions, turn.work.number), []).append(turn)
     whole = [some for some in works.values() if not any(turn.errors for turn in some)]

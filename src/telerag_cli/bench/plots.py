@@ -15,7 +15,7 @@ from telerag_cli.bench.report import COUNTS, at, headline, why_none
 from telerag_cli.bench.results import Cell, Key, SuiteResult
 from telerag_cli.bench.suites import SuiteName
 from telerag_cli.bench.wording import is_bytes, is_share, is_time, label, number, short, times
-from telerag_cli.config import format_bytes
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

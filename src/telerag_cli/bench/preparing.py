@@ -21,7 +21,6 @@ from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.results import Cell, Check, Ratio
 from telerag_cli.bench.statistics import ratio, short
-from telerag_cli.config import parse_bytes
 from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.readers import find_sources, read_passages
@@ -34,6 +33,7 @@ from telerag_cli.index.scoring import empty_ivf, flat
 from telerag_cli.index.train import ITERATIONS, TrainingPlan, draw_rows
 from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes
+from telerag_cli.units import parse_bytes
 
 TELERAG, PLAIN, FAISS = "telerag", "sentence-transformers", "faiss-memory"
 LEAST_COSINE = 0.999

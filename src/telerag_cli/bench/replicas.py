@@ -10,7 +10,7 @@ from typing import Any
 
 from telerag_cli.bench import measure, page_cache
 from telerag_cli.bench.answering import Outcome
-from telerag_cli.bench.measure import Turn, Work, outcomes_of, turn_of
+from telerag_cli.bench.measure import SystemTurn, Work, outcomes_of, turn_of
 from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.bench.suites import Pages
 from telerag_cli.distributed.replicas import Recipe, open_replicas
@@ -57,7 +57,7 @@ def scaling(
     """
     index, nprobe = opened.index, recipe.config.nprobe or 1
     coarse = Coarse(index.centroids, index.manifest.metric)
-    turns: list[Turn] = []
+    turns: list[SystemTurn] = []
     with joined() as cluster, asyncio.Runner() as runner:
         for repeat in range(repeats):
             first = repeat % len(counts)

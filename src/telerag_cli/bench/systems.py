@@ -15,7 +15,7 @@ from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.baselines import FaissGpu, FaissMemory, FaissOnDisk, Plain, Recalled
 from telerag_cli.bench.suites import Pages, SystemName
-from telerag_cli.config import EngineConfig, Lookahead, ScheduleName, TierKind, format_bytes
+from telerag_cli.config import EngineConfig, Lookahead, ScheduleName, TierKind
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.engine.opening import SILENT, Reporter, open_retriever
@@ -29,6 +29,7 @@ from telerag_cli.prefetch.prefetcher import Prefetch
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import available_bytes
 from telerag_cli.tracing import Tracer
+from telerag_cli.units import format_bytes
 
 
 @dataclass(frozen=True)

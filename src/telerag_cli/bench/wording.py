@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from telerag_cli.config import format_bytes
+from telerag_cli.units import format_bytes
 
 NONE = "\N{EN DASH}"
 """Stands for a figure that was not measured."""

@@ -10,10 +10,11 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
-from telerag_cli.config import KeptType, Metric, Storage, format_bytes, parse_bytes
+from telerag_cli.config import KeptType, Metric, Storage
 from telerag_cli.errors import UsageError
 from telerag_cli.files import free_bytes
 from telerag_cli.system import available_bytes
+from telerag_cli.units import format_bytes, parse_bytes
 
 COLUMNS = ("what", "value")
 

@@ -9,8 +9,8 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.guard import guarded
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ArtifactError, UsageError
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.datasets.cache import Cached

@@ -9,7 +9,7 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.options import one
-from telerag_cli.config import format_bytes
+from telerag_cli.units import format_bytes
 
 
 def export_index(

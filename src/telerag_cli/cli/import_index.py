@@ -9,8 +9,8 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.build_index import COLUMNS, index_rows
-from telerag_cli.config import format_bytes
 from telerag_cli.files import free_bytes
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.index.faiss_import import ImportPlan

@@ -10,8 +10,8 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.build_index import COLUMNS, index_rows
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ArtifactError
+from telerag_cli.units import format_bytes
 
 SHOWN = 20
 """Damaged parts named in a message."""

@@ -11,8 +11,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from telerag_cli.config import Config, EngineConfig, Setting, declared, settings_of
+from telerag_cli.config import EngineConfig
 from telerag_cli.errors import ResourceError
+from telerag_cli.setting import Config, Setting, declared, settings_of
 
 EMPTY = inspect.Parameter.empty
 

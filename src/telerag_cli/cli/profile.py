@@ -15,9 +15,10 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.options import Only
-from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, TierKind, parse_bytes
+from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, TierKind
 from telerag_cli.errors import UsageError
 from telerag_cli.files import wrap_os_error
+from telerag_cli.units import parse_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.planning.hits import Replayed

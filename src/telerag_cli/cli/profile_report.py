@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from telerag_cli.cli import console
-from telerag_cli.config import Lookahead, format_bytes
+from telerag_cli.config import Lookahead
 from telerag_cli.engine.explain import outlook_rows
 from telerag_cli.files import wrap_os_error
 from telerag_cli.planning.check import prediction_errors
 from telerag_cli.planning.formulas import transfer_cost_s
 from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Measured, Profile
+from telerag_cli.units import format_bytes
 
 TYPICAL_PROMPT, TYPICAL_TEXT = 64, 96
 """Tokens read and written before a retrieval: those of hyde."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.config import NONE, EngineConfig, Lookahead, format_bytes
+from telerag_cli.config import NONE, EngineConfig, Lookahead
 from telerag_cli.errors import ArtifactError
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.corpus.passages import Passage

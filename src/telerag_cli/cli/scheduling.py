@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from telerag_cli.cli import console
-from telerag_cli.config import AUTO, NONE, EngineConfig, ReplicaConfig, format_bytes
+from telerag_cli.config import NONE, EngineConfig, ReplicaConfig
 from telerag_cli.errors import UsageError
+from telerag_cli.setting import AUTO
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.distributed.replicas import Remote

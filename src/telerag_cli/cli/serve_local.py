@@ -14,10 +14,12 @@ import typer
 from telerag_cli import __version__
 from telerag_cli.cli import console
 from telerag_cli.cli.options import Without
-from telerag_cli.config import EngineConfig, ScheduleConfig, Setting, parse_bytes, settings_of
+from telerag_cli.config import EngineConfig, ScheduleConfig
 from telerag_cli.errors import EXIT_INTERRUPTED, UsageError
 from telerag_cli.server.access_log import LogFormat
+from telerag_cli.setting import Setting, settings_of
 from telerag_cli.system import bound_kernel_caches
+from telerag_cli.units import parse_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.server.middleware import AccessOptions

@@ -20,12 +20,13 @@ from urllib.parse import quote, unquote, urlsplit
 import httpx2
 
 from telerag_cli import __version__
-from telerag_cli.config import DEFAULT_TIMEOUT_S, format_bytes
+from telerag_cli.config import DEFAULT_TIMEOUT_S
 from telerag_cli.datasets.cache import Begun, Cached, Fetched
 from telerag_cli.datasets.catalogue import RemoteFile
 from telerag_cli.errors import InputError, ResourceError, UsageError
 from telerag_cli.files import wrap_os_error, write_json
 from telerag_cli.progress import Advance, Progress
+from telerag_cli.units import format_bytes
 
 CHUNK_BYTES = 1 << 20
 CONNECT_S = 15.0

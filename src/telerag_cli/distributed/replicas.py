@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from telerag_cli.arrays import BoolArray, FloatArray
-from telerag_cli.config import NONE, EngineConfig, TierConfig, format_bytes
+from telerag_cli.config import NONE, EngineConfig, TierConfig
 from telerag_cli.distributed.session import Cluster, unwrapped
 from telerag_cli.engine.engine import Answered, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
@@ -27,6 +27,7 @@ from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.system import spin_at_barriers
+from telerag_cli.units import format_bytes
 
 RETRIES = 1
 """Times that a question is asked again because its replica died; without a bound one could kill it for ever."""

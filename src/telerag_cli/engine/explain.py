@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from telerag_cli.config import Lookahead, format_bytes
+from telerag_cli.config import Lookahead
 from telerag_cli.engine.dry_run import written_ahead
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.tier_plan import Row
@@ -12,6 +12,7 @@ from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.planning import formulas
 from telerag_cli.planning.planner import Circumstances, Planner
 from telerag_cli.system import available_bytes
+from telerag_cli.units import format_bytes
 
 
 def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from telerag_cli import __version__
-from telerag_cli.config import DEFAULT_EMBEDDER, DEFAULT_GENERATOR, format_bytes
+from telerag_cli.config import DEFAULT_EMBEDDER, DEFAULT_GENERATOR
 from telerag_cli.errors import TeleragError
 from telerag_cli.files import read_json
 from telerag_cli.system import available_bytes, memory_limit_bytes
+from telerag_cli.units import format_bytes
 
 MIN_BYTES = 2 << 30
 """Of memory, in which the bundled models and the default arena fit."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from telerag_cli.config import MAX_CONCURRENT, EngineConfig, GeneratorKind, LlmConfig, format_bytes
+from telerag_cli.config import MAX_CONCURRENT, EngineConfig, GeneratorKind, LlmConfig
 from telerag_cli.engine.tier_plan import PlannedTier, Row
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import memory_left_bytes
 from telerag_cli.system import available_bytes
+from telerag_cli.units import format_bytes
 
 ALL_LAYERS = -1
 MIN_SLOTS = 4

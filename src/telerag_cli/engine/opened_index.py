@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from telerag_cli.config import AUTO
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.errors import ModelError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.passages import Passages
+from telerag_cli.setting import AUTO
 
 
 @dataclass(frozen=True)

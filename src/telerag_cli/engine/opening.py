@@ -11,16 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from telerag_cli.config import (
-    AUTO,
-    DEFAULT_K,
-    DEFAULT_NPROBE,
-    NONE,
-    EngineConfig,
-    GeneratorKind,
-    Lookahead,
-    format_bytes,
-)
+from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, NONE, EngineConfig, GeneratorKind, Lookahead
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.llm_plan import PlannedLlm, plan_llm
 from telerag_cli.engine.opened_index import OpenedIndex, open_index
@@ -37,9 +28,11 @@ from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Identity, Profile, kept_in
 from telerag_cli.progress import Advance, silent
 from telerag_cli.retrieval.retriever import Retriever, check_search
+from telerag_cli.setting import AUTO
 from telerag_cli.system import available_bytes, spin_at_barriers
 from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tracing import Tracer
+from telerag_cli.units import format_bytes
 
 
 class Reporter:

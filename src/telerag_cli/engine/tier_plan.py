@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from telerag_cli.config import DEFAULT_FAST_MEMORY, TierConfig, TierKind, format_bytes, parse_bytes
+from telerag_cli.config import DEFAULT_FAST_MEMORY, TierConfig, TierKind
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
@@ -17,6 +17,7 @@ from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tiers.tier import FastTier
 from telerag_cli.tracing import Tracer
+from telerag_cli.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu

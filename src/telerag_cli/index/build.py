@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from telerag_cli import __version__
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
-from telerag_cli.config import KeptType, Metric, Storage, format_bytes
+from telerag_cli.config import KeptType, Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import UsageError
 from telerag_cli.files import read_json, write_json, writing
@@ -51,6 +51,7 @@ from telerag_cli.index.stages import (
 from telerag_cli.index.train import TrainingPlan, draw_rows, find_gpu, plan_training, train_centroids, train_ranges
 from telerag_cli.index.verify import scan_lists
 from telerag_cli.progress import Progress, WorkerPool, silent
+from telerag_cli.units import format_bytes
 
 CHECKPOINT_BLOCKS = 16
 """Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""

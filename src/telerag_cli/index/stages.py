@@ -1,7 +1,7 @@
 """The stages of building that blocks of vectors go through, here or in other processes: assigning and placing.
 
 A stage is a frozen dataclass that says what it works on and is pickled; called, it opens that and returns what does
-the work for a `Span` of rows. What comes out depends on the rows alone, so it may be done anywhere and twice.
+the work for a `RowSpan` of rows. What comes out depends on the rows alone, so it may be done anywhere and twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True)
-class Span:
+class RowSpan:
     """Rows to work on, and what is known of the rows before them."""
 
     first: int
@@ -58,7 +58,7 @@ class Span:
                 return
 
 
-class Stage(Protocol[R_co]):
+class BuildStage(Protocol[R_co]):
     """What is done with spans of rows."""
 
     @property
@@ -73,12 +73,12 @@ class Stage(Protocol[R_co]):
     def block_rows(self) -> int:
         """Rows done at a time."""
 
-    def __call__(self) -> Callable[[Span], Iterator[R_co]]:
+    def __call__(self) -> Callable[[RowSpan], Iterator[R_co]]:
         """Return what yields a result for each block of a span."""
 
 
 def run_stage(
-    stage: Stage[R], start: int, known: Callable[[int, int], npt.NDArray[Any]], pool: WorkerPool | None
+    stage: BuildStage[R], start: int, known: Callable[[int, int], npt.NDArray[Any]], pool: WorkerPool | None
 ) -> Generator[R]:
     """Yield the results of all blocks from row ``start`` on, in order, made here or by the processes of a pool.
 
@@ -90,19 +90,19 @@ def run_stage(
     """
     rows = stage.embeddings.rows
     if pool is None:
-        yield from stage()(Span(start, rows, known(start, rows)))
+        yield from stage()(RowSpan(start, rows, known(start, rows)))
         return
     # Row groups are read from their start: a span is so many blocks that nothing is read in vain.
     largest = max(max(shard.group_rows, default=0) for shard in stage.embeddings.shards)
     step = stage.block_rows * max(1, min(MAX_BLOCKS, largest // stage.block_rows))
     ends = ((first, min(first + step, rows)) for first in range(start, rows, step))
-    spans = (Span(first, end, known(first, end)) for first, end in ends)
+    spans = (RowSpan(first, end, known(first, end)) for first, end in ends)
     with contextlib.closing(pool(spans, partial(_in_worker, stage))) as results:
         for part in results:
             yield from part
 
 
-def _in_worker(stage: Stage[R]) -> Callable[[Span], list[R]]:
+def _in_worker(stage: BuildStage[R]) -> Callable[[RowSpan], list[R]]:
     if not IndexPaths(stage.draft).centroids.exists():
         raise ResourceError(
             f"A worker does not see {stage.draft} with what is in it.",
@@ -148,7 +148,7 @@ class Assigning:
 
     block_rows = ASSIGN_ROWS
 
-    def __call__(self) -> Callable[[Span], Iterator[Assigned]]:
+    def __call__(self) -> Callable[[RowSpan], Iterator[Assigned]]:
         """Open the centroids and the held-out queries.
 
         Raises (in what is returned):
@@ -156,7 +156,7 @@ class Assigning:
         """
         nearest_lists = Assigner(np.load(IndexPaths(self.draft).centroids), self.metric)
 
-        def work(span: Span) -> Iterator[Assigned]:
+        def work(span: RowSpan) -> Iterator[Assigned]:
             truth = held_out(self.draft, self.metric)
             with contextlib.closing(span.blocks(self.embeddings, ASSIGN_ROWS)) as blocks:
                 for first, block in blocks:
@@ -211,14 +211,14 @@ class Placing:
     def _vectors_layout(self) -> tuple[bytes, int]:
         return lay_out_vectors(self.embeddings.rows, self.embeddings.dimension, self.keep_vectors)
 
-    def __call__(self) -> Callable[[Span], Iterator[int]]:
+    def __call__(self) -> Callable[[RowSpan], Iterator[int]]:
         """Open what rows are placed by; what is returned yields the end of the rows that are on the disk."""
         paths = IndexPaths(self.draft)
         table: TableArray = np.load(paths.offsets)
         ranges = np.load(paths.quantizer) if self.storage is Storage.INT8 else None
         encode, lists = encoder(self.embeddings.dimension, self.storage, ranges), read_assignments(self.draft)
 
-        def work(span: Span) -> Iterator[int]:
+        def work(span: RowSpan) -> Iterator[int]:
             filled = span.known.copy()
             synced: Future[None] | None = None
             end = span.first

@@ -10,8 +10,9 @@ import faiss
 import numpy as np
 
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.config import Metric, format_bytes
+from telerag_cli.config import Metric
 from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.units import format_bytes
 
 POINTS_PER_CENTROID = 64
 """Training vectors per list; more gained nothing in recall or balance that was worth the time."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import UsageError, needs_extra
 from telerag_cli.files import writing
 from telerag_cli.planning import formulas
 from telerag_cli.planning.links import slot_bytes_per_s
 from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Profile
+from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,13 +17,14 @@ from typing import Protocol
 import numpy as np
 
 from telerag_cli.arrays import ByteArray
-from telerag_cli.config import PAGE_BYTES, format_bytes
+from telerag_cli.config import PAGE_BYTES
 from telerag_cli.errors import ResourceError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.index.artifact import Index
 from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.transport import DirectReader, Move, move_all
+from telerag_cli.units import format_bytes
 
 READ_BYTES = 16 << 20
 """A read: large enough for any disk's full rate, small enough for a progress bar."""

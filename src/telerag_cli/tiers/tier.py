@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from telerag_cli.arrays import BoolArray, DoubleArray, FloatArray, IntArray, TableArray
-from telerag_cli.config import CacheKind, format_bytes
+from telerag_cli.config import CacheKind
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.tiers.arena import Arena
@@ -21,6 +21,7 @@ from telerag_cli.tiers.rates import InPlace
 from telerag_cli.tiers.residency import ABSENT, MOVING, RESIDENT, Occupancy, Protected, Residency
 from telerag_cli.tiers.transport import Move, Transport
 from telerag_cli.tracing import Tracer
+from telerag_cli.units import format_bytes
 
 ListsArrived = Callable[[Sequence[int], TeleragError | None], None]
 """Called with the numbers of lists that are in the arena now, or with the error that kept them out; from any thread."""

@@ -17,11 +17,12 @@ from typing import Protocol
 import numpy as np
 
 from telerag_cli.arrays import ByteArray
-from telerag_cli.config import PAGE_BYTES, format_bytes
+from telerag_cli.config import PAGE_BYTES
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes, give_way
+from telerag_cli.units import format_bytes
 
 LINK_NICENESS = 10
 

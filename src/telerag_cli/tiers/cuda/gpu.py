@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from telerag_cli.arrays import ByteArray
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.units import format_bytes
 
 PORTABLE = 1
 """``cudaHostRegisterPortable``: locked for every GPU and not only for the one at hand."""

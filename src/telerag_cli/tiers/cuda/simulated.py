@@ -16,10 +16,10 @@ from queue import SimpleQueue
 import torch
 
 from telerag_cli.arrays import ByteArray
-from telerag_cli.config import format_bytes
 from telerag_cli.errors import ResourceError
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.cuda.gpu import Copy, Gpu, Stream
+from telerag_cli.units import format_bytes
 
 Fails = Callable[[], bool]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from telerag_cli.arrays import ByteArray, IntArray
-from telerag_cli.config import CacheKind, format_bytes
+from telerag_cli.config import CacheKind
 from telerag_cli.errors import ResourceError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, ListScorer
@@ -23,6 +23,7 @@ from telerag_cli.tiers.rates import InPlace, JoinRates, Rate
 from telerag_cli.tiers.slow import HostLists, SlowTier
 from telerag_cli.tiers.tier import FastTier, size_arena
 from telerag_cli.tracing import Tracer
+from telerag_cli.units import format_bytes
 
 OPTION = "--gpu-memory"
 RESERVE_BYTES = 1 << 30
