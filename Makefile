@@ -21,7 +21,7 @@ test: $(READY) ## run the tests, in two processes, and name the slowest
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 test-fast: $(READY) ## run those that need neither a model nor llama.cpp, in under a minute
-	PYTHONPATH=tests/support $(BIN)/python -m pytest -p without_models -m "not model" tests/unit
+	PYTHONPATH=tests/support OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p without_models -n 2 --dist loadfile -m "not model" tests/unit
 
 check: $(READY) ## lint, types, and generated documents that must be current
 	$(BIN)/ruff check .

@@ -212,11 +212,7 @@ def test_at_a_terminal(documented, terminal, tmp_path):
 def test_from_a_pipe(documented):
     lines = "How do I find the median\\\n of numbers?\n/nope\nAnd the lower one?\n/sources 1\n"
     done = subprocess.run(
-        program(documented, "--max-tokens", 12, "--pipeline", "naive"),
-        input=lines,
-        text=True,
-        capture_output=True,
-        timeout=120,
+        program(documented, "--max-tokens", 12, "--pipeline", "naive"), input=lines, text=True, capture_output=True
     )
     assert done.returncode == 3, done.stderr
     assert "There is no command /nope" in done.stderr

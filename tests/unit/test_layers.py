@@ -212,7 +212,6 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len([each for each in named if each.arg not in ("self", "cls")])
 
 
-@not_yet
 def test_no_signature_is_too_wide():
     """Commands are excepted, as their parameters are options, and so is Triton's kernel, which takes pointers and strides."""
     wide = [
