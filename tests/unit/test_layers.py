@@ -224,7 +224,6 @@ def test_no_signature_is_too_wide():
     assert wide == []
 
 
-@not_yet
 def test_no_two_classes_have_one_name():
     where = defaultdict(list)
     for path in sources():
@@ -260,7 +259,6 @@ def test_help_loads_nothing_heavy(arguments):
     assert loaded.isdisjoint(HEAVY)
 
 
-@not_yet
 def test_importing_the_library_loads_nothing_heavy_and_sets_no_variable():
     code = "before = dict(os.environ)\nimport telerag_cli\nassert dict(os.environ) == before"
     assert loaded_by(code).isdisjoint({*HEAVY, "typer"})
