@@ -91,7 +91,9 @@ async def _respond(
         return await streamed(request, service, asked, chunks, events=events)
     outcomes = await until_gone(request, together(service.answer(each, Watcher()) for each in asked))
     note_outcomes(request, outcomes)
-    return json_response({**whole(outcomes), "usage": usage_of(outcomes)})
+    answer = whole(outcomes)
+    report = answer.pop("telerag")  # comes last, after what OpenAI's clients look for
+    return json_response({**answer, "usage": usage_of(outcomes), "telerag": report})
 
 
 def read_chat(body: ChatRequest, service: Service) -> AnswerRequest:
