@@ -56,7 +56,8 @@ def end_to_end(bench: Bench) -> Outcome:
 
     try:
         outcome = Outcome(
-            f"{nprobe} of {index.manifest.nlist:,} lists of {format_bytes(len(store.memory))} {index.manifest.storage}, "
+            f"{nprobe} of {index.manifest.nlist:,} lists of {format_bytes(len(store.memory))} "
+            f"{index.manifest.storage}, "
             f"{format_bytes(int(probed))} probed, arena {format_bytes(tier.arena_bytes)}, {bench.material.source} "
             f"embeddings, {llm.name}"
         )

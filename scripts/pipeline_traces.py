@@ -1,4 +1,4 @@
-"""Draw a real trace of every pipeline into docs/pipelines.md: one question each, over the index of `telerag quickstart`."""
+"""Draw a real trace of every pipeline into docs/pipelines.md: one question each, over `telerag quickstart`'s index."""
 
 from __future__ import annotations
 

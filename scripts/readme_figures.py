@@ -61,14 +61,15 @@ def describe(hardware: dict[str, Any]) -> str:
 
 
 def render_suites(folders: list[Path]) -> str:
-    """The section of ``telerag bench`` in Markdown: for each machine its table, what else was found, and where all of it stands."""
+    """The section of ``telerag bench`` in Markdown: each machine's table, other findings, and where all of it is."""
     parts = []
     for folder in folders:
         results = load_all(folder)
         place = folder.relative_to(ROOT)
         parts += [*_latency(results["latency"]), "", *(f"- {line}" for line in _lines(results)), ""]
         parts += [
-            f"All figures, with plots, how each system is configured, and the commands: [{place}/report.md](../{place}/report.md).",
+            "All figures, with plots, how each system is configured, and the commands: "
+            f"[{place}/report.md](../{place}/report.md).",
             "",
         ]
         parts += [f"Measured on: {describe(results['latency'].hardware)}."]
@@ -101,10 +102,12 @@ def _latency(result: SuiteResult) -> list[str]:
     settings = result.settings
     index = settings["index"]
     about = (
-        f"Seconds to an answer, median of {settings['num_prompts'] * settings['repeats']} questions one at a time, cold; "
+        f"Seconds to an answer, median of {settings['num_prompts'] * settings['repeats']} questions "
+        f"one at a time, cold; "
         f"{settings['nprobe']} of {index['nlist']:,} lists of an index of {index['lists_bytes'] / 1e9:.1f} GB, "
         f"{settings['k']} passages, answers up to {settings['max_tokens']} tokens, fast memory "
-        f"{format_bytes(settings['fast_memory_bytes'])}, {settings['llm']}. Ratios are pair by pair, with 95 % intervals."
+        f"{format_bytes(settings['fast_memory_bytes'])}, {settings['llm']}. "
+        "Ratios are pair by pair, with 95 % intervals."
     )
     return [about, "", *rows]
 
@@ -170,8 +173,8 @@ def _lines(results: dict[str, SuiteResult]) -> Iterator[str]:
         values = build.cells[0].values
         yield (
             f"Building {build.settings['lists_bytes'] / 1e9:.1f} GB, {build.settings['vectors']:,} vectors: "
-            f"{values['us_per_vector']:.1f} µs a vector, {build.ratios[0].ratio:.2f} times Faiss's train and add in memory, "
-            f"at most {format_bytes(values['peak_rss_bytes'])} of memory."
+            f"{values['us_per_vector']:.1f} µs a vector, {build.ratios[0].ratio:.2f} times Faiss's train and add in "
+            f"memory, at most {format_bytes(values['peak_rss_bytes'])} of memory."
         )
 
 

@@ -31,7 +31,7 @@ def engine_of(tmp_path):
 
 @pytest.fixture(scope="session")
 def documented(tmp_path_factory):
-    """A folder with ``corpus.jsonl``, its ``embeddings`` and an ``index`` of 24 lists, made by the real commands and read only."""
+    """A folder with ``corpus.jsonl``, its ``embeddings`` and an ``index`` of 24 lists, made by commands, read only."""
     root = tmp_path_factory.mktemp("documented")
     (root / "corpus.jsonl").write_text("".join(json.dumps(passage) + "\n" for passage in passages()))
     for command in (

@@ -99,7 +99,7 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """A text of somebody else's as a part of a sentence: on one line, not too long, without the full stop at its end."""
+    """Another program's text as a part of a sentence: on one line, not too long, without the full stop at its end."""
     line = " ".join(text.split()).rstrip(".")
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py, small and with the processor in the GPU's place: it runs, finds what is wrong, and keeps what it has."""
+"""scripts/gpu_check.py, small and with the CPU in the GPU's place: it runs, finds faults, and keeps what it has."""
 
 import dataclasses
 import json

@@ -61,7 +61,8 @@ def test_there_are_five_examples():
 def test_importing_the_package_is_light_and_changes_nothing():
     code = (
         "import os, sys; before = dict(os.environ); import telerag_cli; assert dict(os.environ) == before;"
-        "print(*(name for name in sys.modules if name.partition('.')[0] in ('numpy', 'torch', 'faiss', 'pydantic', 'typer')))"
+        "print(*(name for name in sys.modules "
+        "if name.partition('.')[0] in ('numpy', 'torch', 'faiss', 'pydantic', 'typer')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -96,7 +96,7 @@ def test_search_refuses_in_one_sentence(index, arguments, code, message):
 
 
 def test_answers_are_the_same_on_every_tier_with_and_without_lookahead(index, tmp_path):
-    """The cuda tier's own code runs from end to end over the simulated GPU: copies, events, scoring, both ends of the join."""
+    """The cuda tier's own code runs end to end over the simulated GPU: copies, events, scoring, the join's two ends."""
     stdin = "\n".join(QUESTIONS[:2])
     fixed = ("--pipeline", "hyde", "--ordered", "--max-tokens", 16, "--nprobe", 8, "-k", 2)
     answers, lookaheads = [], []
@@ -128,7 +128,7 @@ def test_answers_are_the_same_on_every_tier_with_and_without_lookahead(index, tm
 
 
 def test_a_failing_gpu_costs_no_answer_and_is_told(index, monkeypatch):
-    """From when the tier is open, every copy and all scoring on the device fails: each command goes on and says so at its end."""
+    """Once the tier is open, every copy and all scoring there fails: each command goes on and says so at its end."""
     broken = threading.Event()
     monkeypatch.setattr(
         "telerag_cli.tiers.cuda.simulated.SimulatedGpu",
@@ -165,7 +165,8 @@ def test_a_failing_gpu_costs_no_answer_and_is_told(index, monkeypatch):
 
 
 def test_run_in_a_shell_pipeline(index, questions):
-    script = f"cat {questions} | {sys.executable} -m telerag_cli run {index} --questions - --max-tokens 8 --pipeline naive -k 1"
+    run = f"{sys.executable} -m telerag_cli run {index} --questions - --max-tokens 8 --pipeline naive -k 1"
+    script = f"cat {questions} | {run}"
     head = subprocess.run(["bash", "-o", "pipefail", "-c", f"{script} | head -1"], capture_output=True, text=True)
     assert head.returncode == 0, head.stderr
     assert "Traceback" not in head.stderr

@@ -1,4 +1,4 @@
-"""The server's own OpenAPI document holds: schemathesis makes requests from it, right and wrong ones, and finds nothing."""
+"""The server's own OpenAPI document holds: schemathesis makes right and wrong requests from it and finds nothing."""
 
 import os
 import re

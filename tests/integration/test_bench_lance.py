@@ -28,7 +28,7 @@ NLIST, DIMENSION = 12, 24
 
 @pytest.fixture(autouse=True)
 def no_other_datasets(monkeypatch):
-    """Libraries that look for the package `datasets` find the project's folder where tests run, and Lance looks for what they found."""
+    """Where tests run, libraries take the folder `datasets` for the package, and Lance looks for what they took."""
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
 
 

@@ -266,7 +266,7 @@ def index(tmp_path_factory):
 
 @pytest.mark.model
 def test_profile_to_a_file_and_its_use(index, tmp_path, monkeypatch):
-    """One after the other, because each needs the one before: profile, plot, run with it, check, refuse it elsewhere."""
+    """One after another, as each needs the one before: profile, plot, run with it, check, refuse it elsewhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path, run = tmp_path / "profile.json", tmp_path / "run.jsonl"
     plots = [tmp_path / "plot.png"]

@@ -1,4 +1,4 @@
-"""A small world for the engine: passages about animals, an embedding that needs no model, engines with a scripted LLM."""
+"""A small world for the engine: passages about animals, an embedding without a model, engines with a scripted LLM."""
 
 import hashlib
 

@@ -1,5 +1,7 @@
-"""Compile the scoring kernel for a GPU that need not be there, and print what came out as JSON; a program of its own, because
-where there is no GPU the tests' process has Triton's interpreter in the compiler's place."""
+"""Compile the scoring kernel for a GPU that need not be there, and print what came out as JSON.
+
+A program of its own, because where there is no GPU the tests' process has Triton's interpreter in the compiler's place.
+"""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What tests expect of errors: the class, its stable code and the values in the message, never the English around them."""
+"""What tests expect of errors: the class, its stable code and the message's values, never the English around them."""
 
 import contextlib
 

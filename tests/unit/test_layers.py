@@ -213,7 +213,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_no_signature_is_too_wide():
-    """Commands are excepted, as their parameters are options, and so is Triton's kernel, which takes pointers and strides."""
+    """Except commands, whose parameters are options, and Triton's kernel, which takes pointers and strides."""
     wide = [
         f"{name_of(path)}: {node.name} has {parameters(node)}"
         for path in sources()

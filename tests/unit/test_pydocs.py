@@ -8,8 +8,11 @@ import pytest
 from expect import fails
 from telerag_cli.corpus import pydocs
 from telerag_cli.errors import InputError
+from telerag_cli.evaluation.answers import contains, normalized
+from telerag_cli.evaluation.records import read_gold
 
 ROOT = Path(__file__).parents[2]
+PYTHON_QA = ROOT / "datasets" / "python_qa.jsonl"
 SOURCE = '''"""A module that says of itself what it is good for."""
 
 def plain(a, *, b: int = 2) -> str:
@@ -117,3 +120,24 @@ def test_harvest_script_writes_what_embed_reads(tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path / "no", "-o", output], capture_output=True, text=True)
     assert done.returncode == 1
     assert "is not a folder" in done.stderr
+
+
+def test_questions_on_python_are_answered_by_their_passages(monkeypatch):
+    """In every Python whose documentation they are written for: 3.11 to 3.13."""
+    if sys.version_info >= (3, 14):
+        pytest.skip("datasets/python_qa.jsonl is written for the documentation of Python 3.11 to 3.13")
+    with PYTHON_QA.open("rb") as lines:
+        asked = read_gold(lines, PYTHON_QA.name)
+    assert len(asked) >= 40
+    wanted = {key for each in asked.values() for key in each.passages}
+    modules = {key.partition("#")[0] for key in wanted} | {key.rpartition(".")[0] for key in wanted}
+    modules |= {key.rpartition(".")[0] for key in modules}  # of a method's class
+    # Parsing the whole library takes seconds, and only these modules are asked about.
+    source = pydocs._source
+    monkeypatch.setattr(pydocs, "_source", lambda path, module: source(path, module) if module in modules else ())
+    texts = {passage.id: passage.text for passage in pydocs.python_documentation() if passage.id in wanted}
+    assert wanted - texts.keys() == set()
+    for each in asked.values():
+        gold = [normalized(answer) for answer in each.answers]
+        assert each.passages, each.id
+        assert [key for key in each.passages if not contains(normalized(texts[key]), gold)] == [], each.id

@@ -153,8 +153,8 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     notes = [
         DROPPED,
         "Answers are cut to one token: nothing after the join is measured.",
-        "budget: bytes that lookahead may move, as a multiple of the bytes that the question's retrieval probes; what there is no time for "
-        "is not moved whatever the budget.",
+        "budget: bytes that lookahead may move, as a multiple of the bytes that the question's retrieval "
+        "probes; what there is no time for is not moved whatever the budget.",
     ]
     turns.sort(key=lambda turn: turn.work.key["budget"])
     return Outcome(systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes)
@@ -172,7 +172,8 @@ def only_retrieval(turn: SystemTurn, suite: SuiteName) -> Answered:
     answered, name = turn.answers[0], turn.work.pipeline.name
     if len(answered.retrievals) != 1 or name == PipelineName.NAIVE:
         raise UsageError(
-            f"{suite} is for pipelines that write, then retrieve once, and {name} has {len(answered.retrievals)} retrievals.",
+            f"{suite} is for pipelines that write, then retrieve once, "
+            f"and {name} has {len(answered.retrievals)} retrievals.",
             remedy="Use --pipeline hyde, subquestion or self_rag.",
         )
     return answered

@@ -1,4 +1,4 @@
-"""What telerag is compared with: Faiss as it comes, other stores, and no retrieval at all. Each is set up at its best."""
+"""What telerag is compared with: Faiss as it comes, other stores, and no retrieval at all. Each at its best."""
 
 from __future__ import annotations
 

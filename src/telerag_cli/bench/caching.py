@@ -153,10 +153,10 @@ def cache(
         for (skew, fraction, policy), found in reports.items()
     ]
     notes = [
-        f"Retrievals alone: {window_s:.2f} s for lookahead before each, without the LLM, which wrote the texts before. Arenas start empty "
-        "and are emptied only where another skew begins; what each holds is what its policy kept.",
-        "skew: 0 is each question once, in order; above it, as many questions are drawn with putting back, the r-th of them with a "
-        "probability in proportion to r to the power of minus the skew.",
+        f"Retrievals alone: {window_s:.2f} s for lookahead before each, without the LLM, which wrote the texts before. "
+        "Arenas start empty and are emptied only where another skew begins; what each holds is what its policy kept.",
+        "skew: 0 is each question once, in order; above it, as many questions are drawn with putting back, "
+        "the r-th of them with a probability in proportion to r to the power of minus the skew.",
         "cache_fraction has a meaning for hotness only; the others were measured once.",
     ]
     return Outcome(configurations, cells, list(_cache_ratios(reports, ask.seed)), [], notes)

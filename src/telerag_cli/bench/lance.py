@@ -336,7 +336,8 @@ def _check(lance: Any, dataset: Any, index: Index) -> None:
     if not np.array_equal(sizes, index.sizes):
         raise ResourceError(
             f"pylance {lance.__version__} made {len(sizes):,} partitions with {sizes.sum():,} vectors, "
-            f"and they are not the {index.manifest.nlist:,} lists of {index.paths.root} with {index.manifest.ntotal:,}.",
+            f"and they are not the {index.manifest.nlist:,} lists of {index.paths.root} "
+            f"with {index.manifest.ntotal:,}.",
             remedy="Install another pylance: 14.0.2 is one that works.",
         )
 

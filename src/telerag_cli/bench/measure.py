@@ -99,7 +99,7 @@ def take_turns(
 
 
 def _order(systems: Sequence[SystemName], number: int) -> Iterator[SystemName]:
-    """All systems, beginning with another one each time; llm-only needs what the others found, so it is never the first."""
+    """All systems, beginning with another each time; llm-only needs what the others found, so it is never first."""
     first = number % len(systems)
     order = [*systems[first:], *systems[:first]]
     if order[0] is SystemName.LLM_ONLY:
@@ -161,7 +161,7 @@ def ttft_ms(answered: Answered) -> float:
 
 
 def stages_ms(answered: Answered) -> dict[str, float]:
-    """Milliseconds of each stage, retrieval among them, in the order in which they first ran as far as that is known."""
+    """Milliseconds of each stage, retrieval among them, in the order in which they first ran, as far as it is known."""
     stages = {
         name.removesuffix("_s"): 1e3 * value for name, value in answered.timings.items() if name not in UNMEASURED
     }

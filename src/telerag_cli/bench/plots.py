@@ -124,7 +124,7 @@ def _bars(result: SuiteResult, metrics: Sequence[str], looks: Looks) -> Plot:
 
 
 def _ratios(result: SuiteResult, metric: str, looks: Looks) -> Plot:
-    """Draw the ratios over the system that most others are compared with; what else was compared stands in the table."""
+    """Draw the ratios over the system that most others are compared with; other comparisons are in the table."""
     ratios = [ratio for ratio in result.ratios if ratio.metric == metric]
     baseline = Counter(ratio.over for ratio in ratios).most_common(1)[0][0]
     ratios = [ratio for ratio in ratios if ratio.over == baseline]

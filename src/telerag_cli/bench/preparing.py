@@ -1,4 +1,4 @@
-"""The suites about what comes before answering: embedding a corpus and building an index, each beside the obvious way to do it."""
+"""The suites of what comes before answering: embedding a corpus, building an index, each beside the obvious way."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REFERENCE_SHARE = 0.8
 def embedding(
     source: str, model: str | None, device: str, count: int, shortest: int, repeats: int, advance: Advance
 ) -> tuple[Outcome, dict[str, Any]]:
-    """Passages a second, telerag's encoder and ``SentenceTransformer.encode`` in turn, over the same passages and weights.
+    """Passages a second of telerag's encoder and ``SentenceTransformer.encode`` in turn, same passages and weights.
 
     Raises:
         InputError: the source has no passage that is long enough.
@@ -119,7 +119,7 @@ def embedding(
 def building(
     embeddings: Path, output: Path, nlist: int, memory: str, advance: Advance
 ) -> tuple[Outcome, dict[str, Any]]:
-    """``telerag build-index`` in a process of its own, from embeddings that are not in the page cache, and Faiss in memory.
+    """``telerag build-index`` in a process of its own, with embeddings not in the page cache, and Faiss in memory.
 
     Faiss gets the same training sample, and vectors that are in memory already: only ``train`` and ``add`` are on its
     clock, of as many vectors as memory holds.

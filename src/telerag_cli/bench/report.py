@@ -175,7 +175,7 @@ def _cells_table(
 
 
 def _every_figure(result: SuiteResult) -> list[Table]:
-    """Return all values under their own names: a table for each quantity and each nested value, and one for the rest."""
+    """Return all values under their own names: a table for each quantity and nested value, and one for the rest."""
     quantities: dict[str, list[str]] = {}
     nested: dict[str, list[str]] = {}
     for name, value in ((name, value) for cell in result.cells for name, value in cell.values.items()):
@@ -224,8 +224,8 @@ def markdown(results: Mapping[str, SuiteResult], images: Mapping[str, Sequence[t
 def _suite(stem: str, title: str, result: SuiteResult, images: Sequence[tuple[str, str]]) -> list[str]:
     blocks = [
         f"## {escaped(title)}",
-        f"Stands for {escaped(result.stands_for)}. Suite `{escaped(result.suite)}`, begun {escaped(_moment(result.date))}, "
-        f"took {duration(result.took_s)}.",
+        f"Stands for {escaped(result.stands_for)}. Suite `{escaped(result.suite)}`, "
+        f"begun {escaped(_moment(result.date))}, took {duration(result.took_s)}.",
     ]
     if broken := [check.name for check in result.checks if not check.held]:
         held = f"**{len(broken)} of {len(result.checks)} checks did not hold**, so these figures need care:"

@@ -1,4 +1,4 @@
-"""What a benchmark leaves: one JSON file a suite, from which every report is made. The fields are described in docs/bench.md."""
+"""What a benchmark leaves: one JSON file a suite, from which reports are made. docs/bench.md describes the fields."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How two systems compare: ``over / under`` pair by pair, over the requests that both of them served side by side."""
+    """How two systems compare: ``over / under`` pair by pair, over the requests that both served side by side."""
 
     key: Key
     over: str
@@ -79,7 +79,7 @@ class SuiteResult:
     metadata: dict[str, str]
     """What the user wanted noted."""
     settings: dict[str, Any]
-    """Index, LLM, pipelines, dataset, numbers of prompts, seed, and what else was the same for all cells; may be nested."""
+    """Index, LLM, pipelines, dataset, numbers of prompts, seed, and what else all cells share; may be nested."""
     systems: dict[str, dict[str, Any]]
     """How each system was configured; ``what`` is a sentence."""
     axes: list[str]

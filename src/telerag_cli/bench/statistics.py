@@ -11,14 +11,17 @@ from telerag_cli.bench.results import Key, Ratio
 RESAMPLES = 2000
 MIN_PAIRS = 3
 WIDEST = 1.5
-"""Upper end over lower end of a ratio's confidence interval, from which on the ratio is not told: the pairs do not agree."""
+"""A ratio whose confidence interval has ends at least this many times apart is not told: the pairs do not agree."""
 
 Pair = tuple[float, float]
 """What was measured over, and under, the same work."""
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and 99th percentile, named like vLLM's: ``mean_<name>``, ``p99_<name>``; nothing of nothing."""
+    """Mean, median, standard deviation and 99th percentile of values, and nothing of nothing.
+
+    Their names are like vLLM's: ``mean_<name>``, ``p99_<name>``.
+    """
     if not len(values):
         return {}
     return {

@@ -95,7 +95,7 @@ class Useless(Retriever):
 
 @dataclass
 class Harness:
-    """Systems side by side over one index and one LLM. Cold, they share an arena that is emptied before each question."""
+    """Systems side by side over one index and one LLM. Cold, they share an arena, emptied before each question."""
 
     setup: Setup
     systems: dict[SystemName, System] = field(default_factory=dict)

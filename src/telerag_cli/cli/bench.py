@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="bench",
     no_args_is_help=True,
-    help="Measure, side by side with other systems: each suite stands for a figure of the paper, and its help says which.",
+    help="Measure, side by side with other systems: each suite stands for a figure of the paper, "
+    "and its help says which.",
 )
 
 PAGES = "Page cache and arenas when a question comes: emptied, or as earlier questions left them"
@@ -148,8 +149,8 @@ def cache(
     skew: Annotated[
         list[float] | None,
         work(
-            "Which questions are asked: 0 for each once, in order; above it, as many sampled with replacement by a Zipf "
-            "law of this exponent; repeatable.",
+            "Which questions are asked: 0 for each once, in order; above it, as many sampled with replacement by a "
+            "Zipf law of this exponent; repeatable.",
             default="0",
             min=0.0,
             max=10.0,

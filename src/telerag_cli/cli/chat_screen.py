@@ -259,7 +259,8 @@ def seconds(answered: Answered, width: int) -> list[str]:
         *wrapped(f"Seconds: {', '.join(parts)}; total {timings['total_s']:.2f}.", width),
         f"Lists in fast memory at the join: {total['lists_hit']} of {total['lists_wanted']}, "
         f"{total['lists_coming']} on their way.",
-        f"Moved ahead: {format_bytes(total['bytes_moved'])}; missing at the join: {format_bytes(total['bytes_missed'])}.",
+        f"Moved ahead: {format_bytes(total['bytes_moved'])}; "
+        f"missing at the join: {format_bytes(total['bytes_missed'])}.",
     ]
 
 

@@ -46,7 +46,7 @@ _as_json = False
 
 @contextlib.contextmanager
 def talking(*, as_json: bool) -> Iterator[None]:
-    """Choose how talk on stderr looks while the block runs: as text, or as JSON lines with ``time``, ``level`` and ``event``."""
+    """Choose how talk on stderr looks in the block: text, or JSON lines with ``time``, ``level`` and ``event``."""
     global _as_json
     before, _as_json = _as_json, as_json
     try:

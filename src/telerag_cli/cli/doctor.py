@@ -32,7 +32,7 @@ def doctor(
     embedder: Annotated[str | None, one("embedder")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what is installed, which devices, memory, disk and models there are, what is set, and how to mend what is wrong.
+    """Say what is installed, which devices, memory, disk and models there are, what is set, and how to mend faults.
 
     Exits with 1 if telerag embed, build-index and run with their defaults could not work.
     """

@@ -19,7 +19,7 @@ EMPTY = inspect.Parameter.empty
 
 
 class Only:
-    """Says which fields of a group a command offers, one by one or by a part of the tree; the others keep their defaults."""
+    """Says which fields of a group a command offers, singly or by a part of the tree; others keep their defaults."""
 
     def __init__(self, *names: str | type[Config]) -> None:
         self.names = {each for name in names for each in ([name] if isinstance(name, str) else settings_of(name))}

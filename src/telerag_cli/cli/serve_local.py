@@ -46,7 +46,8 @@ class ServerOptions:
     api_key: Annotated[
         str | None,
         typer.Option(
-            help=f"What clients must send as their API key; better given in {KEY_VARIABLE}, which no list of processes shows.",
+            help="What clients must send as their API key; "
+            f"better given in {KEY_VARIABLE}, which no list of processes shows.",
             metavar="KEY",
             show_default=False,
             rich_help_panel=_SERVER,

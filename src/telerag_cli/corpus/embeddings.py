@@ -334,7 +334,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _ahead(items: Iterator[T]) -> Generator[T]:
-    """Yield the items, each made on a thread while the one before it is used, so that disk and decoder need not wait."""
+    """Yield the items, each made on a thread while the one before is used, so that disk and decoder need not wait."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, items, None)
         while (item := coming.result()) is not None:

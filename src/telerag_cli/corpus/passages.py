@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage of a corpus: a title is ``metadata["title"]``, and a chunk of a file has ``source``, ``start``, ``end``."""
+    """A passage of a corpus; ``metadata`` may hold ``title`` and, of a file's chunk, ``source``, ``start``, ``end``."""
 
     id: str
     text: str

@@ -210,7 +210,7 @@ class Encoder:
             self.embed_approx(PROBES[:1])
 
     def embed_approx(self, texts: Sequence[str]) -> FloatArray:
-        """Embed queries roughly, shape (len(texts), dimension), while an LLM decodes on the same cores, for predictions.
+        """Embed queries roughly, shape (len(texts), dimension), for predictions while an LLM uses the same cores.
 
         It runs on one thread and, where the device computes in it, in bfloat16. More threads would each take a core
         from the LLM, and its other threads would wait for them all.

@@ -1,4 +1,4 @@
-"""Which texts a pipeline writes before it first retrieves with lookahead: found by running it with nothing behind it."""
+"""Which texts a pipeline writes before it first retrieves with lookahead: found by a run with nothing behind it."""
 
 from __future__ import annotations
 

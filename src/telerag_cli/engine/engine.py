@@ -390,7 +390,7 @@ class Engine:
         )
 
     def forget(self) -> None:
-        """Drop what is kept of earlier prompts and lists, save what is in use: for a question whose times are to be compared."""
+        """Drop what is kept of earlier prompts and lists, not what is in use: before questions that are timed."""
         self.shared.generator.forget()
         self.shared.retriever.tier.forget()
 

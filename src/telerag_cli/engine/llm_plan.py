@@ -15,8 +15,8 @@ from telerag_cli.units import format_bytes
 
 ALL_LAYERS = -1
 MIN_SLOTS = 4
-"""Requests that are written at once, memory permitting, even for one question: some pipelines ask several things together,
-and a slot that is free keeps a prompt's beginning for the next."""
+"""Requests that are written at once, memory permitting, even for one question: some pipelines ask several things
+together, and a slot that is free keeps a prompt's beginning for the next."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def plan_llm(
     """Choose how many questions to answer at once and say what memory that takes.
 
     Args:
-        config: which model, and the questions at once; by default as many as half of the memory left holds contexts for,
-            at most 16. ``device`` names the GPU that the LLM's layers go to, if any do.
+        config: which model, and the questions at once; by default as many as half of the memory left holds contexts
+            for, at most 16. ``device`` names the GPU that the LLM's layers go to, if any do.
         tier: what the index will take of the memory that is free; None if there is none.
         notice: takes what a user should know of a server.
         sharers: processes that plan to share this machine's memory, this one included.
@@ -131,7 +131,8 @@ def _plan_llama(config: EngineConfig, tier: PlannedTier | None, sharers: int) ->
         raise ResourceError(
             f"{slots} contexts of {context_tokens:,} tokens take {format_bytes(slots * slot_bytes)} and "
             f"{format_bytes(max(free_bytes, 0))} of memory are free.",
-            remedy=f"Lower --concurrency, --ctx-size or {'--gpu-memory' if tier and tier.gpu_bytes else '--fast-memory'}.",
+            remedy="Lower --concurrency, --ctx-size or "
+            f"{'--gpu-memory' if tier and tier.gpu_bytes else '--fast-memory'}.",
         )
     where = "GPU" if config.n_gpu_layers else "RAM"
     rows = [

@@ -191,13 +191,13 @@ def padded(tokens: int) -> int:
 class LlamaDecoder:
     """The context: the keys and values of ``slots`` sequences, and the step that extends them. A `batcher.Decoder`.
 
-    Each slot is a stream of its own. Where texts are to be reproducible, on a CPU, keys are bfloat16 and values float16:
-    with that pair and separate streams, llama.cpp computes attention in one way whatever else is in the batch, so a
-    token's logits are the same bits for any number of rows beside it. With equal types, or with a cache that all
-    sequences share, it has further ways, with other roundings. The products with the weights keep to it too if these
-    are Q4_0, Q4_1 or Q8_0; float16 and the K types have a way of their own for several rows. With those, on a GPU, and
-    where it is not wanted, keys and values are float16 and prompts are prefilled in larger chunks, which is quicker by
-    half; equality is then up to rounding.
+    Each slot is a stream of its own. Where texts are to be reproducible, on a CPU, keys are bfloat16 and values
+    float16: with that pair and separate streams, llama.cpp computes attention in one way whatever else is in the batch,
+    so a token's logits are the same bits for any number of rows beside it. With equal types, or with a cache that
+    all sequences share, it has further ways, with other roundings. The products with the weights keep to it too if
+    these are Q4_0, Q4_1 or Q8_0; float16 and the K types have a way of their own for several rows. With those, on a
+    GPU, and where it is not wanted, keys and values are float16 and prompts are prefilled in larger chunks, which is
+    quicker by half; equality is then up to rounding.
     """
 
     def __init__(self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool) -> None:

@@ -70,8 +70,9 @@ class AccessLog(logging.Handler):
         One to `QUIET_PATHS` is logged only if it failed; that the server is not ready yet is not a failure.
 
         Args:
-            own: ``request_id``; ``client``, its address without the port; ``method``; ``path``, the route's template or,
-                for what no route answered, the path, never with a query string; ``status``; ``duration_s``; ``outcome``.
+            own: ``request_id``; ``client``, its address without the port; ``method``; ``path``, the route's template
+                or, for what no route answered, the path, never with a query string; ``status``; ``duration_s``;
+                ``outcome``.
             details: what its route notes: counts and times, nothing that was asked or answered.
         """
         status, outcome = own["status"], own["outcome"]

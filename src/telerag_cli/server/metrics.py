@@ -1,7 +1,7 @@
 """What a Prometheus server reads at ``/metrics``, and the rates that the page shows.
 
-Names are vLLM's where the thing is the same, with ``telerag_`` before them. Each `Metrics` has its own registry: several
-servers may run in one process.
+Names are vLLM's where the thing is the same, with ``telerag_`` before them. Each `Metrics` has its own registry:
+several servers may run in one process.
 """
 
 from __future__ import annotations
