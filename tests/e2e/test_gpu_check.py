@@ -123,8 +123,8 @@ def test_a_datastore_in_memory_is_an_index(storage):
     scores, rows = scorer.score(material.base[:8], np.ascontiguousarray(lists), 5)
     assert (rows >= 0).all()
     assert (rows < index.manifest.ntotal).all()
-    # Copies of a passage at the length of the noise are nearest to it: 1 / sqrt(1 + 0.5^2).
-    assert scores[:, 0] == pytest.approx(0.9, abs=0.06)
+    # Copies of a passage are at 1 / sqrt(1 + 0.5^2) = 0.894 from it on average; the nearest of some dozens is nearer.
+    assert scores[:, 0] == pytest.approx(0.92, abs=0.05)
     scorer.close()
     store.close()
 

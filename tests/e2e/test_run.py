@@ -227,7 +227,7 @@ def test_batch_lines_are_answered_in_kind(index):
     ("arguments", "code", "message"),
     [
         (["--model", "/no/such.gguf"], 1, "/no/such.gguf cannot be read"),
-        (["--model", __file__], 1, "is no GGUF model"),
+        (["--model", __file__], 1, "is not a GGUF model"),
         (["--model", "a.gguf", "--hf-repo", "b/c"], 2, "name two models"),
         (["-o", "/no/such/folder/out.jsonl"], 1, "/no/such/folder/out.jsonl does not exist"),
         (["--trace", "/no/such/folder/t.json"], 1, "The trace cannot be written"),
