@@ -11,6 +11,7 @@ import pytest
 
 from expect import fails
 from indexes import make_index, make_vectors
+from telerag_cli import files
 from telerag_cli.bench import lance
 from telerag_cli.bench.baselines import FaissMemory
 from telerag_cli.bench.lance import open_lance
@@ -18,7 +19,6 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import checksum
-from telerag_cli.index import partial
 from telerag_cli.index.artifact import FileInfo
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.progress import silent
@@ -248,7 +248,7 @@ def test_other_things_are_left_alone(tmp_path, lancedb):
 
 def test_a_disk_too_small_is_refused(tmp_path, lancedb, monkeypatch):
     index = an_index(tmp_path / "index")
-    monkeypatch.setattr(partial, "free_bytes", lambda _path: 1000)
+    monkeypatch.setattr(files, "free_bytes", lambda _path: 1000)
     with fails(ResourceError, "index.lancedb", "121.9 KiB", "1000 B"):
         opened(index)
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
