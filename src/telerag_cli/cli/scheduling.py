@@ -69,17 +69,14 @@ def _open_replicas(
 
     from telerag_cli.distributed.replicas import Recipe, check_memory, open_replicas
     from telerag_cli.distributed.session import joined
-    from telerag_cli.engine.opened_index import open_index
-    from telerag_cli.engine.opening import default_k, default_nprobe
+    from telerag_cli.engine.opened_index import open_index, search_depth
     from telerag_cli.engine.scheduler import Scheduler, scheduled
     from telerag_cli.index.artifact import Index
     from telerag_cli.index.scoring import Coarse
-    from telerag_cli.retrieval.retriever import check_search
     from telerag_cli.system import available_bytes
 
     index, count = Index.open(config.index), replicas.replica_count
-    nprobe = config.nprobe or default_nprobe(index)
-    check_search(index, config.k or default_k(index), nprobe)
+    _k, nprobe = search_depth(index, config)
     if replicas.ray_address is None and count:
         check_memory(index, config, count, available_bytes())
     # Questions are embedded here to put them together; on the processor, because the GPUs are the replicas'.

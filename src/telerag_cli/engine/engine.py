@@ -9,11 +9,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from telerag_cli.arrays import FloatArray
-from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
+from telerag_cli.config import AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
 from telerag_cli.engine.citations import CitedSpan, cite
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.loop_thread import LoopThread
 from telerag_cli.engine.micro_batch import MicroBatch
+from telerag_cli.engine.opened_index import search_depth
 from telerag_cli.engine.refinement_embedder import RefinementEmbedder
 from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
 from telerag_cli.engine.session import Session, Shared, Stage, Writing
@@ -27,7 +28,7 @@ from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.retrieval.retriever import Retriever, check_search
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tracing import Tracer
 
 if TYPE_CHECKING:
@@ -145,10 +146,7 @@ class Engine:
         Raises:
             UsageError: the index cannot be searched so.
         """
-        index = retriever.index
-        self.k = config.k or min(DEFAULT_K, index.manifest.ntotal)
-        self.nprobe = config.nprobe or min(DEFAULT_NPROBE, index.manifest.nlist)
-        check_search(index, self.k, self.nprobe)
+        self.k, self.nprobe = search_depth(retriever.index, config)
         self.config = config
         self.pipeline = make_pipeline(config.pipeline, **config.pipeline_options)
         self.concurrency = concurrency

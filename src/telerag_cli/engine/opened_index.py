@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, SearchConfig
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.errors import ModelError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.passages import Passages
+from telerag_cli.retrieval.retriever import check_search
 from telerag_cli.setting import AUTO
 
 
@@ -39,3 +41,15 @@ def open_index(index: Index, embedder: str | None, device: str = AUTO) -> Opened
             remedy="Name the model that made them with --embedder.",
         )
     return OpenedIndex(index, passages, encoder)
+
+
+def search_depth(index: Index, config: SearchConfig) -> tuple[int, int]:
+    """``k`` and ``nprobe`` for this index: those of the settings, or 5 and 32, or all of a smaller index.
+
+    Raises:
+        UsageError: the index has fewer passages or lists than the settings ask for.
+    """
+    k = config.k or min(DEFAULT_K, index.manifest.ntotal)
+    nprobe = config.nprobe or min(DEFAULT_NPROBE, index.manifest.nlist)
+    check_search(index, k, nprobe)
+    return k, nprobe

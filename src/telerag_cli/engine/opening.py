@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from telerag_cli.config import DEFAULT_K, DEFAULT_NPROBE, NONE, EngineConfig, GeneratorKind, Lookahead
+from telerag_cli.config import NONE, EngineConfig, GeneratorKind, Lookahead
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.llm_plan import PlannedLlm, plan_llm
-from telerag_cli.engine.opened_index import OpenedIndex, open_index
+from telerag_cli.engine.opened_index import OpenedIndex, open_index, search_depth
 from telerag_cli.engine.retrieval import Finder
 from telerag_cli.engine.survey import embedder_name, identity_of, rates_for_joins, subject_of
 from telerag_cli.engine.tier_plan import PlannedTier, Row, plan_tier
@@ -27,7 +27,7 @@ from telerag_cli.planning.measure import measure
 from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import Identity, Profile, kept_in
 from telerag_cli.progress import Advance, silent
-from telerag_cli.retrieval.retriever import Retriever, check_search
+from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.setting import AUTO
 from telerag_cli.system import available_bytes, spin_at_barriers
 from telerag_cli.tiers.rates import JoinRates
@@ -97,16 +97,6 @@ class Prepared:
         return identity_of(self.opened.index, self.tier.name, self.llm, embedder_name(self.opened.embedder))
 
 
-def default_nprobe(index: Index) -> int:
-    """How many lists to probe if nobody says: 32, or all of a smaller index."""
-    return min(DEFAULT_NPROBE, index.manifest.nlist)
-
-
-def default_k(index: Index) -> int:
-    """How many passages to retrieve if nobody says: 5, or all of a smaller index."""
-    return min(DEFAULT_K, index.manifest.ntotal)
-
-
 def prepare(
     config: EngineConfig,
     reporter: Reporter = SILENT,
@@ -128,8 +118,7 @@ def prepare(
         TeleragError: something is missing, does not fit, or contradicts something else.
     """
     index = opened.index if opened else Index.open(config.index)
-    k, nprobe = config.k or default_k(index), config.nprobe or default_nprobe(index)
-    check_search(index, k, nprobe)
+    k, nprobe = search_depth(index, config)
     tier = plan_tier(index, config)
     llm = plan_llm(config, tier, reporter.warn, sharers) if generate else None
     opened = opened or open_index(index, config.embedder, config.device)
