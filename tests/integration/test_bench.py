@@ -189,8 +189,8 @@ def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup)
 
 
 def test_llm_only_alone_has_nothing_to_give(setup):
-    with fails(UsageError, "llm-only"):
-        Harness.open(setup, (SystemName.LLM_ONLY,))
+    with fails(UsageError, "llm-only"), Harness.open(setup, (SystemName.LLM_ONLY,)):
+        pass
     with fails(ModelError):
         asyncio.run(Recalled().find(["Where do owls live?"], []))
 
@@ -251,8 +251,11 @@ def test_caches_are_compared_over_the_same_queries(setup):
 
 def test_what_does_not_fit_memory_is_refused(setup, monkeypatch):
     monkeypatch.setattr("telerag_cli.bench.systems.available_bytes", lambda: 1000)
-    with fails(ResourceError, "faiss-memory", "resident", "1000 B"):
-        Harness.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT))
+    with (
+        fails(ResourceError, "faiss-memory", "resident", "1000 B"),
+        Harness.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT)),
+    ):
+        pass
 
 
 def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
@@ -260,8 +263,8 @@ def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
 
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this Faiss has GPUs")
-    with fails(ResourceError, "faiss-gpu"):
-        Harness.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH))
+    with fails(ResourceError, "faiss-gpu"), Harness.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH)):
+        pass
 
 
 def test_the_baselines_are_faiss_bit_for_bit(setup):

@@ -121,7 +121,7 @@ def cache(
         for (policy, fraction), plan in zip(wanted, plans, strict=True):
             base = undo.enter_context(closing(open_retriever(setup.opened.index, plan, setup.config)))
             arenas.append(
-                _Cached(policy, fraction, Retriever(base.index, rig.coarse(), base.tier, cache_fraction=fraction))
+                _Cached(policy, fraction, Retriever(base.index, rig.coarse, base.tier, cache_fraction=fraction))
             )
         reports: dict[Place, list[JoinReport]] = {}
         distinct: dict[float, int] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from telerag_cli.bench.report import COUNTS, Table, at, headline, ordered
-from telerag_cli.bench.results import Cell, Key, Ratio, SuiteResult, load_all
+from telerag_cli.bench.results import Cell, Key, SuiteResult, load_all
 from telerag_cli.bench.wording import NONE, flattened, label, number, short, statistic, times
 from telerag_cli.errors import ArtifactError, UsageError
 
@@ -18,6 +18,10 @@ QUANTILE = 1.96
 """Standard errors around the mean of a normal distribution that hold 95 % of it."""
 ERRORS = {"mean": 1.0, "median": math.sqrt(math.pi / 2)}
 """The standard error of a statistic over that of the mean; the median's holds for normal data."""
+
+
+Figures = dict[tuple[tuple[tuple[str, Any], ...], str, str], tuple[float, float | None]]
+"""Values by key, system and metric, with the standard errors of their logarithms where these are known."""
 
 
 class Verdict(StrEnum):
@@ -62,10 +66,7 @@ class BenchComparison:
 
 
 def compare_paths(first: Path, second: Path) -> tuple[list[BenchComparison], list[str]]:
-    """Compare two result files, or all suites that two folders share.
-
-    Returns:
-        The comparisons, and the names of results without a partner.
+    """Compare two result files, or all suites that two folders share; also return the results without a partner.
 
     Raises:
         ArtifactError: a path is missing or not a result, or the folders share no suite.
@@ -121,7 +122,7 @@ def compare(first: SuiteResult, second: SuiteResult) -> BenchComparison:
             {
                 "hardware": result.hardware,
                 "settings": result.settings,
-                "systems": {name: values for name, values in result.systems.items() if name in shared},
+                "systems": {name: result.systems[name] for name in sorted(shared)},
             }
         )
         for result in (first, second)
@@ -131,75 +132,60 @@ def compare(first: SuiteResult, second: SuiteResult) -> BenchComparison:
         for name in dict.fromkeys([*a, *b])
         if a.get(name) != b.get(name)
     ]
-    return BenchComparison(first.suite, first.title, axes, differences, _cells(first, second), _ratios(first, second))
-
-
-def _cells(first: SuiteResult, second: SuiteResult) -> list[Change]:
     metrics = dict.fromkeys([*headline(first), *headline(second)])
-    left, right = ({(cell.system, _place(cell.key)): cell for cell in result.cells} for result in (first, second))
-    changes = []
-    for place in dict.fromkeys([*left, *right]):
-        one, other = left.get(place), right.get(place)
-        key, system = (left.get(place) or right[place]).key, place[0]
-        for metric in metrics:
-            a, b = (number(cell.values.get(metric)) if cell else None for cell in (one, other))
-            if (a, b) == (None, None) or (metric in COUNTS and a == b):
-                continue
-            errors = [_log_error(cell, metric) if cell else None for cell in (one, other)]
-            changes.append(_change(key, system, metric, a, b, errors))
-    return changes
+    cells = _changes(_cell_figures(first, metrics), _cell_figures(second, metrics))
+    ratios = _changes(_ratio_figures(first), _ratio_figures(second))
+    return BenchComparison(first.suite, first.title, axes, differences, cells, ratios)
 
 
-def _ratios(first: SuiteResult, second: SuiteResult) -> list[Change]:
-    left, right = (
-        {(ratio.over, ratio.under, ratio.metric, _place(ratio.key)): ratio for ratio in result.ratios}
-        for result in (first, second)
-    )
-    changes = []
-    for place in dict.fromkeys([*left, *right]):
-        one, other = left.get(place), right.get(place)
-        a, b = (number(ratio.ratio) if ratio else None for ratio in (one, other))
-        if (a, b) != (None, None):
-            over, under, metric, _ = place
-            key = (left.get(place) or right[place]).key
-            errors = [_log_error_of_ratio(ratio) if ratio else None for ratio in (one, other)]
-            changes.append(_change(key, f"{over} ÷ {under}", metric, a, b, errors))
-    return changes
+def _cell_figures(result: SuiteResult, metrics: Iterable[str]) -> Figures:
+    return {
+        (tuple(cell.key.items()), cell.system, metric): (value, _log_error(cell, metric, value))
+        for cell in result.cells
+        for metric in metrics
+        if (value := number(cell.values.get(metric))) is not None
+    }
 
 
-def _change(key: Key, system: str, metric: str, a: float | None, b: float | None, errors: list[float | None]) -> Change:
-    if a is None or b is None:
-        return Change(key, system, metric, a, b, None, None, None, Verdict.MISSING)
-    quotient = b / a if a else None
-    low = high = None
-    verdict = Verdict.EQUAL if a == b else Verdict.UNKNOWN
-    if quotient and quotient > 0 and errors[0] is not None and errors[1] is not None:
-        reach = QUANTILE * math.hypot(errors[0], errors[1])
-        low, high = quotient * math.exp(-reach), quotient * math.exp(reach)
-        if a != b:
-            verdict = Verdict.NOISE if low <= 1 <= high else Verdict.DIFFERS
-    return Change(key, system, metric, a, b, quotient, low, high, verdict)
+def _ratio_figures(result: SuiteResult) -> Figures:
+    return {
+        (tuple(each.key.items()), f"{each.over} ÷ {each.under}", each.metric): (
+            each.ratio,
+            math.log(each.high / each.low) / (2 * QUANTILE) if 0 < each.low <= each.high else None,
+        )
+        for each in result.ratios
+        if each.ratio is not None
+    }
 
 
-def _log_error(cell: Cell, metric: str) -> float | None:
+def _log_error(cell: Cell, metric: str, value: float) -> float | None:
     """Return the standard error of a value's logarithm, from the standard deviation beside it."""
     which, quantity = statistic(metric)
-    value, spread = number(cell.values.get(metric)), number(cell.values.get(f"std_{quantity}"))
-    count = number(cell.values.get("completed"))
-    if which not in ERRORS or spread is None or count is None or count < 2 or value is None or value <= 0:
+    spread, count = number(cell.values.get(f"std_{quantity}")), number(cell.values.get("completed"))
+    if which not in ERRORS or spread is None or count is None or count < 2 or value <= 0:
         return None
     return ERRORS[which] * spread / math.sqrt(count) / value
 
 
-def _log_error_of_ratio(ratio: Ratio) -> float | None:
-    """Return the standard error of a ratio's logarithm, from its interval."""
-    low, high = number(ratio.low), number(ratio.high)
-    return math.log(high / low) / (2 * QUANTILE) if low and high and 0 < low <= high else None
-
-
-def _place(key: Key) -> frozenset[tuple[str, Any]]:
-    """Return a key that can be looked up; 1 and 1.0 are the same place."""
-    return frozenset(key.items())
+def _changes(first: Figures, second: Figures) -> list[Change]:
+    changes = []
+    for place in dict.fromkeys([*first, *second]):
+        key, system, metric = place
+        a, a_error = first.get(place, (None, None))
+        b, b_error = second.get(place, (None, None))
+        quotient = b / a if a and b is not None else None
+        low = high = None
+        verdict = Verdict.EQUAL if a == b else Verdict.UNKNOWN
+        if a is None or b is None:
+            verdict = Verdict.MISSING
+        if quotient and quotient > 0 and a_error is not None and b_error is not None:
+            reach = QUANTILE * math.hypot(a_error, b_error)
+            low, high = quotient * math.exp(-reach), quotient * math.exp(reach)
+            if a != b:
+                verdict = Verdict.NOISE if low <= 1 <= high else Verdict.DIFFERS
+        if not (metric in COUNTS and a == b):
+            changes.append(Change(dict(key), system, metric, a, b, quotient, low, high, verdict))
+    return changes
 
 
 def table(comparison: BenchComparison) -> Table:

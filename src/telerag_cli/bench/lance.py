@@ -13,7 +13,6 @@ import importlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +56,22 @@ class LanceSearch(Plain):
         """LanceDB's caches; None while nothing is open."""
         self._database = database
         self._table: Any = None
-        self._shortest = int(np.where(index.sizes > 0, index.sizes, np.iinfo(np.int64).max).argmin())
 
     def unmap(self) -> None:
-        """Let go of the table and of all that LanceDB has cached of it."""
+        """Close the table and drop all that LanceDB has cached of it."""
         self._table = self.session = None
 
     def map(self) -> None:
-        """Open the table and its index, unless they are: centroids come into memory, and one short list.
-
-        Raises:
-            ResourceError: LanceDB is not installed.
-        """
+        """Open the table and its index, unless they are open; raises ResourceError if LanceDB is not installed."""
         if self._table is not None:
             return
         lancedb = _imported("lancedb")
         self.session = lancedb.Session(index_cache_size_bytes=CACHE_BYTES)
         self._table = lancedb.connect(self._database, session=self.session).open_table(TABLE)
-        # The first question opens an index; Faiss has its centroids at hand too before the clock runs.
-        self.find(self.index.centroids[self._shortest][None], 1, 1)
+        # The first question opens an index, and Faiss has its centroids in memory before the clock runs too. A short
+        # list, so that no more than that comes into memory.
+        shortest = np.where(self.index.sizes > 0, self.index.sizes, np.iinfo(np.int64).max).argmin()
+        self.find(self.index.centroids[shortest][None], 1, 1)
 
     def find(self, queries: FloatArray, k: int, nprobe: int) -> tuple[FloatArray, IntArray]:
         """See `Plain`; all queries are asked at once, which takes LanceDB a third of the time."""
@@ -95,49 +91,11 @@ class LanceSearch(Plain):
         return scores, rows
 
 
-@dataclass(frozen=True)
-class Made:
-    """What ``made.json`` says."""
-
-    source: dict[str, str]
-    """Checksum by file of the index."""
-    pylance: str
-    """The version that made it."""
-    files: dict[str, int]
-    """Bytes by path in the database's folder."""
-
-    def save(self, root: Path) -> None:
-        """Write it, whole or not at all."""
-        write_json(root / "made.json", {"format": FORMAT, "version": VERSION, **asdict(self)})
-
-    @classmethod
-    def load(cls, root: Path) -> Made | None:
-        """Read it; None if there is nothing, or what another version of telerag has made.
-
-        Raises:
-            ArtifactError: the folder is none of ours.
-        """
-        path = root / "made.json"
-        raw = read_json(path) if path.exists() else None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-                raise ArtifactError(
-                    f"{root} exists and is not what telerag makes for --system lancedb.", remedy="Move it elsewhere."
-                )
-            return None
-        if raw.get("version") != VERSION:
-            return None
-        return cls(raw["source"], raw["pylance"], raw["files"])
-
-
 def open_lance(opened: OpenedIndex, progress: Progress) -> tuple[LanceSearch, dict[str, Any], tuple[Path, ...]]:
-    """A search through LanceDB; its table is made if there is none of this index yet.
-
-    Returns:
-        What searches, not opened yet; how it is set up; and the files it reads.
+    """Return a closed search through LanceDB, its configuration, and the files it reads; make its table if need be.
 
     Raises:
-        UsageError: the index holds no floats.
+        UsageError: the index does not store floats.
         ResourceError: LanceDB or room on the disk is missing, or another process is making the table.
         ArtifactError: something else is where the table should be.
     """
@@ -157,7 +115,7 @@ def open_lance(opened: OpenedIndex, progress: Progress) -> tuple[LanceSearch, di
     configuration = {
         "what": "LanceDB: the same vectors in the same lists, as float32, in a table of its own on the same disk",
         "lancedb": lancedb.__version__,
-        "pylance": made.pylance,
+        "pylance": made["pylance"],
         "index_type": INDEX_TYPE,
         "partitions": manifest.nlist,
         "centroids": "those of the index",
@@ -165,7 +123,7 @@ def open_lance(opened: OpenedIndex, progress: Progress) -> tuple[LanceSearch, di
         "index_cache_bytes": CACHE_BYTES,
         "threads": int(os.environ["LANCE_CPU_THREADS"]),
     }
-    return LanceSearch(index, database), configuration, tuple(database / name for name in made.files)
+    return LanceSearch(index, database), configuration, tuple(database / name for name in made["files"])
 
 
 def _imported(name: str) -> Any:
@@ -179,25 +137,32 @@ def _imported(name: str) -> Any:
         ) from error
 
 
-def _source_of(index: Index) -> dict[str, str]:
-    """Checksums of all that the table is made from."""
+def _made(index: Index, pylance: str | None, files: dict[str, int]) -> dict[str, Any]:
+    """Return what ``made.json`` says: the checksums of what the table is made from, and its files with their bytes."""
     paths = (index.paths.centroids, index.paths.offsets, index.paths.lists)
-    return {path.name: index.manifest.files[path.name].checksum for path in paths}
+    source = {path.name: index.manifest.files[path.name].checksum for path in paths}
+    return {"format": FORMAT, "version": VERSION, "source": source, "pylance": pylance, "files": files}
 
 
-def _kept(index: Index, database: Path) -> Made | None:
-    """What was made before, if it is of this index and whole."""
-    made = Made.load(database)
-    return made if made and made.source == _source_of(index) and made.files == _files_in(database) else None
+def _kept(index: Index, database: Path) -> dict[str, Any] | None:
+    """Return what was made before, if it is of this index and whole."""
+    path = database / "made.json"
+    made = read_json(path) if path.exists() else None
+    if isinstance(made, dict) and made.get("format") == FORMAT:
+        return made if made == _made(index, made.get("pylance"), _files_in(database)) else None
+    if database.exists() and not (database.is_dir() and not any(database.iterdir())):
+        raise ArtifactError(
+            f"{database} exists and is not what telerag makes for --system lancedb.", remedy="Move it elsewhere."
+        )
+    return None
 
 
 def _files_in(database: Path) -> dict[str, int]:
-    """Bytes of each file of the table."""
     paths = sorted((database / f"{TABLE}.lance").rglob("*"))
     return {str(path.relative_to(database)): path.stat().st_size for path in paths if path.is_file()}
 
 
-def _make(index: Index, database: Path, progress: Progress) -> Made:
+def _make(index: Index, database: Path, progress: Progress) -> dict[str, Any]:
     """Make the table in a folder beside, which gets its name when everything is there."""
     lance, manifest, partial = _imported("lance"), index.manifest, partial_of(database)
     vectors_bytes = manifest.ntotal * (manifest.dimension * 4 + ID_BYTES)
@@ -205,8 +170,8 @@ def _make(index: Index, database: Path, progress: Progress) -> Made:
         with _claimed(partial):
             check_disk(database, COPIES * vectors_bytes, "Free space, or leave out --system lancedb.")
             _fill(lance, index, partial, progress)
-            made = Made(_source_of(index), lance.__version__, _files_in(partial))
-            made.save(partial)
+            made = _made(index, lance.__version__, _files_in(partial))
+            write_json(partial / "made.json", made)
             if database.exists():
                 shutil.rmtree(database)
             partial.rename(database)
@@ -242,10 +207,7 @@ def _fill(lance: Any, index: Index, partial: Path, progress: Progress) -> None:
     with progress("Copying lists to LanceDB", int(index.list_bytes.sum()), unit="bytes") as advance:
         dataset = _write(lance, _schema(index), _batches(index, advance), partial / f"{TABLE}.lance")
     lists = _write(lance, PARTITIONS, _partitions(index, dataset), work / "partitions.lance")
-    with (
-        progress("Building LanceDB's index", 2 * manifest.ntotal, unit="vectors") as advance,
-        _temporary_files_in(work),
-    ):
+    with progress("Building LanceDB's index", None), _temporary_files_in(work):
         dataset.create_index(
             VECTOR,
             INDEX_TYPE,
@@ -255,7 +217,6 @@ def _fill(lance: Any, index: Index, partial: Path, progress: Progress) -> None:
             ivf_centroids=index.centroids,
             # Lance would assign anew: five times as long, and otherwise where stored vectors are rounded.
             precomputed_partition_dataset=lists.uri,
-            progress_callback=_Count(index.sizes, advance).tell,
         )
         _check(lance, dataset, index)
         for name in _files_in(partial):
@@ -266,16 +227,14 @@ def _fill(lance: Any, index: Index, partial: Path, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """Lance sorts all vectors in temporary files: not in a ``/tmp`` that may be small, or memory."""
-    before = os.environ.get("TMPDIR")
+    """Have Lance sort all vectors here: ``/tmp`` may be small, or memory."""
+    before = dict(os.environ)
     os.environ["TMPDIR"] = os.fspath(folder)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
+        del os.environ["TMPDIR"]
+        os.environ.update(before)
 
 
 def _write(lance: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch], path: Path) -> Any:
@@ -340,24 +299,3 @@ def _check(lance: Any, dataset: Any, index: Index) -> None:
             f"with {index.manifest.ntotal:,}.",
             remedy="Install another pylance: 14.0.2 is one that works.",
         )
-
-
-class _Count:
-    """Tells in vectors, each of which is handled twice, how far Lance is with an index."""
-
-    def __init__(self, sizes: IntArray, advance: Advance) -> None:
-        self._ends = np.concatenate([[0], np.cumsum(sizes)])
-        self._advance = advance
-        self._told = 0
-
-    def tell(self, event: Any) -> None:
-        """Take what Lance says of its own progress."""
-        done = event.completed or 0
-        if event.stage == "shuffle":
-            vectors = min(done, int(self._ends[-1]))
-        elif event.stage == "merge_partitions":
-            vectors = int(self._ends[-1] + self._ends[min(done, len(self._ends) - 1)])
-        else:
-            return
-        self._advance(max(0, vectors - self._told))
-        self._told = max(vectors, self._told)

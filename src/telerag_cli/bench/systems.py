@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class System:
     configuration: dict[str, Any]
     engine: Engine
     forget: Callable[[], None] = lambda: None
-    """Lets go of all that earlier questions left."""
+    """Drops all that earlier questions left."""
     prepare: Callable[[], None] = lambda: None
     """Gets ready for a question, off the clock."""
     files: tuple[Path, ...] = ()
@@ -88,7 +88,7 @@ class Useless(Retriever):
     random = np.random.default_rng(0)
 
     def prefetch_batch(self, searches: Sequence[FloatArray], nprobe: int, *, refining: bool = False) -> list[Prefetch]:
-        """Start lookahead for anything but these queries."""
+        """Start lookahead for random queries."""
         wrong = [self.random.standard_normal(each.shape, np.float32) for each in searches]
         return super().prefetch_batch(wrong, nprobe, refining=refining)
 
@@ -100,12 +100,13 @@ class Harness:
     setup: Setup
     systems: dict[SystemName, System] = field(default_factory=dict)
     recalled: Recalled = field(default_factory=Recalled)
-    _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _shared: dict[str, Any] = field(default_factory=dict)
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """Closes what was opened here; index, passages, embedder and LLM stay open."""
 
     @classmethod
-    def open(cls, setup: Setup, names: Iterable[SystemName]) -> Harness:
-        """Open systems; none stays open if one cannot be.
+    @contextlib.contextmanager
+    def open(cls, setup: Setup, names: Iterable[SystemName]) -> Iterator[Harness]:
+        """Open systems, and close them after the block.
 
         Raises:
             ResourceError: they do not fit the memory together, or a device or a package is missing.
@@ -119,31 +120,14 @@ class Harness:
                 remedy="Name another --system beside it.",
             )
         _check_memory(setup, names)
-        try:
+        with rig.undo:
             for name in names:
-                rig.systems[name] = OPENERS[name](rig)
-                rig._undo.callback(rig.systems[name].engine.release)
-        except BaseException:
-            rig.close()
-            raise
-        return rig
-
-    def __enter__(self) -> Harness:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close all that was opened here; index, passages, embedder and LLM stay open."""
-        self._undo.close()
+                rig.systems[name] = _telerag(rig, name) if name in TELERAG else OPENERS[name](rig)
+                rig.undo.callback(rig.systems[name].engine.release)
+            yield rig
 
     def start(self, system: System) -> float:
-        """Get ready for a question to a system.
-
-        Returns:
-            The share of the index file that is in the page cache.
-        """
+        """Get ready for a question to a system; return the share of the index file that is in the page cache."""
         setup = self.setup
         setup.generator.forget()  # prompts kept of one system would make the next one quicker
         if setup.pages is Pages.COLD:
@@ -165,62 +149,55 @@ class Harness:
     def _files(self) -> list[Path]:
         paths = self.setup.opened.index.paths
         more = [path for system in self.systems.values() for path in system.files]
-        kept = [paths.vectors] if paths.vectors.exists() else []
-        return [paths.lists, *kept, *more]
+        return [paths.lists, *([paths.vectors] if paths.vectors.exists() else []), *more]
 
+    @cached_property
     def coarse(self) -> Coarse:
-        """The coarse quantizer, one for all."""
+        """The coarse quantizer of all systems."""
         index = self.setup.opened.index
-        made: Coarse = self._once("coarse", lambda: Coarse(index.centroids, index.manifest.metric))
-        return made
+        return Coarse(index.centroids, index.manifest.metric)
+
+    @cached_property
+    def _shared(self) -> Retriever:
+        return self.open_retriever(self.setup.config)
+
+    @cached_property
+    def idle(self) -> Retriever:
+        """A retriever for engines that never use it."""
+        return self.retriever()
+
+    @cached_property
+    def memory(self) -> FaissMemory:
+        """Faiss with everything in RAM, for all systems that need it."""
+        index = self.setup.opened.index
+        total = int(index.list_bytes.sum())
+        with self.setup.reporter.progress("reading lists into memory", total, unit="bytes") as advance:
+            return FaissMemory(index, self.coarse, advance)
+
+    def open_retriever(self, config: EngineConfig) -> Retriever:
+        """Open a retriever over a tier of its own."""
+        setup = self.setup
+        plan = plan_tier(setup.opened.index, config)
+        opened = open_retriever(setup.opened.index, plan, setup.config, reporter=setup.reporter)
+        self.undo.callback(opened.close)
+        return opened
 
     def retriever(self, kind: type[Retriever] = Retriever) -> Retriever:
-        """A retriever over the tier that was asked for."""
-        setup = self.setup
-
-        def open_base() -> Retriever:
-            plan = plan_tier(setup.opened.index, setup.config)
-            opened = open_retriever(setup.opened.index, plan, setup.config, reporter=setup.reporter)
-            self._undo.callback(opened.close)
-            return opened
-
-        base: Retriever = self._once("retriever", open_base) if setup.pages is Pages.COLD else open_base()
-        return kind(base.index, self.coarse(), base.tier)
-
-    def memory(self) -> FaissMemory:
-        """Faiss with everything in RAM, one for all that need it."""
-        index = self.setup.opened.index
-
-        def read() -> FaissMemory:
-            with self.setup.reporter.progress(
-                "reading lists into memory", int(index.list_bytes.sum()), unit="bytes"
-            ) as advance:
-                return FaissMemory(index, self.coarse(), advance)
-
-        made: FaissMemory = self._once("memory", read)
-        return made
+        """Return a retriever over the tier that was asked for."""
+        base = self._shared if self.setup.pages is Pages.COLD else self.open_retriever(self.setup.config)
+        return kind(base.index, self.coarse, base.tier)
 
     def engine(self, retriever: Retriever, lookahead: Lookahead, finder: Finder | None = None) -> Engine:
-        """An engine over the shared LLM."""
+        """Return an engine over the shared LLM."""
         setup = self.setup
         config = replace(setup.config, lookahead=lookahead)
         return Engine.open(config, opened=setup.opened, generator=setup.generator, retriever=retriever, finder=finder)
 
     def plain(self, searcher: Plain) -> Engine:
-        """An engine that finds passages with something else than a fast tier."""
+        """Return an engine that finds passages without a fast tier."""
         setup, (k, nprobe) = self.setup, self.setup.depth
         finder = Retrievals(setup.opened.embedder, searcher, setup.opened.passages, k, nprobe, Tracer(enabled=False))
-        return self.engine(self._idle(), Lookahead.OFF, finder)
-
-    def _idle(self) -> Retriever:
-        """A retriever for engines that never use it."""
-        made: Retriever = self._once("idle", self.retriever)
-        return made
-
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._shared:
-            self._shared[key] = make()
-        return self._shared[key]
+        return self.engine(self.idle, Lookahead.OFF, finder)
 
 
 def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
@@ -234,15 +211,22 @@ def _check_memory(setup: Setup, names: Sequence[SystemName]) -> None:
         )
 
 
-def _telerag(
-    rig: Harness,
-    name: SystemName,
-    lookahead: Lookahead,
-    what: str,
-    kind: type[Retriever] = Retriever,
-    schedule: ScheduleName = ScheduleName.ARRIVAL,
-) -> System:
-    retriever = rig.retriever(kind)
+TELERAG = {
+    SystemName.FETCH: (Lookahead.OFF, "no lookahead: lists move when the query is there"),
+    SystemName.QUESTION: (Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"),
+    SystemName.ARRIVAL: (Lookahead.REFINED, "as refined, with the questions in order of arrival"),
+    SystemName.REFINED: (Lookahead.REFINED, "lookahead by the question and the text so far: the default"),
+    SystemName.PERFECT: (Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do"),
+    SystemName.USELESS: (Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost"),
+}
+"""What predicts, and this in words."""
+
+
+def _telerag(rig: Harness, name: SystemName) -> System:
+    lookahead, what = TELERAG[name]
+    kinds: dict[SystemName, type[Retriever]] = {SystemName.PERFECT: Perfect, SystemName.USELESS: Useless}
+    schedule = ScheduleName.SIMILAR if name is SystemName.REFINED else ScheduleName.ARRIVAL
+    retriever = rig.retriever(kinds.get(name, Retriever))
     tier = retriever.tier
     configuration = {
         "what": f"telerag, {what}",
@@ -252,14 +236,8 @@ def _telerag(
         "schedule": schedule.value,
         "tier": plan_tier(rig.setup.opened.index, rig.setup.config).name,
     }
-    return System(
-        name,
-        configuration,
-        rig.engine(retriever, lookahead),
-        forget=tier.forget,
-        retriever=retriever,
-        schedule=schedule,
-    )
+    engine = rig.engine(retriever, lookahead)
+    return System(name, configuration, engine, forget=tier.forget, retriever=retriever, schedule=schedule)
 
 
 def _faiss(name: SystemName, what: str, engine: Engine, **hooks: Any) -> System:
@@ -268,18 +246,18 @@ def _faiss(name: SystemName, what: str, engine: Engine, **hooks: Any) -> System:
 
 
 def _open_ondisk(rig: Harness) -> System:
-    searcher = FaissOnDisk(rig.setup.opened.index, rig.coarse())
-    rig._undo.callback(searcher.unmap)
+    searcher = FaissOnDisk(rig.setup.opened.index, rig.coarse)
+    rig.undo.callback(searcher.unmap)
     what = "OnDiskInvertedLists: lists.bin mapped into memory, read through the page cache"
     return _faiss(SystemName.FAISS_ONDISK, what, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map)
 
 
 def _open_memory(rig: Harness) -> System:
-    return _faiss(SystemName.FAISS_MEMORY, "all lists in RAM (ArrayInvertedLists)", rig.plain(rig.memory()))
+    return _faiss(SystemName.FAISS_MEMORY, "all lists in RAM (ArrayInvertedLists)", rig.plain(rig.memory))
 
 
 def _open_gpu(rig: Harness) -> System:
-    searcher = FaissGpu(rig.memory(), device_number(rig.setup.config.device))
+    searcher = FaissGpu(rig.memory, device_number(rig.setup.config.device))
     return _faiss(SystemName.FAISS_GPU, "all lists on the GPU (GpuIndexIVF)", rig.plain(searcher))
 
 
@@ -287,48 +265,29 @@ def _open_lance(rig: Harness) -> System:
     from telerag_cli.bench.lance import open_lance
 
     searcher, configuration, files = open_lance(rig.setup.opened, rig.setup.reporter.progress)
-    return System(
-        SystemName.LANCEDB, configuration, rig.plain(searcher), forget=searcher.unmap, prepare=searcher.map, files=files
-    )
+    hooks: dict[str, Any] = {"forget": searcher.unmap, "prepare": searcher.map, "files": files}
+    return System(SystemName.LANCEDB, configuration, rig.plain(searcher), **hooks)
 
 
 def _open_resident(rig: Harness) -> System:
-    setup = rig.setup
-    index = setup.opened.index
-    everything = int(index.list_bytes.sum())
-    on_gpu = setup.config.tier in (TierKind.CUDA, TierKind.SIMULATED)
-    options = (
-        replace(setup.config, gpu_memory=str(everything))
-        if on_gpu
-        else replace(setup.config, fast_memory=str(everything))
-    )
-    plan = plan_tier(index, options)
-    retriever = open_retriever(index, plan, setup.config, reporter=setup.reporter)
-    rig._undo.callback(retriever.close)
+    config, index = rig.setup.config, rig.setup.opened.index
+    everything = str(int(index.list_bytes.sum()))
+    on_gpu = config.tier in (TierKind.CUDA, TierKind.SIMULATED)
+    wide = replace(config, gpu_memory=everything) if on_gpu else replace(config, fast_memory=everything)
+    retriever = rig.open_retriever(wide)
     bring(retriever.tier, np.flatnonzero(index.list_bytes > 0))
     configuration = {
         "what": "telerag, every list in the fast tier all the time: the limit",
         "lookahead": "off",
         "arena_bytes": retriever.tier.arena_bytes,
-        "tier": plan.name,
+        "tier": plan_tier(index, wide).name,
     }
     return System(SystemName.RESIDENT, configuration, rig.engine(retriever, Lookahead.OFF), retriever=retriever)
 
 
 def _open_llm_only(rig: Harness) -> System:
     configuration = {"what": "the same LLM calls, given passages that were found before: no embedding, no retrieval"}
-    return System(SystemName.LLM_ONLY, configuration, rig.engine(rig._idle(), Lookahead.OFF, rig.recalled))
-
-
-def _lookahead(
-    name: SystemName,
-    mode: Lookahead,
-    what: str,
-    kind: type[Retriever] = Retriever,
-    schedule: ScheduleName = ScheduleName.ARRIVAL,
-) -> Callable[[Harness], System]:
-    """Opens telerag with something that predicts, or nothing."""
-    return partial(_telerag, name=name, lookahead=mode, what=what, kind=kind, schedule=schedule)
+    return System(SystemName.LLM_ONLY, configuration, rig.engine(rig.idle, Lookahead.OFF, rig.recalled))
 
 
 OPENERS: dict[SystemName, Callable[[Harness], System]] = {
@@ -336,25 +295,6 @@ OPENERS: dict[SystemName, Callable[[Harness], System]] = {
     SystemName.FAISS_ONDISK: _open_ondisk,
     SystemName.FAISS_GPU: _open_gpu,
     SystemName.LANCEDB: _open_lance,
-    SystemName.FETCH: _lookahead(SystemName.FETCH, Lookahead.OFF, "no lookahead: lists move when the query is there"),
-    SystemName.QUESTION: _lookahead(
-        SystemName.QUESTION, Lookahead.QUESTION, "lookahead by the question alone, as the paper has it"
-    ),
-    SystemName.ARRIVAL: _lookahead(
-        SystemName.ARRIVAL, Lookahead.REFINED, "as refined, with the questions in order of arrival"
-    ),
-    SystemName.REFINED: _lookahead(
-        SystemName.REFINED,
-        Lookahead.REFINED,
-        "lookahead by the question and the text so far: the default",
-        schedule=ScheduleName.SIMILAR,
-    ),
-    SystemName.PERFECT: _lookahead(
-        SystemName.PERFECT, Lookahead.QUESTION, "lookahead that knows the query: the most prediction can do", Perfect
-    ),
-    SystemName.USELESS: _lookahead(
-        SystemName.USELESS, Lookahead.QUESTION, "lookahead in a random direction: a wrong prediction's cost", Useless
-    ),
     SystemName.RESIDENT: _open_resident,
     SystemName.LLM_ONLY: _open_llm_only,
 }
