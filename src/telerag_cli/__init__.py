@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from telerag_cli.config import EngineConfig, ScheduleConfig
     from telerag_cli.embedding.job import EmbedConfig, embed
-    from telerag_cli.engine.engine import Answered, Delta, Engine
+    from telerag_cli.engine.engine import AskResult, Delta, Engine
     from telerag_cli.errors import TeleragError
     from telerag_cli.index.build import BuildConfig, build_index
 
 __version__ = "0.1.0"
 __all__ = [
-    "Answered",
+    "AskResult",
     "BuildConfig",
     "Delta",
     "EmbedConfig",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Answered": "engine.engine",
+    "AskResult": "engine.engine",
     "BuildConfig": "index.build",
     "Delta": "engine.engine",
     "EmbedConfig": "embedding.job",

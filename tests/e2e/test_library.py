@@ -11,7 +11,7 @@ import pytest
 
 import telerag_cli
 from expect import fails
-from telerag_cli import Answered, Delta, Engine, EngineConfig, TeleragError, build_index, embed
+from telerag_cli import AskResult, Delta, Engine, EngineConfig, TeleragError, build_index, embed
 from telerag_cli.corpus.pydocs import python_documentation
 from telerag_cli.errors import ArtifactError, UsageError
 
@@ -81,7 +81,7 @@ def test_ask_stream_and_many_say_the_same(engine):
     assert {type(delta) for delta in deltas} == {Delta}
     assert "".join(delta.text for delta in deltas if delta.stage == "answer").strip() == last.answer == answered.answer
     first, second = engine.ask_many([QUESTION, "What is a generator?"])
-    assert isinstance(first, Answered)
+    assert isinstance(first, AskResult)
     assert (first.question, second.question) == (QUESTION, "What is a generator?")
     assert first.answer == answered.answer
     assert [hit.row for hit in engine.search(QUESTION).found] == [hit.row for hit in answered.found]
@@ -101,7 +101,7 @@ def test_one_question_may_differ_in_what_belongs_to_it(engine):
 @pytest.mark.model
 def test_a_question_that_fails_costs_only_itself(engine):
     good, bad = engine.ask_many([QUESTION, "word " * 5000])
-    assert isinstance(good, Answered)
+    assert isinstance(good, AskResult)
     assert isinstance(bad, TeleragError)
     assert bad.code == "context_length"
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from animals import World
 from telerag_cli.config import Lookahead, PipelineName
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.session import Stage
 from telerag_cli.engine.snapshot import Snapshot, snapshot
 from telerag_cli.llm.base import Generation, Request
@@ -79,7 +79,7 @@ class Retrieved:
 
 
 def answer(stages, joins=(), text="It is so."):
-    return Answered(
+    return AskResult(
         "Is it so?",
         "hyde",
         Lookahead.REFINED,

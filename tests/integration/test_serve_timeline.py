@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from doubles import ChosenLink
 from indexes import make_index, make_vectors
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.engine.session import Stage
 from telerag_cli.index.scoring import Coarse
@@ -319,7 +319,7 @@ def stage_of(began_s, took_s):
 
 
 def answered_of(stages, retrievals):
-    return Answered("x", "hyde", Lookahead.REFINED, "text", [], [], stages, retrievals, [], 0, {})
+    return AskResult("x", "hyde", Lookahead.REFINED, "text", [], [], stages, retrievals, [], 0, {})
 
 
 @settings(deadline=None, max_examples=60)

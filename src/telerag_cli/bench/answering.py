@@ -14,7 +14,7 @@ from telerag_cli.bench.results import Cell, Check, Key, Ratio
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Perfect, Setup, System
 from telerag_cli.config import PipelineName
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.pipelines.base import Pipeline
 
@@ -160,7 +160,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     return Outcome(systems, measure.cells(turns, detailed=ask.detailed), [], measure.checks(turns, Pages.COLD), notes)
 
 
-def only_retrieval(turn: SystemTurn, suite: SuiteName) -> Answered:
+def only_retrieval(turn: SystemTurn, suite: SuiteName) -> AskResult:
     """The answer of a turn that wrote, then retrieved once.
 
     Raises:
@@ -179,7 +179,7 @@ def only_retrieval(turn: SystemTurn, suite: SuiteName) -> Answered:
     return answered
 
 
-def _limit(rig: Harness, answered: Answered, budget: float, system: System) -> None:
+def _limit(rig: Harness, answered: AskResult, budget: float, system: System) -> None:
     """Let lookahead move so much, and tell the one that knows the query what it will be."""
     assert system.retriever is not None
     system.retriever.budget_bytes = round(budget * answered.joins[0].bytes_wanted)

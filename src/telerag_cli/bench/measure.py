@@ -13,7 +13,7 @@ from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.bench.systems import Harness, System
 from telerag_cli.config import ScheduleConfig
 from telerag_cli.engine.batch import answer_each
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Scheduler, scheduled
 from telerag_cli.engine.workers import Local, Worker
@@ -53,7 +53,7 @@ class SystemTurn:
     work: Work
     wall_ms: float
     """Until the last answer."""
-    answers: list[Answered]
+    answers: list[AskResult]
     errors: list[str]
     pages_left: float
     """Share of the index file that was in the page cache when it began."""
@@ -129,11 +129,11 @@ async def _turn(rig: Harness, system: System, work: Work) -> SystemTurn:
 
 async def outcomes_of(
     workers: Sequence[Worker], scheduler: Scheduler, questions: Sequence[str]
-) -> list[Answered | BaseException]:
+) -> list[AskResult | BaseException]:
     """Have workers answer questions; return each one's answer or error, in order."""
-    outcomes: dict[int, Answered | BaseException] = {}
+    outcomes: dict[int, AskResult | BaseException] = {}
 
-    def take(place: int, _question: Question, outcome: Answered | TeleragError) -> None:
+    def take(place: int, _question: Question, outcome: AskResult | TeleragError) -> None:
         outcomes[place] = outcome
 
     asked = [Question(str(place), text) for place, text in enumerate(questions)]
@@ -142,10 +142,10 @@ async def outcomes_of(
 
 
 def turn_of(
-    system: str, work: Work, outcomes: Sequence[Answered | BaseException], took_s: float, pages_left: float = 0.0
+    system: str, work: Work, outcomes: Sequence[AskResult | BaseException], took_s: float, pages_left: float = 0.0
 ) -> SystemTurn:
     """Return what came of a turn; raise an outcome that is a bug."""
-    answers = [outcome for outcome in outcomes if isinstance(outcome, Answered)]
+    answers = [outcome for outcome in outcomes if isinstance(outcome, AskResult)]
     failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for outcome in failed:
         if not isinstance(outcome, TeleragError):
@@ -153,14 +153,14 @@ def turn_of(
     return SystemTurn(system, work, 1e3 * took_s, answers, list(map(str, failed)), pages_left)
 
 
-def ttft_ms(answered: Answered) -> float:
+def ttft_ms(answered: AskResult) -> float:
     """From the question until the answer's first token: what comes before the last text, its waiting and its prompt."""
     last = answered.stages[-1]
     before_s = answered.timings["total_s"] - last.took_s
     return 1e3 * (before_s + last.generation.queue_s + last.generation.prefill_s)
 
 
-def stages_ms(answered: Answered) -> dict[str, float]:
+def stages_ms(answered: AskResult) -> dict[str, float]:
     """Milliseconds of each stage, retrieval among them, in the order in which they first ran, as far as it is known."""
     stages = {
         name.removesuffix("_s"): 1e3 * value for name, value in answered.timings.items() if name not in UNMEASURED
@@ -212,7 +212,7 @@ def cell(system: str, key: Key, turns: Sequence[SystemTurn], *, detailed: bool) 
     )
 
 
-def _detail(turn: SystemTurn, answered: Answered) -> dict[str, object]:
+def _detail(turn: SystemTurn, answered: AskResult) -> dict[str, object]:
     return {
         "questions": list(turn.work.questions),
         "repeat": turn.work.number,

@@ -11,7 +11,7 @@ from typing import IO
 
 from rich.cells import cell_len, set_cell_size
 
-from telerag_cli.engine.engine import SKETCH, Answered
+from telerag_cli.engine.engine import SKETCH, AskResult
 from telerag_cli.engine.retrieval import EMBED
 from telerag_cli.engine.session import LLM
 from telerag_cli.pipelines.found import Retrieved
@@ -171,7 +171,7 @@ class Screen:
         self._out.put(self._wrapping.feed(new) if self._wrapping else new)
         self._written = answer
 
-    def answered(self, answered: Answered) -> None:
+    def answered(self, answered: AskResult) -> None:
         """Show the rest of an answer, and what it rests on. If it is not the one that was being written, it says so."""
         if not self._out.clean(answered.answer).strip().startswith(self._written or ""):
             self.end_line()
@@ -204,7 +204,7 @@ class Screen:
         self._begun = True
 
 
-def source_lines(answered: Answered) -> Iterator[tuple[str, bool]]:
+def source_lines(answered: AskResult) -> Iterator[tuple[str, bool]]:
     """A line for each passage that an answer was written from, and whether it is cited."""
     cited = {citation["rank"] for citation in answered.citations}
     for rank, hit in enumerate(answered.found, 1):
@@ -247,7 +247,7 @@ def timeline(spans: Sequence[Span], width: int) -> list[str]:
     return rows
 
 
-def seconds(answered: Answered, width: int) -> list[str]:
+def seconds(answered: AskResult, width: int) -> list[str]:
     """Seconds by stage, and what the joins found in fast memory."""
     timings = answered.timings
     parts = [f"{stage} {timings[f'{stage}_s']:.2f}" for stage in dict.fromkeys(s.name for s in answered.stages)]

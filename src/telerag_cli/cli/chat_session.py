@@ -13,7 +13,7 @@ from pathlib import Path
 from telerag_cli.cli.chat_input import LineSource
 from telerag_cli.cli.chat_screen import Screen, seconds, source_lines, timeline, whole_source
 from telerag_cli.config import Lookahead, PipelineName
-from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.lines import answer_line
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError, TeleragError, UsageError
@@ -60,7 +60,7 @@ class Exchange:
 
     question: str
     """As it was asked."""
-    answered: Answered
+    answered: AskResult
 
 
 class Shown(Listener):
@@ -147,7 +147,7 @@ class Chat:
             raise UsageError(f"There is no command {name}; the nearest is {nearest}.", remedy="/help lists them.")
         command.run(self, argument.strip())
 
-    async def _written(self, question: str) -> Answered:
+    async def _written(self, question: str) -> AskResult:
         """Let the engine answer, and show what it writes while it does."""
         shown = Shown(self._screen)
         turns = [Turn(exchange.question, exchange.answered.answer) for exchange in self.exchanges]
@@ -162,7 +162,7 @@ class Chat:
             await asyncio.wait([answering])
         return answering.result()
 
-    def _last(self) -> Answered:
+    def _last(self) -> AskResult:
         if not self.exchanges:
             raise UsageError("No question was answered yet.", remedy="Ask one.")
         return self.exchanges[-1].answered

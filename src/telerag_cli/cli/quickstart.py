@@ -21,7 +21,7 @@ from telerag_cli.units import format_bytes
 if TYPE_CHECKING:
     from telerag_cli.corpus.passages import Passage
     from telerag_cli.embedding.encoder import Encoder
-    from telerag_cli.engine.engine import Answered, Engine
+    from telerag_cli.engine.engine import AskResult, Engine
     from telerag_cli.index.artifact import Index
     from telerag_cli.tracing import Tracer
 
@@ -112,7 +112,7 @@ def _write_corpus(path: Path, passages: Sequence[Passage]) -> None:
             handle.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, tracer: Tracer) -> list[Answered]:
+def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, tracer: Tracer) -> list[AskResult]:
     """All questions, from an empty arena; the models have run before, so that no mode pays for loading them."""
     import asyncio
 
@@ -133,7 +133,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
     )
     opened = OpenedIndex(index, Passages.open(index.paths.passages), encoder)
 
-    async def ask_all(engine: Engine) -> list[Answered]:
+    async def ask_all(engine: Engine) -> list[AskResult]:
         encoder.encode_queries(QUESTIONS[:1])
         await engine.generator.generate(Request([Message("user", QUESTIONS[0])], max_tokens=4))
         answered = []
@@ -147,7 +147,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
         return asyncio.run(ask_all(engine))
 
 
-def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:
+def _show(answers: Mapping[Lookahead, Sequence[AskResult]]) -> None:
     for number, (question, answered) in enumerate(zip(QUESTIONS, answers[Lookahead.REFINED], strict=True), 1):
         console.emit(f"\n{number}. {question}")
         more = " …" if answered.stages[-1].generation.finish_reason == "length" else ""
@@ -164,7 +164,7 @@ def _show(answers: Mapping[Lookahead, Sequence[Answered]]) -> None:
     console.emit(f"{same} of {len(QUESTIONS)} answers are the same with lookahead off and refined.\n")
 
 
-def _row(number: int, mode: Lookahead, answered: Answered) -> tuple[object, ...]:
+def _row(number: int, mode: Lookahead, answered: AskResult) -> tuple[object, ...]:
     timings, join = answered.timings, answered.joins[0]
     return (
         number + 1,

@@ -20,7 +20,7 @@ import numpy as np
 from telerag_cli.arrays import BoolArray, FloatArray
 from telerag_cli.config import NONE, EngineConfig, TierConfig
 from telerag_cli.distributed.session import Cluster, unwrapped
-from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.engine.workers import Local
@@ -135,7 +135,7 @@ class Replica:
 
     async def answer(
         self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
-    ) -> tuple[Answered, bytes]:
+    ) -> tuple[AskResult, bytes]:
         """Answer one question of the micro-batch of this number; also return the residency as bits."""
         worker = Local(self._engine, self._engine.concurrency)
         batch = self._batches.setdefault(number, MicroBatch(questions, vectors, number))
@@ -152,7 +152,7 @@ class Remote:
         self._actor = actor
         self._resident: BoolArray = np.zeros(nlist, np.bool_)
 
-    async def answer(self, batch: MicroBatch, place: int) -> Answered:
+    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
         """See `Worker`."""
         with unwrapped():
             answered, bits = await self._actor.answer.remote(batch.number, batch.questions, batch.vectors, place)

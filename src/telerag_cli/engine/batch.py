@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from telerag_cli.engine.admission import AdmissionQueue, Permit
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
 from telerag_cli.engine.questions import Question, read_ahead
 from telerag_cli.engine.scheduler import Scheduler
@@ -33,7 +33,7 @@ class Summary:
     timings: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     joins: Counter[str] = field(default_factory=Counter)
 
-    def add(self, answered: Answered) -> None:
+    def add(self, answered: AskResult) -> None:
         """Count an answer."""
         for name, seconds in answered.timings.items():
             self.timings[name] += seconds
@@ -78,7 +78,7 @@ class Outputs:
     """Called after each question."""
 
 
-Outcome = Answered | TeleragError
+Outcome = AskResult | TeleragError
 Take = Callable[[int, Question, Outcome], None]
 """Takes what became of a question, as soon as it is known, and the question's place among all."""
 

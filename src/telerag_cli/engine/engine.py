@@ -40,7 +40,7 @@ ANSWER_FIELDS = {field.name for field in fields(AnswerConfig)}
 
 
 @dataclass(frozen=True)
-class Answered:
+class AskResult:
     """An answer and how it came about. Times are seconds; ``timings`` maps each stage to its own."""
 
     question: str
@@ -241,13 +241,13 @@ class Engine:
         self.pipeline = make_pipeline(self.config.pipeline, **self.config.pipeline_options)
         self.shared = replace(self.shared, config=self.config)
 
-    def ask(self, question: str, **settings: Any) -> Answered:
+    def ask(self, question: str, **settings: Any) -> AskResult:
         """Answer one question; see `aask`."""
         return self._loop_thread.run(self.aask(question, settings=self.answer_config(**settings)))
 
     def ask_many(
         self, questions: Iterable[str], schedule: ScheduleConfig | None = None
-    ) -> Iterator[Answered | TeleragError]:
+    ) -> Iterator[AskResult | TeleragError]:
         """Answer many questions; see `aask_many`."""
         return self._loop_thread.iterate(self.aask_many(questions, schedule))
 
@@ -255,7 +255,7 @@ class Engine:
         """Find passages; see `asearch`."""
         return self._loop_thread.run(self.asearch(*queries))
 
-    def stream(self, question: str, **settings: Any) -> Iterator[Delta | Answered]:
+    def stream(self, question: str, **settings: Any) -> Iterator[Delta | AskResult]:
         """Answer one question piece by piece; see `astream`."""
         return self._loop_thread.iterate(self.astream(question, **settings))
 
@@ -280,7 +280,7 @@ class Engine:
         """
         return await self.shared.retrievals.find(queries, [])
 
-    async def astream(self, question: str, **settings: Any) -> AsyncIterator[Delta | Answered]:
+    async def astream(self, question: str, **settings: Any) -> AsyncIterator[Delta | AskResult]:
         """Answer one question; the texts of all stages come as they are written, and last the whole answer.
 
         Args:
@@ -303,7 +303,7 @@ class Engine:
 
     async def aask_many(
         self, questions: Iterable[str], schedule: ScheduleConfig | None = None
-    ) -> AsyncIterator[Answered | TeleragError]:
+    ) -> AsyncIterator[AskResult | TeleragError]:
         """Answer many questions, similar ones together; the answers come in the questions' order.
 
         A question that cannot be answered yields its error, and costs the others nothing.
@@ -319,7 +319,7 @@ class Engine:
 
         arena_bytes, index = self.retriever.tier.arena_bytes, self.retriever.index
         fitting = scheduled(schedule or ScheduleConfig(), self.concurrency, arena_bytes, index, self.nprobe)
-        results: asyncio.Queue[Answered | TeleragError | None] = asyncio.Queue()
+        results: asyncio.Queue[AskResult | TeleragError | None] = asyncio.Queue()
         asked = (Question(str(number), text) for number, text in enumerate(questions, 1))
         answering = asyncio.create_task(
             answer_each(
@@ -347,7 +347,7 @@ class Engine:
         turns: Sequence[Turn] = (),
         batch: MicroBatch | None = None,
         settings: AnswerConfig | None = None,
-    ) -> Answered:
+    ) -> AskResult:
         """Answer one question.
 
         Args:
@@ -373,7 +373,7 @@ class Engine:
             answer = await pipeline.run(session, standalone)
         session.timings["total_s"] = time.perf_counter() - started_s
         text = _before_stop(answer.text, shared.config.stop)
-        return Answered(
+        return AskResult(
             standalone,
             pipeline.name,
             shared.config.lookahead,

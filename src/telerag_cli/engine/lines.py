@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from telerag_cli.config import model_name
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import wrap_os_error, writing
 from telerag_cli.retrieval.report import JoinReport
 
 
-def answer_line(question: Question, answered: Answered) -> dict[str, Any]:
+def answer_line(question: Question, answered: AskResult) -> dict[str, Any]:
     """The line for an answered question. Times are seconds, rounded to a microsecond."""
     body = answer_body(answered)
     if question.batch is None:
@@ -39,7 +39,7 @@ def answer_line(question: Question, answered: Answered) -> dict[str, Any]:
     return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": response, "error": None}
 
 
-def answer_body(answered: Answered) -> dict[str, Any]:
+def answer_body(answered: AskResult) -> dict[str, Any]:
     """How an answer came about, beside its text."""
     joins = Counter(dict.fromkeys(JoinReport.count_names(), 0))
     for join in answered.joins:
@@ -69,7 +69,7 @@ def answer_body(answered: Answered) -> dict[str, Any]:
     }
 
 
-def usage(answered: Answered) -> dict[str, int]:
+def usage(answered: AskResult) -> dict[str, int]:
     """OpenAI's count of tokens, over all that the LLM read and wrote for an answer."""
     read = sum(stage.generation.prompt_tokens for stage in answered.stages)
     written = sum(stage.generation.completion_tokens for stage in answered.stages)
@@ -84,7 +84,7 @@ def error_line(question: Question, message: str) -> dict[str, Any]:
     return {"id": f"batch_req_{question.id}", "custom_id": question.id, "response": None, "error": error}
 
 
-def trace_line(question: Question, answered: Answered) -> dict[str, Any]:
+def trace_line(question: Question, answered: AskResult) -> dict[str, Any]:
     """The line of a recording: every prompt, text, query and length, enough to replay it."""
     return {
         "id": question.id,

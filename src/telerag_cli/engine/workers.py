@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from telerag_cli.arrays import BoolArray
-from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.pipelines.base import Pipeline
 
@@ -17,7 +17,7 @@ class Worker(Protocol):
     at_once: int
     """Questions that it answers at once."""
 
-    async def answer(self, batch: MicroBatch, place: int) -> Answered:
+    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
         """Answer one question of a micro-batch; all are asked for at once.
 
         Raises:
@@ -37,7 +37,7 @@ class Local:
     pipeline: Pipeline | None = None
     """How to answer, if not with the engine's own."""
 
-    async def answer(self, batch: MicroBatch, place: int) -> Answered:
+    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
         """See `Worker`."""
         return await self.engine.aask(batch.questions[place], pipeline=self.pipeline, batch=batch)
 

@@ -29,7 +29,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.snapshot import Snapshot
 from telerag_cli.pipelines.base import is_answer
 from telerag_cli.retrieval.report import JoinReport
@@ -174,7 +174,7 @@ class Metrics(Collector):
         self._state = state
 
     def answered(
-        self, model: str, answered: Answered, *, waited_s: float, first_token_s: float | None, took_s: float
+        self, model: str, answered: AskResult, *, waited_s: float, first_token_s: float | None, took_s: float
     ) -> None:
         """Count a request that has its answer, and its retrievals.
 
@@ -322,7 +322,7 @@ def _hit_ratio(done: Sequence[_Done]) -> float | None:
     return sum(each.lists_hit for each in done) / wanted if wanted else None
 
 
-def _token_s(answered: Answered) -> float | None:
+def _token_s(answered: AskResult) -> float | None:
     """Seconds per token after the first, of the (last) LLM call that wrote the answer; None without a second token."""
     stages = answered.stages
     wrote = [stage for stage in stages if stage.generation.text == answered.answer]

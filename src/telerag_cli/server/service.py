@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.admission import AdmissionQueue, Permit, QueueFullError
-from telerag_cli.engine.engine import Answered, Engine
+from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.snapshot import snapshot
@@ -90,7 +90,7 @@ class Watcher(Listener):
 class AnswerResult:
     """An answer, and how it came about as JSON."""
 
-    answered: Answered
+    answered: AskResult
     about: dict[str, Any]
     waited_s: float
     first_s: float

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from telerag_cli.engine.engine import Answered
+from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.tracing import Span
@@ -97,7 +97,7 @@ class _Link:
         return _TimelineBar(move.start_s, move.end_s, outcome, move.figures | {"outcome": outcome})
 
 
-def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s: float) -> dict[str, Any]:
+def timeline(answered: AskResult, spans: Sequence[Span], began_s: float, ended_s: float) -> dict[str, Any]:
     """Return the timeline of one answered request, as JSON.
 
     The bars of the link need the spans of its moves, so listen to the tracer since before ``began_s``. Without them all
@@ -131,7 +131,7 @@ def timeline(answered: Answered, spans: Sequence[Span], began_s: float, ended_s:
     }
 
 
-def _written(answered: Answered) -> Iterator[_TimelineBar]:
+def _written(answered: AskResult) -> Iterator[_TimelineBar]:
     for stage in answered.stages:
         made = stage.generation
         figures = {
