@@ -87,16 +87,15 @@ class FakeRequest:
         self.written.append(next_token(output))
         return self.written[-1] if len(self.written) < self.count else None
 
-    def finish(self):
-        assert self.written == alone(self.prompt, self.count)
-        self.outcomes.append("done")
-
-    def fail(self, error):
-        self.outcomes.append(str(error))
-
-    def abort(self):
-        assert self.cancelled
-        self.outcomes.append("aborted")
+    def end(self, error=None):
+        if error:
+            self.outcomes.append(str(error))
+        elif len(self.written) == self.count:
+            assert self.written == alone(self.prompt, self.count)
+            self.outcomes.append("done")
+        else:
+            assert self.cancelled
+            self.outcomes.append("aborted")
 
 
 class Bench:

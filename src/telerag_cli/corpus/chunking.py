@@ -13,11 +13,9 @@ Split = Callable[[str], Iterable[tuple[int, str]]]
 
 
 class Chunker:
-    """Cuts prose and Markdown at the largest boundary (heading, paragraph, sentence, word) that fits.
+    """Cuts prose and Markdown at the largest boundary (heading, paragraph, sentence, word) that fits the embedder.
 
-    Args:
-        tokenizer: the embedder's ``tokenizers.Tokenizer``, without truncation.
-        max_tokens: tokens the embedder sees at most, its special tokens included.
+    It takes the embedder's ``tokenizers.Tokenizer``, without truncation, and its limit, special tokens included.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:

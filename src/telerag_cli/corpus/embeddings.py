@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from telerag_cli.arrays import FloatArray, IntArray
+from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import checksum, ends_of, read_json, wrap_os_error
 
@@ -57,9 +58,7 @@ class Embeddings:
     def open(cls, path: Path, column: str | None = None) -> Embeddings:
         """Open a folder made by ``telerag embed``, a Parquet file, or a folder of Parquet files (by name, recursively).
 
-        Args:
-            path: the folder or file.
-            column: the vector column; needed only if there are several.
+        The vector column must be named only if there are several.
 
         Raises:
             ArtifactError: missing or incomplete, a damaged file, or files of several dimensions.
@@ -146,7 +145,7 @@ class Embeddings:
         """
         block = np.empty((min(rows, self.rows - start), self.dimension), np.float32)
         filled, first = 0, start
-        for row, batch in self._stream([self.column], start):
+        for row, batch in self._stream([self.column], start, self.rows):
             vectors = self._vectors(batch.column(0), row)
             taken = 0
             while taken < len(vectors):
@@ -189,18 +188,16 @@ class Embeddings:
 
     def passage_bytes(self, probes: int = 8) -> int:
         """Bytes the passages will take, estimated from a few batches spread over the shards."""
-        seen = used = 0
-        for shard in self.shards[:: max(1, len(self.shards) // probes)][:probes]:
-            batch = next(self.passages_of(shard))
-            seen, used = seen + len(batch), used + batch.nbytes
-        return int(used / seen * self.rows * 1.02) + READ_ROWS
+        shards = self.shards[:: max(1, len(self.shards) // probes)][:probes]
+        batches = [next(self.passages_of(shard)) for shard in shards]
+        used = sum(batch.nbytes for batch in batches) / sum(map(len, batches))
+        return int(used * self.rows * 1.02) + READ_ROWS
 
     def passages_of(self, shard: Shard) -> Iterator[pa.RecordBatch]:
         """`passages` of one shard."""
-        return Embeddings(self.path, self.column, self.dimension, self.dtype, (shard,), self.description).passages()
+        return replace(self, shards=(shard,)).passages()
 
-    def _stream(self, columns: list[str], start: int, stop: int | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        stop = self.rows if stop is None else stop
+    def _stream(self, columns: list[str], start: int, stop: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         for shard in self.shards:
             if shard.start + shard.rows <= start or shard.start >= stop:
                 continue
@@ -225,27 +222,24 @@ class Embeddings:
         """A table's scalar columns as id, text and metadata."""
         names = list(table.column_names)
 
-        def take(*known: str) -> pa.Array | None:
+        def take(*known: str) -> pa.Array:
             name = next((name for name in known if name in names), None)
             if name is None:
-                return None
+                return pa.nulls(count, pa.string())
             names.remove(name)
             return table.column(name).cast(pa.string()).combine_chunks()
 
-        ids, text = take("id", "_id"), take("text", "contents")
-        if ids is None:
-            ids = pa.array([str(number) for number in range(row, row + count)], pa.string())
-        elif ids.null_count:
+        ids, text = take("id", "_id"), take("text", "contents").fill_null("")
+        if ids.null_count:
             ids = pa.array(
                 [str(row + i) if name is None else name for i, name in enumerate(ids.to_pylist())], pa.string()
             )
-        text = pa.array([""] * count, pa.string()) if text is None else text.fill_null("")
         if self.description and names == ["metadata"]:
             metadata = table.column("metadata").combine_chunks()  # ours: JSON already
         elif names:
             metadata = pa.array([_metadata(values) for values in table.select(names).to_pylist()], pa.string())
         else:
-            metadata = pa.array(["{}"] * count, pa.string())
+            metadata = pa.repeat(pa.scalar("{}"), count)
         return pa.record_batch([ids, text, metadata], schema=PASSAGE_SCHEMA)
 
     def _vectors(self, column: pa.Array, row: int) -> npt.NDArray[Any]:
@@ -397,11 +391,9 @@ def _dimension(parquet: pq.ParquetFile, column: str, path: Path) -> int:
 def _metadata(values: dict[str, Any]) -> str:
     inner = values.pop("metadata", None)
     if isinstance(inner, str):
-        try:
+        parsed = None
+        with contextlib.suppress(ValueError):
             parsed = json.loads(inner)
-        except ValueError:
-            parsed = inner
         inner = parsed if isinstance(parsed, dict) else {"metadata": inner}
     merged = {key: value for key, value in {**values, **(inner or {})}.items() if value is not None}
-    text: str = json.dumps(merged, ensure_ascii=False, sort_keys=True, default=str)
-    return text
+    return Passage("", "", merged).metadata_json

@@ -14,7 +14,8 @@ import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +28,14 @@ MAX_CHARS = 1000
 MIN_CHARS = 40
 """Shorter docstrings ("Not implemented.") answer nothing."""
 
-_COMPILED = (
-    "builtins",
-    "itertools",
-    "math",
-    "cmath",
-    "array",
-    "time",
-    "sys",
-    "gc",
-    "zlib",
-    "binascii",
-    "unicodedata",
-    "mmap",
-    "select",
-    "fcntl",
-    "marshal",
-    "errno",
-    "atexit",
-    "faulthandler",
-)
-_SKIPPED = frozenset(
-    {
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "distutils",
-        "turtledemo",
-        "pydoc_data",
-        "ensurepip",
-        "site-packages",
-        "dist-packages",
-        "lib-dynload",
-        "this",
-        "antigravity",
-    }
-)
+_COMPILED = """
+    builtins itertools math cmath array time sys gc zlib binascii unicodedata mmap select fcntl marshal errno atexit
+    faulthandler
+"""
+_SKIPPED = """
+    test tests idlelib lib2to3 distutils turtledemo pydoc_data ensurepip site-packages dist-packages lib-dynload this
+    antigravity
+"""
 _PUBLIC_NAMES = {"_pydecimal": "decimal", "_pyio": "io", "_pydatetime": "datetime"}
 """Modules whose documented source has a private name, because a compiled twin usually takes its place."""
 
@@ -79,7 +51,8 @@ def python_documentation() -> Iterator[Passage]:
         raise InputError(
             f"{library} holds no sources of the standard library.", remedy="Use a Python installed with them."
         )
-    return _unique(_documentation(library))
+    passages = (_topics(), *map(_compiled, _COMPILED.split()), _docstrings(library, _SKIPPED.split()))
+    return _unique(chain.from_iterable(passages))
 
 
 def harvest(roots: Iterable[Path]) -> Iterator[Passage]:
@@ -92,14 +65,7 @@ def harvest(roots: Iterable[Path]) -> Iterator[Passage]:
     for root in roots:
         if not root.is_dir():
             raise InputError(f"{root} is not a folder.", remedy="Name folders that hold Python packages.")
-    return _unique(passage for root in roots for passage in _docstrings(root, skipped=frozenset()))
-
-
-def _documentation(library: Path) -> Iterator[Passage]:
-    yield from _topics()
-    for name in _COMPILED:
-        yield from _compiled(name)
-    yield from _docstrings(library, skipped=_SKIPPED)
+    return _unique(passage for root in roots for passage in _docstrings(root))
 
 
 def _unique(passages: Iterable[Passage]) -> Iterator[Passage]:
@@ -178,10 +144,10 @@ def _sections(text: str, told: set[str]) -> Iterator[tuple[str, str]]:
         yield heading, "\n\n".join(kept)
 
 
-def _docstrings(root: Path, *, skipped: frozenset[str]) -> Iterator[Passage]:
+def _docstrings(root: Path, skipped: Sequence[str] = ()) -> Iterator[Passage]:
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).parts):
         parts = path.relative_to(root).with_suffix("").parts
-        if skipped.intersection(parts):
+        if set(skipped) & set(parts):
             continue
         names = [_PUBLIC_NAMES.get(part, part) for part in parts if part != "__init__"]
         if names and not any(_private(name) for name in names):
@@ -203,10 +169,8 @@ def _source(path: Path, module: str) -> Iterator[Passage]:
 def _members(body: list[ast.stmt], owner: str, module: str, kind: str) -> Iterator[Passage]:
     for node in body:
         if isinstance(node, ast.If | ast.Try):
-            parts = [node.body, node.orelse]
-            if isinstance(node, ast.Try):
-                parts += [handler.body for handler in node.handlers]
-            for part in parts:
+            handlers = [handler.body for handler in node.handlers] if isinstance(node, ast.Try) else []
+            for part in (node.body, node.orelse, *handlers):
                 yield from _members(part, owner, module, kind)
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) or _private(node.name):
             continue
@@ -214,24 +178,17 @@ def _members(body: list[ast.stmt], owner: str, module: str, kind: str) -> Iterat
         doc = _documented(node)
         if isinstance(node, ast.ClassDef):
             if doc:
-                yield from _passages(name, f"class {name}{_bases(node)}", doc, module, "class")
+                bases = f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
+                yield from _passages(name, f"class {name}{bases}", doc, module, "class")
             yield from _members(node.body, name, module, "method")
         elif doc:
-            yield from _passages(name, f"{name}{_signature(node)}", doc, module, kind)
+            returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+            yield from _passages(name, f"{name}({ast.unparse(node.args)}){returns}", doc, module, kind)
 
 
 def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
     doc = ast.get_docstring(node)
     return doc if doc and len(doc) >= MIN_CHARS else None
-
-
-def _bases(node: ast.ClassDef) -> str:
-    return f"({', '.join(map(ast.unparse, node.bases))})" if node.bases else ""
-
-
-def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"({ast.unparse(node.args)}){returns}"
 
 
 def _compiled(module: str) -> Iterator[Passage]:

@@ -145,12 +145,8 @@ def read_passages(
 ) -> Iterator[Passage]:
     """All passages of the sources, one at a time.
 
-    A row without an id gets ``<label>:<line>``; the chunks of a text file get ``<label>#<n>``.
-
-    Args:
-        sources: what `find_sources` found.
-        chunker: cuts text files; needed if there are any.
-        on_bad: called with the error of each line that cannot be used; without it the first one is raised.
+    A row without an id gets ``<label>:<line>``; the chunks of a text file get ``<label>#<n>``. ``on_bad`` is called
+    with the error of each line that cannot be used; without it the first one is raised.
 
     Raises:
         InputError: a source or a line of it cannot be used.
@@ -322,7 +318,7 @@ def _passage(row: Mapping[str, Any], where: str) -> Passage:
     if isinstance(nested, dict):
         rest = {**nested, **{key: value for key, value in rest.items() if key != "metadata"}}
     passage = Passage(str(name), text, rest)
-    try:
+    try:  # what is not UTF-8 came through `_open` as surrogates
         f"{passage.id}{passage.text}{passage.metadata_json}".encode()
     except UnicodeEncodeError:
         raise _BadRowError("not valid UTF-8 text") from None

@@ -72,7 +72,7 @@ class Encoder:
     def __init__(self, model: Any, name: str, device: torch.device, precision: Precision | None) -> None:
         self._model = model
         self._device = device
-        self.precision: Precision | None = None
+        self.precision = precision
         """The type in which passages are computed; None as long as ``auto`` has seen no text."""
         self._forwards: dict[torch.dtype, Forward] = {}
         self._lock = threading.Lock()
@@ -94,8 +94,6 @@ class Encoder:
                 f"The embedder '{name}' has no transformer that could compute in {precision}.",
                 remedy="Leave out --precision.",
             )
-        if precision is not None:
-            self.precision = precision
 
     @property
     def _has_transformer(self) -> bool:
@@ -103,13 +101,10 @@ class Encoder:
 
     @classmethod
     def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", precision: str = "auto") -> Encoder:
-        """Load a model.
+        """Load a model; the arguments are as in `EmbedConfig`.
 
-        Args:
-            model: the bundled model's alias, a folder, or a name in the Hugging Face cache or hub.
-            device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-            precision: type in which passages are computed; ``auto`` decides on the first of them (`decide`). Queries
-                are always computed in float32.
+        The precision is for passages, and ``auto`` decides on the first of them (`decide`). Queries are always computed
+        in float32.
 
         Raises:
             ModelError: the model cannot be had or is no text encoder.
@@ -163,18 +158,11 @@ class Encoder:
         return self.count_tokens(f"{self._query_prompt or ''}{text}")
 
     def encode(self, texts: Sequence[str], batch_size: int | None = None, advance: Advance | None = None) -> FloatArray:
-        """Embed passages.
+        """Embed passages, prompt not included; shape (len(texts), dimension).
 
         The texts are batched by length within 1,024 at a time; the result depends on the texts, the batch size, the
-        precision and the machine, and on nothing else.
-
-        Args:
-            texts: passages, prompt not included.
-            batch_size: passages in a batch, fewer if they are longer than 64 tokens; 32, on a GPU 1,024.
-            advance: called with the number of passages done.
-
-        Returns:
-            Shape (len(texts), dimension).
+        precision and the machine, and on nothing else. A batch holds ``batch_size`` passages (by default 32, on a GPU
+        1,024), or fewer if they are longer than 64 tokens.
 
         Raises:
             ResourceError: the GPU's memory does not hold a batch.
@@ -240,6 +228,7 @@ class Encoder:
         return self._forwards[dtype]
 
     def _made(self, dtype: torch.dtype) -> Forward:
+        """The model in this type: by our own layers if they compute the same, else by its own."""
         first, *rest = self._model
         native = dtype is torch.float32 or (dtype is torch.bfloat16 and computes_bfloat16(self._device))
         if self._device.type == "cpu" and native and UnpaddedBert.fits(first):
@@ -297,9 +286,7 @@ def _threads(count: int) -> Iterator[None]:
 def batches(lengths: IntArray, batch_size: int) -> Iterator[IntArray]:
     """Rows in batches of similar length, longest first, so that little is padding and the peak of memory comes first.
 
-    Args:
-        lengths: tokens of each row, shape (n,).
-        batch_size: rows in a batch at most; its tokens are at most 64 times that, or one row.
+    ``lengths`` are in tokens, (n,). A batch has at most ``batch_size`` rows and 64 times as many tokens, or one row.
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0

@@ -125,16 +125,10 @@ def embed(
 
     Batches never cross a shard, so an interrupted and resumed run writes the same bytes as one that was not.
 
-    Args:
-        sources: files and folders that `telerag_cli.corpus.readers` reads, ``-`` for standard input; or the passages
-            themselves. One shard of them is held at a time, or as many as ``pool`` asks for.
-        output: the folder, made if absent.
-        config: how to embed; None for the defaults.
-        encoder: a loaded model instead of the config's.
-        pool: processes that make the shards; they find the folder and the config's model by the same paths. None: this
-            one does.
-        progress: shows passages as they are done, those of finished shards included.
-        on_bad: called with the error of each line that cannot be used; without it the first one is raised.
+    ``sources`` are files and folders that `telerag_cli.corpus.readers` reads, ``-`` for standard input; or the passages
+    themselves, of which one shard is held at a time, or as many as ``pool`` asks for. The pool's processes find the
+    folder and the config's model by the same paths. ``encoder`` is a loaded model instead of the config's. ``on_bad``
+    is called with the error of each line that cannot be used; without it the first one is raised.
 
     Raises:
         InputError: the corpus is empty, or a line of it cannot be used.
@@ -197,13 +191,7 @@ def _made(
 
 
 def make_shard(task: ShardTask, encoder: Encoder, batch_size: int | None = None, advance: Advance | None = None) -> int:
-    """Embed a shard's passages and write it; return the number of them.
-
-    Args:
-        task: the shard.
-        encoder: of the task's model; its precision is set.
-        batch_size: as in `Encoder.encode`.
-        advance: called with the number of passages embedded.
+    """Embed a shard's passages and write it; return the number of them. The encoder's precision is set.
 
     Raises:
         ResourceError: the file cannot be written, or the GPU's memory does not hold a batch.

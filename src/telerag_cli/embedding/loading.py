@@ -39,11 +39,7 @@ def model_folder(model: str) -> Path | None:
 
 
 def model_path(model: str) -> str:
-    """What sentence-transformers itself would be given for a model: a folder, or the name as it is.
-
-    Raises:
-        ModelError: the folder does not exist, or the bundled model is not installed.
-    """
+    """What sentence-transformers itself would be given for a model: `model_folder`, or the name as it is."""
     return str(model_folder(model) or model)
 
 

@@ -141,13 +141,9 @@ def code_size(dimension: int, storage: Storage) -> int:
 
 
 def lay_out(sizes: npt.NDArray[np.int64], code_bytes: int) -> tuple[TableArray, int]:
-    """Where lists of these sizes lie in ``lists.bin``.
+    """Where lists of these sizes, (nlist,) in vectors, lie in ``lists.bin``.
 
     The capacity is the least one not below the size for which the row numbers are 8-byte aligned.
-
-    Args:
-        sizes: vectors in each list, shape (nlist,).
-        code_bytes: bytes of one stored vector.
 
     Returns:
         The table (nlist, 3) of size, capacity and byte offset, and the length of the file in bytes.

@@ -210,15 +210,9 @@ def build_index(
 ) -> Index:
     """Build an index, or go on with one that was interrupted; a finished one of the same parameters is opened as it is.
 
-    Args:
-        embeddings: a folder made by `telerag_cli.embed`, or Parquet with a column of vectors.
-        output: the index folder to make.
-        config: how to build it; None for the defaults.
-        overwrite: replace a finished index, and start over if an interrupted build had other parameters.
-        progress: shows the stages.
-        pool: processes that assign and place; they find the embeddings and ``output`` by the same paths. None: this one
-            does.
-        plan: `plan_build` of the same, if the caller has it.
+    ``embeddings`` is a folder made by `telerag_cli.embed`, or Parquet with a column of vectors. ``overwrite`` replaces
+    a finished index, and starts over if an interrupted build had other parameters. The processes of ``pool`` find the
+    embeddings and ``output`` by the same paths. ``plan`` is `plan_build` of the same, if the caller has it.
 
     Raises:
         UsageError: the options contradict each other or the data.
@@ -279,7 +273,7 @@ class _Build:
         if done == self.rows:
             return
         halves = self.config.storage is Storage.FLOAT16 or self.config.keep_vectors is KeptType.FLOAT16
-        stage = Assigning(self.embeddings, self.plan.partial, self.config.metric, halves)
+        stage = Assigning(self.embeddings, self.plan.partial, ASSIGN_ROWS, self.config.metric, halves)
         # What is known is so when a span is sent: it may be of fewer rows than those before it, and lets more pass.
         blocks = run_stage(stage, done, lambda _first, _end: truth.least, self.pool)
         with (
@@ -289,15 +283,15 @@ class _Build:
         ):
             handle.truncate(4 * done)
             advance(done)
-            for number, block in enumerate(blocks, 1):
-                handle.write(block.lists.tobytes())
-                truth.merge(block.found)
-                done += len(block.lists)
+            for number, (lists, found) in enumerate(blocks, 1):
+                handle.write(lists.tobytes())
+                truth.merge(found)
+                done += len(lists)
                 if number % CHECKPOINT_BLOCKS == 0 or done == self.rows:
                     handle.flush()
                     os.fsync(handle.fileno())
                     save_arrays(self.plan.work / "assigned.npz", done=done, scores=truth.scores, rows=truth.rows)
-                advance(len(block.lists))
+                advance(len(lists))
 
     def place(self) -> None:
         """Write each row's code and number where the sizes of the lists say; rows of a list keep their order."""
@@ -314,7 +308,7 @@ class _Build:
             return known
 
         rows = max(1, plan.place_rows // (self.pool.workers if self.pool else 1))
-        stage = Placing(self.embeddings, plan.partial, self.config.storage, plan.kept, rows)
+        stage = Placing(self.embeddings, plan.partial, rows, self.config.storage, plan.kept)
         stage.prepare(*lay_out(_count(lists, nlist, 0, self.rows), plan.code_size))
         ends = run_stage(stage, done, before, self.pool)
         with self.progress("Placing in lists", self.rows, unit="vectors") as advance, contextlib.closing(ends):

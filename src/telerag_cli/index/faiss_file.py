@@ -36,23 +36,18 @@ from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import InputError
 from telerag_cli.files import CHUNK_BYTES, ends_of, read_exactly, wrap_os_error, write_at
 from telerag_cli.index.artifact import ID_BYTES, code_size
+from telerag_cli.index.scoring import SCALAR_KINDS
 from telerag_cli.progress import Advance
 
 FLAT, SCALAR, SCALAR_RESIDUAL = b"IwFl", b"IwSq", b"IwSQ"
 METRICS = {0: Metric.IP, 1: Metric.L2}
 QUANTIZERS = {b"IxFI": Metric.IP, b"IxF2": Metric.L2}
-SCALAR_KINDS = {faiss.ScalarQuantizer.QT_8bit: Storage.INT8, faiss.ScalarQuantizer.QT_fp16: Storage.FLOAT16}
-SCALAR_NAMES = [
-    "8bit",
-    "4bit",
-    "8bit_uniform",
-    "4bit_uniform",
-    "fp16",
-    "8bit_direct",
-    "6bit",
-    "bf16",
-    "8bit_direct_signed",
-]
+STORAGES = {kind: storage for storage, kind in SCALAR_KINDS.items()}
+SCALAR_NAMES = {
+    getattr(faiss.ScalarQuantizer, name): name.removeprefix("QT_")
+    for name in dir(faiss.ScalarQuantizer)
+    if name.startswith("QT_") and name != "QT_count"
+}
 KNOWN = {
     "IxF": "IndexFlat",
     "IxPT": "IndexPreTransform",
@@ -237,16 +232,16 @@ class _Header:
         kind, _, _, _, _ = self._take("<iifQQ")
         trained = self._array(np.float32)
         _, by_residual = self._take("<QB")
-        if kind not in SCALAR_KINDS:
-            name = SCALAR_NAMES[kind] if 0 <= kind < len(SCALAR_NAMES) else str(kind)
+        if kind not in STORAGES:
+            name = SCALAR_NAMES.get(kind, kind)
             raise InputError(
                 f"{self.path} is IndexIVFScalarQuantizer of {name}, and telerag imports it of fp16 or 8bit.",
                 remedy="Build one of these.",
             )
         if by_residual:
             raise self._residual("IndexIVFScalarQuantizer")
-        if SCALAR_KINDS[kind] is not Storage.INT8:
-            return SCALAR_KINDS[kind], None
+        if STORAGES[kind] is not Storage.INT8:
+            return STORAGES[kind], None
         if len(trained) != 2 * dimension:
             self._damaged(f"its 8bit quantizer has {len(trained):,} numbers, and needs {2 * dimension:,}")
         return Storage.INT8, trained
@@ -363,10 +358,6 @@ class _Header:
 def check_ids(file: FaissFile, advance: Advance) -> None:
     """Make sure that the ids are the numbers of rows: each of 0 to ntotal - 1 once. Takes a byte of memory per vector.
 
-    Args:
-        file: the index.
-        advance: called with the number of vectors looked at.
-
     Raises:
         InputError: an id is another number, or is there twice.
     """
@@ -406,15 +397,9 @@ def _ids(file: FaissFile) -> Iterator[tuple[int, int, IntArray]]:
 def copy_list(
     source: int, held: tuple[int, int, int], target: int, wanted: tuple[int, int, int], code_bytes: int, path: Path
 ) -> None:
-    """Copy one list's codes and ids, a few MiB at a time.
+    """Copy one list's codes and ids, a few MiB at a time, between descriptors; ``path`` is the source's, for messages.
 
-    Args:
-        source: descriptor to read from.
-        held: size, capacity and byte offset of the list in it.
-        target: descriptor to write to.
-        wanted: the same for the place it gets.
-        code_bytes: bytes of one stored vector.
-        path: path of the source, for messages.
+    ``held`` is the list's size, capacity and byte offset in the source, ``wanted`` those of the place it gets.
 
     Raises:
         ArtifactError: the source ends before.

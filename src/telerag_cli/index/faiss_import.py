@@ -62,13 +62,7 @@ class ImportPlan(Draft):
 
 
 def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedder: str | None) -> ImportPlan:
-    """Work out sizes, and refuse passages that cannot be matched with vectors.
-
-    Args:
-        file: the index.
-        passages: the passages, in the order of the ids; passage number i is that of id i.
-        root: the index folder to make.
-        embedder: the model that made the vectors, if it is known.
+    """Work out sizes, and refuse passages that cannot be matched with vectors: passage number i is that of id i.
 
     Raises:
         UsageError: the passages are of a kind whose rows are not those of the index.
@@ -112,10 +106,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
 def import_index(plan: ImportPlan, *, overwrite: bool = False, progress: Progress = silent) -> Index:
     """Import an index, or go on with an interrupted import; a finished one of the same files is opened as it is.
 
-    Args:
-        plan: `plan_import`.
-        overwrite: replace a finished index, and start over if an interrupted making had other parameters.
-        progress: shows the stages.
+    ``overwrite`` replaces a finished index, and starts over if an interrupted making had other parameters.
 
     Raises:
         ArtifactError: ``root`` is something else, or was begun or made of other files.

@@ -115,9 +115,7 @@ class Draft:
     def claimed(self, *, overwrite: bool = False, remedy: str) -> Iterator[None]:
         """Hold the partial folder, new or begun with the same parameters; give the index its name afterwards.
 
-        Args:
-            overwrite: start over if it was begun with other parameters.
-            remedy: what to do if the disk is too small.
+        ``overwrite`` starts over if it was begun with other parameters; ``remedy`` is for a disk that is too small.
 
         Raises:
             ArtifactError: the folder is something else, or was begun with other parameters.
@@ -196,12 +194,8 @@ def _shown(value: Any) -> Any:
 def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent) -> None:
     """Save the lists' checksums, sum the other files, and write the manifest, the last file of an index to appear.
 
-    Args:
-        paths: the folder.
-        manifest: all of it but ``files`` and ``balance``.
-        sums: checksum of each list, (nlist,).
-        whole: checksum of ``lists.bin``; `telerag_cli.index.verify.scan_lists` returns both.
-        progress: shows that something is done.
+    The manifest lacks ``files`` and ``balance`` still. `telerag_cli.index.verify.scan_lists` returns ``sums`` and
+    ``whole``, the checksums of each list and of ``lists.bin``.
     """
     save_array(paths.checksums, sums)
     others = [paths.centroids, paths.offsets, paths.checksums, paths.passages]

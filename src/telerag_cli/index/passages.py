@@ -78,11 +78,8 @@ class Passages:
 def write_passages(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Schema = PASSAGE_SCHEMA) -> Iterator[int]:
     """Write the Arrow file; yields how many more rows were written. Drain it: the file is whole only at the end.
 
-    Args:
-        batches: ``id``, ``text``, ``metadata``.
-        path: the file.
-        schema: of the batches. Columns may also be dictionaries of strings, the same in all batches, which `Passages`
-            reads as it reads strings: where few texts stand in many rows.
+    The columns ``id``, ``text`` and ``metadata`` may also be dictionaries of strings, the same in all batches, which
+    `Passages` reads as it reads strings: where few texts stand in many rows.
     """
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.RecordBatch] = []
@@ -92,12 +89,10 @@ def write_passages(batches: Iterable[pa.RecordBatch], path: Path, schema: pa.Sch
             if count >= BATCH_ROWS:
                 table = pa.Table.from_batches(waiting).combine_chunks()
                 whole = count // BATCH_ROWS * BATCH_ROWS
-                for part in table.slice(0, whole).to_batches(max_chunksize=BATCH_ROWS):
-                    writer.write_batch(part)
+                writer.write_table(table.slice(0, whole), max_chunksize=BATCH_ROWS)
                 waiting = table.slice(whole).to_batches()
                 yield whole
         if waiting:
             rest = pa.Table.from_batches(waiting).combine_chunks()
-            for part in rest.to_batches():
-                writer.write_batch(part)
+            writer.write_table(rest)
             yield len(rest)

@@ -20,6 +20,7 @@ BLOCK_BYTES = 8 << 20
 COARSE_BLOCK = 16
 """Queries per call of the coarse quantizer. Faiss turns to BLAS, and other roundings, at 20 queries; staying below
 makes a query's probes independent of what it is batched with."""
+SCALAR_KINDS = {Storage.FLOAT16: faiss.ScalarQuantizer.QT_fp16, Storage.INT8: faiss.ScalarQuantizer.QT_8bit}
 
 
 def faiss_metric(metric: Metric) -> int:
@@ -36,8 +37,7 @@ def empty_ivf(
         index = faiss.IndexIVFFlat(quantizer, dimension, nlist, number)
         index.is_trained = True
         return index
-    kind = faiss.ScalarQuantizer.QT_fp16 if storage is Storage.FLOAT16 else faiss.ScalarQuantizer.QT_8bit
-    index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, nlist, kind, number, False)
+    index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, nlist, SCALAR_KINDS[storage], number, False)
     if trained is not None:
         faiss.copy_array_to_vector(np.ascontiguousarray(trained), index.sq.trained)
     index.is_trained = storage is Storage.FLOAT16 or trained is not None
@@ -46,8 +46,7 @@ def empty_ivf(
 
 def scalar_quantizer(dimension: int, storage: Storage, trained: FloatArray | None = None) -> Any:
     """A ``faiss.ScalarQuantizer`` of ``float16`` or ``int8``, as it is inside `empty_ivf`."""
-    kind = faiss.ScalarQuantizer.QT_fp16 if storage is Storage.FLOAT16 else faiss.ScalarQuantizer.QT_8bit
-    quantizer = faiss.ScalarQuantizer(dimension, kind)
+    quantizer = faiss.ScalarQuantizer(dimension, SCALAR_KINDS[storage])
     if trained is not None:
         faiss.copy_array_to_vector(np.ascontiguousarray(trained), quantizer.trained)
     return quantizer
@@ -144,13 +143,8 @@ class ListScorer:
     def score(self, queries: FloatArray, lists: IntArray, k: int) -> tuple[FloatArray, IntArray]:
         """The ``k`` best (score, row) of the named lists for each query, best first, equal scores by row.
 
-        Args:
-            queries: (n, dimension).
-            lists: (n, m) list numbers, -1 to skip.
-            k: results per query.
-
-        Returns:
-            Scores and rows, (n, k); missing places hold the worst score and row -1.
+        Queries (n, dimension) and lists (n, m), -1 to skip, give scores and rows (n, k); missing places hold the worst
+        score and row -1.
         """
         if len(queries) == 1:
             return self._score(queries, lists, k)
@@ -188,16 +182,7 @@ class ListScorer:
             width *= 2
 
     def score_some(self, query: FloatArray, lists: IntArray, places: IntArray) -> tuple[FloatArray, IntArray]:
-        """Scores, as `score` gives them, of some vectors only.
-
-        Args:
-            query: (dimension,).
-            lists: (m,) the list of each vector.
-            places: (m,) its place in the list.
-
-        Returns:
-            Scores and rows, (m,).
-        """
+        """Scores and rows (m,), as `score` gives them, of vectors by their ``lists`` and ``places`` in these, (m,)."""
         query = np.ascontiguousarray(query, np.float32)
         code_bytes = int(self._lists.code_size)
         table = self.table[lists].astype(np.int64)
@@ -260,15 +245,8 @@ def score_again(
 ) -> tuple[FloatArray, IntArray]:
     """The ``k`` best of candidates by their scores against the vectors themselves, as ``faiss.IndexRefine`` does it.
 
-    Args:
-        queries: (n, dimension).
-        rows: (n, m) candidates, -1 for none.
-        vectors: (ntotal, dimension) of any float type; only the candidates' rows are read.
-        k: results per query, at most ``m``.
-        metric: how to compare.
-
-    Returns:
-        Scores and rows, (n, k).
+    Queries (n, dimension) and candidates' rows (n, m), -1 for none, give scores and rows (n, k), k at most m. Of the
+    vectors (ntotal, dimension), of any float type, only the candidates are read.
     """
     scores, _rows = nothing(len(rows), rows.shape[1], metric)
     for query, candidates, out in zip(queries, rows, scores, strict=True):

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,6 @@ MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 Encode = Callable[[FloatArray], npt.NDArray[np.uint8]]
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -58,23 +57,17 @@ class RowSpan:
                 return
 
 
-class BuildStage(Protocol[R_co]):
-    """What is done with spans of rows."""
+@dataclass(frozen=True)
+class BuildStage(Generic[R]):
+    """What is done with spans of rows, ``block_rows`` at a time, while the index grows in ``draft``."""
 
-    @property
-    def embeddings(self) -> Embeddings:
-        """The vectors."""
+    embeddings: Embeddings
+    draft: Path
+    block_rows: int
 
-    @property
-    def draft(self) -> Path:
-        """The folder in which the index grows."""
-
-    @property
-    def block_rows(self) -> int:
-        """Rows done at a time."""
-
-    def __call__(self) -> Callable[[RowSpan], Iterator[R_co]]:
+    def __call__(self) -> Callable[[RowSpan], Iterator[R]]:
         """Return what yields a result for each block of a span."""
+        raise NotImplementedError
 
 
 def run_stage(
@@ -82,11 +75,7 @@ def run_stage(
 ) -> Generator[R]:
     """Yield the results of all blocks from row ``start`` on, in order, made here or by the processes of a pool.
 
-    Args:
-        stage: the stage.
-        start: first row that is not done.
-        known: what is known before the span from one row to another; asked in the order of the rows, each once.
-        pool: the processes; None for this one.
+    ``known`` says what is known before the span from one row to another; it is asked in the order of the rows.
     """
     rows = stage.embeddings.rows
     if pool is None:
@@ -129,42 +118,29 @@ def held_out(draft: Path, metric: Metric) -> Nearest:
 
 
 @dataclass(frozen=True)
-class Assigned:
-    """Lists (n,) of a block of rows, and which of its rows may be exact answers to the held-out queries."""
+class Assigning(BuildStage[tuple[npt.NDArray[np.int32], NearestInBlock]]):
+    """Finds the nearest list of rows, (n,) of each block, and the best of them for the held-out queries.
 
-    lists: npt.NDArray[np.int32]
-    found: NearestInBlock
+    Its work raises `InputError` if a vector cannot be used.
+    """
 
-
-@dataclass(frozen=True)
-class Assigning:
-    """Finds the nearest list of rows, and the best of them for the held-out queries."""
-
-    embeddings: Embeddings
-    draft: Path
     metric: Metric
     halves: bool
     """Whether something of the vectors will be stored in float16."""
 
-    block_rows = ASSIGN_ROWS
-
-    def __call__(self) -> Callable[[RowSpan], Iterator[Assigned]]:
-        """Open the centroids and the held-out queries.
-
-        Raises (in what is returned):
-            InputError: a vector cannot be used.
-        """
+    def __call__(self) -> Callable[[RowSpan], Iterator[tuple[npt.NDArray[np.int32], NearestInBlock]]]:
+        """Open the centroids and the held-out queries."""
         nearest_lists = Assigner(np.load(IndexPaths(self.draft).centroids), self.metric)
 
-        def work(span: RowSpan) -> Iterator[Assigned]:
+        def work(span: RowSpan) -> Iterator[tuple[npt.NDArray[np.int32], NearestInBlock]]:
             truth = held_out(self.draft, self.metric)
-            with contextlib.closing(span.blocks(self.embeddings, ASSIGN_ROWS)) as blocks:
+            with contextlib.closing(span.blocks(self.embeddings, self.block_rows)) as blocks:
                 for first, block in blocks:
                     lists = nearest_lists(block)
                     self._check(first, block, lists)
                     found = truth.found(first, block, np.maximum(span.known, truth.least))
                     truth.merge(found)
-                    yield Assigned(lists.astype(np.int32), found)
+                    yield lists.astype(np.int32), found
 
         return work
 
@@ -186,14 +162,11 @@ class Assigning:
 
 
 @dataclass(frozen=True)
-class Placing:
+class Placing(BuildStage[int]):
     """Writes rows' codes and numbers where the sizes of the lists say; rows of a list keep their order."""
 
-    embeddings: Embeddings
-    draft: Path
     storage: Storage
     keep_vectors: str
-    block_rows: int
 
     def prepare(self, table: TableArray, lists_bytes: int) -> None:
         """Give the files their sizes; what is in them stays."""
@@ -229,7 +202,9 @@ class Placing:
                 disk = stack.enter_context(ThreadPoolExecutor(1))
                 for first, block in blocks:
                     if vectors_file is not None:
-                        self._keep(block, first, vectors_file)
+                        header, vector_bytes = self._vectors_layout
+                        kept = block.astype(self.keep_vectors, copy=False)
+                        write_at(vectors_file, kept.data.cast("B"), len(header) + first * vector_bytes)
                     _place(encode, block, first, lists[first : first + len(block)], table, filled, codes_file)
                     # What was written is on disk before it is counted as done; meanwhile the next block is placed.
                     if synced is not None:
@@ -242,11 +217,6 @@ class Placing:
                     yield end
 
         return work
-
-    def _keep(self, block: FloatArray, first: int, file: int) -> None:
-        header, vector_bytes = self._vectors_layout
-        kept = block.astype(self.keep_vectors, copy=False)
-        write_at(file, kept.data.cast("B"), len(header) + first * vector_bytes)
 
 
 def _sync(*files: int | None) -> None:
@@ -282,15 +252,8 @@ def _place(
 
 
 def encoder(dimension: int, storage: Storage, trained: FloatArray | None) -> Encode:
-    """Return what makes codes of vectors: (n, dimension) float32 to (n, code_size) uint8.
-
-    Args:
-        dimension: of the vectors.
-        storage: how vectors are kept.
-        trained: `telerag_cli.index.train.train_ranges`, for ``int8``.
-    """
+    """Return what makes codes of vectors: (n, dimension) float32 to (n, code_size) uint8."""
     if storage is Storage.FLOAT32:
         return lambda block: block.view(np.uint8)
-    quantizer = scalar_quantizer(dimension, storage, trained)
-    encode: Encode = quantizer.compute_codes
+    encode: Encode = scalar_quantizer(dimension, storage, trained).compute_codes
     return encode

@@ -41,11 +41,7 @@ def auto_nlist(rows: int) -> int:
 def plan_training(rows: int, dimension: int, nlist: int | None, sample_bytes: int) -> TrainingPlan:
     """Choose sizes so that the training sample stays within ``sample_bytes``.
 
-    Args:
-        rows: vectors there are.
-        dimension: of each.
-        nlist: as asked for; None for `auto_nlist`, halved until the sample suffices.
-        sample_bytes: memory for the sample.
+    ``nlist`` is as asked for; None means `auto_nlist`, halved until the sample suffices.
 
     Raises:
         UsageError: more lists than vectors, or than the sample's memory holds vectors.
@@ -77,11 +73,9 @@ def draw_rows(rows: int, plan: TrainingPlan, seed: int) -> tuple[IntArray, IntAr
 
 
 def find_gpu(device: str, library: Any = faiss) -> int | None:
-    """The number of the GPU that k-means shall run on, or None for the CPU.
+    """The number of the GPU that k-means shall run on, or None for the CPU; ``library`` is the ``faiss`` module.
 
-    Args:
-        device: ``auto`` (the first GPU if Faiss finds one), ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
-        library: the ``faiss`` module.
+    ``device`` is ``auto`` (the first GPU if Faiss finds one), ``cpu``, ``cuda`` (the first GPU) or ``cuda:N``.
 
     Raises:
         UsageError: the device is none of these.
@@ -119,12 +113,7 @@ def find_gpu(device: str, library: Any = faiss) -> int | None:
 def train_centroids(sample: FloatArray, nlist: int, metric: Metric, seed: int, gpu: int | None = None) -> FloatArray:
     """Centroids (nlist, dimension) by Faiss's k-means; for inner product on the sphere, as ``IndexIVF`` does.
 
-    Args:
-        sample: vectors to learn from, (n, dimension).
-        nlist: how many centroids.
-        metric: of the index.
-        seed: of the centroids to begin with.
-        gpu: where the nearest centroids are looked for, from `find_gpu`. A GPU rounds otherwise than the CPU does.
+    A ``gpu``, from `find_gpu`, rounds otherwise than the CPU does.
 
     Raises:
         KeyboardInterrupt: Ctrl-C while Faiss was at it.

@@ -21,14 +21,7 @@ OnCodes = Callable[[int, int, bytes], None]
 def scan_lists(
     path: Path, table: TableArray, code_size: int, advance: Advance, on_codes: OnCodes | None = None
 ) -> tuple[TableArray, str]:
-    """Read ``lists.bin`` once, from end to end, a few MiB at a time.
-
-    Args:
-        path: the file.
-        table: size, capacity and offset of each list, (nlist, 3).
-        code_size: bytes of one stored vector.
-        advance: called with the number of bytes read.
-        on_codes: called with each block of whole codes; padding is left out.
+    """Read ``lists.bin`` once, from end to end, a few MiB at a time, and hand whole codes, without padding, on.
 
     Returns:
         xxh3-64 of each list, padding included, uint64 (nlist,); and the whole file's, as ``xxh3:...``.
@@ -70,12 +63,7 @@ class Damage:
 
 
 def verify(index: Index, advance: Advance) -> Damage:
-    """Compare every byte of an index with its checksums.
-
-    Args:
-        index: the index; opening it has checked sizes.
-        advance: called with the number of bytes read.
-    """
+    """Compare every byte of an index, of which opening it has checked sizes, with its checksums."""
     files = []
     for name, info in sorted(index.manifest.files.items()):
         if name != index.paths.lists.name:

@@ -70,7 +70,7 @@ class Decoder(Protocol):
 
 
 class BatchRequest(Protocol):
-    """A request as the batcher sees it. It ends once, by `finish`, `fail` or `abort`, and its slot is free by then."""
+    """A request as the batcher sees it. It ends once, and its slot is free by then."""
 
     @property
     def prompt(self) -> list[int]:
@@ -86,14 +86,8 @@ class BatchRequest(Protocol):
     def sample(self, output: Any) -> int | None:
         """The next token, sampled from the decoder's output; None if the text is complete. It does not raise."""
 
-    def finish(self) -> None:
-        """Its text is complete."""
-
-    def fail(self, error: Exception) -> None:
-        """It cannot be answered."""
-
-    def abort(self) -> None:
-        """It was cancelled."""
+    def end(self, error: Exception | None = None) -> None:
+        """Its text is complete, it was cancelled, or it cannot be answered, by this error."""
 
 
 @dataclass(eq=False)
@@ -118,12 +112,9 @@ class Batcher:
     """Requests in slots. Not safe for threads: one owns it."""
 
     def __init__(self, decoder: Decoder, slots: int, prefill_chunk: int) -> None:
-        """Start with empty slots.
+        """Start with a decoder of that many slots, all empty.
 
-        Args:
-            decoder: what computes, with that many slots, all empty.
-            slots: requests at a time.
-            prefill_chunk: prompt tokens per step, of all requests together; it bounds what the others wait for.
+        ``prefill_chunk`` is in prompt tokens per step, of all requests together; it bounds what the others wait for.
         """
         self._decoder = decoder
         self._prefill_chunk = prefill_chunk
@@ -179,7 +170,7 @@ class Batcher:
         for slot in self._slots:
             slot.request, slot.pending, slot.tokens = None, [], []
         for request in requests:
-            request.fail(error)
+            request.end(error)
 
     def forget(self) -> None:
         """Drop the tokens kept in free slots, so that what comes is computed whole."""
@@ -203,11 +194,11 @@ class Batcher:
     def _abort_cancelled(self) -> None:
         for request in [request for request in self._waiting if request.cancelled]:
             self._waiting.remove(request)
-            request.abort()
+            request.end()
         for slot in self._slots:
             if slot.request and slot.request.cancelled:
                 request, slot.request, slot.pending = slot.request, None, []
-                request.abort()
+                request.end()
 
     def _admit(self) -> None:
         """Give free slots to waiting requests in order; one that waits for a prefix may be overtaken."""
@@ -298,7 +289,7 @@ class Batcher:
         token = request.sample(output)
         if token is None:
             slot.request = None
-            request.finish()
+            request.end()
         else:
             self._written_tokens += 1
             slot.pending = [token]
@@ -308,7 +299,7 @@ class Batcher:
             request, slot.request, slot.pending = slot.request, None, []
             self._cut(slot, 0)  # how far it came is unknown
             if request:
-                request.fail(error)
+                request.end(error)
 
     def _cut(self, slot: Slot, tokens: int) -> None:
         """Cut a slot. The decoder is always told: after a failure it may hold more than is noted here."""

@@ -70,17 +70,12 @@ class Endpoint:
         retries: int = DEFAULT_RETRIES,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """Take the address; the server is asked only if ``model`` is None.
+        """Take the address, such as ``http://localhost:8000/v1``; the server is asked only if ``model`` is None.
 
-        Args:
-            base_url: where ``/chat/completions`` is found, such as ``http://localhost:8000/v1``.
-            model: its name there; None for the only one that the server has.
-            context_tokens: tokens that prompt and answer may have together.
-            parallel: requests sent at once; more of them wait.
-            api_key: by default the variable OPENAI_API_KEY, or a placeholder for servers that want none.
-            timeout_s: the longest silence, before the first byte and between any two; an answer may take longer.
-            retries: further tries after a transient failure, as long as no text was passed on.
-            notice: called once if the server takes schemas in the older form only.
+        None is the only model that the server has. The key is by default the variable OPENAI_API_KEY, or a placeholder
+        for servers that want none. ``timeout_s`` is the longest silence, before the first byte and between any two.
+        Tries are repeated after a transient failure, as long as no text was passed on. ``notice`` is called once if
+        the server takes schemas in the older form only.
 
         Raises:
             UsageError: the address is not one, or there are several models.

@@ -45,13 +45,11 @@ class LlamaModel:
     """Weights, vocabulary and chat template. The weights are mapped from the file, not read."""
 
     def __init__(self, path: Path, *, gpu_layers: int = 0, gpu: int | None = None) -> None:
-        """Load the model.
+        """Load a GGUF file.
 
-        Args:
-            path: a GGUF file.
-            gpu_layers: layers to put on a GPU, -1 for all. With none, the model does not touch a GPU at all: by default
-                llama.cpp would send it the products of long prompts, over the link and with other roundings.
-            gpu: the one that they go to; None for all there are.
+        ``gpu_layers`` go to the ``gpu`` of this number, or to all there are; -1 is all layers. With none, the model
+        does not touch a GPU at all: by default llama.cpp would send it the products of long prompts, over the link and
+        with other roundings.
 
         Raises:
             ModelError: the file cannot be loaded or has no chat template.
@@ -201,14 +199,10 @@ class LlamaDecoder:
     """
 
     def __init__(self, model: LlamaModel, slots: int, tokens: int, threads: int | None, *, reproducible: bool) -> None:
-        """Take the memory.
+        """Take the memory for ``slots`` sequences of so many ``tokens`` each.
 
-        Args:
-            model: what decodes.
-            slots: sequences.
-            tokens: of each.
-            threads: CPU threads; by default one per core.
-            reproducible: keep a text from depending on what is decoded beside it, if the model's weights allow it.
+        There is by default one CPU thread per core. ``reproducible`` keeps a text from depending on what is decoded
+        beside it, if the model's weights allow it.
 
         Raises:
             ResourceError: there is not enough memory.

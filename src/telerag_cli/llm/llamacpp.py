@@ -46,13 +46,8 @@ class LlamaCpp:
     ) -> None:
         """Take the memory for the contexts, and the model, which is freed by `close`.
 
-        Args:
-            model: the model.
-            context_tokens: tokens that a prompt and its answer may have together; at most what the model was trained
-                for.
-            parallel: requests at a time.
-            threads: CPU threads; by default one per core.
-            reproducible: see `LlamaDecoder`.
+        A context has at most the tokens that the model was trained for. ``threads`` and ``reproducible`` are as in
+        `LlamaDecoder`.
 
         Raises:
             ResourceError: there is not enough memory.
@@ -233,17 +228,14 @@ class _RunningRequest:
             self._outcome = error
         return None
 
-    def finish(self) -> None:
+    def end(self, error: Exception | None = None) -> None:
         """See `BatchRequest`."""
-        self._end(self._outcome)
-
-    def fail(self, error: Exception) -> None:
-        """See `BatchRequest`."""
-        self._end(error)
-
-    def abort(self) -> None:
-        """See `BatchRequest`."""
-        self._end(None)
+        self._sampler.close()
+        outcome = error or self._outcome
+        if isinstance(outcome, Exception):
+            self.result.set_exception(outcome)
+        else:
+            self.result.set_result(outcome)
 
     def _add(self, token: int, logits: FloatArray) -> FinishReason | None:
         """Add a token to the text; why it has ended, if it has."""
@@ -279,13 +271,6 @@ class _RunningRequest:
             stopped_by=self._output.stopped_by,
             tokens=tokens,
         )
-
-    def _end(self, outcome: Generation | Exception | None) -> None:
-        self._sampler.close()
-        if isinstance(outcome, Exception):
-            self.result.set_exception(outcome)
-        else:
-            self.result.set_result(outcome)
 
 
 def log_probability(logits: FloatArray, token: int) -> float:

@@ -21,9 +21,8 @@ _PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 def resolve_model(model: str | None, hf_repo: str | None) -> Path:
     """The GGUF file to load; of a model in several parts, the first.
 
-    Args:
-        model: ``config.DEFAULT_GENERATOR`` or a path; None for the default.
-        hf_repo: ``user/model`` or ``user/model:QUANT``, fetched into the Hugging Face cache if not there.
+    ``model`` is ``config.DEFAULT_GENERATOR`` (also None) or a path; ``hf_repo`` is ``user/model`` or
+    ``user/model:QUANT``, fetched into the Hugging Face cache if not there.
 
     Raises:
         UsageError: both are given.

@@ -26,12 +26,10 @@ class Replay:
     """A generator that writes what was recorded for the same messages and the same ``max_tokens``."""
 
     def __init__(self, trace: Path, pacer: Generator) -> None:
-        """Read the recording.
+        """Read what ``telerag run --record`` wrote.
 
-        Args:
-            trace: what ``telerag run --record`` wrote.
-            pacer: the model whose time it takes: it gets the same prompts and writes as many tokens as recorded, which
-                nobody sees.
+        The pacer is the model whose time it takes: it gets the same prompts and writes as many tokens as recorded,
+        which nobody sees.
 
         Raises:
             ArtifactError: the file is missing or not a recording.

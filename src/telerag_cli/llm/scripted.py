@@ -33,14 +33,7 @@ class ScriptedGenerator:
     parallel = 1000
 
     def __init__(self, script: Script, *, token_s: float = 0.0, context_tokens: int = 4096) -> None:
-        """Take the script.
-
-        Args:
-            script: a function of the request; or a mapping in which the first key found in the last message gives the
-                answer.
-            token_s: seconds per token.
-            context_tokens: tokens that prompt and answer may have together.
-        """
+        """Take the script: a function of the request; or a mapping, whose first key in the last message answers."""
         self._script = script
         self._token_s = token_s
         self.context_tokens = context_tokens
