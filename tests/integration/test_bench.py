@@ -68,7 +68,7 @@ def setup(tmp_path):
         tier=TierKind.HOST,
         fast_memory=int(world.index.list_bytes.sum() // 2),
     )
-    return Setup(opened, ScriptedGenerator(script, token_s=0.0005), config, Pages.COLD)
+    return Setup(opened, ScriptedGenerator(script, token_s=0.0001), config, Pages.COLD)
 
 
 class Counting:

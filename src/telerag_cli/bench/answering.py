@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from telerag_cli.bench import measure, page_cache
 from telerag_cli.bench.measure import SystemTurn, Work, take_turns
-from telerag_cli.bench.results import Cell, Check, Key, Ratio
+from telerag_cli.bench.results import Check, Key, Outcome, Ratio
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Perfect, Setup, System
-from telerag_cli.config import PipelineName
+from telerag_cli.config import EngineConfig, PipelineName
 from telerag_cli.engine.engine import AskResult
+from telerag_cli.engine.opened_index import OpenedIndex
 from telerag_cli.errors import TeleragError, UsageError
+from telerag_cli.files import checksum
 from telerag_cli.pipelines.base import Pipeline
 
 GENERATING_FIRST = (
@@ -26,9 +28,13 @@ GENERATING_FIRST = (
     PipelineName.FLARE,
 )
 """Pipelines whose queries are written by the LLM: those that lookahead by the text so far is for."""
+WHOLE_AND_RETRIEVAL = ("e2el_ms", "retrieval_ms")
 MEAN = "mean of those that retrieve after generating"
-DROPPED = "Cold: " + page_cache.HOW + " Arenas are emptied, and the LLM forgets its prompts."
-KEPT = "Warm: the index file is read once before, and what page cache and arenas hold stays from question to question."
+STATES = {
+    Pages.COLD: f"Cold: {page_cache.HOW} Arenas are emptied, and the LLM forgets its prompts.",
+    Pages.WARM: "Warm: the index file is read once before, and what page cache and arenas hold stays from question to "
+    "question.",
+}
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,51 @@ class Ask:
     counting: Callable[[str, int], Any]
     """Opens a display of so many turns; see `console.progress`."""
 
+    @property
+    def warmups(self) -> list[Work]:
+        """The first questions, by the first pipeline: for models, threads and pages of the arena."""
+        questions = next(iter(self.questions.values()))[: self.num_warmups]
+        return [Work({}, self.pipelines[0], (question,)) for question in questions]
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a suite found."""
+    @property
+    def measured(self) -> list[str]:
+        """The questions of all datasets, without those for warming up."""
+        return [question for questions in self.questions.values() for question in questions[self.num_warmups :]]
 
-    systems: dict[str, dict[str, Any]]
-    cells: list[Cell]
-    ratios: list[Ratio]
-    checks: list[Check]
-    notes: list[str]
+    def only_pipeline(self, suite: SuiteName) -> Pipeline:
+        """Return the pipeline of a suite that takes one; raises UsageError if several are named."""
+        pipeline, *others = self.pipelines
+        if others:
+            raise UsageError(
+                f"{suite} is for one pipeline and {len(self.pipelines)} are named.", remedy="Name one with --pipeline."
+            )
+        return pipeline
+
+
+def settings_of(opened: OpenedIndex, config: EngineConfig, llm: str, **extent: Any) -> dict[str, Any]:
+    """Return what was the same for all systems; ``extent`` is how much was asked, by the names of results."""
+    index, trace = opened.index, config.replay
+    manifest = index.manifest
+    return {
+        "index": {
+            "name": index.paths.root.name,
+            "lists_bytes": int(index.list_bytes.sum()),
+            "ntotal": manifest.ntotal,
+            "nlist": manifest.nlist,
+            "dimension": manifest.dimension,
+            "storage": manifest.storage.value,
+            "metric": manifest.metric.value,
+        },
+        "llm": llm,
+        "generation": "real" if trace is None else f"replayed from {trace.name} ({checksum(trace)})",
+        "embedder": opened.embedder.info.model,
+        **extent,
+        "k": config.k,
+        "nprobe": config.nprobe,
+        "max_tokens": config.max_tokens,
+        "temperature": config.temperature,
+        "fast_memory_bytes": config.fast_memory_bytes,
+    }
 
 
 def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
@@ -64,16 +105,9 @@ def latency(ask: Ask, pages: Sequence[Pages]) -> Outcome:
     parts = []
     for state in pages:
         works = _one_by_one(ask, ("pipeline", "dataset"), pages=state.value)
-        turns, systems = _turns(ask, replace(ask.setup, pages=state), works)
-        parts.append(
-            Outcome(
-                systems,
-                measure.cells(turns, detailed=ask.detailed),
-                measure.ratios(turns, ask.systems, ("e2el_ms", "retrieval_ms"), ask.seed) + _means(ask, turns, state),
-                measure.checks(turns, state),
-                [DROPPED if state is Pages.COLD else KEPT],
-            )
-        )
+        turns, outcome = _measured(replace(ask, setup=replace(ask.setup, pages=state)), works, WHOLE_AND_RETRIEVAL)
+        outcome.ratios.extend(_means(ask, turns, state))
+        parts.append(outcome)
     return _joined(parts)
 
 
@@ -83,23 +117,22 @@ def _means(ask: Ask, turns: Sequence[SystemTurn], state: Pages) -> list[Ratio]:
     found = []
     for dataset in ask.questions if len(names) > 1 else ():
         keys: list[Key] = [{"pipeline": name, "dataset": dataset, "pages": state.value} for name in names]
-        label = {"pipeline": MEAN, "dataset": dataset, "pages": state.value}
-        found += measure.mean_ratios(turns, ask.systems, keys, label, ask.seed)
+        found += measure.mean_ratios(turns, ask.systems, keys, keys[0] | {"pipeline": MEAN}, ask.seed)
     return found
 
 
 def breakdown(ask: Ask) -> Outcome:
     """Where the time of a question goes, by pipeline and system."""
-    return _simple(ask, _one_by_one(ask, ("pipeline",)), ())
+    return _measured(ask, _one_by_one(ask, ("pipeline",)), ())[1]
 
 
 def nprobe(ask: Ask, values: Sequence[int]) -> Outcome:
     """One question at a time, by lists probed."""
     parts = []
     for value in values:
-        config = replace(ask.setup.config, nprobe=value)
-        probing = replace(ask, setup=replace(ask.setup, config=config))
-        parts.append(_simple(probing, _one_by_one(ask, (), nprobe=value), ("e2el_ms", "retrieval_ms")))
+        setup = replace(ask.setup, config=replace(ask.setup.config, nprobe=value))
+        works = _one_by_one(ask, (), nprobe=value)
+        parts.append(_measured(replace(ask, setup=setup), works, WHOLE_AND_RETRIEVAL)[1])
     return _joined(parts)
 
 
@@ -108,12 +141,12 @@ def throughput(ask: Ask, sizes: Sequence[int], at_once: int) -> Outcome:
     works = []
     for size in sizes:
         for pipeline in ask.pipelines:
-            supply = itertools.cycle(questions_of(ask))
+            supply = itertools.cycle(ask.measured)
             works += [
                 Work({"batch_size": size}, pipeline, tuple(itertools.islice(supply, size)), number, at_once=at_once)
                 for number in range(ask.repeats)
             ]
-    return _simple(ask, works, ("wall_ms",))
+    return _measured(ask, works, ("wall_ms",))[1]
 
 
 def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
@@ -125,33 +158,22 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
     Raises:
         UsageError: the pipeline retrieves more than once, or nothing is predicted for it.
     """
-    ask = replace(ask, setup=replace(ask.setup, pages=Pages.COLD, config=replace(ask.setup.config, max_tokens=1)))
-    pipeline, *others = ask.pipelines
-    if others:
-        raise UsageError(
-            f"hit-rate is for one pipeline and {len(ask.pipelines)} are named.", remedy="Name one with --pipeline."
-        )
-    questions = questions_of(ask)
-    with (
-        Harness.open(ask.setup, (SystemName.FETCH, *ask.systems)) as rig,
-        ask.counting("hit-rate", len(questions) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups) as advance,
-    ):
-        first = [Work({}, pipeline, (question,)) for question in questions]
-        known = take_turns(rig, first, (SystemName.FETCH,), warmups_of(ask), advance)
+    pipeline = ask.only_pipeline(SuiteName.HIT_RATE)
+    setup = replace(ask.setup, pages=Pages.COLD, config=replace(ask.setup.config, max_tokens=1))
+    total = len(ask.measured) * (1 + len(budgets) * len(ask.systems)) + ask.num_warmups
+    with Harness.open(setup, (SystemName.FETCH, *ask.systems)) as rig, ask.counting("hit-rate", total) as advance:
+        first = [Work({}, pipeline, (question,)) for question in ask.measured]
+        known = take_turns(rig, first, (SystemName.FETCH,), ask.warmups, advance)
         works = [
-            Work(
-                {"budget": budget},
-                pipeline,
-                turn.work.questions,
-                prepare=partial(_limit, rig, only_retrieval(turn, SuiteName.HIT_RATE), budget),
-            )
+            Work({"budget": budget}, pipeline, turn.work.questions, prepare=partial(_limit, rig, answered, budget))
             for turn in known
+            for answered in [only_retrieval(turn, SuiteName.HIT_RATE)]
             for budget in budgets
         ]
         turns = take_turns(rig, works, ask.systems, (), advance)
         systems = {system.value: rig.systems[system].configuration for system in ask.systems}
     notes = [
-        DROPPED,
+        STATES[Pages.COLD],
         "Answers are cut to one token: nothing after the join is measured.",
         "budget: bytes that lookahead may move, as a multiple of the bytes that the question's retrieval "
         "probes; what there is no time for is not moved whatever the budget.",
@@ -161,7 +183,7 @@ def hit_rate(ask: Ask, budgets: Sequence[float]) -> Outcome:
 
 
 def only_retrieval(turn: SystemTurn, suite: SuiteName) -> AskResult:
-    """The answer of a turn that wrote, then retrieved once.
+    """Return the answer of a turn that wrote, then retrieved once.
 
     Raises:
         TeleragError: it could not be answered.
@@ -180,87 +202,58 @@ def only_retrieval(turn: SystemTurn, suite: SuiteName) -> AskResult:
 
 
 def _limit(rig: Harness, answered: AskResult, budget: float, system: System) -> None:
-    """Let lookahead move so much, and tell the one that knows the query what it will be."""
+    """Let lookahead move so much, and give the system that knows the query what it will be."""
     assert system.retriever is not None
     system.retriever.budget_bytes = round(budget * answered.joins[0].bytes_wanted)
     if isinstance(system.retriever, Perfect):
         system.retriever.known = rig.setup.opened.embedder.encode_queries(answered.retrievals[0].queries)
 
 
-def _simple(ask: Ask, works: Sequence[Work], metrics: Sequence[str]) -> Outcome:
-    """Works as they are, from the state of the pages that was asked for."""
-    turns, systems = _turns(ask, ask.setup, works)
+def _measured(ask: Ask, works: Sequence[Work], metrics: Sequence[str]) -> tuple[list[SystemTurn], Outcome]:
+    """Have all systems do the works, and compare them by some metrics."""
     state = ask.setup.pages
-    return Outcome(
-        systems,
-        measure.cells(turns, detailed=ask.detailed),
-        measure.ratios(turns, ask.systems, metrics, ask.seed),
-        measure.checks(turns, state),
-        [DROPPED if state is Pages.COLD else KEPT],
-    )
-
-
-def _turns(ask: Ask, setup: Setup, works: Sequence[Work]) -> tuple[list[SystemTurn], dict[str, dict[str, Any]]]:
-    with Harness.open(setup, ask.systems) as rig:
-        if setup.pages is Pages.WARM:
+    with Harness.open(ask.setup, ask.systems) as rig:
+        if state is Pages.WARM:
             rig.warm()
-        warmups = warmups_of(ask)
-        with ask.counting("turns", (len(works) + len(warmups)) * len(ask.systems)) as advance:
-            turns = take_turns(rig, works, ask.systems, warmups, advance)
-        return turns, {name.value: system.configuration for name, system in rig.systems.items()}
-
-
-def warmups_of(ask: Ask) -> list[Work]:
-    """The first questions, by the first pipeline: models, threads and pages of the arena."""
-    pipeline = ask.pipelines[0]
-    questions = next(iter(ask.questions.values()))[: ask.num_warmups]
-    return [Work({}, pipeline, (question,)) for question in questions]
-
-
-def _measured(ask: Ask) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each dataset's questions, without those for warming up."""
-    for dataset, questions in ask.questions.items():
-        yield dataset, questions[ask.num_warmups :]
-
-
-def questions_of(ask: Ask) -> list[str]:
-    """Those of all datasets."""
-    return [question for _dataset, questions in _measured(ask) for question in questions]
+        with ask.counting("turns", (len(works) + len(ask.warmups)) * len(ask.systems)) as advance:
+            turns = take_turns(rig, works, ask.systems, ask.warmups, advance)
+        systems = {name.value: system.configuration for name, system in rig.systems.items()}
+    cells = measure.cells(turns, detailed=ask.detailed)
+    ratios = measure.ratios(turns, ask.systems, metrics, ask.seed)
+    return turns, Outcome(systems, cells, ratios, measure.checks(turns, state), [STATES[state]])
 
 
 def _one_by_one(ask: Ask, axes: Sequence[str], **fixed: Any) -> list[Work]:
     """Every question alone, by every pipeline, as often as is asked for.
 
-    Args:
-        ask: what was asked.
-        axes: which of ``pipeline`` and ``dataset`` tell the works apart.
-        fixed: the key's other entries.
+    ``axes`` says which of ``pipeline`` and ``dataset`` tell the works apart, and ``fixed`` is the rest of their key.
     """
     works = []
-    for dataset, questions in _measured(ask):
+    for dataset, questions in ask.questions.items():
         for pipeline in ask.pipelines:
             place = {"pipeline": pipeline.name, "dataset": dataset}
             key = {axis: place[axis] for axis in axes} | fixed
             works += [
-                Work(key, pipeline, (question,), number) for number in range(ask.repeats) for question in questions
+                Work(key, pipeline, (question,), number)
+                for number in range(ask.repeats)
+                for question in questions[ask.num_warmups :]
             ]
     return works
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
     """Parts of one suite, one after the other."""
-    systems = {name: configuration for part in parts for name, configuration in part.systems.items()}
+    whole = Outcome({}, [])
     checks: dict[str, Check] = {}
-    for check in itertools.chain.from_iterable(part.checks for part in parts):
-        before = checks.get(check.name)
-        if before and before.says != check.says:
-            check = Check(check.name, check.held and before.held, f"{before.says} {check.says}")
-        checks[check.name] = check
-    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    return Outcome(
-        systems,
-        [cell for part in parts for cell in part.cells],
-        [each for part in parts for each in part.ratios],
-        list(checks.values()),
-        notes,
-    )
+    for part in parts:
+        whole.systems.update(part.systems)
+        whole.cells.extend(part.cells)
+        whole.ratios.extend(part.ratios)
+        whole.notes.extend(note for note in part.notes if note not in whole.notes)
+        for check in part.checks:
+            before = checks.get(check.name)
+            if before and before.says != check.says:
+                check = Check(check.name, check.held and before.held, f"{before.says} {check.says}")
+            checks[check.name] = check
+    whole.checks.extend(checks.values())
+    return whole

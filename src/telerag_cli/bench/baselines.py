@@ -24,7 +24,7 @@ from telerag_cli.retrieval.retriever import Neighbours, Search
 
 
 def plain_join(took_s: float) -> JoinReport:
-    """The report of a search without a fast tier: it took so long, and there are no lists to count."""
+    """Return the report of a search without a fast tier, which has no lists to count."""
     counts: dict[str, Any] = dict.fromkeys(JoinReport.count_names(), 0)
     return JoinReport(**counts, coarse_s=0.0, score_s=0.0, join_s=took_s)
 
@@ -41,13 +41,12 @@ class Plain(ABC):
 
     def search_batch(self, searches: Sequence[Search], k: int, nprobe: int) -> list[Neighbours]:
         """See `Searcher`."""
-        return [self._search(search.queries, k, nprobe) for search in searches]
-
-    def _search(self, queries: FloatArray, k: int, nprobe: int) -> Neighbours:
-        began_s = time.perf_counter()
-        scores, rows = self.find(np.ascontiguousarray(queries), k, nprobe)
-        took_s = time.perf_counter() - began_s
-        return Neighbours(scores, rows, plain_join(took_s))
+        found = []
+        for search in searches:
+            began_s = time.perf_counter()
+            scores, rows = self.find(np.ascontiguousarray(search.queries), k, nprobe)
+            found.append(Neighbours(scores, rows, plain_join(time.perf_counter() - began_s)))
+        return found
 
 
 class FaissIvf(Plain):
@@ -79,11 +78,11 @@ class FaissOnDisk(FaissIvf):
         self._lists: Any = None
 
     def unmap(self) -> None:
-        """Let go of the mapping: mapped pages stay in the page cache whatever is asked."""
+        """Close the mapping: the kernel drops no pages that are mapped."""
         self.ivf = self._lists = None
 
     def map(self) -> None:
-        """Map the file, read-only, unless it is."""
+        """Map the file, read-only, unless it is mapped."""
         if self.ivf is not None:
             return
         manifest = self.index.manifest
@@ -102,16 +101,9 @@ class FaissOnDisk(FaissIvf):
 
 
 class FaissMemory(FaissIvf):
-    """Faiss's own lists in RAM, all of them."""
+    """Faiss's own lists in RAM, all of them; ``advance`` gets the bytes as they are read."""
 
     def __init__(self, index: Index, coarse: Coarse, advance: Callable[[int], None]) -> None:
-        """Read them.
-
-        Args:
-            index: the index.
-            coarse: its coarse quantizer.
-            advance: told of bytes as they are read.
-        """
         super().__init__(index)
         manifest = index.manifest
         self.ivf = self._empty(coarse)
@@ -126,18 +118,9 @@ class FaissMemory(FaissIvf):
 
 
 class FaissGpu(FaissIvf):
-    """Faiss's index on a GPU, all of it."""
+    """A copy of Faiss's index on a GPU; making one raises ResourceError if Faiss has no such GPU."""
 
     def __init__(self, memory: FaissMemory, device: int) -> None:
-        """Copy it there.
-
-        Args:
-            memory: the same index in RAM.
-            device: number of the GPU.
-
-        Raises:
-            ResourceError: this Faiss knows no GPU, or there is none.
-        """
         super().__init__(memory.index)
         if not hasattr(faiss, "StandardGpuResources"):
             raise ResourceError(
@@ -164,11 +147,7 @@ class Recalled:
         self._found |= {each.queries: each.found for each in retrievals}
 
     async def find(self, queries: Sequence[str], rounds: Sequence[Prefetch]) -> Retrieval:
-        """See `Finder`.
-
-        Raises:
-            ModelError: nobody has asked that before, so that the LLM has not written the same texts again.
-        """
+        """See `Finder`; raises ModelError if no other system had that query, as the LLM has written other texts."""
         found = self._found.get(tuple(queries))
         if found is None:
             raise ModelError(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from telerag_cli.bench.results import Cell, Check, Key, Ratio
-from telerag_cli.bench.statistics import mean_ratio, pairs_of, ratio, short, summary
+from telerag_cli.bench.statistics import mean_ratio, ratio, short, summary
 from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.bench.systems import Harness, System
 from telerag_cli.config import ScheduleConfig
@@ -23,6 +23,16 @@ from telerag_cli.progress import Advance
 
 BASELINES = (SystemName.FAISS_ONDISK, SystemName.FAISS_MEMORY, SystemName.FETCH)
 """What the others are divided by: the first of them that takes part."""
+COMPARED = (
+    (SystemName.FETCH, SystemName.REFINED),
+    (SystemName.ARRIVAL, SystemName.REFINED),
+    (SystemName.QUESTION, SystemName.REFINED),
+    (SystemName.FAISS_MEMORY, SystemName.REFINED),
+    (SystemName.REFINED, SystemName.RESIDENT),
+    (SystemName.REFINED, SystemName.LLM_ONLY),
+    (SystemName.USELESS, SystemName.FETCH),
+)
+"""What else is divided, where both take part."""
 UNMEASURED = ("llm_s", "total_s", "join_s", "embed_s")
 """Timings that are sums or parts of others."""
 NEVER_COLD = (SystemName.RESIDENT, SystemName.FAISS_MEMORY, SystemName.FAISS_GPU, SystemName.LLM_ONLY)
@@ -44,6 +54,11 @@ class Work:
     at_once: int | None = None
     """How many of them run at once, put together by the system's scheduler; None: all."""
 
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What a turn of another system at the same work has too."""
+        return tuple(self.key.items()), self.questions, self.number
+
 
 @dataclass(frozen=True)
 class SystemTurn:
@@ -58,10 +73,9 @@ class SystemTurn:
     pages_left: float
     """Share of the index file that was in the page cache when it began."""
 
-    @property
-    def e2el_ms(self) -> list[float]:
-        """From question to answer."""
-        return [1e3 * answered.timings["total_s"] for answered in self.answers]
+    def times_ms(self, name: str) -> list[float]:
+        """One of the timings of each answer; 0 where it has none."""
+        return [1e3 * answered.timings.get(f"{name}_s", 0.0) for answered in self.answers]
 
     def texts(self) -> tuple[str, ...]:
         """The answers."""
@@ -75,15 +89,7 @@ class SystemTurn:
 def take_turns(
     rig: Harness, works: Sequence[Work], systems: Sequence[SystemName], warmups: Sequence[Work], advance: Advance
 ) -> list[SystemTurn]:
-    """Have each system do each work; which goes first rotates.
-
-    Args:
-        rig: the systems.
-        works: what to do, in this order.
-        systems: which of them.
-        warmups: done by all systems first, and forgotten.
-        advance: told of each turn.
-    """
+    """Have each system do the warm-ups, which are forgotten, and then each work; which system goes first rotates."""
     turns = []
     with asyncio.Runner() as runner:
         for measured, some in ((False, warmups), (True, works)):
@@ -98,13 +104,13 @@ def take_turns(
     return turns
 
 
-def _order(systems: Sequence[SystemName], number: int) -> Iterator[SystemName]:
+def _order(systems: Sequence[SystemName], number: int) -> list[SystemName]:
     """All systems, beginning with another each time; llm-only needs what the others found, so it is never first."""
     first = number % len(systems)
     order = [*systems[first:], *systems[:first]]
     if order[0] is SystemName.LLM_ONLY:
         order[:2] = order[1::-1]
-    return iter(order)
+    return order
 
 
 async def _turn(rig: Harness, system: System, work: Work) -> SystemTurn:
@@ -161,22 +167,20 @@ def ttft_ms(answered: AskResult) -> float:
 
 
 def stages_ms(answered: AskResult) -> dict[str, float]:
-    """Milliseconds of each stage, retrieval among them, in the order in which they first ran, as far as it is known."""
+    """Milliseconds of each stage in the order in which they first ran, with retrieval before the last."""
     stages = {
         name.removesuffix("_s"): 1e3 * value for name, value in answered.timings.items() if name not in UNMEASURED
     }
-    names = list(dict.fromkeys(stage.name for stage in answered.stages))
-    retrieval = stages.pop("retrieval", 0.0)
-    ordered = {name: stages[name] for name in names if name in stages}
-    first, rest = list(ordered.items())[:-1], list(ordered.items())[-1:]
-    return dict([*first, ("retrieval", retrieval), *rest])
+    stages.setdefault("retrieval", 0.0)
+    names = [name for name in dict.fromkeys(stage.name for stage in answered.stages) if name in stages]
+    names[-1:-1] = ["retrieval"]
+    return {name: stages[name] for name in names}
 
 
 def cell(system: str, key: Key, turns: Sequence[SystemTurn], *, detailed: bool) -> Cell:
-    """What one system did at one place of a suite."""
+    """Return what one system did at one place of a suite."""
     answers = [answered for turn in turns for answered in turn.answers]
     wall_s = sum(turn.wall_ms for turn in turns) / 1e3
-    joins = [join for answered in answers for join in answered.joins]
     tokens = sum(stage.generation.completion_tokens for answered in answers for stage in answered.stages)
     values: dict[str, object] = {
         "completed": len(answers),
@@ -184,32 +188,27 @@ def cell(system: str, key: Key, turns: Sequence[SystemTurn], *, detailed: bool) 
         "duration": short(wall_s),
         "request_throughput": short(len(answers) / wall_s),
         "output_throughput": short(tokens / wall_s),
-        **summary("e2el_ms", [value for turn in turns for value in turn.e2el_ms]),
+        **summary("e2el_ms", [value for turn in turns for value in turn.times_ms("total")]),
         **summary("ttft_ms", [ttft_ms(answered) for answered in answers if answered.stages]),
-        **summary("retrieval_ms", [1e3 * answered.timings.get("retrieval_s", 0.0) for answered in answers]),
-        **summary("join_ms", [1e3 * answered.timings.get("join_s", 0.0) for answered in answers]),
+        **summary("retrieval_ms", [value for turn in turns for value in turn.times_ms("retrieval")]),
+        **summary("join_ms", [value for turn in turns for value in turn.times_ms("join")]),
     }
     if answers:
         stages = [stages_ms(answered) for answered in answers]
-        names = list(dict.fromkeys(name for each in stages for name in each))
+        names = dict.fromkeys(name for each in stages for name in each)
         values["mean_stage_ms"] = {
             name: short(sum(each.get(name, 0.0) for each in stages) / len(stages)) for name in names
         }
+    joins = [join for answered in answers for join in answered.joins]
     if wanted := sum(join.lists_wanted for join in joins):
         values["hit_share"] = short(sum(join.lists_hit for join in joins) / wanted)
-        bytes_wanted = sum(join.bytes_wanted for join in joins)
-        values["bytes_wanted"] = bytes_wanted // len(answers)
-        values["bytes_moved"] = sum(join.bytes_moved for join in joins) // len(answers)
-        values["bytes_missed"] = sum(join.bytes_missed for join in joins) // len(answers)
+        for name in ("bytes_wanted", "bytes_moved", "bytes_missed"):
+            values[name] = sum(getattr(join, name) for join in joins) // len(answers)
         values["lists_in_place"] = sum(join.lists_in_place for join in joins)
     if errors := [error for turn in turns for error in turn.errors]:
         values["first_error"] = errors[0]
-    return Cell(
-        system,
-        key,
-        values,
-        [_detail(turn, answered) for turn in turns for answered in turn.answers] if detailed else [],
-    )
+    kept = [_detail(turn, answered) for turn in turns for answered in turn.answers] if detailed else []
+    return Cell(system, key, values, kept)
 
 
 def _detail(turn: SystemTurn, answered: AskResult) -> dict[str, object]:
@@ -229,63 +228,34 @@ def _detail(turn: SystemTurn, answered: AskResult) -> dict[str, object]:
 
 
 def cells(turns: Sequence[SystemTurn], *, detailed: bool) -> list[Cell]:
-    """One for each system and key, in the order in which they were measured."""
-    groups: dict[tuple[object, ...], list[SystemTurn]] = {}
-    order = list(dict.fromkeys(turn.system for turn in turns))
-    keys = list(dict.fromkeys(tuple(turn.work.key.items()) for turn in turns))
+    """Return a cell for each key, in the order in which they were measured, and each system, in that of their names."""
+    groups: dict[tuple[int, str], list[SystemTurn]] = {}
+    keys = _keys(turns)
     for turn in turns:
-        groups.setdefault((tuple(turn.work.key.items()), turn.system), []).append(turn)
-    # Systems in the order of their names, whichever went first.
-    known = list(SystemName)
-    order.sort(key=lambda name: known.index(SystemName(name)) if name in known else len(known))
-    return [
-        cell(system, dict(key), groups[key, system], detailed=detailed)
-        for key in keys
-        for system in order
-        if (key, system) in groups
-    ]
+        groups.setdefault((keys.index(turn.work.key), turn.system), []).append(turn)
+    known = [*SystemName, *(turn.system for turn in turns)]
+    order = sorted(groups, key=lambda group: (group[0], known.index(group[1])))
+    return [cell(system, keys[place], groups[place, system], detailed=detailed) for place, system in order]
 
 
-def measured(turns: Sequence[SystemTurn], key: Key, system: str, metric: str) -> dict[object, float]:
-    """A metric of each complete turn at a key, by the work it was."""
-    found: dict[object, float] = {}
-    for turn in turns:
-        if turn.system == system and turn.work.key == key and not turn.errors:
-            values = {
-                "e2el_ms": sum(turn.e2el_ms),
-                "wall_ms": turn.wall_ms,
-                "retrieval_ms": 1e3 * sum(each.timings.get("retrieval_s", 0.0) for each in turn.answers),
-            }
-            if values[metric] > 0:  # a pipeline may decide not to retrieve
-                found[turn.work.questions, turn.work.number] = values[metric]
-    return found
+def _keys(turns: Sequence[SystemTurn]) -> list[Key]:
+    return [dict(key) for key in dict.fromkeys(tuple(turn.work.key.items()) for turn in turns)]
 
 
 def comparisons(systems: Sequence[SystemName]) -> list[tuple[SystemName, SystemName]]:
-    """Which systems are divided by which: the baseline by all others, then what else a reader asks."""
+    """Return which systems are divided by which: the baseline by all others, and what is in `COMPARED`."""
     baseline = next((name for name in BASELINES if name in systems), systems[0])
     pairs = [(baseline, name) for name in systems if name is not baseline]
-    one = SystemName
-    more = [
-        (one.FETCH, one.REFINED),
-        (one.ARRIVAL, one.REFINED),
-        (one.QUESTION, one.REFINED),
-        (one.FAISS_MEMORY, one.REFINED),
-        (one.REFINED, one.RESIDENT),
-        (one.REFINED, one.LLM_ONLY),
-        (one.USELESS, one.FETCH),
-    ]
-    return pairs + [pair for pair in more if set(pair) <= set(systems) and pair not in pairs]
+    return list(dict.fromkeys([*pairs, *(pair for pair in COMPARED if set(pair) <= set(systems))]))
 
 
 def ratios(
     turns: Sequence[SystemTurn], systems: Sequence[SystemName], metrics: Sequence[str], seed: int
 ) -> list[Ratio]:
-    """Every comparison, for each key."""
-    keys = [dict(key) for key in dict.fromkeys(tuple(turn.work.key.items()) for turn in turns)]
+    """Return every comparison, for each key."""
     return [
         ratio(key, over, under, metric, _pairs(turns, key, over, under, metric), seed=seed)
-        for key in keys
+        for key in _keys(turns)
         for metric in metrics
         for over, under in comparisons(systems)
         if not (metric == "retrieval_ms" and SystemName.LLM_ONLY in (over, under))
@@ -295,7 +265,7 @@ def ratios(
 def mean_ratios(
     turns: Sequence[SystemTurn], systems: Sequence[SystemName], keys: Sequence[Key], label: Key, seed: int
 ) -> list[Ratio]:
-    """Every comparison end to end, as the mean over some keys."""
+    """Return every comparison end to end, as the mean over some keys."""
     return [
         mean_ratio(
             label, over, under, "e2el_ms", [_pairs(turns, key, over, under, "e2el_ms") for key in keys], seed=seed
@@ -307,35 +277,30 @@ def mean_ratios(
 def _pairs(
     turns: Sequence[SystemTurn], key: Key, over: SystemName, under: SystemName, metric: str
 ) -> list[tuple[float, float]]:
-    return pairs_of(measured(turns, key, over, metric), measured(turns, key, under, metric))
+    """Return a metric of two systems' complete turns at the same works."""
+    found: dict[str, dict[object, float]] = {over: {}, under: {}}
+    for turn in turns:
+        if turn.system in found and turn.work.key == key and not turn.errors:
+            name = "total" if metric == "e2el_ms" else "retrieval"
+            value = turn.wall_ms if metric == "wall_ms" else sum(turn.times_ms(name))
+            if value > 0:  # a pipeline may decide not to retrieve
+                found[turn.system][turn.work.place] = value
+    return [(found[over][work], found[under][work]) for work in found[over] if work in found[under]]
 
 
 def checks(turns: Sequence[SystemTurn], pages: Pages) -> list[Check]:
-    """Whether all systems found and wrote the same, and whether cold was cold."""
+    """Check that all systems found and wrote the same, and that cold was cold."""
     works: dict[object, list[SystemTurn]] = {}
     for turn in turns:
-        works.setdefault((tuple(turn.work.key.items()), turn.work.questions, turn.work.number), []).append(turn)
+        works.setdefault(turn.work.place, []).append(turn)
     whole = [some for some in works.values() if not any(turn.errors for turn in some)]
-    same_answers = sum(len({turn.texts() for turn in some}) == 1 for some in whole)
-    same_passages = sum(len({turn.passages() for turn in some}) == 1 for some in whole)
-    failed = sum(len(turn.errors) for turn in turns)
-    result = [
-        Check(
-            "same answers",
-            same_answers == len(works),
-            f"{same_answers} of {len(works)} works have the same answers by all.",
-        ),
-        Check(
-            "same passages",
-            same_passages == len(works),
-            f"{same_passages} of {len(works)} works have the same passages by all.",
-        ),
-        Check(
-            "all completed",
-            failed == 0,
-            f"{failed} of {sum(len(turn.work.questions) for turn in turns)} questions failed.",
-        ),
-    ]
+    result = []
+    for what, of in (("answers", SystemTurn.texts), ("passages", SystemTurn.passages)):
+        same = sum(len({of(turn) for turn in some}) == 1 for some in whole)
+        says = f"{same} of {len(works)} works have the same {what} by all."
+        result.append(Check(f"same {what}", same == len(works), says))
+    failed, asked = sum(len(turn.errors) for turn in turns), sum(len(turn.work.questions) for turn in turns)
+    result.append(Check("all completed", failed == 0, f"{failed} of {asked} questions failed."))
     readers = [turn.pages_left for turn in turns if turn.system not in NEVER_COLD] or [0.0]
     if pages is Pages.COLD:
         says = f"At most {max(readers):.2%} of lists.bin was in the page cache when a question came, for any system."

@@ -21,11 +21,7 @@ HOW = (
 
 
 def drop(path: Path) -> None:
-    """Have the kernel write a file's pages and drop them; those that somebody has mapped stay.
-
-    Raises:
-        ArtifactError: there is no such file.
-    """
+    """Have the kernel write a file's pages and drop them, except those that some process has mapped."""
     with _opened(path) as file:
         os.fsync(file)  # only clean pages are dropped
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -41,11 +37,7 @@ def fill(path: Path) -> None:
 
 
 def share(path: Path) -> float:
-    """Which part of a file's pages is in the page cache, from 0 to 1.
-
-    Raises:
-        ResourceError: the kernel does not say.
-    """
+    """Return which part of a file's pages is in the page cache; raises ResourceError if the kernel does not say."""
     with _opened(path) as file:
         size = os.fstat(file).st_size
         if not size:

@@ -18,8 +18,7 @@ import numpy as np
 
 from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
-from telerag_cli.bench.answering import Outcome
-from telerag_cli.bench.results import Cell, Check, Ratio
+from telerag_cli.bench.results import Cell, Check, Outcome, Ratio
 from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import Embeddings
@@ -84,18 +83,11 @@ def embedding(
             advance(1)
         cosines.append(min_cosine(made[TELERAG], made[PLAIN]))
     key = {"batch_size": len(texts)}
-    cells = [
-        Cell(
-            system,
-            key,
-            {
-                "completed": len(taken) * len(texts),
-                "duration": short(sum(taken)),
-                "request_throughput": short(len(texts) / statistics.median(taken)),
-            },
-        )
-        for system, taken in seconds.items()
-    ]
+    cells = []
+    for system, taken in seconds.items():
+        rate = short(len(texts) / statistics.median(taken))
+        values = {"completed": len(taken) * len(texts), "duration": short(sum(taken)), "request_throughput": rate}
+        cells.append(Cell(system, key, values))
     found = ratio(key, PLAIN, TELERAG, "duration", list(zip(seconds[PLAIN], seconds[TELERAG], strict=True)))
     says = (
         f"The least cosine between the two embeddings of a passage is {min(cosines):.5f}, and {LEAST_COSINE} is wanted."
@@ -111,9 +103,8 @@ def embedding(
         "repeats": repeats,
         "mean_characters": round(statistics.mean(map(len, texts)), 1),
     }
-    return Outcome(
-        systems, cells, [found], [Check("same embeddings", min(cosines) >= LEAST_COSINE, says)], []
-    ), settings
+    check = Check("same embeddings", min(cosines) >= LEAST_COSINE, says)
+    return Outcome(systems, cells, [found], [check]), settings
 
 
 def building(
@@ -138,29 +129,19 @@ def building(
     # Training is of the same sample for both: spread over the same vectors, or the part that fits would look dearer.
     ours_us = total_s / rows * 1e6
     theirs_us = train_s / rows * 1e6 + add_s / added * 1e6
-    cells = [
-        Cell(
-            TELERAG,
-            {},
-            {
-                "completed": rows,
-                "us_per_vector": short(ours_us),
-                "duration": round(total_s, 2),
-                "peak_rss_bytes": peak_bytes,
-                "mean_stage_ms": {stage: round(1e3 * value) for stage, value in stages_s.items()},
-            },
-        ),
-        Cell(
-            FAISS,
-            {},
-            {
-                "completed": added,
-                "us_per_vector": short(theirs_us),
-                "duration": round(train_s + add_s, 2),
-                "mean_stage_ms": {"train": round(1e3 * train_s), "add": round(1e3 * add_s)},
-            },
-        ),
-    ]
+    ours = {
+        "completed": rows,
+        "us_per_vector": short(ours_us),
+        "duration": round(total_s, 2),
+        "peak_rss_bytes": peak_bytes,
+        "mean_stage_ms": {stage: round(1e3 * value) for stage, value in stages_s.items()},
+    }
+    theirs = {
+        "completed": added,
+        "us_per_vector": short(theirs_us),
+        "duration": round(train_s + add_s, 2),
+        "mean_stage_ms": {"train": round(1e3 * train_s), "add": round(1e3 * add_s)},
+    }
     note = "one run: no interval"
     found = Ratio({}, TELERAG, FAISS, "us_per_vector", 1, short(ours_us / theirs_us), 0.0, 0.0, note)
     systems = {
@@ -176,29 +157,13 @@ def building(
         "recall_at_10": manifest.recall_at_10,
         "balance": manifest.balance,
     }
-    return Outcome(systems, cells, [found], [], []), settings
+    return Outcome(systems, [Cell(TELERAG, {}, ours), Cell(FAISS, {}, theirs)], [found]), settings
 
 
 def _build(embeddings: Path, output: Path, nlist: int, memory: str) -> tuple[dict[str, float], float, int]:
-    """Seconds by stage, told by the files that they leave, and in all; peak resident bytes.
-
-    Raises:
-        TeleragError: the build failed; it has said why.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "telerag_cli",
-        "build-index",
-        str(embeddings),
-        "-o",
-        str(output),
-        "--nlist",
-        str(nlist),
-        "--memory",
-        memory,
-        "--overwrite",
-    ]
+    """Return seconds by stage, as seen from the files that they leave, and in all; and the peak resident bytes."""
+    command = [sys.executable, "-m", "telerag_cli", "build-index", str(embeddings), "-o", str(output)]
+    command += ["--nlist", str(nlist), "--memory", memory, "--overwrite"]
     partial = partial_of(output)
     ends = {
         "start and sample": partial / "work" / "queries.npz",
@@ -209,27 +174,25 @@ def _build(embeddings: Path, output: Path, nlist: int, memory: str) -> tuple[dic
     began_s = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen: dict[str, float] = {}
-    while True:
+    pid = 0
+    while not pid:
+        time.sleep(POLL_S)
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         now_s = time.monotonic() - began_s
         seen |= {stage: now_s for stage, path in ends.items() if stage not in seen and path.exists()}
-        if pid:
-            break
-        time.sleep(POLL_S)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise TeleragError(f"telerag build-index ended with {process.returncode}.", remedy="Its message is above.")
     seconds, last_s = {}, 0.0
     for stage in ends:
-        ended_s = seen.get(stage, last_s)  # or over between two looks
-        seconds[stage] = max(0.0, ended_s - last_s)
-        last_s = max(last_s, ended_s)
-    seconds["seal"] = now_s - last_s
-    return seconds, now_s, usage.ru_maxrss * 1024
+        ended_s = max(last_s, seen.get(stage, last_s))  # or it ended between two looks
+        seconds[stage] = ended_s - last_s
+        last_s = ended_s
+    return seconds | {"seal": now_s - last_s}, now_s, usage.ru_maxrss * 1024
 
 
 def _reference(source: Embeddings, index: Index) -> tuple[float, float, int]:
-    """Seconds of Faiss's ``train`` and ``add``, and how many vectors were added."""
+    """Return the seconds of Faiss's ``train`` and ``add``, and how many vectors were added."""
     manifest = index.manifest
     ivf = empty_ivf(
         flat(index.centroids[:0], manifest.metric), source.dimension, manifest.nlist, manifest.metric, manifest.storage

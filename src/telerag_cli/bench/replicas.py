@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from telerag_cli.bench import measure, page_cache
-from telerag_cli.bench.answering import Outcome
 from telerag_cli.bench.measure import SystemTurn, Work, outcomes_of, turn_of
+from telerag_cli.bench.results import Outcome
 from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.bench.suites import Pages
 from telerag_cli.distributed.replicas import Recipe, open_replicas
@@ -39,18 +38,6 @@ def scaling(
     advance: Advance = lambda _count: None,
 ) -> Outcome:
     """Have each number of replicas answer all questions at once, each time with empty arenas; the order rotates.
-
-    Args:
-        opened: the index, to schedule.
-        recipe: what each replica opens.
-        schedule: how questions are put together.
-        counts: numbers of replicas.
-        warmups: asked of each replica first, and not measured.
-        questions: what is asked.
-        repeats: times that each number of replicas is measured.
-        seed: of the intervals.
-        detailed: whether to keep each answer.
-        advance: called after each turn.
 
     Raises:
         TeleragError: replicas cannot be opened, or answer none of the questions for warming up.
@@ -88,15 +75,12 @@ def scaling(
             ratios.append(ratio(cell.key, ONE, REPLICAS, "wall_ms", pairs, seed=seed))
     # All turns answer the same questions, whatever the number of replicas.
     same = [replace(turn, work=replace(turn.work, key={}, number=0)) for turn in turns]
-    what = "Ray actors on this machine, each with an LLM, an arena and a share of the cores"
-    systems: dict[str, dict[str, Any]] = {
-        REPLICAS: {
-            "what": what,
-            "schedule": schedule.name.value,
-            "placement": schedule.placement.value,
-            "micro_batch": schedule.micro_batch,
-            "batch_size": schedule.batch_size,
-        }
+    configuration = {
+        "what": "Ray actors on this machine, each with an LLM, an arena and a share of the cores",
+        "schedule": schedule.name.value,
+        "placement": schedule.placement.value,
+        "micro_batch": schedule.micro_batch,
+        "batch_size": schedule.batch_size,
     }
     notes = ["efficiency: throughput over that of one replica, divided by the number of replicas."]
-    return Outcome(systems, cells, ratios, measure.checks(same, Pages.COLD), notes)
+    return Outcome({REPLICAS: configuration}, cells, ratios, measure.checks(same, Pages.COLD), notes)

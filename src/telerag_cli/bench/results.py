@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from telerag_cli.bench.suites import SUITES, SuiteName
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import read_json, write_json
+from telerag_cli.system import hardware
 
 FORMAT = "telerag-bench"
 VERSION = 1
@@ -63,6 +70,19 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a suite found."""
+
+    systems: dict[str, dict[str, Any]]
+    """How each system was configured; ``what`` is a sentence."""
+    cells: list[Cell]
+    ratios: list[Ratio] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know before believing a figure."""
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """What a suite found, and all that is needed to judge it and to run it again."""
 
@@ -81,57 +101,69 @@ class SuiteResult:
     settings: dict[str, Any]
     """Index, LLM, pipelines, dataset, numbers of prompts, seed, and what else all cells share; may be nested."""
     systems: dict[str, dict[str, Any]]
-    """How each system was configured; ``what`` is a sentence."""
+    """See `Outcome`, as for what follows."""
     axes: list[str]
     """Names of the keys of a cell, the outermost first."""
     cells: list[Cell]
     ratios: list[Ratio]
     checks: list[Check]
     notes: list[str] = field(default_factory=list)
-    """What a reader should know before believing a figure."""
+
+    @classmethod
+    def of(
+        cls, name: SuiteName, measure: Callable[[], tuple[Outcome, dict[str, Any]]], metadata: dict[str, str]
+    ) -> SuiteResult:
+        """Run a suite, which returns what it found and its settings."""
+        suite, date = SUITES[name], datetime.now(UTC).isoformat(timespec="seconds")
+        began_s = time.perf_counter()
+        outcome, settings = measure()
+        return cls(
+            suite=name.value,
+            title=suite.title,
+            stands_for=suite.stands_for,
+            date=date,
+            took_s=round(time.perf_counter() - began_s, 1),
+            command=shlex.join(["telerag", *sys.argv[1:]]),
+            hardware=hardware(),
+            metadata=metadata,
+            settings=settings,
+            axes=list(suite.axes),
+            **vars(outcome),
+        )
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all.
-
-        Raises:
-            ResourceError: it cannot be written.
-        """
+        """Write it, whole or not at all; raises ResourceError if it cannot be written."""
         # Not sorted: stages stand in the order in which they run.
         write_json(path, {"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=False)
 
     @classmethod
     def load(cls, path: Path) -> SuiteResult:
-        """Read what `save` wrote.
-
-        Raises:
-            ArtifactError: it is missing, or no result, or of another version.
-        """
+        """Read what `save` wrote; raises ArtifactError if the file is missing, not a result, or of another version."""
         raw = read_json(path)
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ArtifactError(f"{path} is no benchmark result.", remedy="Name a file that telerag bench wrote.")
+            raise ArtifactError(f"{path} is not a benchmark result.", remedy="Name a file that telerag bench wrote.")
         if raw.get("version") != VERSION:
             raise ArtifactError(
                 f"{path} is a benchmark result of version {raw.get('version')}, and this reads version {VERSION}.",
                 remedy="Run the benchmark again, or use the telerag that made it.",
             )
+        values = {name: value for name, value in raw.items() if name not in ("format", "version")}
         try:
-            values = {name: value for name, value in raw.items() if name not in ("format", "version")}
-            values["cells"] = [Cell(**cell) for cell in raw["cells"]]
-            values["ratios"] = [Ratio(**ratio) for ratio in raw["ratios"]]
-            values["checks"] = [Check(**check) for check in raw["checks"]]
+            for name, kind in (("cells", Cell), ("ratios", Ratio), ("checks", Check)):
+                values[name] = [kind(**each) for each in raw[name]]
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path} is damaged: {error}.", remedy="Run the benchmark again.") from error
 
 
 def load_all(folder: Path) -> dict[str, SuiteResult]:
-    """Every benchmark result in a folder, by file name without its ending; other JSON files are left alone.
+    """Read every result in a folder, by file name without its ending; other JSON files are left alone.
 
     Raises:
-        ArtifactError: the folder is missing or has none.
+        ArtifactError: the folder is missing or has no result.
     """
     found = {}
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+    for path in sorted(folder.glob("*.json")):
         raw = read_json(path)
         if isinstance(raw, dict) and raw.get("format") == FORMAT:
             found[path.stem] = SuiteResult.load(path)

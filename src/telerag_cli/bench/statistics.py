@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,17 +11,14 @@ from telerag_cli.bench.results import Key, Ratio
 RESAMPLES = 2000
 MIN_PAIRS = 3
 WIDEST = 1.5
-"""A ratio whose confidence interval has ends at least this many times apart is not told: the pairs do not agree."""
+"""A ratio has no number if the ends of its confidence interval are at least this many times apart."""
 
 Pair = tuple[float, float]
-"""What was measured over, and under, the same work."""
+"""What was measured over, and under, the same work; both are positive."""
 
 
 def summary(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and 99th percentile of values, and nothing of nothing.
-
-    Their names are like vLLM's: ``mean_<name>``, ``p99_<name>``.
-    """
+    """Return mean, median, standard deviation and 99th percentile under vLLM's names, and nothing of no values."""
     if not len(values):
         return {}
     return {
@@ -33,45 +30,26 @@ def summary(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def short(value: float) -> float:
-    """Five significant digits."""
+    """Round to five significant digits."""
     return float(f"{value:.5g}")
 
 
-def ratio(
-    key: Key, over: str, under: str, metric: str, pairs: Sequence[Pair], *, seed: int = 0, widest: float = WIDEST
-) -> Ratio:
-    """How many times larger what was measured over is than what was measured under, pair by pair.
+def ratio(key: Key, over: str, under: str, metric: str, pairs: Sequence[Pair], *, seed: int = 0) -> Ratio:
+    """Return how many times larger what was measured over is than what was measured under, pair by pair.
 
-    The geometric mean of the pairs' ratios, with the 2.5 and 97.5 percentiles of `RESAMPLES` bootstrap samples of the
-    pairs.
-
-    Args:
-        key: where it was measured.
-        over: the system measured over.
-        under: the system measured under.
-        metric: what was divided.
-        pairs: positive measurements.
-        seed: of the samples.
-        widest: interval, upper over lower end, from which on no number is given.
+    It is the geometric mean of the pairs' ratios, with the 2.5 and 97.5 percentiles of `RESAMPLES` bootstrap samples of
+    the pairs.
     """
-    return mean_ratio(key, over, under, metric, [pairs], seed=seed, widest=widest)
+    return mean_ratio(key, over, under, metric, [pairs], seed=seed)
 
 
 def mean_ratio(
-    key: Key,
-    over: str,
-    under: str,
-    metric: str,
-    groups: Sequence[Sequence[Pair]],
-    *,
-    seed: int = 0,
-    widest: float = WIDEST,
+    key: Key, over: str, under: str, metric: str, groups: Sequence[Sequence[Pair]], *, seed: int = 0
 ) -> Ratio:
-    """The geometric mean over groups, all of the same weight; pairs are resampled within their group. See `ratio`."""
+    """Return the geometric mean over groups of equal weight; pairs are resampled within their group. See `ratio`."""
     logs = [np.log([one / other for one, other in pairs]) for pairs in groups if len(pairs)]
-    count = sum(map(len, logs))
-    if not logs or min(map(len, logs)) < MIN_PAIRS:
-        fewest = min(map(len, logs)) if logs else 0
+    count, fewest = sum(map(len, logs)), min(map(len, logs), default=0)
+    if fewest < MIN_PAIRS:
         note = f"too few: {fewest} of the {MIN_PAIRS} pairs that are needed"
         return Ratio(key, over, under, metric, count, None, 0.0, 0.0, note)
     random = np.random.default_rng(seed)
@@ -79,13 +57,8 @@ def mean_ratio(
         [each[random.integers(len(each), size=(RESAMPLES, len(each)))].mean(axis=1) for each in logs], axis=0
     )
     low, high = np.exp(np.percentile(means, [2.5, 97.5])).tolist()
-    middle = float(np.exp(np.mean([each.mean() for each in logs])))
-    if high / low > widest:
+    if high / low > WIDEST:
         note = f"spread too wide: from {low:.2f} to {high:.2f} over {count} pairs"
         return Ratio(key, over, under, metric, count, None, short(low), short(high), note)
+    middle = float(np.exp(np.mean([each.mean() for each in logs])))
     return Ratio(key, over, under, metric, count, short(middle), short(low), short(high))
-
-
-def pairs_of(over: Mapping[object, float], under: Mapping[object, float]) -> list[Pair]:
-    """What both measured, by what it was measured on."""
-    return [(over[work], under[work]) for work in over if work in under]

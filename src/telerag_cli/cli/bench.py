@@ -19,7 +19,8 @@ from telerag_cli.config import CacheKind, Lookahead, PipelineName, PlacementName
 from telerag_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from telerag_cli.bench.answering import Ask, Outcome
+    from telerag_cli.bench.answering import Ask
+    from telerag_cli.bench.results import Outcome
 
 app = typer.Typer(
     name="bench",
@@ -206,7 +207,7 @@ def scaling(
     questions = asking.questions(SuiteName.SCALING)
 
     def measured() -> tuple[Outcome, dict[str, Any]]:
-        from telerag_cli.bench.recording import settings_of
+        from telerag_cli.bench.answering import settings_of
         from telerag_cli.bench.replicas import scaling as measure
         from telerag_cli.cli.reporting import ConsoleReporter
         from telerag_cli.distributed.replicas import Recipe, check_memory
@@ -365,8 +366,7 @@ def _answering(
     questions = asking.questions(suite)
 
     def measured() -> tuple[Outcome, dict[str, Any]]:
-        from telerag_cli.bench.answering import Ask
-        from telerag_cli.bench.recording import settings_of
+        from telerag_cli.bench.answering import Ask, settings_of
         from telerag_cli.bench.systems import Setup
         from telerag_cli.cli.reporting import ConsoleReporter
         from telerag_cli.engine.opening import prepare
@@ -403,12 +403,10 @@ def _keep(suite: SuiteName, keeping: ResultOptions, measure: Callable[[], tuple[
     """Measure, write the result where it is wanted, and print it."""
     noted, path = keeping.noted(), keeping.path(f"{suite}.json")
     with console.stdout_reserved():
-        from telerag_cli.bench.recording import Stopwatch
         from telerag_cli.bench.report import headline_table, ratios_table
+        from telerag_cli.bench.results import SuiteResult
 
-        watch = Stopwatch(suite)
-        outcome, settings = measure()
-        result = watch.result(outcome, settings, noted)
+        result = SuiteResult.of(suite, measure, noted)
     if path:
         result.save(path)
         console.say(f"{path}; telerag bench report {path.parent} makes a report of it.")
