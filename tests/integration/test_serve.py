@@ -98,6 +98,28 @@ def test_a_stream_is_the_same_answer_in_pieces(server):
         assert all("telerag" not in chunk for chunk in chunks[:-2])
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_every_chunk_can_count_tokens(server, path):
+    body = (
+        ask(model="telerag-hyde")
+        if path == CHAT
+        else {"model": "telerag-hyde", "prompt": ["where do cats number 3 live"] * 2}
+    )
+    with server(token_s=0.002) as made:
+        whole = made.post(body, path).json()
+        chunks, complete = made.streamed(body | {"stream_options": {"continuous_usage_stats": True}}, path)
+        assert complete
+        counts = [chunk["usage"] for chunk in chunks]
+        assert [count["total_tokens"] for count in counts] == [
+            count["prompt_tokens"] + count["completion_tokens"] for count in counts
+        ]
+        for name in ("prompt_tokens", "completion_tokens"):
+            assert [count[name] for count in counts] == sorted(count[name] for count in counts)
+        assert 0 < counts[1]["completion_tokens"] < counts[-1]["completion_tokens"]
+        assert counts[1]["prompt_tokens"] > 0
+        assert counts[-1] == whole["usage"]
+
+
 def test_events_tell_what_goes_on(server):
     with server(token_s=0.002) as made:
         chunks, complete = made.streamed(ask(model="telerag-hyde", telerag={"events": True, "timeline": True}))

@@ -135,6 +135,7 @@ class Session:
         """See `Rag`."""
         if self.listener:
             self.listener.begins(stage)
+            self.listener.prompted(stage, messages)
         config = self.shared.config
         request = Request(messages, max_tokens, config.temperature, config.top_p, config.seed, stop, shape, logprobs)
         refiner = self._refiner(stage, max_tokens, refining, expect)
@@ -224,6 +225,7 @@ class Session:
             return refiner
 
         def on_text(text: str, tokens: int) -> None:
+            listener.counted(stage, tokens)
             listener.wrote(stage, text)
             if refiner:
                 refiner(text, tokens)

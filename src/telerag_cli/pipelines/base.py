@@ -109,6 +109,12 @@ class Listener:
     def begins(self, stage: str) -> None:
         """The LLM is asked for a text."""
 
+    def prompted(self, stage: str, messages: Sequence[Message]) -> None:
+        """The LLM is given this prompt."""
+
+    def counted(self, stage: str, tokens: int) -> None:
+        """A stage has written so many tokens so far. Called from any thread; must return quickly."""
+
     def wrote(self, stage: str, text: str) -> None:
         """All that a stage has written so far. Called from any thread; must return quickly."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,130 +15,110 @@ from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
 from telerag_cli.errors import TeleragError
 from telerag_cli.llm.shapes import Json, Shape
-from telerag_cli.pipelines.base import ANSWER, Pipeline
+from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.pipelines.together import together
 from telerag_cli.server.errors import ApiError
-from telerag_cli.server.replies import STREAMS_TOO, cited, event, json_response, note, note_outcomes, usage_of
-from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat, TeleragOptions
+from telerag_cli.server.replies import choice, cited, json_response, note, note_outcomes, usage_of
+from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
 from telerag_cli.server.responses import ChatCompletion, Completion
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
-from telerag_cli.server.streams import News, StageText, streamed, until_gone
+from telerag_cli.server.streams import ChatChunks, CompletionChunks, streamed, until_gone
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_SCHEMA_CHARACTERS = 2000
 """Of a schema that the LLM is shown; a longer one only constrains it."""
 BAD_SCHEMA = (TeleragError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, IndexError)
 """What making a grammar of a schema may raise."""
+STREAM_SCHEMA = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+    "description": "One event; its data is a chunk as JSON, or `[DONE]`.",
+}
+STREAMS_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": STREAM_SCHEMA}}}}
+"""The usual response comes in pieces too."""
 
 
 def router(service: Service) -> APIRouter:
     """Return both routes."""
-    routes = APIRouter()
+    routes = APIRouter(tags=["Answers"], responses=STREAMS_TOO)
 
-    @routes.post("/v1/chat/completions", response_model=ChatCompletion, tags=["Answers"], responses=STREAMS_TOO)
+    @routes.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last user's turn from the index, with the pipeline that the model's name chooses."""
         service.require_ready()
-        asked = read_chat(body, service)
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
-        chunks = ChatChunks({**head, "object": "chat.completion.chunk"}, 1, wants_usage=_wants_usage(body))
+        return await _respond(request, service, body, [read_chat(body, service)])
 
-        def whole(outcomes: Sequence[AnswerResult]) -> dict[str, Any]:
-            (outcome,) = outcomes
-            answer, annotations = outcome.answered.answer, cited(outcome)
-            message = {"role": "assistant", "content": answer, "refusal": None, "annotations": annotations}
-            choice = _choice(0, {"message": message}, outcome.answered.finish_reason)
-            return {**head, "object": "chat.completion", "choices": [choice], "telerag": outcome.about}
-
-        events = bool(body.telerag and body.telerag.events)
-        return await _respond(request, service, body, [asked], chunks, whole, events=events)
-
-    @routes.post("/v1/completions", response_model=Completion, tags=["Answers"], responses=STREAMS_TOO)
+    @routes.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Answer each prompt as a question, from the index."""
         service.require_ready()
-        asked = read_completion(body, service)
-        head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
-        head["model"] = body.model
-        chunks = CompletionChunks(head, len(asked), wants_usage=_wants_usage(body))
-
-        def whole(outcomes: Sequence[AnswerResult]) -> dict[str, Any]:
-            choices = [
-                _choice(index, {"text": outcome.answered.answer}, outcome.answered.finish_reason)
-                for index, outcome in enumerate(outcomes)
-            ]
-            return {**head, "choices": choices, "telerag": [outcome.about for outcome in outcomes]}
-
-        return await _respond(request, service, body, asked, chunks, whole, events=False)
+        return await _respond(request, service, body, read_completion(body, service))
 
     return routes
 
 
 async def _respond(
-    request: Request,
-    service: Service,
-    body: ChatRequest | CompletionRequest,
-    asked: Sequence[AnswerRequest],
-    chunks: ChatChunks | CompletionChunks,
-    whole: Callable[[Sequence[AnswerResult]], dict[str, Any]],
-    *,
-    events: bool,
+    request: Request, service: Service, body: ChatRequest | CompletionRequest, asked: Sequence[AnswerRequest]
 ) -> Response:
-    """Have the questions answered, and say so in pieces (``chunks``) or at the end (``whole``)."""
+    """Have the questions answered, and say so in pieces or at the end."""
     note(request, model=body.model, stream=bool(body.stream))
+    is_chat = isinstance(body, ChatRequest)
+    head = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": body.model,
+    }
     if body.stream:
-        return await streamed(request, service, asked, chunks, events=events)
+        chunks = (ChatChunks if is_chat else CompletionChunks)(head, len(asked), body.stream_options)
+        return await streamed(request, service, asked, chunks, events=bool(is_chat and body.extras.events))
     outcomes = await until_gone(request, together(service.answer(each, Watcher()) for each in asked))
     note_outcomes(request, outcomes)
-    answer = whole(outcomes)
-    report = answer.pop("telerag")  # comes last, after what OpenAI's clients look for
-    return json_response({**answer, "usage": usage_of(outcomes), "telerag": report})
+    choices = [
+        choice(index, _message(outcome) if is_chat else {"text": outcome.answered.answer}, outcome)
+        for index, outcome in enumerate(outcomes)
+    ]
+    reports = [outcome.about for outcome in outcomes]
+    usage = usage_of(outcomes)
+    return json_response({**head, "choices": choices, "usage": usage, "telerag": reports[0] if is_chat else reports})
+
+
+def _message(outcome: AnswerResult) -> dict[str, Any]:
+    answer, annotations = outcome.answered.answer, cited(outcome)
+    return {"message": {"role": "assistant", "content": answer, "refusal": None, "annotations": annotations}}
 
 
 def read_chat(body: ChatRequest, service: Service) -> AnswerRequest:
-    """The last user's turn as a question, what was said before, and how to answer.
-
-    Raises:
-        ApiError: there is no such model, or something cannot be done.
-    """
+    """The last user's turn as a question, what was said before, and how to answer."""
     pipeline = service.pipeline_of(body.model)
     turns, question, instructions = read_messages(body.messages)
     shape = _shape(body.response_format, pipeline)
     if isinstance(shape, Json) and len(schema := json.dumps(shape.schema)) <= MAX_SCHEMA_CHARACTERS:
         instructions = f"{instructions}\n\nWrite the answer as JSON of this schema: {schema}".strip()
     settings = replace(_settings(service.engine, body), shape=shape, instructions=instructions)
-    wanted = body.telerag or TeleragOptions()
-    return AnswerRequest(pipeline, question, settings, turns, bool(wanted.timeline), bool(wanted.fresh))
+    return AnswerRequest(pipeline, question, settings, turns, bool(body.extras.timeline), bool(body.extras.fresh))
 
 
 def read_completion(body: CompletionRequest, service: Service) -> list[AnswerRequest]:
-    """A question for each prompt; raises ApiError if there is no such model."""
+    """A question for each prompt."""
     pipeline = service.pipeline_of(body.model)
     settings = _settings(service.engine, body)
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    wanted = body.telerag or TeleragOptions()
-    return [
-        AnswerRequest(pipeline, prompt.strip(), settings, (), bool(wanted.timeline), bool(wanted.fresh))
-        for prompt in prompts
-    ]
+    timeline, fresh = bool(body.extras.timeline), bool(body.extras.fresh)
+    return [AnswerRequest(pipeline, prompt.strip(), settings, (), timeline, fresh) for prompt in prompts]
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Turn], str, str]:
     """The turns before the last user's, that turn, and what system messages say; what follows it is left aside."""
     last = max(place for place, message in enumerate(messages) if message.role == "user")
     turns: list[Turn] = []
-    asked: str | None = None
     for message in messages[:last]:
         if message.role == "user":
-            if asked is not None:
-                turns.append(Turn(asked, ""))
-            asked = message.text
-        elif message.role == "assistant" and asked is not None:
-            turns.append(Turn(asked, message.text))
-            asked = None
-    if asked is not None:
-        turns.append(Turn(asked, ""))
+            turns.append(Turn(message.text, ""))
+        elif message.role == "assistant" and turns and not turns[-1].answer:
+            turns[-1] = replace(turns[-1], answer=message.text)
     told = [message.text.strip() for message in messages if message.role in ("system", "developer")]
     return turns, messages[last].text.strip(), "\n\n".join(text for text in told if text)
 
@@ -146,14 +126,13 @@ def read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Turn], str, str
 def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> AnswerConfig:
     """The server's settings, unless the request says otherwise; an answer leaves half of the context to passages."""
     usual = engine.config
-    mode = body.telerag.lookahead if body.telerag else None
     said: dict[str, Any] = {
         "max_tokens": min(body.token_limit or usual.max_tokens, engine.generator.context_tokens // 2),
         "temperature": body.temperature,
         "top_p": body.top_p,
         "seed": None if body.seed is None else body.seed % 2**32,
-        "lookahead": None if mode is None else Lookahead(mode),
-        "stop": tuple(body.stops),
+        "lookahead": body.extras.lookahead and Lookahead(body.extras.lookahead),
+        "stop": body.stops,
     }
     return replace(usual, **{name: value for name, value in said.items() if value is not None})
 
@@ -173,89 +152,3 @@ def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
         param = "response_format.json_schema.schema"
         raise ApiError(400, message, param=param, code="invalid_json_schema") from error
     return shape
-
-
-def _wants_usage(body: ChatRequest | CompletionRequest) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
-
-
-def _choice(index: int, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
-
-
-class CompletionChunks:
-    """`Chunks` of the answers to some prompts."""
-
-    def __init__(self, head: dict[str, Any], prompts: int, *, wants_usage: bool) -> None:
-        """Begin.
-
-        Args:
-            head: what all chunks have in common.
-            prompts: how many there are.
-            wants_usage: whether tokens are counted at the end.
-        """
-        self._head = head
-        self._wants_usage = wants_usage
-        self._shown = [""] * prompts
-
-    def begin(self) -> bytes:
-        """See `Chunks`."""
-        return b""
-
-    def news(self, news: News) -> bytes:
-        """See `Chunks`."""
-        if not isinstance(news, StageText) or news.stage != ANSWER:
-            return b""
-        more = self._more(news.index, news.text)
-        return self._chunk(news.index, self._piece(more)) if more else b""
-
-    def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
-        """See `Chunks`."""
-        rests = [self._more(index, outcome.answered.answer) for index, outcome in enumerate(outcomes)]
-        data = b"".join(self._last(index, rests[index], outcome) for index, outcome in enumerate(outcomes))
-        if self._wants_usage:
-            data += event({**self._head, "choices": [], "usage": usage_of(outcomes)})
-        return data
-
-    def _more(self, index: int, text: str) -> str:
-        """What to add to what was shown, by all the text so far; nothing if it is another text now."""
-        text, shown = text.strip(), self._shown[index]
-        if not text.startswith(shown):
-            return ""
-        self._shown[index] = text
-        return text[len(shown) :]
-
-    def _piece(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
-        return self._chunk(index, self._piece(rest), outcome.answered.finish_reason, telerag=outcome.about)
-
-    def _chunk(self, index: int, content: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
-        usage = {"usage": None} if self._wants_usage else {}
-        return event({**self._head, "choices": [_choice(index, content, finish_reason)], **usage, **more})
-
-
-class ChatChunks(CompletionChunks):
-    """`Chunks` of one conversation's answer, and of what happens before it if a client wants to know."""
-
-    def begin(self) -> bytes:
-        """See `Chunks`."""
-        return self._chunk(0, {"delta": {"role": "assistant", "content": ""}})
-
-    def news(self, news: News) -> bytes:
-        """See `Chunks`."""
-        if not isinstance(news, StageText):
-            return self._chunk(0, {"delta": {}}, telerag=news)
-        if news.stage != ANSWER:
-            about = {"event": "text", "stage": news.stage, "text": news.text.strip()}
-            return self._chunk(0, {"delta": {}}, telerag=about)
-        return super().news(news)
-
-    def _piece(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
-        data = self._chunk(index, self._piece(rest)) if rest else b""
-        annotations, finish_reason = {"delta": {"annotations": cited(outcome)}}, outcome.answered.finish_reason
-        return data + self._chunk(index, annotations, finish_reason, telerag=outcome.about)

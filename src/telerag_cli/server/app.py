@@ -10,12 +10,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from telerag_cli.errors import TeleragError
-from telerag_cli.server import answers, embeddings, models, site, vector_stores
+from telerag_cli.server import answers, embeddings, site, vector_stores
 from telerag_cli.server.access_log import CLIENT_CLOSED
 from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error, handle_uncaught
-from telerag_cli.server.replies import Documented, note
-from telerag_cli.server.responses import ErrorBody
-from telerag_cli.server.service import Service, Status
+from telerag_cli.server.replies import note
+from telerag_cli.server.responses import ErrorBody, Model, ModelList
+from telerag_cli.server.service import Service, Status, no_model
 from telerag_cli.server.streams import ClientGoneError
 from telerag_cli.server.validation import invalid_request
 
@@ -34,7 +34,9 @@ REASONS = {
     503: "The queue is full, or the server is loading or stopping; `Retry-After` says when to try again.",
     504: "The answer took too long.",
 }
-ERRORS: Documented = {status: {"model": ErrorBody, "description": words} for status, words in REASONS.items()}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": words} for status, words in REASONS.items()
+}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -49,10 +51,11 @@ def make_app(service: Service) -> FastAPI:
         responses=ERRORS,
         exception_handlers=_HANDLERS,
     )
-    for part in (answers, embeddings, models, vector_stores):
-        app.include_router(part.router(service))
-    app.include_router(_monitoring(service))
-    app.include_router(site.router())
+    for routes in (
+        *(part.router(service) for part in (answers, embeddings, vector_stores)),
+        *(_models(service), _monitoring(service), site.router()),
+    ):
+        app.include_router(routes)
     app.openapi_schema = _openapi(app)
     return app
 
@@ -66,6 +69,28 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     for name in ("HTTPValidationError", "ValidationError"):
         made["components"]["schemas"].pop(name, None)
     return made
+
+
+def _models(service: Service) -> APIRouter:
+    """Return the routes for the pipelines and the embedder."""
+    routes = APIRouter(tags=["Models"])
+
+    def describe(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": int(service.started_at), "owned_by": "telerag"}
+
+    @routes.get("/v1/models", response_model=ModelList)
+    async def list_models() -> dict[str, Any]:
+        """List the names that requests may give as their model."""
+        return {"object": "list", "data": [describe(name) for name in service.models]}
+
+    @routes.get("/v1/models/{model}", response_model=Model)
+    async def retrieve_model(model: str) -> dict[str, Any]:
+        """Describe one of them."""
+        if model not in service.models:
+            raise no_model(model)
+        return describe(model)
+
+    return routes
 
 
 def _monitoring(service: Service) -> APIRouter:

@@ -11,35 +11,7 @@ from fastapi import Request, Response
 from fastapi.sse import format_sse_event
 
 from telerag_cli.engine.lines import usage
-from telerag_cli.server.errors import ApiError, as_api_error
 from telerag_cli.server.service import AnswerResult
-
-Documented = dict[int | str, dict[str, Any]]
-"""Responses of a route beside the usual one, as FastAPI takes them."""
-
-
-STREAMS_TOO: Documented = {
-    200: {
-        "content": {
-            "text/event-stream": {
-                "schema": {
-                    "type": "object",
-                    "properties": {"data": {"type": "string"}},
-                    "required": ["data"],
-                    "description": "One event; its data is a chunk as JSON, or `[DONE]`.",
-                }
-            }
-        }
-    }
-}
-"""With the usual response also in pieces."""
-
-
-def failed(request: Request, error: Exception) -> bytes:
-    """An error inside a stream; the log has the rest."""
-    api_error = as_api_error(error, request.state.request_id)
-    note(request, outcome="failed", error=None if isinstance(error, ApiError) else repr(error))
-    return event(api_error.body)
 
 
 def event(body: dict[str, Any]) -> bytes:
@@ -66,6 +38,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def choice(index: int, content: dict[str, Any], outcome: AnswerResult | None = None) -> dict[str, Any]:
+    """One of OpenAI's choices; without an outcome it has not ended."""
+    finish_reason = outcome.answered.finish_reason if outcome else None
+    return {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
 def cited(outcome: AnswerResult) -> list[dict[str, Any]]:

@@ -115,6 +115,9 @@ class StreamOptions(StrictModel):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: Annotated[
+        bool | None, Field(description="Whether each chunk says how many tokens were read and written so far.")
+    ] = None
     include_obfuscation: Annotated[bool | None, Field(description="Accepted; nothing is added.")] = None
 
 
@@ -197,6 +200,11 @@ class _AnswerRequest(_Request):
     presence_penalty: Zero = None
     logit_bias: Annotated[Any, OnlyValues(None, {})] = None
     user: str | None = None
+
+    @property
+    def extras(self) -> TeleragOptions:
+        """The options that OpenAI's protocol does not have."""
+        return self.telerag or TeleragOptions()
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -97,14 +97,6 @@ class AnswerResult:
     """Until the answer's first text, from when the request came."""
 
 
-@dataclass(frozen=True)
-class _Open:
-    """What there is when everything is loaded."""
-
-    engine: Engine
-    queue: AdmissionQueue
-
-
 @dataclass
 class Service:
     """One server's engine and everything about it. For one event loop."""
@@ -117,7 +109,8 @@ class Service:
     started_s: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
     """Seconds since 1970."""
-    _open: _Open | None = None
+    _engine: Engine | None = None
+    _queue: AdmissionQueue | None = None
     _beside: int = 0
     """Requests under way that need no seat."""
     _took_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
@@ -130,16 +123,12 @@ class Service:
         """Where it is in its life."""
         if self.draining:
             return Status.DRAINING
-        return Status.READY if self._open else Status.LOADING
-
-    def require_ready(self) -> None:
-        """Refuse a request that cannot be taken on now; raises ApiError with status 503."""
-        self._opened()
+        return Status.READY if self._engine else Status.LOADING
 
     @property
     def engine(self) -> Engine:
-        """What answers; raises ApiError with status 503 as long as it is not there."""
-        return self._opened().engine
+        """What answers; raises ApiError with status 503 if a request cannot be taken on now."""
+        return self.require_ready()[0]
 
     @property
     def embedder_name(self) -> str:
@@ -169,19 +158,19 @@ class Service:
 
     def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
         """Begin to answer."""
-        queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.limits.queue, eager=True)
-        self._open = _Open(engine, queue)
+        self._engine = engine
+        self._queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.limits.queue, eager=True)
 
     async def close(self) -> None:
         """Take no more requests. The engine stays the caller's."""
         self.draining = True
-        if self._open:
-            await self._open.queue.close()
+        if self._queue:
+            await self._queue.close()
 
     @property
     def under_way(self) -> int:
         """Questions that are being answered, or wait."""
-        return self._open.queue.running + self._open.queue.waiting if self._open else 0
+        return self._queue.running + self._queue.waiting if self._queue else 0
 
     def state(self) -> dict[str, Any]:
         """What the page shows."""
@@ -192,9 +181,9 @@ class Service:
             **dict.fromkeys(("model", "embedder", "queue", "llm", "index", "arena", "lookahead")),
             "rates": {**asdict(self.metrics.rates(RATES_S)), "window_s": RATES_S},
         }
-        if self._open is None:
+        engine, queue = self._engine, self._queue
+        if engine is None or queue is None:
             return made
-        engine, queue = self._open.engine, self._open.queue
         now, index = asdict(snapshot(engine)), engine.retriever.index
         arena = ("resident_bytes", "moving_bytes", "lists_resident", "lists_moving", "references")
         return made | {
@@ -218,8 +207,7 @@ class Service:
             ApiError: the queue is full, the time is over, or the server is not ready.
             TeleragError: it cannot be answered.
         """
-        opened = self._opened()
-        engine, queue = opened.engine, opened.queue
+        engine, queue = self.require_ready()
         came_s = time.perf_counter()
         may_look_ahead = bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
         groups = may_look_ahead and asked.settings.lookahead is not Lookahead.OFF and queue.groups
@@ -257,7 +245,7 @@ class Service:
         Raises:
             ApiError: the time is over, or as many such requests are under way as questions may wait.
         """
-        queue = self._opened().queue
+        _engine, queue = self.require_ready()
         if self._beside >= max(self.limits.queue, 1):
             work.close()
             raise self._busy(queue)
@@ -281,9 +269,10 @@ class Service:
             message = f"The answer was not ready within {self.limits.request_s:g} seconds."
             raise ApiError(504, message, TIMEOUT, code="timeout", headers=DO_NOT_RETRY) from None
 
-    def _opened(self) -> _Open:
-        if self._open and not self.draining:
-            return self._open
+    def require_ready(self) -> tuple[Engine, AdmissionQueue]:
+        """Return what answers and the queue before it; raises ApiError if a request cannot be taken on now."""
+        if self._engine and self._queue and not self.draining:
+            return self._engine, self._queue
         self.metrics.rejected("not_ready")
         code, message = (
             ("stopping", "The server is stopping and takes no more requests.")
@@ -301,9 +290,9 @@ class Service:
         return ApiError(503, message, OVERLOADED, code="queue_full", headers={"Retry-After": str(wait_s)})
 
     def _watched(self) -> ServerState | None:
-        if self._open is None:
+        if self._engine is None or self._queue is None:
             return None
-        return ServerState(self._open.queue.running, self._open.queue.waiting, snapshot(self._open.engine))
+        return ServerState(self._queue.running, self._queue.waiting, snapshot(self._engine))
 
 
 async def _ask(

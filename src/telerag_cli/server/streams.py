@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
+from telerag_cli.llm.base import Generator, Message
 from telerag_cli.pipelines.base import ANSWER
 from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.together import together
-from telerag_cli.server.replies import failed, note_outcomes
+from telerag_cli.server.errors import ApiError, as_api_error
+from telerag_cli.server.replies import choice, cited, event, note, note_outcomes, usage_of
+from telerag_cli.server.requests import StreamOptions
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
 
 T = TypeVar("T")
@@ -102,11 +105,31 @@ class EventStream:
 
 
 @dataclass
+class TokenCount:
+    """Tokens that the LLM has read and written so far for a request."""
+
+    read: int = 0
+    written: int = 0
+    writing: dict[tuple[int, str], int] = field(default_factory=dict)
+    """Tokens of the latest text of each question's stage; ``written`` has those of earlier texts."""
+    final: dict[str, Any] | None = None
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's form of it; the final count has what is not known before."""
+        written = self.written + sum(list(self.writing.values()))  # a copy, as other threads write
+        total = {"prompt_tokens": self.read, "completion_tokens": written, "total_tokens": self.read + written}
+        return self.final or total
+
+
+@dataclass
 class Watching(Watcher):
     """A `Watcher` that puts what becomes of one question into a stream."""
 
     stream: EventStream
-    index: int = 0
+    generator: Generator
+    tokens: TokenCount | None
+    index: int
 
     def queued(self, before: int) -> None:
         """See `Watcher`."""
@@ -115,6 +138,17 @@ class Watching(Watcher):
     def begins(self, stage: str) -> None:
         """See `Watcher`."""
         self._tell({"event": "stage", "stage": stage})
+
+    def prompted(self, stage: str, messages: Sequence[Message]) -> None:
+        """See `Watcher`."""
+        if self.tokens:
+            self.tokens.read += self.generator.count_tokens(messages)
+            self.tokens.written += self.tokens.writing.pop((self.index, stage), 0)
+
+    def counted(self, stage: str, tokens: int) -> None:
+        """See `Watcher`."""
+        if self.tokens:
+            self.tokens.writing[self.index, stage] = tokens
 
     def retrieving(self) -> None:
         """See `Watcher`."""
@@ -139,31 +173,96 @@ class Watching(Watcher):
             self.stream.add(body)
 
 
-class Chunks(Protocol):
-    """The events of some answers, as bytes."""
+class CompletionChunks:
+    """The events of the answers to some prompts, as bytes."""
+
+    def __init__(self, head: dict[str, Any], prompts: int, options: StreamOptions | None) -> None:
+        self._head = head
+        self._shown = [""] * prompts
+        self._usage_at_end = bool(options and options.include_usage)
+        self.tokens = TokenCount() if options and options.continuous_usage_stats else None
+        """What each chunk says of tokens, if a client wants that."""
 
     def begin(self) -> bytes:
-        """Before all news."""
+        """Return what comes before all news."""
+        return b""
 
     def news(self, news: News) -> bytes:
-        """What has happened; nothing if it is not to be shown."""
+        """Return what has happened; nothing if it is not to be shown."""
+        if not isinstance(news, StageText) or news.stage != ANSWER:
+            return b""
+        more = self._more(news.index, news.text)
+        return self._chunk(news.index, self._piece(more)) if more else b""
 
     def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
-        """What is left to say when all is answered."""
+        """Return what is left to say when all is answered."""
+        usage = usage_of(outcomes)
+        if self.tokens:
+            self.tokens.final = usage
+        rests = [self._more(index, outcome.answered.answer) for index, outcome in enumerate(outcomes)]
+        data = b"".join(self._last(index, rests[index], outcome) for index, outcome in enumerate(outcomes))
+        if self._usage_at_end:
+            data += event({**self._head, "choices": [], "usage": usage})
+        return data
+
+    def _more(self, index: int, text: str) -> str:
+        """What to add to what was shown, by all the text so far; nothing if it is another text now."""
+        text, shown = text.strip(), self._shown[index]
+        if not text.startswith(shown):
+            return ""
+        self._shown[index] = text
+        return text[len(shown) :]
+
+    def _piece(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
+        return self._chunk(index, self._piece(rest), outcome, telerag=outcome.about)
+
+    def _chunk(self, index: int, content: dict[str, Any], outcome: AnswerResult | None = None, **more: Any) -> bytes:
+        body = {**self._head, "choices": [choice(index, content, outcome)], **more}
+        if self.tokens or self._usage_at_end:
+            body["usage"] = self.tokens.usage if self.tokens else None
+        return event(body)
+
+
+class ChatChunks(CompletionChunks):
+    """The events of one conversation's answer, and of what happens before it if a client wants to know."""
+
+    def __init__(self, head: dict[str, Any], prompts: int, options: StreamOptions | None) -> None:
+        super().__init__({**head, "object": "chat.completion.chunk"}, prompts, options)
+
+    def begin(self) -> bytes:
+        """Return the role."""
+        return self._chunk(0, {"delta": {"role": "assistant", "content": ""}})
+
+    def news(self, news: News) -> bytes:
+        """Return what has happened, as a piece of the answer or as an event."""
+        if not isinstance(news, StageText):
+            return self._chunk(0, {"delta": {}}, telerag=news)
+        if news.stage != ANSWER:
+            about = {"event": "text", "stage": news.stage, "text": news.text.strip()}
+            return self._chunk(0, {"delta": {}}, telerag=about)
+        return super().news(news)
+
+    def _piece(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}}
+
+    def _last(self, index: int, rest: str, outcome: AnswerResult) -> bytes:
+        data = self._chunk(index, self._piece(rest)) if rest else b""
+        return data + self._chunk(index, {"delta": {"annotations": cited(outcome)}}, outcome, telerag=outcome.about)
 
 
 async def streamed(
-    request: Request, service: Service, asked: Sequence[AnswerRequest], chunks: Chunks, *, events: bool
+    request: Request, service: Service, asked: Sequence[AnswerRequest], chunks: CompletionChunks, *, events: bool
 ) -> Response:
-    """Answer in pieces. The response begins with the first news, so that an error before it has a status of its own.
-
-    Raises:
-        ApiError: it cannot be answered now.
-        TeleragError: it cannot be answered.
-    """
+    """Answer in pieces. The response begins with the first news, so that an error before it has a status of its own."""
     stream = EventStream(events=events)
     answering = asyncio.create_task(
-        together(service.answer(each, Watching(stream, index)) for index, each in enumerate(asked))
+        together(
+            service.answer(each, Watching(stream, service.engine.generator, chunks.tokens, index))
+            for index, each in enumerate(asked)
+        )
     )
     news = stream.news(answering)
 
@@ -179,7 +278,9 @@ async def streamed(
             note_outcomes(request, outcomes)
             yield chunks.end(outcomes) + DONE
         except Exception as error:
-            yield failed(request, error)
+            api_error = as_api_error(error, request.state.request_id)
+            note(request, outcome="failed", error=None if isinstance(error, ApiError) else repr(error))
+            yield event(api_error.body)
         finally:
             answering.cancel()
 

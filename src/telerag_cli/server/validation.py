@@ -1,51 +1,28 @@
-"""What a client is told of a malformed request, in OpenAI's words."""
+"""What a client is told of a malformed request: pydantic's words in OpenAI's form."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
 from telerag_cli.server.errors import ApiError, shortened
-from telerag_cli.server.fields import UNSUPPORTED
+from telerag_cli.server.fields import UNSUPPORTED, UNUSABLE
 from telerag_cli.server.requests import NOT_AN_OBJECT, NOT_TEXT
 
-_EXPECTED = {
-    "string_type": "a string",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "a boolean",
-    "list_type": "an array",
-    "none_required": "null",
-    **dict.fromkeys(("int_type", "int_parsing"), "an integer"),
-    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
-}
-_BOUNDS = {"greater_than_equal": ("ge", "at least"), "less_than_equal": ("le", "at most")}
-_LENGTHS = {
-    "too_short": ("min_length", "at least", "items"),
-    "too_long": ("max_length", "at most", "items"),
-    "string_too_short": ("min_length", "at least", "characters"),
-    "string_too_long": ("max_length", "at most", "characters"),
-}
 _CODES = {
     "missing": "missing_required_parameter",
     "union_tag_not_found": "missing_required_parameter",
     "extra_forbidden": "unknown_parameter",
     UNSUPPORTED: UNSUPPORTED,
     NOT_AN_OBJECT: NOT_AN_OBJECT,
-    **dict.fromkeys(_EXPECTED, "invalid_type"),
+    **dict.fromkeys(("finite_number", "none_required", "int_parsing"), "invalid_type"),
 }
-"""OpenAI's ``code`` for pydantic's kinds of errors; ``invalid_value`` for all others."""
-_JSON_NAMES: dict[type, str] = {
-    bool: "a boolean",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-    dict: "an object",
-}
+"""OpenAI's ``code`` for pydantic's kinds of errors beside those of types; ``invalid_value`` for all others."""
+_COMPLETE = (UNUSABLE, NOT_AN_OBJECT, "too_short", "too_long")
+"""Kinds of errors whose message already says what was sent."""
 
 
 def invalid_request(error: RequestValidationError) -> ApiError:
@@ -55,7 +32,8 @@ def invalid_request(error: RequestValidationError) -> ApiError:
     """
     errors = error.errors()
     first = errors[0]
-    if first["type"] == "json_invalid":
+    kind = first["type"]
+    if kind == "json_invalid":
         reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
         return ApiError(400, f"The request's body is not valid JSON: {shortened(reason)}.")
     if first["loc"] == ("body",):
@@ -67,9 +45,10 @@ def invalid_request(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"Unrecognized request {noun} supplied: {names}", param=names, code="unknown_parameter")
     path = _path(first, error.body)
     # Each alternative of a union reports what it would have accepted.
-    kinds = [each["type"] for each in errors if _path(each, error.body) == path]
+    messages = dict.fromkeys(each["msg"] for each in errors if _path(each, error.body) == path)
     param = shortened(path)
-    return ApiError(400, _describe(first, param, kinds), param=param, code=_CODES.get(first["type"], "invalid_value"))
+    code = _CODES.get(kind, "invalid_type" if kind.endswith("_type") else "invalid_value")
+    return ApiError(400, _describe(first, param, list(messages)), param=param, code=code)
 
 
 def _wrong_body(error: Mapping[str, Any], body: Any) -> str:
@@ -79,7 +58,7 @@ def _wrong_body(error: Mapping[str, Any], body: Any) -> str:
         return "The request has no body; it must be a JSON object."
     if isinstance(body, bytes):
         return "The request's body must be JSON, and its header Content-Type must be application/json."
-    return f"The request's body must be a JSON object, and it is {_json_name(body)}."
+    return f"The request's body must be a JSON object, and it is {_shown(body)}."
 
 
 def _path(error: Mapping[str, Any], body: Any) -> str:
@@ -101,41 +80,26 @@ def _path(error: Mapping[str, Any], body: Any) -> str:
     return ".".join(parts + missing)
 
 
-def _describe(error: Mapping[str, Any], param: str, kinds: Sequence[str]) -> str:
-    """Return what is wrong with a parameter; ``kinds`` are those of all its errors."""
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+def _describe(error: Mapping[str, Any], param: str, messages: list[str]) -> str:
+    """Return what is wrong with a parameter; ``messages`` are those of all its errors."""
+    kind, value = error["type"], error["input"]
     if kind in ("missing", "union_tag_not_found"):
         return f"Missing required parameter: '{param}'."
     if kind == "extra_forbidden":
         return f"Unknown parameter: '{param}'."
     if kind == UNSUPPORTED:
         return f"Unsupported parameter: '{param}' cannot be {_shown(value)} here; {error['msg']}."
-    if kind in ("literal_error", "union_tag_invalid"):
-        wrong, supported = context.get("tag", value), context.get("expected") or context["expected_tags"]
-        return f"Invalid value: {_shown(wrong)} for '{param}'. Supported values are: {supported}."
-    if kind in _EXPECTED:
-        expected = list(dict.fromkeys(_EXPECTED[each] for each in kinds if each in _EXPECTED))
-        expected = [each for each in expected if each != "an integer" or "a number" not in expected]
-        return f"Invalid type for '{param}': expected {' or '.join(expected)}, but got {_json_name(value)} instead."
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        return f"Invalid '{param}': it is {_shown(value)} and must be {words} {_shown(context[name])}."
-    if kind in _LENGTHS:
-        name, words, things = _LENGTHS[kind]
-        return f"Invalid '{param}': it has {len(value):,} {things} and must have {words} {context[name]:,}."
-    reasons = {
-        "string_pattern_mismatch": f"it must match {context.get('pattern')}",
-        "recursion_depth_exceeded": "it is nested too deep",
-    }
-    return f"Invalid '{param}': {reasons.get(kind, shortened(error['msg']))}."
-
-
-def _json_name(value: Any) -> str:
-    return _JSON_NAMES.get(type(value), "null")
+    if kind == "recursion_depth_exceeded":
+        return f"Invalid '{param}': it is nested too deep."
+    if kind == "union_tag_invalid":
+        value, messages = error["ctx"]["tag"], [f"Input should be one of {error['ctx']['expected_tags']}"]
+    start = "Input should be "
+    wanted = [messages[0], *(message.removeprefix(start) for message in messages[1:] if message.startswith(start))]
+    text = " or ".join(wanted)
+    given = "" if kind in _COMPLETE else f", but it is {_shown(value)}"
+    return f"Invalid '{param}': {text[0].lower()}{text[1:]}{given}."
 
 
 def _shown(value: Any) -> str:
     """A client's value, short enough to be repeated."""
-    if isinstance(value, str):
-        return f"'{shortened(value)}'"
-    return _json_name(value) if isinstance(value, list | dict) and value else shortened(json.dumps(value))
+    return f"'{shortened(value)}'" if isinstance(value, str) else shortened(json.dumps(value))
