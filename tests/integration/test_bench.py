@@ -19,7 +19,7 @@ from telerag_cli.bench.statistics import MIN_PAIRS, mean_ratio, ratio, summary
 from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Setup
 from telerag_cli.config import CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse

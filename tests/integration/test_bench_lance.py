@@ -16,7 +16,7 @@ from telerag_cli.bench import lance
 from telerag_cli.bench.baselines import FaissMemory
 from telerag_cli.bench.lance import open_lance
 from telerag_cli.config import Metric, Storage
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import checksum
 from telerag_cli.index.artifact import FileInfo

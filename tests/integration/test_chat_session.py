@@ -17,7 +17,7 @@ from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.llm.base import Generation
 from telerag_cli.llm.scripted import Reply, ScriptedGenerator
-from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.base import Answer, Pipeline
 from telerag_cli.pipelines.conversation import (
     MAX_CHARACTERS,
     MAX_TURNS,
@@ -27,7 +27,6 @@ from telerag_cli.pipelines.conversation import (
     rewrite,
     standalone_prompt,
 )
-from telerag_cli.pipelines.found import Answer
 from telerag_cli.pipelines.registry import make_pipeline, make_pipelines
 from telerag_cli.tracing import Span, Tracer
 

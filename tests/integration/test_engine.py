@@ -13,16 +13,13 @@ import pytest
 from animals import ANIMALS
 from expect import fails
 from telerag_cli.config import Lookahead, PipelineName
-from telerag_cli.corpus.passages import Passage
+from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.engine.citations import cite
-from telerag_cli.engine.lines import RunFile, answer_line, error_line
-from telerag_cli.engine.prompt import fit
-from telerag_cli.engine.questions import read_questions
-from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import Refiner
+from telerag_cli.engine.lines import RunFile, answer_line, error_line, read_questions
+from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
+from telerag_cli.engine.session import fit
 from telerag_cli.errors import ArtifactError, ContextError, ModelError
 from telerag_cli.llm.shapes import Lines
-from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS

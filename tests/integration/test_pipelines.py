@@ -9,13 +9,13 @@ import pytest
 from animals import TEXTS
 from expect import fails
 from telerag_cli.config import Lookahead, PipelineName
-from telerag_cli.corpus.passages import Passage
+from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.llm.base import Generation, Token
 from telerag_cli.llm.scripted import Reply
 from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.pipelines.base import merge
 from telerag_cli.pipelines.flare import doubts
-from telerag_cli.pipelines.found import Retrieved, merge
 from telerag_cli.pipelines.registry import PIPELINES, make_pipeline, options
 
 QUESTION = "Where do owls live and what do bees eat?"

@@ -13,18 +13,17 @@ from indexes import make_index as real_index
 from indexes import make_vectors
 from telerag_cli.cli.app import app
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
-from telerag_cli.engine.dry_run import written_ahead
+from telerag_cli.engine.explain import written_ahead
 from telerag_cli.errors import ArtifactError, ResourceError
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.hits import Replayed, first_sentence, from_recording, index_figures
 from telerag_cli.planning.links import BUFFERED, disk_points
-from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
+from telerag_cli.planning.lists import joins_of, make_index, moving_rates, scoring_rates
 from telerag_cli.planning.llm import llm_rates, write
 from telerag_cli.planning.plots import plot
 from telerag_cli.planning.profile import Identity, Profile
-from telerag_cli.planning.storages import make_index
 from telerag_cli.planning.timing import Effort, times_s
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda.bandwidth import transfers

@@ -16,7 +16,6 @@ from doubles import ChosenLink
 from indexes import make_index, make_vectors
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.engine.session import Stage
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation, Message, Request
@@ -24,7 +23,7 @@ from telerag_cli.pipelines.hyde import PASSAGE_TOKENS
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.prefetcher import FollowedOrder
 from telerag_cli.retrieval.report import JoinReport, JoinTrace
-from telerag_cli.retrieval.retriever import Retriever, Search
+from telerag_cli.retrieval.retriever import Retrieval, Retriever, Search
 from telerag_cli.server.timeline import COUNTS, MAX_BARS, MAX_LANES, timeline
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
 from telerag_cli.tiers.cuda.tier import open_cuda_tier

@@ -7,9 +7,9 @@ import time
 import numpy as np
 
 from telerag_cli.config import PAGE_BYTES, ScheduleName
+from telerag_cli.engine.admission import Local
 from telerag_cli.engine.batch import answer_all
 from telerag_cli.engine.scheduler import Schedule, Scheduler
-from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ArtifactError
 from telerag_cli.pipelines.registry import make_pipeline
 

@@ -8,9 +8,8 @@ import pytest
 
 from animals import WordHashes
 from telerag_cli.config import ScheduleName
-from telerag_cli.engine.admission import AdmissionQueue, QueueFullError
+from telerag_cli.engine.admission import AdmissionQueue, Local, QueueFullError
 from telerag_cli.engine.scheduler import Schedule, Scheduler
-from telerag_cli.engine.workers import Local
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Setup
 from telerag_cli.cli.app import app
 from telerag_cli.config import PAGE_BYTES, CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import EXIT_USAGE, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.scripted import ScriptedGenerator

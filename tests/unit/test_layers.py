@@ -177,8 +177,8 @@ def test_only_what_opens_a_tier_knows_of_devices():
         for _line, name in imports(tree(path))
         if name.startswith("telerag_cli.tiers.cuda")
     }
-    measuring = {f"planning/{name}.py" for name in ("links", "measure", "storages")}
-    assert users == {"engine/tier_plan.py", "engine/llm_plan.py", "engine/survey.py"} | measuring
+    measuring = {f"planning/{name}.py" for name in ("links", "lists", "measure")}
+    assert users == {"engine/memory_plan.py", "engine/opening.py"} | measuring
 
 
 def test_click_is_never_imported():

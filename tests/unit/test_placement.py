@@ -8,9 +8,8 @@ import pytest
 from expect import fails
 from indexes import make_index, make_vectors
 from telerag_cli.config import EngineConfig, Metric, Storage, TierConfig, TierKind
-from telerag_cli.engine.llm_plan import plan_llm
+from telerag_cli.engine.memory_plan import plan_llm, plan_tier
 from telerag_cli.engine.opening import open_retriever
-from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import best, score_again
 from telerag_cli.tiers.cuda import gpu as cuda_gpu
@@ -61,7 +60,7 @@ def test_a_machine_with_a_gpu_takes_it_unless_told_otherwise(index, found):
 
 
 def test_an_index_larger_than_the_hosts_memory_takes_the_host_tier(index, found, monkeypatch):
-    monkeypatch.setattr("telerag_cli.engine.tier_plan.available_bytes", lambda: 1000)
+    monkeypatch.setattr("telerag_cli.engine.memory_plan.available_bytes", lambda: 1000)
     planned = plan_tier(index, TierConfig())
     assert planned.kind is TierKind.HOST
     assert format_bytes(1000) in planned.why

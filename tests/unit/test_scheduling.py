@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 
 from telerag_cli.config import PlacementName
 from telerag_cli.engine import grouping
-from telerag_cli.engine.dispatch import LOOKED_AT, MAX_WAITS, Dispatcher, ReplicaState
+from telerag_cli.engine.dispatch import (
+    LOOKED_AT,
+    MAX_WAITS,
+    CacheAware,
+    Dispatcher,
+    Greedy,
+    Offer,
+    ReplicaState,
+    RoundRobin,
+    make_placement,
+)
 from telerag_cli.engine.grouping import arrival, likely, similar
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.placement import CacheAware, Greedy, Offer, RoundRobin, make_placement
 
 NLIST = 12
 

@@ -15,7 +15,7 @@ from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness, Perfect, Setup, System
 from telerag_cli.config import EngineConfig, PipelineName
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.files import checksum
 from telerag_cli.pipelines.base import Pipeline

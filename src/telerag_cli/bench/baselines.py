@@ -13,14 +13,13 @@ import faiss
 import numpy as np
 
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.engine.retrieval import Retrieval
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.errors import ModelError, ResourceError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse, empty_ivf
-from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.prefetch.prefetcher import Prefetch
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.retrieval.retriever import Neighbours, Search
+from telerag_cli.retrieval.retriever import Neighbours, Retrieval, Search
 
 
 def plain_join(took_s: float) -> JoinReport:

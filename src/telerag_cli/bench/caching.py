@@ -19,8 +19,8 @@ from telerag_cli.bench.statistics import ratio, short, summary
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.bench.systems import Harness
 from telerag_cli.config import CacheKind
+from telerag_cli.engine.memory_plan import plan_tier
 from telerag_cli.engine.opening import open_retriever
-from telerag_cli.engine.tier_plan import plan_tier
 from telerag_cli.errors import ResourceError
 from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.retrieval.retriever import Retriever

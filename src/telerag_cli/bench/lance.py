@@ -22,7 +22,7 @@ import pyarrow as pa
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.bench.baselines import Plain
 from telerag_cli.config import Metric, Storage
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.files import check_disk, read_json, wrap_os_error, write_json
 from telerag_cli.index.artifact import ID_BYTES, Index

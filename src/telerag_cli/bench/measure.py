@@ -12,11 +12,11 @@ from telerag_cli.bench.statistics import mean_ratio, ratio, short, summary
 from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.bench.systems import Harness, System
 from telerag_cli.config import ScheduleConfig
+from telerag_cli.engine.admission import Local, Worker
 from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.questions import Question
+from telerag_cli.engine.lines import Question
 from telerag_cli.engine.scheduler import Scheduler, scheduled
-from telerag_cli.engine.workers import Local, Worker
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.progress import Advance

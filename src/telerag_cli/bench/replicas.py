@@ -14,7 +14,7 @@ from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.bench.suites import Pages
 from telerag_cli.distributed.replicas import Recipe, open_replicas
 from telerag_cli.distributed.session import joined
-from telerag_cli.engine.opened_index import OpenedIndex
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import TeleragError
 from telerag_cli.index.scoring import Coarse

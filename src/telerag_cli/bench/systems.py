@@ -17,16 +17,14 @@ from telerag_cli.bench.baselines import FaissGpu, FaissMemory, FaissOnDisk, Plai
 from telerag_cli.bench.suites import Pages, SystemName
 from telerag_cli.config import EngineConfig, Lookahead, ScheduleName, TierKind
 from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.opened_index import OpenedIndex
-from telerag_cli.engine.opening import SILENT, Reporter, open_retriever
-from telerag_cli.engine.retrieval import Finder, Retrievals
-from telerag_cli.engine.tier_plan import device_number, plan_tier
+from telerag_cli.engine.memory_plan import device_number, plan_tier
+from telerag_cli.engine.opening import SILENT, OpenedIndex, Reporter, open_retriever
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.scoring import Coarse, faiss_threads
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.lists import bring
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.retrieval.retriever import Finder, Retrievals, Retriever
 from telerag_cli.system import available_bytes
 from telerag_cli.tracing import Tracer
 from telerag_cli.units import format_bytes

@@ -11,11 +11,11 @@ from typing import IO
 
 from rich.cells import cell_len, set_cell_size
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.engine.engine import SKETCH, AskResult
-from telerag_cli.engine.retrieval import EMBED
 from telerag_cli.engine.session import LLM
-from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.retrieval.report import JOIN, JoinReport
+from telerag_cli.retrieval.retriever import EMBED
 from telerag_cli.tracing import Span
 from telerag_cli.units import format_bytes
 

@@ -150,8 +150,7 @@ def profile(
 @contextlib.contextmanager
 def _of_index(config: EngineConfig, recording: Path | None, *, quick: bool) -> Iterator[tuple[Profile, Planner]]:
     from telerag_cli.cli.reporting import ConsoleReporter
-    from telerag_cli.engine.opening import open_parts
-    from telerag_cli.engine.survey import Replays, subject_of
+    from telerag_cli.engine.opening import Replays, open_parts, subject_of
     from telerag_cli.planning.averages import Averages
     from telerag_cli.planning.measure import measure
     from telerag_cli.planning.planner import Planner
@@ -182,9 +181,8 @@ def _replayed(recording: Path) -> list[Replayed]:
 
 def _machine_only(config: EngineConfig, *, quick: bool) -> Profile:
     from telerag_cli.embedding.encoder import Encoder
-    from telerag_cli.engine.llm_plan import plan_llm
-    from telerag_cli.engine.survey import survey_machine
-    from telerag_cli.engine.tier_plan import plan_device
+    from telerag_cli.engine.memory_plan import plan_device, plan_llm
+    from telerag_cli.engine.opening import survey_machine
 
     gpu, name = plan_device(config)
     llm = plan_llm(config, None, console.warn)

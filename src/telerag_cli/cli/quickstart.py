@@ -118,7 +118,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
 
     from telerag_cli.cli.reporting import ConsoleReporter
     from telerag_cli.engine.engine import Engine
-    from telerag_cli.engine.opened_index import OpenedIndex
+    from telerag_cli.engine.opening import OpenedIndex
     from telerag_cli.index.passages import Passages
     from telerag_cli.llm.base import Message, Request
 

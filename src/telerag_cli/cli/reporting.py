@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 from telerag_cli.cli import console
+from telerag_cli.engine.memory_plan import Row
 from telerag_cli.engine.opening import Reporter
-from telerag_cli.engine.tier_plan import Row
 from telerag_cli.progress import Advance
 
 

@@ -14,8 +14,8 @@ from telerag_cli.units import format_bytes
 
 if TYPE_CHECKING:
     from telerag_cli.distributed.replicas import Remote
+    from telerag_cli.engine.admission import Worker
     from telerag_cli.engine.scheduler import Scheduler
-    from telerag_cli.engine.workers import Worker
     from telerag_cli.tracing import Tracer
 
 
@@ -30,9 +30,9 @@ def open_workers(
         TeleragError: a part cannot be opened.
     """
     from telerag_cli.cli.reporting import ConsoleReporter
+    from telerag_cli.engine.admission import Local
     from telerag_cli.engine.engine import Engine
     from telerag_cli.engine.scheduler import Scheduler, scheduled
-    from telerag_cli.engine.workers import Local
 
     if not _alone(replicas):
         with _open_replicas(config, replicas, tracer) as opened:
@@ -69,10 +69,11 @@ def _open_replicas(
 
     from telerag_cli.distributed.replicas import Recipe, check_memory, open_replicas
     from telerag_cli.distributed.session import joined
-    from telerag_cli.engine.opened_index import open_index, search_depth
+    from telerag_cli.engine.opening import open_index
     from telerag_cli.engine.scheduler import Scheduler, scheduled
     from telerag_cli.index.artifact import Index
     from telerag_cli.index.scoring import Coarse
+    from telerag_cli.retrieval.retriever import search_depth
     from telerag_cli.system import available_bytes
 
     index, count = Index.open(config.index), replicas.replica_count

@@ -31,3 +31,12 @@ class Passage:
     def metadata_json(self) -> str:
         """The metadata as one JSON object; what JSON has no type for (a date, a decimal) becomes its text."""
         return json.dumps(self.metadata, ensure_ascii=False, sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A passage that was found: its row in the index and its score (inner product, or squared L2 distance)."""
+
+    passage: Passage
+    row: int
+    score: float

@@ -20,10 +20,10 @@ import numpy as np
 from telerag_cli.arrays import BoolArray, FloatArray
 from telerag_cli.config import NONE, EngineConfig, TierConfig
 from telerag_cli.distributed.session import Cluster, unwrapped
+from telerag_cli.engine.admission import Local
 from telerag_cli.engine.engine import AskResult, Engine
+from telerag_cli.engine.memory_plan import plan_tier
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.tier_plan import plan_tier
-from telerag_cli.engine.workers import Local
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.system import spin_at_barriers

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.corpus.passages import Retrieved
 
 _MARKER = re.compile(r"\[(\d{1,3})\]")
 _SENTENCE = re.compile(r"\S.*?(?:[.!?]+(?:\s*\[\d{1,3}\])*(?=\s|\Z)|(?=\n)|\Z)")

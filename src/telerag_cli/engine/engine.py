@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from telerag_cli.arrays import FloatArray
-from telerag_cli.config import AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
+from telerag_cli.config import NONE, AnswerConfig, EngineConfig, Lookahead, ScheduleConfig
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.engine.citations import CitedSpan, cite
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.loop_thread import LoopThread
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.opened_index import search_depth
-from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.retrieval import Finder, QueryEmbedder, Retrieval, Retrievals
+from telerag_cli.engine.opening import (
+    SILENT,
+    OpenedIndex,
+    Reporter,
+    SearchOnly,
+    kept_plan,
+    measured,
+    open_retriever,
+    prepare,
+    rates_for_joins,
+)
+from telerag_cli.engine.refinement import RefinementEmbedder
 from telerag_cli.engine.session import Session, Shared, Stage, Writing
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.index.passages import Passages
 from telerag_cli.llm.base import FinishReason, Generator, find_stop
 from telerag_cli.pipelines.base import Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn, recent_turns, rewrite
-from telerag_cli.pipelines.found import Retrieved
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import Planner
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.retrieval.retriever import Finder, QueryEmbedder, Retrieval, Retrievals, Retriever, search_depth
+from telerag_cli.system import spin_at_barriers
 from telerag_cli.tracing import Tracer
-
-if TYPE_CHECKING:
-    from telerag_cli.engine.opened_index import OpenedIndex
-    from telerag_cli.engine.opening import Reporter
 
 SKETCH = "sketch"
 ANSWER_FIELDS = {field.name for field in fields(AnswerConfig)}
@@ -129,19 +136,7 @@ class Engine:
         tracer: Tracer | None = None,
         concurrency: int = 1,
     ) -> None:
-        """Put together what is open.
-
-        Args:
-            generator: the LLM.
-            embedder: embeds what lookahead follows, and queries.
-            retriever: the index and its fast tier.
-            passages: of the index.
-            config: the settings, ``k`` and ``nprobe`` among them or left to the defaults.
-            averages: what earlier runs showed.
-            planner: predicts, if there is a profile.
-            finder: finds passages when the query is there; by default the retriever, over the passages.
-            tracer: where work is recorded.
-            concurrency: questions to answer at once.
+        """Put together what is open; see `open`. ``concurrency`` questions are answered at once.
 
         Raises:
             UsageError: the index cannot be searched so.
@@ -173,7 +168,7 @@ class Engine:
         cls,
         config: EngineConfig,
         *,
-        reporter: Reporter | None = None,
+        reporter: Reporter = SILENT,
         tracer: Tracer | None = None,
         opened: OpenedIndex | None = None,
         generator: Generator | None = None,
@@ -181,19 +176,13 @@ class Engine:
         retriever: Retriever | None = None,
         sharers: int = 1,
         generate: bool = True,
-    ) -> Engine:
+    ) -> Self:
         """Open an engine: index, embedder, LLM and fast tier, ready for the first question. Close it, or use ``with``.
 
-        Args:
-            config: the settings.
-            reporter: is told the memory plan, warnings and progress.
-            tracer: where work is recorded.
-            opened: index, passages and embedder, if they are open already; they stay the caller's.
-            generator: the LLM, if it is open already; `release` leaves it open, `close` does not.
-            finder: finds passages in the retriever's place, for baselines.
-            retriever: the index with its fast tier, if they are open already, as ``opened`` must be then.
-            sharers: processes that share this machine's memory alike, this one included.
-            generate: whether an LLM is wanted; without one the engine only searches.
+        Parts that are open already can be given: ``opened``, which stays the caller's; the LLM, which `release` leaves
+        open and `close` does not; a ``finder`` in the retriever's place, for baselines; and, with ``opened``, a
+        retriever. ``sharers`` processes share this machine's memory alike, this one included. Without ``generate`` no
+        LLM is opened, and the engine only searches.
 
         Raises:
             UsageError: settings contradict each other or the index.
@@ -201,19 +190,51 @@ class Engine:
             ModelError: a model is missing or does not fit the index.
             ResourceError: memory or a device is missing.
         """
-        from telerag_cli.engine.opening import SILENT, open_engine
-
-        return open_engine(
-            config,
-            reporter=reporter or SILENT,
-            tracer=tracer,
-            opened=opened,
-            generator=generator,
-            finder=finder,
-            retriever=retriever,
-            sharers=sharers,
-            generate=generate,
-        )
+        spin_at_barriers()
+        if retriever is not None:
+            assert opened, "who has the retriever has the index"
+            parts = generator or SearchOnly(), opened.embedder, retriever, opened.passages
+            return cls(*parts, config, finder=finder, tracer=tracer)
+        made = prepare(config, reporter, opened=opened, sharers=sharers, generate=generate and generator is None)
+        averages, known, planner = None, None, None
+        if generate and config.profile != NONE:
+            averages, known = kept_plan(config, made)
+        made.opened.embedder.warm_up(approximate=generate and config.lookahead is not Lookahead.OFF)
+        with contextlib.ExitStack() as undo:  # what was opened is closed if a part fails
+            # The LLM comes before the arena, which on a GPU may take what is left.
+            if generator is None and made.llm is not None:
+                generator = made.llm.open()
+                undo.callback(generator.close)
+            rates = rates_for_joins(known) if known else None
+            retriever = open_retriever(
+                made.opened.index, made.tier, config, tracer=tracer, reporter=reporter, rates=rates
+            )
+            undo.callback(retriever.close)
+            if averages is not None and generator is not None:
+                profile = known or measured(config, made, generator, retriever, reporter)
+                if profile is not None:
+                    arena, most = retriever.tier.arena_bytes, config.prefetch_budget_bytes
+                    planner = Planner(profile, averages, nprobe=made.nprobe, arena_bytes=arena, most_bytes=most)
+            engine = cls(
+                generator or SearchOnly(),
+                made.opened.embedder,
+                retriever,
+                made.opened.passages,
+                replace(config, k=made.k, nprobe=made.nprobe),
+                averages=averages,
+                planner=planner,
+                finder=finder,
+                tracer=tracer,
+                concurrency=made.llm.concurrency if made.llm else 1,
+            )
+            undo.callback(engine.release)
+            engine.tier_name = made.tier.name
+            if config.explain:
+                engine._show_plan(reporter)
+            undo.pop_all()
+        for note in retriever.tier.notes:
+            reporter.warn(note)
+        return engine
 
     def __enter__(self) -> Self:
         return self
@@ -283,12 +304,7 @@ class Engine:
     async def astream(self, question: str, **settings: Any) -> AsyncIterator[Delta | AskResult]:
         """Answer one question; the texts of all stages come as they are written, and last the whole answer.
 
-        Args:
-            question: the question.
-            settings: fields of `AnswerConfig` that differ for this question.
-
-        Raises:
-            TeleragError: see `aask`.
+        ``settings`` are fields of `AnswerConfig` that differ for this question. See `aask` for the errors.
         """
         news = News()
         answering = asyncio.create_task(self.aask(question, listener=news, settings=self.answer_config(**settings)))
@@ -306,16 +322,13 @@ class Engine:
     ) -> AsyncIterator[AskResult | TeleragError]:
         """Answer many questions, similar ones together; the answers come in the questions' order.
 
-        A question that cannot be answered yields its error, and costs the others nothing.
-
-        Args:
-            questions: read as they are needed, in a thread.
-            schedule: which of them run together.
+        They are read as they are needed, in a thread. One that cannot be answered yields its error, and costs the
+        others nothing.
         """
+        from telerag_cli.engine.admission import Local
         from telerag_cli.engine.batch import answer_each, in_order
-        from telerag_cli.engine.questions import Question
+        from telerag_cli.engine.lines import Question
         from telerag_cli.engine.scheduler import Scheduler, scheduled
-        from telerag_cli.engine.workers import Local
 
         arena_bytes, index = self.retriever.tier.arena_bytes, self.retriever.index
         fitting = scheduled(schedule or ScheduleConfig(), self.concurrency, arena_bytes, index, self.nprobe)
@@ -411,6 +424,16 @@ class Engine:
         if self._loop is None:
             self._loop = LoopThread()
         return self._loop
+
+    def _show_plan(self, reporter: Reporter) -> None:
+        from telerag_cli.engine.explain import explain
+
+        planner = self.shared.planner
+        if planner is None:
+            reporter.warn("There is no profile to explain a plan with.")
+            return
+        title = f"Plan ({self.config.pipeline.value}, one question alone)"
+        reporter.table(title, ("what", "expected", "why"), explain(self, planner, self.pipeline))
 
     def _embed_approx(self, texts: Sequence[str]) -> FloatArray:
         with self.tracer.span(SKETCH, f"{len(texts)} texts" if len(texts) > 1 else "text"):

@@ -9,8 +9,7 @@ from typing import Self
 import numpy as np
 
 from telerag_cli.arrays import BoolArray, FloatArray
-from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import PrefetchStart, StartPrefetches
+from telerag_cli.engine.refinement import PrefetchStart, RefinementEmbedder, StartPrefetches
 from telerag_cli.prefetch.prefetcher import Prefetch
 
 

@@ -1,6 +1,6 @@
 """Opening what searching and answering need, in the order that fails soonest: index, embedder, LLM, arena.
 
-`Engine.open` is the only way in; commands, the server, benchmarks and replicas all come through `open_engine`.
+`Engine.open` is the only way in, for commands, the server, benchmarks and replicas.
 """
 
 from __future__ import annotations
@@ -8,31 +8,33 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from telerag_cli.config import NONE, EngineConfig, GeneratorKind, Lookahead
-from telerag_cli.engine.engine import Engine
-from telerag_cli.engine.llm_plan import PlannedLlm, plan_llm
-from telerag_cli.engine.opened_index import OpenedIndex, open_index, search_depth
-from telerag_cli.engine.retrieval import Finder
-from telerag_cli.engine.survey import embedder_name, identity_of, rates_for_joins, subject_of
-from telerag_cli.engine.tier_plan import PlannedTier, Row, plan_tier
-from telerag_cli.errors import ArtifactError, ResourceError, UsageError
+from telerag_cli.config import NONE, EngineConfig, GeneratorKind
+from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.engine.memory_plan import PlannedLlm, PlannedTier, Row, plan_llm, plan_tier
+from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.index.artifact import Index
+from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.planning.averages import Averages
-from telerag_cli.planning.measure import measure
-from telerag_cli.planning.planner import Planner
+from telerag_cli.planning.hits import Replayed, from_passages
+from telerag_cli.planning.links import scratch_file
+from telerag_cli.planning.measure import FULL, ProfileSubject, measure
 from telerag_cli.planning.profile import Identity, Profile, kept_in
 from telerag_cli.progress import Advance, silent
-from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.retrieval.retriever import Retriever, search_depth
 from telerag_cli.setting import AUTO
-from telerag_cli.system import available_bytes, spin_at_barriers
+from telerag_cli.system import available_bytes, hardware
 from telerag_cli.tiers.rates import JoinRates
 from telerag_cli.tracing import Tracer
 from telerag_cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from telerag_cli.tiers.cuda.gpu import Gpu
 
 
 class Reporter:
@@ -82,6 +84,36 @@ class SearchOnly:
 
 
 @dataclass(frozen=True)
+class OpenedIndex:
+    """An index with its passages and the embedder of its questions."""
+
+    index: Index
+    passages: Passages
+    embedder: Encoder
+
+
+def open_index(index: Index, embedder: str | None, device: str = AUTO) -> OpenedIndex:
+    """Open an index's passages and the embedder that its manifest names, or the one named here.
+
+    Raises:
+        ArtifactError: the index is damaged.
+        ModelError: no embedder is known, or its vectors are of another dimension.
+    """
+    root = index.paths.root
+    passages = Passages.open(index.paths.passages)
+    name = embedder or index.manifest.embedder.model
+    if name is None:
+        raise ModelError(f"{root} does not say which model made its vectors.", remedy="Name it with --embedder.")
+    encoder = Encoder.load(name, device=device)
+    if encoder.info.dimension != index.manifest.dimension:
+        raise ModelError(
+            f"{name} makes vectors of {encoder.info.dimension} dimensions, and {root} has {index.manifest.dimension}.",
+            remedy="Name the model that made them with --embedder.",
+        )
+    return OpenedIndex(index, passages, encoder)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """An index with its embedder, and the memory that the rest will take: planned, not taken."""
 
@@ -105,14 +137,9 @@ def prepare(
     sharers: int = 1,
     generate: bool = True,
 ) -> Prepared:
-    """Open index, passages and embedder, and plan and show the memory of the rest.
+    """Open index, passages and embedder, if they are not open already, and plan and show the memory of the rest.
 
-    Args:
-        config: the settings.
-        reporter: is told of the plan.
-        opened: index, passages and embedder, if they are open already.
-        sharers: processes that plan to share this machine's memory, this one included.
-        generate: whether an LLM is wanted.
+    ``sharers`` processes plan to share this machine's memory, this one included. An LLM is planned if ``generate``.
 
     Raises:
         TeleragError: something is missing, does not fit, or contradicts something else.
@@ -158,70 +185,7 @@ def open_parts(config: EngineConfig, reporter: Reporter) -> Iterator[tuple[Prepa
         yield made, generator, retriever
 
 
-def open_engine(
-    config: EngineConfig,
-    *,
-    reporter: Reporter = SILENT,
-    tracer: Tracer | None = None,
-    opened: OpenedIndex | None = None,
-    generator: Generator | None = None,
-    finder: Finder | None = None,
-    retriever: Retriever | None = None,
-    sharers: int = 1,
-    generate: bool = True,
-) -> Engine:
-    """Everything together, and ready: the first question waits for nothing; see `Engine.open` for the arguments.
-
-    What was opened is closed if a part fails. The LLM comes before the arena, which on a GPU may take what is left.
-    """
-    spin_at_barriers()
-    if retriever is not None:
-        assert opened, "whoever has the retriever has the index"
-        parts = generator or SearchOnly(), opened.embedder, retriever, opened.passages
-        return Engine(*parts, config, finder=finder, tracer=tracer)
-    made = prepare(config, reporter, opened=opened, sharers=sharers, generate=generate and generator is None)
-    averages: Averages | None = None
-    known: Profile | None = None
-    if generate and config.profile != NONE:
-        averages, known = _kept_plan(config, made)
-    made.opened.embedder.warm_up(approximate=generate and config.lookahead is not Lookahead.OFF)
-    with contextlib.ExitStack() as undo:
-        if generator is None and made.llm is not None:
-            generator = made.llm.open()
-            undo.callback(generator.close)
-        rates = rates_for_joins(known) if known else None
-        searching = open_retriever(made.opened.index, made.tier, config, tracer=tracer, reporter=reporter, rates=rates)
-        undo.callback(searching.close)
-        planner: Planner | None = None
-        if averages is not None:
-            assert generator is not None
-            profile = known or _measured(config, made, generator, searching, reporter)
-            if profile is not None:
-                arena, most = searching.tier.arena_bytes, config.prefetch_budget_bytes
-                planner = Planner(profile, averages, nprobe=made.nprobe, arena_bytes=arena, most_bytes=most)
-        engine = Engine(
-            generator or SearchOnly(),
-            made.opened.embedder,
-            searching,
-            made.opened.passages,
-            replace(config, k=made.k, nprobe=made.nprobe),
-            averages=averages,
-            planner=planner,
-            finder=finder,
-            tracer=tracer,
-            concurrency=made.llm.concurrency if made.llm else 1,
-        )
-        undo.callback(engine.release)
-        engine.tier_name = made.tier.name
-        if config.explain:
-            _show_plan(engine, reporter)
-        undo.pop_all()
-    for note in searching.tier.notes:
-        reporter.warn(note)
-    return engine
-
-
-def _kept_plan(config: EngineConfig, made: Prepared) -> tuple[Averages, Profile | None]:
+def kept_plan(config: EngineConfig, made: Prepared) -> tuple[Averages, Profile | None]:
     """What earlier runs of these parts showed, and the profile that was named or kept."""
     identity, versions = made.identity
     kept = kept_in(identity, versions)
@@ -234,7 +198,7 @@ def _kept_plan(config: EngineConfig, made: Prepared) -> tuple[Averages, Profile 
     return Averages(kept.with_suffix(".averages.json")), known
 
 
-def _measured(
+def measured(
     config: EngineConfig, made: Prepared, generator: Generator, retriever: Retriever, reporter: Reporter
 ) -> Profile | None:
     """A profile measured now and kept; None where that is not to be done or failed."""
@@ -253,13 +217,84 @@ def _measured(
     return profile
 
 
-def _show_plan(engine: Engine, reporter: Reporter) -> None:
-    from telerag_cli.engine.explain import explain
+PASSAGES = "passages of the index, their first sentences as questions"
+VERSIONS = ("telerag-cli", "torch", "faiss-cpu", "faiss-gpu", "llama-cpp-python")
 
-    planner = engine.shared.planner
-    if planner is None:
-        reporter.warn("There is no profile to explain a plan with.")
-        return
-    name = engine.config.pipeline.value
-    rows = explain(engine, planner, engine.pipeline)
-    reporter.table(f"Plan ({name}, one question alone)", ("what", "expected", "why"), rows)
+
+@dataclass(frozen=True)
+class Replays:
+    """Questions for the hit curve, and where they are from; none for passages of the index."""
+
+    questions: Sequence[Replayed] = ()
+    source: str = PASSAGES
+
+
+def identity_of(
+    index: Index | None, tier_name: str, llm: PlannedLlm | None, embedder: str
+) -> tuple[Identity, dict[str, str]]:
+    """Return what a profile of these parts is of, and the versions it is made with."""
+    machine = hardware()
+    lists = NONE
+    if index is not None:
+        manifest = index.manifest
+        file = manifest.files.get("lists.bin")
+        made_of = f"{manifest.ntotal:,} vectors of {manifest.storage} in {manifest.nlist:,} lists"
+        lists = f"{made_of}, {file.checksum if file else NONE}"
+    identity = Identity(
+        machine["cpu"], machine["cores"], tuple(machine["gpus"]), tier_name, lists, llm.name if llm else NONE, embedder
+    )
+    return identity, {name: version for name, version in machine["versions"].items() if name in VERSIONS}
+
+
+def subject_of(
+    opened: OpenedIndex,
+    gpu: Gpu | None,
+    retriever: Retriever,
+    generator: Generator,
+    nprobe: int,
+    identity: tuple[Identity, dict[str, str]],
+    replays: Replays = Replays(),
+) -> ProfileSubject:
+    """Return what `measure` needs of parts that are open; the arena is empty afterwards."""
+    questions = replays.questions or from_passages(opened.passages, FULL.replayed)
+    source = replays.source if replays.questions else PASSAGES
+    lists = opened.index.paths.lists
+    return ProfileSubject(*identity, gpu, lists, opened.embedder, generator, retriever, nprobe, questions, source)
+
+
+def survey_machine(
+    gpu: Gpu | None,
+    name: str,
+    encoder: Encoder,
+    llm: PlannedLlm,
+    generator: Generator,
+    *,
+    quick: bool,
+    advance: Advance,
+    command: str,
+) -> Profile:
+    """Measure what can be without an index; the disk is that of the current folder.
+
+    Raises:
+        ResourceError: nothing can be written there.
+    """
+    identity, versions = identity_of(None, name, llm, embedder_name(encoder))
+    left_out = ("Name an index to measure its lists, their hit rates and the coarse quantizer as well.",)
+    with scratch_file(Path.cwd()) as file:
+        subject = ProfileSubject(identity, versions, gpu, file, encoder, generator, left_out=left_out)
+        return measure(subject, quick=quick, advance=advance, command=command)
+
+
+def embedder_name(encoder: Encoder) -> str:
+    """Return model, fingerprint of its weights, and device."""
+    return f"{encoder.info.model} ({encoder.info.weights}) on {encoder.device}"
+
+
+def rates_for_joins(profile: Profile) -> JoinRates | None:
+    """Return the rates with which a tier that scores in place starts; None where the profile has no such tier."""
+    places = {rate.place: rate for rate in profile.scoring[:2]}
+    if profile.moving is None or "in place" not in places:
+        return None
+    arena, in_place = places["arena"], places["in place"].bytes_per_s.value
+    slowed = profile.joins.both_ends_slowed if profile.joins else 1.0
+    return JoinRates(profile.moving.alone.value, in_place, arena.bytes_per_s.value, arena.latency_s, slowed)

@@ -17,14 +17,13 @@ from telerag_cli.config import (
     ScheduleConfig,
     ScheduleName,
 )
-from telerag_cli.engine.dispatch import Dispatcher
+from telerag_cli.engine.dispatch import Dispatcher, make_placement
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.grouping import HORIZON, arrival, likely, similar
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.placement import make_placement
-from telerag_cli.engine.retrieval import QueryEmbedder
 from telerag_cli.errors import UsageError
 from telerag_cli.index.artifact import Index
+from telerag_cli.retrieval.retriever import QueryEmbedder
 
 EMBEDDED_TOGETHER = 32
 """Questions embedded in one call: an LLM that decodes on the same cores waits for it."""

@@ -6,28 +6,26 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
 from telerag_cli.config import AnswerConfig, Lookahead
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch, give_up
-from telerag_cli.engine.prompt import fit
-from telerag_cli.engine.refinement_embedder import RefinementEmbedder
-from telerag_cli.engine.refiner import Refiner
-from telerag_cli.engine.retrieval import Finder, Retrieval
+from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
+from telerag_cli.errors import ContextError
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
 from telerag_cli.llm.shapes import Shape
-from telerag_cli.pipelines.base import ANSWER, Ahead, Expect, Listener, Prompt, is_answer
-from telerag_cli.pipelines.found import Answer, Retrieved
+from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Expect, Listener, Prompt, is_answer
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import ExpectedText, Planner
 from telerag_cli.prefetch.prefetcher import Prefetch
-from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.retrieval.retriever import Finder, Retrieval, Retriever
 from telerag_cli.tracing import Tracer
 
 LLM = "LLM"
@@ -250,3 +248,39 @@ def _instructed(prompt: Prompt, instructions: str) -> Prompt:
         return [replace(first, content=f"{first.content}\n\n{instructions}"), *others]
 
     return with_instructions
+
+
+def fit(
+    question: str,
+    found: Sequence[Retrieved],
+    prompt: Prompt,
+    room: int,
+    count_tokens: Callable[[Sequence[Message]], int],
+) -> tuple[Sequence[Message], int]:
+    """The prompt with as many of the best passages as fit.
+
+    Args:
+        question: the question.
+        found: passages, best first.
+        prompt: makes the messages.
+        room: tokens that the prompt may have.
+        count_tokens: tokens of a prompt.
+
+    Returns:
+        The prompt, and how many passages it holds.
+
+    Raises:
+        ContextError: not even the question fits.
+    """
+    kept = len(found)
+    while True:
+        messages = prompt(question, found[:kept])
+        tokens = count_tokens(messages)
+        if tokens <= room:
+            return messages, kept
+        if not kept:
+            raise ContextError(
+                f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
+                remedy="Shorten it, lower --max-tokens or raise --ctx-size.",
+            )
+        kept -= 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from telerag_cli.config import model_name
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.llm.base import Generation, Message
 from telerag_cli.llm.shapes import Shape
-from telerag_cli.pipelines.found import Answer, Retrieved
 from telerag_cli.pipelines.prompts import answer_prompt
 
 ANSWER = "answer"
@@ -20,6 +21,21 @@ ANSWER = "answer"
 def is_answer(stage: str) -> bool:
     """Whether a stage's text may be the answer: it is the only one, or one of several of which the best is kept."""
     return stage == ANSWER or stage.startswith(f"{ANSWER}_")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text and the passages that it was written from; ``[1]`` in the text is the first of them."""
+
+    text: str
+    found: Sequence[Retrieved] = ()
+
+
+def merge(*found: Sequence[Retrieved]) -> list[Retrieved]:
+    """Passages of several retrievals in one order: everyone's first, then everyone's second, each passage once."""
+    depth = max(map(len, found), default=0)
+    ranked = (hits[rank] for rank in range(depth) for hits in found if rank < len(hits))
+    return list({hit.row: hit for hit in ranked}.values())
 
 
 class Ahead:
@@ -123,3 +139,17 @@ class Listener:
 
     def retrieved(self, found: Sequence[Retrieved]) -> None:
         """Passages were found."""
+
+
+T = TypeVar("T")
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order. If one fails or all are cancelled, none is still running when that comes through."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.errors import ModelError
 from telerag_cli.llm.base import Generation, Message
 from telerag_cli.llm.shapes import Lines
-from telerag_cli.pipelines.base import Rag
-from telerag_cli.pipelines.found import Answer, Retrieved, merge
+from telerag_cli.pipelines.base import Answer, Rag, merge, together
 from telerag_cli.pipelines.prompts import numbered, user
-from telerag_cli.pipelines.together import together
 
 SENTENCE_TOKENS = 48
 QUERY_TOKENS = 32

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from telerag_cli.pipelines.base import Rag
-from telerag_cli.pipelines.found import Answer
+from telerag_cli.pipelines.base import Answer, Rag
 from telerag_cli.pipelines.prompts import user
 
 PASSAGE_TOKENS = 96

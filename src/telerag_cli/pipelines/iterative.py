@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.llm.base import Message
 from telerag_cli.llm.shapes import Choice, Lines
-from telerag_cli.pipelines.base import Rag
-from telerag_cli.pipelines.found import Answer, Retrieved, merge
+from telerag_cli.pipelines.base import Answer, Rag, merge
 from telerag_cli.pipelines.prompts import answer_prompt, user
 
 QUERY_TOKENS = 40

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.llm.base import Message
-from telerag_cli.pipelines.found import Retrieved
 
 INSTRUCTION = (
     "Answer the question in one or two sentences, using only the numbered passages. "

@@ -9,9 +9,8 @@ from typing import Any
 
 from telerag_cli.config import PipelineName
 from telerag_cli.errors import UsageError
-from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.base import Answer, Pipeline
 from telerag_cli.pipelines.flare import flare
-from telerag_cli.pipelines.found import Answer
 from telerag_cli.pipelines.hyde import hyde
 from telerag_cli.pipelines.iter_retgen import iter_retgen
 from telerag_cli.pipelines.iterative import iterative

@@ -5,11 +5,10 @@ The paper trains a model to write its judgements as special tokens; here an inst
 
 from __future__ import annotations
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.llm.shapes import Choice
-from telerag_cli.pipelines.base import Rag
-from telerag_cli.pipelines.found import Answer, Retrieved
+from telerag_cli.pipelines.base import Answer, Rag, together
 from telerag_cli.pipelines.prompts import user
-from telerag_cli.pipelines.together import together
 
 NEED = Choice(("yes", "no"))
 RATING = Choice(("5", "4", "3", "2", "1"))

@@ -7,8 +7,7 @@ LlamaIndex's sub-question query engine does.
 from __future__ import annotations
 
 from telerag_cli.llm.shapes import Lines
-from telerag_cli.pipelines.base import Rag
-from telerag_cli.pipelines.found import Answer
+from telerag_cli.pipelines.base import Answer, Rag
 from telerag_cli.pipelines.prompts import user
 
 QUESTION_TOKENS = 32

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.errors import TeleragError
-from telerag_cli.index.artifact import Index
+from telerag_cli.arrays import ByteArray, FloatArray, IntArray
+from telerag_cli.config import PAGE_BYTES, Metric, Storage
+from telerag_cli.errors import ResourceError, TeleragError
+from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths, Manifest, code_size, lay_out
+from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import join_fixed_s, mean_list_bytes, overlap_loss, scoring_latency_s
 from telerag_cli.planning.llm import write
@@ -20,8 +26,12 @@ from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, Sco
 from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.prefetch.prefetcher import Window
 from telerag_cli.retrieval.retriever import Retriever
+from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tiers.rates import ScoreLists
 from telerag_cli.tiers.tier import FastTier, PinResult
+
+if TYPE_CHECKING:
+    from telerag_cli.tiers.cuda.gpu import Gpu
 
 POLL_S = 0.002
 TRIED_BYTES = 512 << 20
@@ -197,3 +207,68 @@ def _scoring(place: str, score: ScoreLists, index: Index, lists: IntArray, effor
     latency_s = scoring_latency_s(few * mean, few_s.value, count * mean, all_s.value)
     value, low, high = (count * mean / max(took_s - latency_s, 1e-9) for took_s in (all_s.value, all_s.high, all_s.low))
     return ScoringRate(place, index.manifest.storage.value, Measured(value, low, high, all_s.repeats), latency_s)
+
+
+NLIST = 64
+LIST_BYTES = 1 << 20
+
+
+class MadeLists:
+    """A `HostLists` of made-up vectors."""
+
+    def __init__(self, memory: ByteArray) -> None:
+        self.memory = memory
+
+    def close(self) -> None:
+        """Do nothing: there is nothing to release."""
+
+
+def make_index(root: Path, dimension: int, metric: Metric, storage: Storage) -> tuple[Index, MadeLists]:
+    """Make up an index of 64 lists of about 1 MiB, of which nothing is written to its folder yet, and its lists."""
+    random = np.random.default_rng(0)
+    size = code_size(dimension, storage)
+    count = LIST_BYTES // (size + ID_BYTES)
+    table, nbytes = lay_out(np.full(NLIST, count, np.int64), size)
+    memory = np.zeros(-(-nbytes // PAGE_BYTES) * PAGE_BYTES, np.uint8)
+    vectors = random.standard_normal((count, dimension), np.float32) / np.float32(np.sqrt(dimension))
+    codes = {
+        Storage.FLOAT32: vectors,
+        Storage.FLOAT16: vectors.astype(np.float16),
+        Storage.INT8: random.integers(256, size=(count, dimension), dtype=np.uint8),
+    }[storage]
+    raw = np.ascontiguousarray(codes).view(np.uint8).ravel()
+    for number, (_size, capacity, offset) in enumerate(table.tolist()):
+        memory[offset : offset + len(raw)] = raw
+        rows = np.arange(number * count, (number + 1) * count)
+        ids = offset + capacity * size
+        memory[ids : ids + count * ID_BYTES] = rows.view(np.uint8)
+    trained = np.concatenate([np.full(dimension, -1.0), np.full(dimension, 2.0)]).astype(np.float32)
+    manifest = Manifest(dimension, metric, storage, NLIST, NLIST * count, size, 0, EmbedderInfo(None), {})
+    centroids = random.standard_normal((NLIST, dimension), np.float32)
+    return (
+        Index(IndexPaths(root), manifest, centroids, table, trained if storage is Storage.INT8 else None),
+        MadeLists(memory),
+    )
+
+
+def storage_rates(
+    gpu: Gpu | None, dimension: int, metric: Metric, storages: Iterable[Storage], effort: Effort
+) -> list[ScoringRate]:
+    """Measure storage types in a tier on this GPU, or in RAM; a type without room for its lists is left out."""
+    found: list[ScoringRate] = []
+    for storage in storages:
+        with tempfile.TemporaryDirectory(prefix="telerag-profile-") as folder, contextlib.suppress(ResourceError):
+            index, lists = make_index(Path(folder), dimension, metric, storage)
+            with contextlib.closing(_tier_over(gpu, index, lists)) as tier:
+                found += scoring_rates(index, tier, effort)
+    return found
+
+
+def _tier_over(gpu: Gpu | None, index: Index, lists: MadeLists) -> FastTier:
+    coarse, nbytes = Coarse(index.centroids, index.manifest.metric), int(index.list_bytes.sum())
+    if gpu is None:
+        lists.memory.tofile(index.paths.lists)
+        return open_host_tier(index, coarse, nbytes)
+    from telerag_cli.tiers.cuda.tier import open_cuda_tier
+
+    return open_cuda_tier(index, coarse, gpu, nbytes, lists=lists)

@@ -18,10 +18,9 @@ from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import mean_list_bytes
 from telerag_cli.planning.hits import Replayed, index_figures
 from telerag_cli.planning.links import link_points, slot_of
-from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates
+from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates, storage_rates
 from telerag_cli.planning.llm import llm_rates, write
 from telerag_cli.planning.profile import EmbeddingTimes, Identity, Memory, Profile
-from telerag_cli.planning.storages import storage_rates
 from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.progress import Advance
 from telerag_cli.retrieval.retriever import Retriever

@@ -15,9 +15,8 @@ from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
 from telerag_cli.errors import TeleragError
 from telerag_cli.llm.shapes import Json, Shape
-from telerag_cli.pipelines.base import Pipeline
+from telerag_cli.pipelines.base import Pipeline, together
 from telerag_cli.pipelines.conversation import Turn
-from telerag_cli.pipelines.together import together
 from telerag_cli.server.errors import ApiError
 from telerag_cli.server.replies import choice, cited, json_response, note, note_outcomes, usage_of
 from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat

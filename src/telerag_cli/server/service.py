@@ -13,12 +13,11 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
-from telerag_cli.engine.admission import AdmissionQueue, Permit, QueueFullError
+from telerag_cli.engine.admission import AdmissionQueue, Local, Permit, QueueFullError
 from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.snapshot import snapshot
-from telerag_cli.engine.workers import Local
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn

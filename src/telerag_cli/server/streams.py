@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
+from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.llm.base import Generator, Message
-from telerag_cli.pipelines.base import ANSWER
-from telerag_cli.pipelines.found import Retrieved
-from telerag_cli.pipelines.together import together
+from telerag_cli.pipelines.base import ANSWER, together
 from telerag_cli.server.errors import ApiError, as_api_error
 from telerag_cli.server.replies import choice, cited, event, note, note_outcomes, usage_of
 from telerag_cli.server.requests import StreamOptions

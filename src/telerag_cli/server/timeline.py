@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.retrieval import Retrieval
 from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Retrieval
 from telerag_cli.tracing import Span
 
 MAX_LANES = 8

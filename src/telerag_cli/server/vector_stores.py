@@ -9,9 +9,8 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from telerag_cli.arrays import DoubleArray, FloatArray
 from telerag_cli.config import Metric
-from telerag_cli.corpus.passages import Passage
-from telerag_cli.engine.retrieval import Retrievals
-from telerag_cli.pipelines.found import Retrieved
+from telerag_cli.corpus.passages import Passage, Retrieved
+from telerag_cli.retrieval.retriever import Retrievals
 from telerag_cli.server.errors import INVALID, ApiError, shortened
 from telerag_cli.server.filters import attributes, passes
 from telerag_cli.server.replies import json_response, note
