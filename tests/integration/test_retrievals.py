@@ -9,9 +9,9 @@ import pytest
 
 from animals import ANIMALS, DIMENSION, TEXTS, WordHashes, World
 from indexes import make_vectors
-from telerag_cli.engine import retrieval
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
+from telerag_cli.retrieval import retriever as retrieval
 from telerag_cli.retrieval.retriever import Retrievals, Retriever
 from telerag_cli.tiers.host import open_host_tier
 from telerag_cli.tracing import Tracer
