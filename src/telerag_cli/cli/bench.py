@@ -12,10 +12,10 @@ import typer
 
 from telerag_cli.bench.suites import Pages, SuiteName, SystemName
 from telerag_cli.cli import console
-from telerag_cli.cli.bench_options import BenchOptions, ResultOptions, work
+from telerag_cli.cli.bench_options import BenchConfig, BenchOptions, ResultOptions, SharedOptions, work
 from telerag_cli.cli.guard import guarded
-from telerag_cli.cli.options import expanded, one
-from telerag_cli.config import CacheKind, Lookahead, PipelineName, PlacementName, ReplicaConfig, ScheduleName
+from telerag_cli.cli.options import Only, expanded, one
+from telerag_cli.config import CacheKind, Lookahead, PipelineName, ReplicaConfig
 from telerag_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ app = typer.Typer(
 
 PAGES = "Page cache and arenas when a question comes: emptied, or as earlier questions left them"
 PagesOption = Annotated[Pages, work(f"{PAGES}.")]
-IndexOption = typer.Option(
-    "--output", "-o", help="The index to build; replaced if it is there.", metavar="INDEX", show_default=False
-)
 
 LOOKAHEADS = (SystemName.FETCH, SystemName.QUESTION, SystemName.REFINED)
 ON_DISK = (SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.REFINED)
@@ -43,26 +40,30 @@ HYDE = (PipelineName.HYDE,)
 
 def latency(
     asking: BenchOptions,
+    config: SharedOptions,
     keeping: ResultOptions,
     pages: Annotated[list[Pages] | None, work(f"{PAGES}; repeatable.", default="cold")] = None,
 ) -> None:
     """Latency of single questions by pipeline and dataset: the paper's main comparison."""
     from telerag_cli.bench.answering import latency as measure
 
-    systems = (SystemName.FAISS_ONDISK, *LOOKAHEADS, SystemName.LLM_ONLY)
+    defaults = (SystemName.FAISS_ONDISK, *LOOKAHEADS, SystemName.LLM_ONLY), ALL
     states = _unique(pages, Pages.COLD)
-    _answering(SuiteName.LATENCY, asking, keeping, systems, ALL, lambda ask: measure(ask, states))
+    _answering(SuiteName.LATENCY, (asking, config, keeping), defaults, lambda ask: measure(ask, states))
 
 
-def breakdown(asking: BenchOptions, keeping: ResultOptions, pages: PagesOption = Pages.COLD) -> None:
+def breakdown(
+    asking: BenchOptions, config: SharedOptions, keeping: ResultOptions, pages: PagesOption = Pages.COLD
+) -> None:
     """Where the time goes, stage by stage: the paper's breakdown of latency."""
     from telerag_cli.bench.answering import breakdown as measure
 
-    _answering(SuiteName.BREAKDOWN, asking, keeping, ON_DISK, ALL, measure, pages=pages)
+    _answering(SuiteName.BREAKDOWN, (asking, config, keeping), (ON_DISK, ALL), measure, pages=pages)
 
 
 def nprobe(
     asking: BenchOptions,
+    config: SharedOptions,
     keeping: ResultOptions,
     values: Annotated[
         list[int] | None,
@@ -74,13 +75,13 @@ def nprobe(
     from telerag_cli.bench.answering import nprobe as measure
 
     chosen = _unique(values, 64, 128, 256, 512)
-    _answering(
-        SuiteName.NPROBE, asking, keeping, ON_DISK, HYDE, lambda ask: measure(ask, chosen), pages=pages, nprobes=chosen
-    )
+    given = asking, config, keeping
+    _answering(SuiteName.NPROBE, given, (ON_DISK, HYDE), lambda ask: measure(ask, chosen), pages=pages, nprobes=chosen)
 
 
 def hit_rate(
     asking: BenchOptions,
+    config: SharedOptions,
     keeping: ResultOptions,
     budget: Annotated[
         list[float] | None,
@@ -94,13 +95,14 @@ def hit_rate(
     """Lists in fast memory when the query comes, by bytes that may be moved before: the paper's hit rate by budget."""
     from telerag_cli.bench.answering import hit_rate as measure
 
-    systems = (SystemName.QUESTION, SystemName.REFINED, SystemName.PERFECT)
+    defaults = (SystemName.QUESTION, SystemName.REFINED, SystemName.PERFECT), HYDE
     chosen = _unique(budget, 0.25, 0.5, 0.75, 1.0, 1.3, 1.6)
-    _answering(SuiteName.HIT_RATE, asking, keeping, systems, HYDE, lambda ask: measure(ask, chosen))
+    _answering(SuiteName.HIT_RATE, (asking, config, keeping), defaults, lambda ask: measure(ask, chosen))
 
 
 def throughput(
     asking: BenchOptions,
+    config: SharedOptions,
     keeping: ResultOptions,
     batch_size: Annotated[
         list[int] | None,
@@ -118,15 +120,14 @@ def throughput(
     """Questions answered per second, by how many are given together: the paper's throughput by batch size."""
     from telerag_cli.bench.answering import throughput as measure
 
-    systems = (SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.ARRIVAL, SystemName.REFINED)
+    defaults = (SystemName.FAISS_ONDISK, SystemName.FETCH, SystemName.ARRIVAL, SystemName.REFINED), HYDE
     sizes = _unique(batch_size, 1, 4, 8)
     at_once = concurrency or min(8, max(sizes))
+    given = asking, config, keeping
     _answering(
         SuiteName.THROUGHPUT,
-        asking,
-        keeping,
-        systems,
-        HYDE,
+        given,
+        defaults,
         lambda ask: measure(ask, sizes, at_once),
         pages=pages,
         concurrency=at_once,
@@ -135,6 +136,7 @@ def throughput(
 
 def cache(
     asking: BenchOptions,
+    config: SharedOptions,
     keeping: ResultOptions,
     policy: Annotated[
         list[CacheKind] | None, work("What stays in the arena between questions; repeatable.", default="all")
@@ -171,26 +173,22 @@ def cache(
     skews = _unique(skew, 0.0)
     _answering(
         SuiteName.CACHE,
-        asking,
-        keeping,
-        (SystemName.FETCH,),
-        HYDE,
+        (asking, config, keeping),
+        ((SystemName.FETCH,), HYDE),
         lambda ask: measure(ask, policies, fractions, budget, window, skews),
     )
 
 
 def scaling(
     asking: BenchOptions,
+    config: SharedOptions,
+    wish: Annotated[ReplicaConfig, Only("schedule", "batch_size", "micro_batch", "placement")],
     keeping: ResultOptions,
     replicas: Annotated[
         list[int] | None, work("Replicas side by side on this machine; repeatable.", default="1, 2", min=1)
     ] = None,
     concurrency: Annotated[int, work("Questions that each replica answers at once.", min=1)] = 8,
     lookahead: Annotated[Lookahead, one("lookahead")] = Lookahead.REFINED,
-    schedule: Annotated[ScheduleName, one("schedule", ReplicaConfig)] = ScheduleName.SIMILAR,
-    batch_size: Annotated[int, one("batch_size", ReplicaConfig)] = 64,
-    micro_batch: Annotated[int | None, one("micro_batch", ReplicaConfig)] = None,
-    placement: Annotated[PlacementName, one("placement", ReplicaConfig)] = PlacementName.CACHE_AWARE,
 ) -> None:
     """Questions answered per second by several replicas on this machine: the paper's scaling over several GPUs."""
     if asking.system:
@@ -203,7 +201,6 @@ def scaling(
             f"bench scaling takes one pipeline and {1 + len(others)} are named.", remedy="Name one with --pipeline."
         )
     counts = _unique(replicas, 1, 2)
-    wish = ReplicaConfig(schedule=schedule, placement=placement, batch_size=batch_size, micro_batch=micro_batch)
     questions = asking.questions(SuiteName.SCALING)
 
     def measured() -> tuple[Outcome, dict[str, Any]]:
@@ -215,19 +212,19 @@ def scaling(
         from telerag_cli.engine.scheduler import scheduled
         from telerag_cli.system import available_bytes
 
-        config = replace(asking.config(concurrency), pipeline=name, lookahead=lookahead)
-        made = prepare(config, ConsoleReporter())
+        wanted = replace(config.opened(asking, concurrency), pipeline=name, lookahead=lookahead)
+        made = prepare(wanted, ConsoleReporter())
         assert made.llm
-        config = replace(config, k=made.k, nprobe=made.nprobe)
+        shared = replace(wanted, k=made.k, nprobe=made.nprobe)
         index = made.opened.index
-        check_memory(index, config, max(counts), available_bytes())
+        check_memory(index, shared, max(counts), available_bytes())
         how = scheduled(wish, concurrency, made.tier.gpu_bytes or made.tier.ram_bytes, index, made.nprobe)
         warmups = next(iter(questions.values()))[: asking.num_warmups]
         rest = [text for texts in questions.values() for text in texts[asking.num_warmups :]]
         with console.progress("answering", len(counts) * asking.repeats, unit="runs") as advance:
             outcome = measure(
                 made.opened,
-                Recipe(config),
+                Recipe(shared),
                 how,
                 counts,
                 warmups,
@@ -237,7 +234,7 @@ def scaling(
                 detailed=keeping.save_detailed,
                 advance=advance,
             )
-        same = settings_of(made.opened, config, made.llm.name, **asking.extent(questions, [name]))
+        same = settings_of(made.opened, shared, made.llm.name, **asking.extent(questions, [name]))
         return outcome, same | {"lookahead": lookahead.value, "questions_at_once": concurrency}
 
     _keep(SuiteName.SCALING, keeping, measured)
@@ -271,7 +268,12 @@ def build(
         Path, typer.Argument(help="Embeddings, made by telerag embed.", metavar="EMBEDDINGS", show_default=False)
     ],
     keeping: ResultOptions,
-    output: Annotated[Path, IndexOption],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="The index to build; replaced if it is there.", metavar="INDEX", show_default=False
+        ),
+    ],
     nlist: Annotated[int, work("Lists.", min=1)] = 4096,
     memory: Annotated[str, work("Memory that building may take, see telerag build-index.", metavar="SIZE")] = "2GiB",
 ) -> None:
@@ -352,17 +354,16 @@ def _unique(chosen: Sequence[Any] | None, *defaults: Any) -> tuple[Any, ...]:
 
 def _answering(
     suite: SuiteName,
-    asking: BenchOptions,
-    keeping: ResultOptions,
-    systems: Sequence[SystemName],
-    pipelines: Sequence[PipelineName],
+    given: tuple[BenchOptions, BenchConfig, ResultOptions],
+    defaults: tuple[Sequence[SystemName], Sequence[PipelineName]],
     measure: Callable[[Ask], Outcome],
     *,
     pages: Pages = Pages.COLD,
     nprobes: Sequence[int] = (),
     concurrency: int = 1,
 ) -> None:
-    """Open what answering needs, measure, and keep what was found."""
+    """Open what answering needs, measure, and keep what was found; ``defaults`` are the systems and the pipelines."""
+    asking, config, keeping = given
     questions = asking.questions(suite)
 
     def measured() -> tuple[Outcome, dict[str, Any]]:
@@ -374,18 +375,18 @@ def _answering(
         from telerag_cli.retrieval.retriever import check_search
 
         reporter = ConsoleReporter()
-        config = asking.config(concurrency)
-        made = prepare(config, reporter)
+        wanted = config.opened(asking, concurrency)
+        made = prepare(wanted, reporter)
         assert made.llm
         for value in nprobes:
             check_search(made.opened.index, made.k, value)
         made.opened.embedder.warm_up(approximate=True)
-        config = replace(config, k=made.k, nprobe=made.nprobe)
-        names = _unique(asking.pipeline, *pipelines)
+        shared = replace(wanted, k=made.k, nprobe=made.nprobe)
+        names = _unique(asking.pipeline, *defaults[1])
         with contextlib.closing(made.llm.open()) as generator:
             ask = Ask(
-                setup=Setup(made.opened, generator, config, pages, reporter),
-                systems=_unique(asking.system, *systems),
+                setup=Setup(made.opened, generator, shared, pages, reporter),
+                systems=_unique(asking.system, *defaults[0]),
                 questions=questions,
                 pipelines=[make_pipeline(name) for name in names],
                 num_warmups=asking.num_warmups,
@@ -394,7 +395,7 @@ def _answering(
                 detailed=keeping.save_detailed,
                 counting=console.progress,
             )
-            return measure(ask), settings_of(made.opened, config, made.llm.name, **asking.extent(questions, names))
+            return measure(ask), settings_of(made.opened, shared, made.llm.name, **asking.extent(questions, names))
 
     _keep(suite, keeping, measured)
 

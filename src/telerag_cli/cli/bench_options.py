@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from telerag_cli.bench.suites import SuiteName, SystemName
-from telerag_cli.cli.options import one
-from telerag_cli.config import NONE, EngineConfig, Lookahead, PipelineName, TierKind
+from telerag_cli.cli.options import Only
+from telerag_cli.config import NONE, EngineConfig, Lookahead, PipelineName
 from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.files import wrap_os_error
+from telerag_cli.setting import Setting
 
 
-def _option(panel: str, help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
-    """An option of a panel; ``default`` is said in its help where the declared default is None."""
+def work(help: str, *names: str, default: str = "", panel: str = "How much", **more: Any) -> Any:  # noqa: A002
+    """Return an option that says how much is measured; ``default`` says in words what a declared None stands for."""
     said = f"  \\[default: {default}]" if default else ""
     return typer.Option(*names, help=help + said, show_default=not default, rich_help_panel=panel, **more)
 
 
-def work(help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
-    """Return an option that says how much is measured.
-
-    Args:
-        help: what it is.
-        names: its names, if the parameter's is not its name.
-        default: the default in words, where the declared one is None.
-        more: what else `typer.Option` takes.
-    """
-    return _option("How much", help, *names, default=default, **more)
-
-
-def _kept(help: str, *names: str, default: str = "", **more: Any) -> Any:  # noqa: A002
-    return _option("What is kept", help, *names, default=default, **more)
+_kept = partial(work, panel="What is kept")
 
 
 @dataclass(frozen=True)
@@ -58,12 +48,7 @@ class ResultOptions:
     as_json: Annotated[bool, _kept("Print the result as JSON instead of tables.", "--json")] = False
 
     def path(self, default: str) -> Path | None:
-        """Return where the result goes, if anywhere, after making sure that it can be written.
-
-        Raises:
-            UsageError: the name is not that of a JSON file, or the folder is a file.
-            ResourceError: the folder cannot be made or written.
-        """
+        """Return where the result goes, if anywhere, after making sure that it can be written there."""
         folder, name = self.result_dir, self.result_filename
         if not (folder or name):
             return None
@@ -78,19 +63,13 @@ class ResultOptions:
         except FileExistsError as error:
             raise UsageError(f"--result-dir {folder} is a file, not a folder.", remedy="Name another.") from error
         except OSError as error:
-            from telerag_cli.files import wrap_os_error
-
             raise wrap_os_error(error, path.parent) from error
         if not os.access(path.parent, os.W_OK):
             raise ResourceError(f"{path.parent} cannot be written.", remedy="Choose another --result-dir.")
         return path
 
     def noted(self) -> dict[str, str]:
-        """Return the notes; the last of a key counts.
-
-        Raises:
-            UsageError: a note is not KEY=VALUE.
-        """
+        """Return the notes; the last of a key counts."""
         found = {}
         for entry in self.metadata or ():
             key, equals, value = entry.partition("=")
@@ -106,7 +85,6 @@ class ResultOptions:
 class BenchOptions:
     """Options of the suites that answer questions."""
 
-    index: Annotated[Path, one("index")]
     dataset: Annotated[
         list[str] | None,
         work(
@@ -128,39 +106,9 @@ class BenchOptions:
             metavar="FILE",
         ),
     ] = None
-    k: Annotated[int | None, one("k")] = None
-    nprobe: Annotated[int | None, one("nprobe")] = None
-    tier: Annotated[TierKind, one("tier")] = TierKind.AUTO
-    fast_memory: Annotated[str | None, one("fast_memory")] = None
-    gpu_memory: Annotated[str, one("gpu_memory")] = "auto"
-    require_pinned: Annotated[bool, one("require_pinned")] = False
-    embedder: Annotated[str | None, one("embedder")] = None
-    device: Annotated[str, one("device")] = "auto"
-    model: Annotated[str | None, one("model")] = None
-    hf_repo: Annotated[str | None, one("hf_repo")] = None
-    ctx_size: Annotated[int, one("ctx_size")] = 4096
-    n_gpu_layers: Annotated[int, one("n_gpu_layers")] = 0
-    threads: Annotated[int | None, one("threads")] = None
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.", rich_help_panel="The LLM")] = 64
-
-    def config(self, concurrency: int) -> EngineConfig:
-        """Return what the engines of all systems have in common."""
-        own = {"dataset", "system", "pipeline", "num_prompts", "num_warmups", "repeats", "seed", "trace"}
-        shared = {name: value for name, value in vars(self).items() if name not in own}
-        return EngineConfig(
-            **shared,
-            lookahead=Lookahead.OFF,
-            concurrency=concurrency,
-            replay=self.trace and self.trace.resolve(),
-            profile=NONE,
-        )
 
     def questions(self, suite: SuiteName) -> dict[str, list[str]]:
-        """Return the questions of each dataset by its name, those for warming up first.
-
-        Raises:
-            UsageError: no dataset is named.
-        """
+        """Return the questions of each dataset by its name, those for warming up first."""
         if not self.dataset:
             raise UsageError(
                 f"bench {suite} needs questions and none are named.",
@@ -186,3 +134,24 @@ class BenchOptions:
             "seed": self.seed,
             "pipelines": [name.value for name in pipelines],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(EngineConfig):
+    """What the engines of all systems of a suite have in common."""
+
+    max_tokens: Annotated[int, Setting("Longest answer, in tokens.", min=1, panel="The LLM")] = 64
+
+    def opened(self, options: BenchOptions, concurrency: int) -> BenchConfig:
+        """Return the settings to open what all systems share with."""
+        replay = options.trace and options.trace.resolve()
+        return replace(self, lookahead=Lookahead.OFF, concurrency=concurrency, replay=replay, profile=NONE)
+
+
+SharedOptions = Annotated[
+    BenchConfig,
+    Only(
+        *("index", "k", "nprobe", "tier", "fast_memory", "gpu_memory", "require_pinned", "embedder", "device"),
+        *("model", "hf_repo", "ctx_size", "n_gpu_layers", "threads", "max_tokens"),
+    ),
+]
