@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
-from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.build import BuildConfig, build_index, plan_build
@@ -44,7 +43,7 @@ def vectors_of(index, number):
 @pytest.mark.parametrize("metric", Metric)
 def test_lists_are_those_of_faiss(tmp_path, metric, storage):
     vectors = clustered(35_000, 20)  # three blocks to assign; codes of 20 bytes ask for padded capacities
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    source = write_parquet(tmp_path / "e.parquet", vectors)
     index = build_index(source, tmp_path / "index", BuildConfig(64, metric, storage))
     quantizer = flat(index.centroids, metric)
     reference = empty_ivf(quantizer, 20, 64, metric, storage, index.trained)
@@ -59,7 +58,7 @@ def test_lists_are_those_of_faiss(tmp_path, metric, storage):
 
 def test_int8_ranges_are_those_faiss_trains(tmp_path):
     vectors = clustered(3000, 16)
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    source = write_parquet(tmp_path / "e.parquet", vectors)
     options = BuildConfig(8, Metric.L2, Storage.INT8)
     index = build_index(source, tmp_path / "index", options)
     training, held_out = draw_rows(3000, plan_training(3000, 16, 8, 1 << 20), options.seed)
@@ -74,9 +73,9 @@ def test_int8_ranges_are_those_faiss_trains(tmp_path):
 @pytest.mark.parametrize("metric", Metric)
 def test_recall_in_the_manifest_is_what_faiss_finds(tmp_path, metric):
     vectors = clustered(20_000, 24)
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    manifest = build_index(source, tmp_path / "index", BuildConfig(100, metric, Storage.INT8)).manifest
-    index = Index.open(tmp_path / "index")
+    source = write_parquet(tmp_path / "e.parquet", vectors)
+    index = build_index(source, tmp_path / "index", BuildConfig(100, metric, Storage.INT8))
+    manifest = index.manifest
     _, held_out = draw_rows(20_000, plan_training(20_000, 24, 100, 1 << 30), 0)
     exact = faiss.IndexFlat(24, faiss.METRIC_INNER_PRODUCT if metric is Metric.IP else faiss.METRIC_L2)
     exact.add(vectors)
@@ -103,9 +102,9 @@ def test_nearest_in_blocks_is_nearest_at_once():
     vectors = clustered(5000, 8)
     own = np.array([3, 1999, 2000, 4999])
     in_blocks, at_once = (Nearest(vectors[own], own, Metric.L2) for _ in range(2))
-    at_once.update(0, vectors)
+    at_once.merge(at_once.found(0, vectors, at_once.least))
     for first in range(0, 5000, 700):
-        in_blocks.update(first, vectors[first : first + 700])
+        in_blocks.merge(in_blocks.found(first, vectors[first : first + 700], in_blocks.least))
     assert (in_blocks.rows == at_once.rows).all()
     assert not (in_blocks.rows == own[:, None]).any()
     distances = ((vectors[own][:, None] - vectors[None]) ** 2).sum(-1)
@@ -114,7 +113,7 @@ def test_nearest_in_blocks_is_nearest_at_once():
 
 def test_manifest_numbers(tmp_path):
     vectors = clustered(2000, 8)
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    source = write_parquet(tmp_path / "e.parquet", vectors)
     index = build_index(source, tmp_path / "index", BuildConfig(16))
     sizes = index.sizes
     assert sizes.sum() == index.manifest.ntotal == 2000
@@ -123,21 +122,15 @@ def test_manifest_numbers(tmp_path):
     reference = empty_ivf(flat(index.centroids, Metric.IP), 8, 16, Metric.IP, Storage.FLOAT32)
     reference.add(vectors)
     assert balance["imbalance"] == pytest.approx(reference.invlists.imbalance_factor(), abs=1e-3)
-    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == [
-        "centroids.npy",
-        "checksums.npy",
-        "lists.bin",
-        "manifest.json",
-        "offsets.npy",
-        "passages.arrow",
-    ]
+    files = {path.name for path in (tmp_path / "index").iterdir()}
+    assert files == {"centroids.npy", "checksums.npy", "lists.bin", "manifest.json", "offsets.npy", "passages.arrow"}
     assert not partial_of(tmp_path / "index").exists()
     assert str(tmp_path) not in (tmp_path / "index" / "manifest.json").read_text()
 
 
 def test_empty_lists(tmp_path):
     vectors = np.repeat(np.eye(4, 8, dtype=np.float32), 30, axis=0)  # four places for twenty centroids
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    source = write_parquet(tmp_path / "e.parquet", vectors)
     index = build_index(source, tmp_path / "index", BuildConfig(20, Metric.L2))
     assert index.manifest.balance["empty"] == (index.sizes == 0).sum() >= 16
     rows = np.concatenate([vectors_of(index, number)[1] for number in range(20)])
@@ -146,7 +139,7 @@ def test_empty_lists(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2, 11])
 def test_tiny_corpora(tmp_path, rows):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(rows, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(rows, 8))
     index = build_index(source, tmp_path / "index", BuildConfig())
     assert (index.manifest.nlist, index.manifest.ntotal) == (1, rows)
     assert vectors_of(index, 0)[1].tolist() == list(range(rows))
@@ -163,7 +156,7 @@ def test_auto_nlist():
 
 
 def test_more_lists_than_vectors_names_both(tmp_path):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
     with fails(UsageError, 51, 50):
         plan_build(source, tmp_path / "index", BuildConfig(51))
     assert build_index(source, tmp_path / "index", BuildConfig(50)).manifest.nlist == 50
@@ -174,37 +167,22 @@ def test_memory_is_bounded(tmp_path):
     small = write_parquet(tmp_path / "small.parquet", clustered(2000, 128))
     large = write_parquet(tmp_path / "large.parquet", clustered(300_000, 128), group=100_000)
     peaks = []
+    code = (
+        "import resource, sys\nfrom telerag_cli.cli.app import app\n"
+        "try:\n    app(sys.argv[1:])\n"
+        "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+    options = ["--nlist", "64", "--memory", "128MiB"]
     for source in (small, large):
-        code = (
-            "import resource, sys\nfrom telerag_cli.cli.app import app\n"
-            "try:\n    app(sys.argv[1:])\n"
-            "finally:\n    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
-        )
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                "build-index",
-                source,
-                "-o",
-                tmp_path / f"{source.stem}.index",
-                "--nlist",
-                "64",
-                "--memory",
-                "128MiB",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = [sys.executable, "-c", code, "build-index", source, "-o", source.with_suffix(".index"), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]))
     assert large.stat().st_size > 128 << 20
     assert peaks[1] - peaks[0] < 128 << 20
 
 
 def test_too_little_memory_is_refused(tmp_path):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(50, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(50, 8))
     with fails(UsageError, "--memory", "1.00 MiB"):
         plan_build(source, tmp_path / "index", BuildConfig(memory_bytes=1 << 20))
 
@@ -218,21 +196,10 @@ def library(gpus=None):
     return SimpleNamespace(__version__="1.2.3", **support)
 
 
-@pytest.mark.parametrize(
-    ("device", "gpus", "found"),
-    [
-        ("auto", None, None),
-        ("auto", 0, None),
-        ("auto", 2, 0),
-        ("cpu", None, None),
-        ("cpu", 2, None),
-        ("cuda", 2, 0),
-        ("cuda:0", 1, 0),
-        ("cuda:1", 2, 1),
-    ],
-)
-def test_the_gpu_that_is_found(device, gpus, found):
-    assert find_gpu(device, library(gpus)) == found
+def test_the_gpu_that_is_found():
+    assert [find_gpu("auto", library(gpus)) for gpus in (None, 0, 2)] == [None, None, 0]
+    assert [find_gpu("cpu", library(gpus)) for gpus in (None, 2)] == [None, None]
+    assert [find_gpu(device, library(2)) for device in ("cuda", "cuda:0", "cuda:1")] == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +234,7 @@ def test_cuda_without_a_faiss_for_it(tmp_path):
 
 
 def test_a_build_does_not_go_on_on_another_device(tmp_path, monkeypatch):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
     assert build_index(source, tmp_path / "index", BuildConfig(4)).manifest.trained_on == "cpu"
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
@@ -279,7 +246,7 @@ def test_a_build_does_not_go_on_on_another_device(tmp_path, monkeypatch):
 @pytest.mark.skipif(find_gpu("auto") is None, reason="Faiss finds no GPU, or has no support for them")
 @pytest.mark.parametrize("metric", Metric)
 def test_trained_on_a_gpu(tmp_path, metric):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(20_000, 24)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(20_000, 24))
     options = BuildConfig(64, metric)
     reference = build_index(source, tmp_path / "cpu", options).manifest
     index = build_index(source, tmp_path / "cuda", replace(options, device="cuda"))
@@ -295,7 +262,7 @@ def test_trained_on_a_gpu(tmp_path, metric):
 @pytest.mark.parametrize("storage", [Storage.FLOAT16, Storage.INT8])
 def test_kept_vectors_are_those_of_the_embeddings(tmp_path, storage, kept):
     vectors = clustered(5000, 20)
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
+    source = write_parquet(tmp_path / "e.parquet", vectors)
     options = BuildConfig(16, storage=storage, keep_vectors=kept)
     plan = replace(plan_build(source, tmp_path / "index", options), place_rows=700)
     index = build_index(source, tmp_path / "index", options, plan=plan)
@@ -333,7 +300,7 @@ def test_lists_of_float32_hold_the_vectors_already(tmp_path):
 
 
 def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(64, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(64, 8))
     index = build_index(source, tmp_path / "index", BuildConfig(2, storage=Storage.INT8, keep_vectors="float16"))
     right = np.array(index.vectors)
     for wrong, found in ((right.T.copy(), "float16 (8, 64)"), (right.view(np.int16), "int16 (64, 8)")):
@@ -346,7 +313,7 @@ def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
 
 
 def test_a_manifest_of_before_there_were_devices_and_kept_vectors(tmp_path):
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(500, 8)))
+    source = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
     index = build_index(source, tmp_path / "index", BuildConfig(4))
     known = json.loads(index.paths.manifest.read_text())
     del known["trained_on"], known["kept_vectors"]

@@ -214,7 +214,7 @@ def test_answers_found_with_what_was_known_earlier_are_the_same():
     at_once, stale = (Nearest(vectors[own], own, Metric.IP) for _ in range(2))
     known = [stale.least] * 3
     for first in range(0, 6000, 500):
-        at_once.update(first, vectors[first : first + 500])
+        at_once.merge(at_once.found(first, vectors[first : first + 500], at_once.least))
         stale.merge(stale.found(first, vectors[first : first + 500], known.pop(0)))
         known.append(stale.least)
     assert (stale.rows == at_once.rows).all()

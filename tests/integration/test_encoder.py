@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from telerag_cli.embedding.encoder import (
     find_device,
     min_cosine,
 )
-from telerag_cli.embedding.loading import model_path
+from telerag_cli.embedding.loading import load_model, model_path
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 TEXTS = [
@@ -42,9 +42,14 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def reference(encoder):
+def reference():
     """SentenceTransformer's own result for the same weights."""
-    return encoder._model.encode(TEXTS)
+    return load_model(model_path(DEFAULT_EMBEDDER), torch.device("cpu"), local=True).encode(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def exact_encoder():
+    return Encoder.load(device="cpu", precision="float32")
 
 
 @pytest.mark.model
@@ -73,14 +78,14 @@ def test_a_sketch_is_near_the_query_and_leaves_torch_its_threads(encoder):
     assert torch.get_num_threads() == before
 
 
-def test_passages_in_float32_equal_sentence_transformers_in_any_order(reference):
-    encoder = Encoder.load(device="cpu", precision="float32")
+@pytest.mark.model
+def test_passages_in_float32_equal_sentence_transformers_in_any_order(exact_encoder, reference):
     done = []
-    vectors = encoder.encode(TEXTS, batch_size=2, advance=done.append)
+    vectors = exact_encoder.encode(TEXTS, batch_size=2, advance=done.append)
     np.testing.assert_allclose(vectors, reference, atol=1e-5)
     assert vectors.dtype == np.float32
     assert sum(done) == len(TEXTS)
-    assert encoder.encode([]).shape == (0, 384)
+    assert exact_encoder.encode([]).shape == (0, 384)
 
 
 @pytest.mark.model
@@ -92,7 +97,7 @@ def test_short_types_stay_close_and_leave_queries_alone(precision, reference):
 
 
 @pytest.mark.model
-def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
+def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(exact_encoder, monkeypatch):
     encoder = Encoder.load(device="cpu")
     assert encoder.precision is None
     native = computes_bfloat16(find_device("cpu"))
@@ -100,7 +105,7 @@ def test_auto_takes_bfloat16_only_if_it_is_exact_and_native(monkeypatch):
     inexact = Encoder.load(device="cpu")
     monkeypatch.setattr("telerag_cli.embedding.encoder.MIN_COSINE", 1.1)
     assert inexact.decide(TEXTS) == "float32"
-    np.testing.assert_array_equal(inexact.encode(TEXTS), Encoder.load(device="cpu", precision="float32").encode(TEXTS))
+    np.testing.assert_array_equal(inexact.encode(TEXTS), exact_encoder.encode(TEXTS))
 
 
 @pytest.mark.model
@@ -112,17 +117,9 @@ def test_result_does_not_depend_on_earlier_calls(encoder):
 
 @pytest.mark.model
 def test_threads_may_share_it(encoder, reference):
-    found = {}
-
-    def query(index):
-        found[index] = encoder.encode_queries([TEXTS[index]])[0]
-
-    threads = [threading.Thread(target=query, args=(index,)) for index in range(len(TEXTS))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    np.testing.assert_allclose([found[index] for index in range(len(TEXTS))], reference, atol=1e-5)
+    with ThreadPoolExecutor(len(TEXTS)) as threads:
+        found = list(threads.map(lambda text: encoder.encode_queries([text])[0], TEXTS))
+    np.testing.assert_allclose(found, reference, atol=1e-5)
 
 
 @pytest.mark.model
@@ -156,8 +153,6 @@ def test_not_a_number_is_not_close():
 
 
 def test_devices():
-    import torch
-
     assert find_device("cpu") == torch.device("cpu")
     count = torch.cuda.device_count()
     assert find_device("auto").type == ("cuda" if count else "cpu")

@@ -24,7 +24,7 @@ def test_passages_by_row(tmp_path):
         title=[f"T{i}" for i in range(rows)],
         year=[2000 + i if i % 2 else None for i in range(rows)],
     )
-    build_index(Embeddings.open(file), tmp_path / "index", BuildConfig(4))
+    build_index(file, tmp_path / "index", BuildConfig(4))
     passages = Passages.open(tmp_path / "index" / "passages.arrow")
     assert len(passages) == rows
     last = rows - 1
@@ -38,9 +38,7 @@ def test_passages_by_row(tmp_path):
 
 
 def test_damaged_passages_are_named(tmp_path):
-    build_index(
-        Embeddings.open(write_parquet(tmp_path / "e.parquet", clustered(100, 8))), tmp_path / "index", BuildConfig(1)
-    )
+    build_index(write_parquet(tmp_path / "e.parquet", clustered(100, 8)), tmp_path / "index", BuildConfig(1))
     path = tmp_path / "index" / "passages.arrow"
     path.write_bytes(path.read_bytes()[:-20])
     with fails(ArtifactError, "passages.arrow"):
@@ -76,7 +74,7 @@ def test_foreign_parquet(tmp_path, kind):
     assert Passages.open(index.paths.passages)[[2999]] == [Passage("2999", "", {})]
 
 
-def test_several_vector_columns_need_a_choice(tmp_path):
+def test_several_vector_columns_need_a_choice_and_none_is_an_error(tmp_path):
     vectors = clustered(100, 8)
     file = write_parquet(tmp_path / "e.parquet", vectors, other=vector_column(vectors[:, :4]))
     with fails(UsageError, 2, "embedding, other", "--column"):
@@ -84,9 +82,6 @@ def test_several_vector_columns_need_a_choice(tmp_path):
     with fails(UsageError, "'third'", "embedding, other"):
         Embeddings.open(file, "third")
     assert Embeddings.open(file, "other").dimension == 4
-
-
-def test_no_vector_column(tmp_path):
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t.parquet")
     with fails(UsageError, "t.parquet", ": text."):
         Embeddings.open(tmp_path / "t.parquet")
@@ -99,47 +94,51 @@ def test_wrong_dimension_names_the_file_and_both(tmp_path):
         Embeddings.open(tmp_path)
 
 
-def test_ragged_lists_name_the_row(tmp_path):
-    pq.write_table(
-        pa.table({"v": pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32()))}), tmp_path / "r.parquet"
-    )
-    with fails(ArtifactError, "Row 5 ", "r.parquet", "dimension 1,", 2):
-        build_index(Embeddings.open(tmp_path / "r.parquet"), tmp_path / "index", BuildConfig())
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_vectors_that_are_no_numbers_name_the_row(tmp_path, bad):
+def with_one(changed):
+    """3,000 vectors, one of which is another."""
     vectors = clustered(3000, 8)
-    vectors[2345, 3] = bad
-    file = write_parquet(tmp_path / "e.parquet", vectors)
-    with fails(InputError, "2,345", "e.parquet", bad):
-        build_index(Embeddings.open(file), tmp_path / "index", BuildConfig())
-
-
-def test_missing_vectors_name_the_row(tmp_path):
-    pq.write_table(pa.table({"v": pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))}), tmp_path / "m.parquet")
-    with fails(InputError, "Row 1 ", "m.parquet"):
-        build_index(Embeddings.open(tmp_path / "m.parquet"), tmp_path / "index", BuildConfig())
+    changed(vectors[2345])
+    return vector_column(vectors)
 
 
 @pytest.mark.parametrize(
-    "options", [BuildConfig(storage=Storage.FLOAT16), BuildConfig(storage=Storage.INT8, keep_vectors="float16")]
+    ("column", "config", "error", "values"),
+    [
+        (
+            pa.array([[1.0, 2.0]] * 5 + [[1.0]], pa.list_(pa.float32())),
+            {},
+            ArtifactError,
+            ("Row 5 ", "dimension 1,", 2),
+        ),
+        (pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2)), {}, InputError, ("Row 1 ", "v.parquet")),
+        (with_one(lambda row: row.fill(np.nan)), {}, InputError, ("2,345", "v.parquet", np.nan)),
+        (with_one(lambda row: row.fill(np.inf)), {}, InputError, ("2,345", "v.parquet", np.inf)),
+        (with_one(lambda row: row.fill(1e6)), {"storage": Storage.FLOAT16}, InputError, ("2,345", "float16", 65504)),
+        (
+            with_one(lambda row: row.fill(1e6)),
+            {"storage": Storage.INT8, "keep_vectors": "float16"},
+            InputError,
+            ("2,345", "float16", 65504),
+        ),
+        (
+            with_one(lambda row: row.fill(1e30)),
+            {"metric": "l2", "nlist": 2, "seed": 1},
+            InputError,
+            ("2,345", "e+30", "float32"),
+        ),
+    ],
+    ids=["ragged", "missing", "nan", "inf", "float16", "kept float16", "distances"],
 )
-def test_too_large_for_float16(tmp_path, options):
-    vectors = clustered(300, 8)
-    vectors[123] *= 1e6
-    source = Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors))
-    with fails(InputError, 123, "float16", 65504):
-        build_index(source, tmp_path / "index", options)
+def test_vectors_that_cannot_be_used_are_named_by_row(tmp_path, column, config, error, values):
+    pq.write_table(pa.table({"v": column}), tmp_path / "v.parquet")
+    with fails(error, *values):
+        build_index(tmp_path / "v.parquet", tmp_path / "index", BuildConfig(**config))
 
 
-def test_no_rows(tmp_path):
-    write_parquet(tmp_path / "e.parquet", np.empty((0, 8), np.float32))
+def test_no_rows_and_not_parquet(tmp_path):
     with fails(InputError, "e.parquet"):
-        Embeddings.open(tmp_path / "e.parquet")
-
-
-def test_not_parquet(tmp_path):
+        Embeddings.open(write_parquet(tmp_path / "e.parquet", np.empty((0, 8), np.float32)))
+    (tmp_path / "e.parquet").unlink()
     (tmp_path / "x.parquet").write_text("hello")
     for path in (tmp_path, tmp_path / "x.parquet"):
         with fails(ArtifactError, "x.parquet"):

@@ -17,7 +17,7 @@ from telerag_cli.cli.export_index import export_index as export_command
 from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.import_index import import_index as import_command
 from telerag_cli.config import Metric, Storage
-from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import find_sources
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
 from telerag_cli.index import faiss_import
@@ -34,6 +34,12 @@ from vector_files import clustered, write_parquet
 runner = CliRunner(env={"COLUMNS": "200"})
 
 
+@pytest.fixture
+def files(tmp_path):
+    """Faiss's file of an index, and its passages."""
+    return write(faiss_index()[0], tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+
+
 @pytest.mark.parametrize("written", [write, write_on_disk])
 @pytest.mark.parametrize("storage", Storage)
 @pytest.mark.parametrize("metric", Metric)
@@ -47,12 +53,10 @@ def test_an_imported_index_finds_what_faiss_finds_and_so_does_it_exported(tmp_pa
     assert not verify(index, lambda _count: None)
     assert not partial_of(tmp_path / "index").exists()
     same_results(index, ivf, vectors)
-    passage = Passages.open(index.paths.passages)[[COUNT - 1]][0]
-    assert (passage.id, passage.text, passage.metadata) == (
-        f"p{COUNT - 1}",
-        f"Passage {COUNT - 1}.",
-        {"title": f"T{COUNT - 1}"},
-    )
+    last = COUNT - 1
+    assert Passages.open(index.paths.passages)[[last]] == [
+        Passage(f"p{last}", f"Passage {last}.", {"title": f"T{last}"})
+    ]
     exported = tmp_path / "out.index"
     assert export_index(index, exported) == exported.stat().st_size
     again = faiss.read_index(str(exported))
@@ -88,11 +92,8 @@ def test_any_shape_there_and_back(tmp_path, dimension, count, nlist, seed, metri
 
 def test_a_built_index_is_exported(tmp_path):
     vectors = clustered(900, 10)
-    index = build_index(
-        Embeddings.open(write_parquet(tmp_path / "e.parquet", vectors)),
-        tmp_path / "index",
-        BuildConfig(8, Metric.L2, Storage.INT8),
-    )
+    file = write_parquet(tmp_path / "e.parquet", vectors)
+    index = build_index(file, tmp_path / "index", BuildConfig(8, Metric.L2, Storage.INT8))
     export_index(index, tmp_path / "out.index")
     ivf = faiss.read_index(str(tmp_path / "out.index"))
     same_results(index, ivf, vectors)
@@ -130,9 +131,8 @@ def test_passages_of_other_kinds(tmp_path, name):
 
 
 @pytest.mark.parametrize(("count", "said"), [(COUNT - 1, " 299 "), (COUNT + 2, " 302 "), (0, " 0 ")])
-def test_passages_must_be_as_many_as_vectors(tmp_path, count, said):
-    ivf, _ = faiss_index()
-    file = write(ivf, tmp_path / "f.index")
+def test_passages_must_be_as_many_as_vectors(tmp_path, files, count, said):
+    file, _ = files
     passages = write_passages(tmp_path / "p.jsonl", count)
     with fails(InputError, "p.jsonl", said, "f.index", 300):
         imported(file, passages, tmp_path / "index")
@@ -142,13 +142,12 @@ def test_passages_must_be_as_many_as_vectors(tmp_path, count, said):
     imported(file, passages, tmp_path / "index", overwrite=True)
 
 
-@pytest.mark.parametrize("where", ["-", "text.txt"])
-def test_passages_without_rows_are_refused(tmp_path, where):
-    ivf, _ = faiss_index()
-    (tmp_path / "text.txt").write_text("Some text.")
-    file = read_faiss(write(ivf, tmp_path / "f.index"))
-    with fails(UsageError, "--passages" if where == "-" else "text.txt"):
-        plan_import(file, find_sources([where if where == "-" else str(tmp_path / where)]), tmp_path / "index", None)
+def test_passages_without_rows_are_refused(tmp_path, files):
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.")
+    for where, said in (("-", "--passages"), (str(text), "text.txt")):
+        with fails(UsageError, said):
+            plan_import(read_faiss(files[0]), find_sources([where]), tmp_path / "index", None)
 
 
 def test_a_bad_passage_is_named(tmp_path):
@@ -203,9 +202,8 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch):
         assert (root / name).read_bytes() == (whole.paths.root / name).read_bytes()
 
 
-def test_a_finished_import_is_opened_and_another_refused(tmp_path, monkeypatch):
-    ivf, _ = faiss_index()
-    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
+def test_a_finished_import_is_opened_and_another_refused(tmp_path, files, monkeypatch):
+    file, passages = files
     root = imported(file, passages, tmp_path / "index").paths.root
     with monkeypatch.context() as here:
         here.setattr(faiss_import, "read_passages", lambda _sources: pytest.fail("they are there already"))
@@ -222,22 +220,19 @@ def test_a_finished_import_is_opened_and_another_refused(tmp_path, monkeypatch):
         imported(file, passages, tmp_path / "else")
 
 
-def test_too_little_disk_is_said_before(tmp_path, monkeypatch):
-    ivf, _ = faiss_index()
-    file, passages = write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl")
-    index = imported(file, passages, tmp_path / "index")
+def test_too_little_disk_is_said_before(tmp_path, files, monkeypatch):
+    index = imported(*files, tmp_path / "index")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
     with fails(ResourceError, tmp_path / "other", "1000 B"):
-        imported(file, passages, tmp_path / "other")
+        imported(*files, tmp_path / "other")
     with fails(ResourceError, tmp_path / "out.index", "1000 B"):
         export_index(index, tmp_path / "out.index")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f.index", "index", "p.jsonl"]
 
 
-def test_lists_that_end_early_leave_no_file(tmp_path):
-    ivf, _ = faiss_index()
-    index = imported(write(ivf, tmp_path / "f.index"), write_passages(tmp_path / "p.jsonl"), tmp_path / "index")
+def test_lists_that_end_early_leave_no_file(tmp_path, files):
+    index = imported(*files, tmp_path / "index")
     with index.paths.lists.open("r+b") as handle:
         handle.truncate(5000)
     with fails(ArtifactError, "lists.bin", "5,000"):

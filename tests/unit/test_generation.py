@@ -27,13 +27,10 @@ def test_the_scripted_generator_streams_and_stops():
     assert seen == [(" ".join(words[:count]), count) for count in range(1, 6)]
 
 
-@pytest.mark.parametrize(
-    ("options", "text", "reason"),
-    [({"max_tokens": 2}, "green and", "length"), ({"stop": ("blue",)}, "green and", "stop")],
-)
-def test_the_scripted_generator_ends_where_it_is_told(options, text, reason):
+@pytest.mark.parametrize(("options", "reason"), [({"max_tokens": 2}, "length"), ({"stop": ("blue",)}, "stop")])
+def test_the_scripted_generator_ends_where_it_is_told(options, reason):
     result = asyncio.run(ScriptedGenerator({"": "green and blue"}).generate(ask("which colour?", **options)))
-    assert (result.text, result.finish_reason) == (text, reason)
+    assert (result.text, result.finish_reason) == ("green and", reason)
 
 
 def test_what_cannot_be_answered_is_refused():

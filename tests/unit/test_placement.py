@@ -101,7 +101,7 @@ def test_what_a_tier_takes_where(index):
 def test_an_llm_that_goes_to_a_gpu_whole_is_planned_by_its_memory(index, found, monkeypatch):
     tier = plan_tier(index, TierConfig(tier=TierKind.SIMULATED, gpu_memory=8192))
     monkeypatch.setattr("telerag_cli.llm.llama_model.llama_cpp.llama_supports_gpu_offload", lambda: True)
-    found._memory_bytes = 300 << 20
+    monkeypatch.setattr(found, "free_bytes", lambda: 300 << 20)
     with fails(ResourceError, "16 ", "4,096", "--gpu-memory"):
         plan_llm(EngineConfig(index=".", n_gpu_layers=-1, concurrency=16), tier, print)
     planned = plan_llm(EngineConfig(index=".", n_gpu_layers=-1), tier, print)

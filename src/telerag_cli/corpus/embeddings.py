@@ -177,7 +177,8 @@ class Embeddings:
         for shard in self.shards:
             with open_parquet(shard.path) as parquet:
                 schema = parquet.schema_arrow
-            names = [field.name for field in schema if field.name != self.column and _is_scalar(field)]
+            scalar = [field.name for field in schema if field.name == "metadata" or not pa.types.is_nested(field.type)]
+            names = [name for name in scalar if name != self.column]
             if not names:
                 for low in range(0, shard.rows, READ_ROWS):
                     count = min(READ_ROWS, shard.rows - low)
@@ -345,18 +346,15 @@ def _damaged(path: Path, error: Exception) -> Exception:
     )
 
 
-def _is_vector(field: pa.Field) -> bool:
+def is_vector(field: pa.Field) -> bool:
+    """Whether a column holds lists of floating-point numbers."""
     kind = field.type
     lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
     return any(is_kind(kind) for is_kind in lists) and pa.types.is_floating(kind.value_type)
 
 
-def _is_scalar(field: pa.Field) -> bool:
-    return not pa.types.is_nested(field.type) or field.name == "metadata"
-
-
 def _vector_column(schema: pa.Schema, path: Path, wanted: str | None) -> str:
-    names = [field.name for field in schema if _is_vector(field)]
+    names = [field.name for field in schema if is_vector(field)]
     if wanted is not None:
         if wanted not in names:
             have = ", ".join(names) or "none"

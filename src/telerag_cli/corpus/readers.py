@@ -249,11 +249,13 @@ def _csv_rows(source: Source, handle: IO[str], bad: Callable[[Source, int, objec
 def _parquet_rows(source: Source) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
 
+    from telerag_cli.corpus.embeddings import is_vector
+
     assert source.path is not None
     file = _parquet(source.path)
     schema = file.schema_arrow
     _need_text_column(source, schema.names)
-    columns = [field.name for field in schema if not _is_vector(field.type)]
+    columns = [field.name for field in schema if not is_vector(field)]
     row = 0
     try:
         for batch in file.iter_batches(PARQUET_ROWS, columns=columns):
@@ -264,12 +266,6 @@ def _parquet_rows(source: Source) -> Iterator[tuple[int, Any]]:
         raise _unreadable(
             error, source.path, f"{source.label} cannot be read after row {row}", "Fetch it again."
         ) from error
-
-
-def _is_vector(kind: Any) -> bool:
-    from pyarrow import types
-
-    return bool((types.is_list(kind) or types.is_fixed_size_list(kind)) and types.is_floating(kind.value_type))
 
 
 def _parquet(path: Path) -> Any:

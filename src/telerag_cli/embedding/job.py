@@ -139,7 +139,9 @@ def embed(
     config, output = config or EmbedConfig(), Path(output)
     if isinstance(sources, str | Path):
         sources = [sources]
-    files = find_sources(list(map(str, sources))) if _are_files(sources) else None  # before a model is loaded
+    files = None
+    if isinstance(sources, Sequence) and isinstance(next(iter(sources), None), str | Path):
+        files = find_sources(list(map(str, sources)))  # before a model is loaded
     if encoder is None:
         # With a pool this process only counts tokens, and settles the precision.
         device = "auto" if pool and config.device == "cuda" else config.device
@@ -163,10 +165,6 @@ def embed(
     return EmbedReport(
         folder.rows, embedded, folder.shards, encoder.precision, encoder.device, time.perf_counter() - began_s
     )
-
-
-def _are_files(sources: Sequence[str | Path] | Iterable[Passage]) -> bool:
-    return isinstance(sources, Sequence) and isinstance(next(iter(sources), None), str | Path)
 
 
 def _made(

@@ -129,9 +129,7 @@ class _Import:
     """The stages; each looks at what is there and does what is missing."""
 
     def __init__(self, plan: ImportPlan, progress: Progress) -> None:
-        self.plan, self.file, self.progress = plan, plan.file, progress
-        self.paths = plan.paths
-        self.copied = plan.work / "copied.json"
+        self.plan, self.file, self.paths, self.progress = plan, plan.file, plan.paths, progress
 
     def begin(self) -> None:
         if self.paths.centroids.exists():
@@ -166,27 +164,24 @@ class _Import:
 
     def copy(self) -> None:
         held, wanted = self.file.table.tolist(), self.plan.table.tolist()
-        done = int(read_json(self.copied)["lists"]) if self.copied.exists() else 0
+        state = self.plan.work / "copied.json"
+        done = int(read_json(state)["lists"]) if state.exists() else 0
         code_bytes = self.file.code_size
-
-        def bytes_of(number: int) -> int:
-            return int(held[number][0]) * (code_bytes + ID_BYTES)
-
-        total = sum(map(bytes_of, range(len(held))))
+        nbytes = [size * (code_bytes + ID_BYTES) for size, _capacity, _offset in held]
         waiting = 0
         with (
-            self.progress("Copying lists", total, unit="bytes") as advance,
+            self.progress("Copying lists", sum(nbytes), unit="bytes") as advance,
             self.file.data.open("rb", buffering=0) as source,
             sized(self.paths.lists, self.plan.lists_bytes) as target,
         ):
-            advance(sum(map(bytes_of, range(done))))
+            advance(sum(nbytes[:done]))
             for number in range(done, len(held)):
                 copy_list(source.fileno(), held[number], target, wanted[number], code_bytes, self.file.data)
-                waiting += bytes_of(number)
-                advance(bytes_of(number))
+                waiting += nbytes[number]
+                advance(nbytes[number])
                 if waiting >= CHECKPOINT_BYTES or number == len(held) - 1:
                     os.fdatasync(target)  # before it is counted as done
-                    write_json(self.copied, {"lists": number + 1})
+                    write_json(state, {"lists": number + 1})
                     waiting = 0
 
     def seal(self) -> None:

@@ -51,10 +51,6 @@ class Nearest:
         """What a score must exceed to count, (queries,): that of the tenth best so far."""
         return self.scores[:, -1].copy()
 
-    def update(self, first: int, vectors: FloatArray) -> None:
-        """See the vectors of rows ``first``, ``first + 1``, ..."""
-        self.merge(self.found(first, vectors, self.least))
-
     def found(self, first: int, vectors: FloatArray, least: FloatArray) -> NearestInBlock:
         """What of these rows may be among the nearest, if ``least`` was `least` at some moment before them."""
         if not len(self.queries):
@@ -125,7 +121,8 @@ class ListRecall:
         where = offset + capacity * self._code_size + place * ID_BYTES
         rows = np.frombuffer(read_exactly(self._file.fileno(), count * ID_BYTES, where, self._path), np.int64)
         queries, ranks = np.array(self._wanted[number]).T
-        vectors = self._decode(codes)
+        held = np.frombuffer(codes, np.uint8).reshape(-1, self._code_size)
+        vectors = held.view(np.float32) if self._decoder is None else self._decoder.decode(held)
         # One more than counts, for the query's own row.
         width = min(NEIGHBOURS + 1, count)
         blocks = [
@@ -155,11 +152,6 @@ class ListRecall:
             hits = sum(len(np.intersect1d(a[a >= 0], b)) for a, b in zip(self._truth.rows, found, strict=True))
             recalls[str(nprobe)] = round(hits / asked, 4)
         return recalls
-
-    def _decode(self, codes: bytes) -> FloatArray:
-        rows = np.frombuffer(codes, np.uint8).reshape(-1, self._code_size)
-        vectors: FloatArray = rows.view(np.float32) if self._decoder is None else self._decoder.decode(rows)
-        return vectors
 
 
 def _best(scores: FloatArray, rows: IntArray) -> tuple[FloatArray, IntArray]:

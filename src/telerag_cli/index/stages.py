@@ -193,36 +193,30 @@ class Placing(BuildStage[int]):
 
         def work(span: RowSpan) -> Iterator[int]:
             filled = span.known.copy()
-            synced: Future[None] | None = None
+            synced: Future[list[None]] | None = None
             end = span.first
             with contextlib.ExitStack() as stack:
                 blocks = stack.enter_context(contextlib.closing(span.blocks(self.embeddings, self.block_rows)))
-                codes_file = stack.enter_context(sized(paths.lists))
-                vectors_file = stack.enter_context(sized(paths.vectors)) if self.keep_vectors else None
+                written = (paths.lists, paths.vectors) if self.keep_vectors else (paths.lists,)
+                files = [stack.enter_context(sized(path)) for path in written]
                 disk = stack.enter_context(ThreadPoolExecutor(1))
                 for first, block in blocks:
-                    if vectors_file is not None:
+                    if self.keep_vectors:
                         header, vector_bytes = self._vectors_layout
                         kept = block.astype(self.keep_vectors, copy=False)
-                        write_at(vectors_file, kept.data.cast("B"), len(header) + first * vector_bytes)
-                    _place(encode, block, first, lists[first : first + len(block)], table, filled, codes_file)
+                        write_at(files[1], kept.data.cast("B"), len(header) + first * vector_bytes)
+                    _place(encode, block, first, lists[first : first + len(block)], table, filled, files[0])
                     # What was written is on disk before it is counted as done; meanwhile the next block is placed.
                     if synced is not None:
                         synced.result()
                         yield end
                     end = first + len(block)
-                    synced = disk.submit(_sync, codes_file, vectors_file)
+                    synced = disk.submit(lambda: list(map(os.fdatasync, files)))
                 if synced is not None:
                     synced.result()
                     yield end
 
         return work
-
-
-def _sync(*files: int | None) -> None:
-    for file in files:
-        if file is not None:
-            os.fdatasync(file)
 
 
 def _place(

@@ -26,7 +26,6 @@ from openai.types.chat import ChatCompletionChunk
 from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
 from telerag_cli.errors import ContextError, ModelError, TeleragError, UsageError, connection_cause, one_line
 from telerag_cli.llm.base import Generation, Message, OnText, Request
-from telerag_cli.llm.shapes import Shape
 from telerag_cli.llm.streamed_answer import StreamedAnswer
 
 DEFAULT_PARALLEL = 8
@@ -123,7 +122,16 @@ class Endpoint:
             InputError: the server says that the prompt exceeds its context.
             ModelError: the server cannot be reached, refuses, breaks off, or its reply does not have the shape.
         """
-        _refuse_impossible(request)
+        if request.shape and request.shape.json_schema() is None:
+            raise UsageError(
+                "A server takes a JSON schema and not a grammar, which this request has.",
+                remedy="Use a model file, or a JSON schema.",
+            )
+        if request.ignore_eos:
+            raise UsageError(
+                "A server ends an answer where the model does, and this request wants all of its max_tokens.",
+                remedy="Use a model file.",
+            )
         session = await self._session()
         asked_s = time.perf_counter()
         async with session.slots:
@@ -155,8 +163,13 @@ class Endpoint:
             try:
                 await self._stream(client, answer)
             except (openai.APIError, _BrokenOffError) as error:
-                if request.shape and sent_format == "json_schema" and _knows_older_form_only(error):
-                    self._use_older_form()
+                said = _said(error) if isinstance(error, openai.APIStatusError) else ""
+                if request.shape and sent_format == "json_schema" and "json_schema" in said and "json_object" in said:
+                    if self.schema_format == "json_schema" and self._notice:  # another request may have been quicker
+                        self._notice(
+                            f"The server at {self._url} does not know json_schema; schemas go to it with json_object."
+                        )
+                    self.schema_format = "json_object"
                     continue
                 tried += 1
                 wait_s = None if answer.shown or tried > self._retries else _wait_s(error, tried)
@@ -195,23 +208,16 @@ class Endpoint:
         }
         if shape is not None:
             # No stop texts: they are meant for the text, and would end the JSON around it.
-            body["response_format"] = self._response_format(shape)
+            if self.schema_format == "json_object":
+                body["response_format"] = {"type": "json_object", "schema": shape.json_schema()}
+            else:
+                schema = {"name": "answer", "schema": shape.json_schema(), "strict": True}
+                body["response_format"] = {"type": "json_schema", "json_schema": schema}
         elif request.stop:
             body["stop"] = list(request.stop[:MAX_STOP_TEXTS])
         if request.logprobs:
             body |= {"logprobs": True, "top_logprobs": 1}  # some servers send none without the second
         return body
-
-    def _response_format(self, shape: Shape) -> dict[str, Any]:
-        if self.schema_format == "json_object":
-            return {"type": "json_object", "schema": shape.json_schema()}
-        schema = {"name": "answer", "schema": shape.json_schema(), "strict": True}
-        return {"type": "json_schema", "json_schema": schema}
-
-    def _use_older_form(self) -> None:
-        if self.schema_format == "json_schema" and self._notice:
-            self._notice(f"The server at {self._url} does not know json_schema; schemas go to it with json_object.")
-        self.schema_format = "json_object"
 
     def _check(self, answer: StreamedAnswer) -> None:
         if answer.finish not in ("stop", "length"):
@@ -323,19 +329,6 @@ class _BrokenOffError(Exception):
     """A stream ended in good order, but before the answer did."""
 
 
-def _refuse_impossible(request: Request) -> None:
-    if request.shape and request.shape.json_schema() is None:
-        raise UsageError(
-            "A server takes a JSON schema and not a grammar, which this request has.",
-            remedy="Use a model file, or a JSON schema.",
-        )
-    if request.ignore_eos:
-        raise UsageError(
-            "A server ends an answer where the model does, and this request wants all of its max_tokens.",
-            remedy="Use a model file.",
-        )
-
-
 def _wait_s(error: openai.APIError | _BrokenOffError, tried: int) -> float | None:
     """Seconds until the next try; None if it would fail like the last one."""
     status = _status(error)
@@ -367,11 +360,6 @@ def _status(error: Exception) -> int | None:
         return error.status_code
     code = getattr(error, "code", None)
     return int(code) if code and code.isdigit() else None
-
-
-def _knows_older_form_only(error: Exception) -> bool:
-    said = _said(error) if isinstance(error, openai.APIStatusError) else ""
-    return "json_schema" in said and "json_object" in said
 
 
 def _is_context(error: openai.APIError) -> bool:

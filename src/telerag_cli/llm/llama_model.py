@@ -171,14 +171,9 @@ class LlamaModel:
                 f"{path.name} has no chat template, so it is not an instruct model.",
                 remedy="Choose an instruct or chat model.",
             )
-        ends = {
-            f"{name}_token": self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
-            for name, token in (
-                ("bos", llama_cpp.llama_vocab_bos(self.vocab)),
-                ("eos", llama_cpp.llama_vocab_eos(self.vocab)),
-            )
-        }
-        return Jinja2ChatFormatter(raw.decode(), **ends)
+        tokens = (llama_cpp.llama_vocab_bos(self.vocab), llama_cpp.llama_vocab_eos(self.vocab))
+        bos, eos = (self.piece(token, special=True).decode(errors="replace") if token >= 0 else "" for token in tokens)
+        return Jinja2ChatFormatter(raw.decode(), bos_token=bos, eos_token=eos)
 
 
 def padded(tokens: int) -> int:
@@ -286,14 +281,11 @@ class _Batch:
         self._ones = np.ones(rows, np.int32)
         # Each row points to the one slot it belongs to.
         self._pointers = self._slots.ctypes.data + 4 * np.arange(rows, dtype=np.uintp)
+        arrays = (self._tokens, None, self._positions, self._ones, self._pointers, self._wanted)
+        kinds = [kind for _name, kind in llama_cpp.llama_batch._fields_[1:]]
+        pairs = zip(arrays, kinds, strict=True)
         self.struct = llama_cpp.llama_batch(
-            0,
-            _pointer(self._tokens, ctypes.c_int32),
-            None,
-            _pointer(self._positions, ctypes.c_int32),
-            _pointer(self._ones, ctypes.c_int32),
-            _pointer(self._pointers, ctypes.POINTER(ctypes.c_int32)),
-            _pointer(self._wanted, ctypes.c_int8),
+            0, *(None if array is None else array.ctypes.data_as(kind) for array, kind in pairs)
         )
 
     def fill(self, chunks: Sequence[Chunk]) -> list[int]:
@@ -313,22 +305,22 @@ class _Batch:
         return wanted
 
 
-def _pointer(array: Any, kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
-
-
 class LlamaSampler:
     """Temperature, top-p, seed and grammar of one request; the same logits give the same tokens whatever else runs."""
 
     def __init__(self, model: LlamaModel, request: Request) -> None:
         """Get ready; raises InputError if the grammar is invalid."""
-        self._model = model
         self._grammar: Any = None
         self._chain: Any = None
         self._forbidden: Any = None
-        self._room: Any = None
         if request.shape is not None:
-            self._grammar = self._read_grammar(request.shape.gbnf())
+            grammar = request.shape.gbnf()
+            self._grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
+            if not self._grammar:
+                raise InputError(
+                    f"llama.cpp cannot read the grammar '{grammar[:60]}'.",
+                    remedy="Write it in GBNF, with a rule named root.",
+                )
             # The grammar takes them for the text they are written as, which would not be in the result.
             self._forbidden = model.control_tokens
         elif request.ignore_eos:
@@ -369,30 +361,20 @@ class LlamaSampler:
                 llama_cpp.llama_sampler_free(sampler)
         self._grammar = self._chain = None
 
-    def _read_grammar(self, grammar: str) -> Any:
-        sampler = llama_cpp.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
-        if not sampler:
-            raise InputError(
-                f"llama.cpp cannot read the grammar '{grammar[:60]}'.",
-                remedy="Write it in GBNF, with a rule named root.",
-            )
-        return sampler
-
     def _choose(self, logits: FloatArray) -> int:
         if self._chain is None:
             return int(logits.argmax())
-        candidates = self._candidates(logits)
+        candidates = _candidates(np.arange(len(logits)), logits)
         return int(candidates["id"][_apply(self._chain, candidates).selected])
 
     def _allows(self, token: int) -> bool:
-        one = np.zeros(1, _CANDIDATE)
-        one["id"] = token
+        one = _candidates(np.array([token]), 0.0)
         _apply(self._grammar, one)
         return bool(np.isfinite(one["logit"][0]))
 
     def _allowed(self, logits: FloatArray) -> FloatArray:
         """The logits, with minus infinity for the tokens that the grammar refuses."""
-        candidates = self._candidates(logits)
+        candidates = _candidates(np.arange(len(logits)), logits)
         _apply(self._grammar, candidates)  # which leaves their order
         masked: FloatArray = candidates["logit"].copy()
         # llama.cpp ends the process when a token that the grammar refuses is to be accepted.
@@ -403,13 +385,11 @@ class LlamaSampler:
             )
         return masked
 
-    def _candidates(self, logits: FloatArray) -> Any:
-        if self._room is None:
-            self._room = np.zeros(len(logits), _CANDIDATE)
-        self._room["id"] = np.arange(len(logits), dtype=np.int32)
-        self._room["logit"] = logits
-        self._room["p"] = 0
-        return self._room
+
+def _candidates(tokens: IntArray, logits: FloatArray | float) -> Any:
+    candidates = np.zeros(len(tokens), _CANDIDATE)
+    candidates["id"], candidates["logit"] = tokens, logits
+    return candidates
 
 
 def _apply(sampler: Any, candidates: Any) -> Any:

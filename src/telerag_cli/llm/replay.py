@@ -91,20 +91,16 @@ class Replay:
         self._pacer.close()
 
     def _next(self, request: Request) -> Generation:
-        key = (tuple(request.messages), request.max_tokens)
-        if key not in self._recorded:
-            raise self._unknown(*key)
-        recorded = self._recorded[key]
-        place = min(self._replayed[key], len(recorded) - 1)
-        self._replayed[key] += 1
-        return recorded[place]
-
-    def _unknown(self, messages: _Prompt, max_tokens: int) -> ModelError:
+        messages, max_tokens = key = (tuple(request.messages), request.max_tokens)
+        if recorded := self._recorded.get(key):
+            place = min(self._replayed[key], len(recorded) - 1)
+            self._replayed[key] += 1
+            return recorded[place]
         prompt = " ".join(messages[-1].content.split()) if messages else ""
         begins = prompt if len(prompt) <= _SHOWN_CHARACTERS else f"{prompt[:_SHOWN_CHARACTERS]}…"
         others = sorted({limit for known, limit in self._recorded if known == messages})
         limits = f"; it has it for {', '.join(map(str, others))}" if others else ""
-        return ModelError(
+        raise ModelError(
             f"The recording {self._trace} has no answer of {max_tokens} tokens to the prompt '{begins}'{limits}.",
             remedy="Replay with the index, pipeline and options of the recording.",
         )

@@ -67,10 +67,8 @@ class Arena:
     def cheapest_runs(self, nbytes: int, cost: DoubleArray, count: int) -> list[list[int]]:
         """Owners of contiguous runs of slots, the removal of each of which leaves a gap of at least ``nbytes``.
 
-        Args:
-            nbytes: the gap needed, larger than any there is.
-            cost: what giving up each owner's slot costs, indexed by owner; infinite for slots that must stay.
-            count: of runs. There may be fewer than that and than there are, but there is one if there is any.
+        The gap is larger than any there is. The cost of giving up a slot is indexed by owner, and infinite for slots
+        that must stay. There may be fewer runs than ``count`` and than there are, but there is one if there is any.
 
         Returns:
             The owners in address order, of the cheapest run first; runs share neither slots nor the gaps beside them.
@@ -79,12 +77,8 @@ class Arena:
         if not self._starts:
             return []
         starts, ends, owners = np.array(self._starts), np.array(self._ends), np.array(self._owners)
-        left = np.empty_like(owners)  # where the gap would begin: the gap before a slot counts too
-        left[0] = 0
-        left[1:] = ends[:-1]
-        right = np.empty_like(owners)
-        right[:-1] = starts[1:]
-        right[-1] = self.nbytes
+        left = np.append(0, ends[:-1])  # where the gap would begin: the gap before a slot counts too
+        right = np.append(starts[1:], self.nbytes)
         price = cost[owners]
         fixed = np.isinf(price)
         spent = np.concatenate([[0.0], np.cumsum(np.where(fixed, 0.0, price))])

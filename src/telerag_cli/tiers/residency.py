@@ -52,13 +52,9 @@ class Residency:
     """
 
     def __init__(self, list_bytes: IntArray, arena: Arena, policy: CachePolicy, evicted: Callable[[int], None]) -> None:
-        """Begin with an empty arena.
+        """Begin with an empty arena; ``evicted`` is called with each list that leaves, before another gets its bytes.
 
-        Args:
-            list_bytes: bytes each list takes, shape (nlist,), multiples of 4 KiB.
-            arena: the block to account for.
-            policy: what to evict first.
-            evicted: called with each list that leaves, before another gets its bytes.
+        ``list_bytes``, (nlist,), are multiples of 4 KiB.
         """
         self.list_bytes = list_bytes
         self.arena = arena
@@ -70,13 +66,9 @@ class Residency:
         self.references: npt.NDArray[np.int32] = np.zeros(nlist, np.int32)
 
     def new_round(self, cache_fraction: float) -> BoolArray:
-        """Begin a round: age the heat and say which lists to keep through it.
+        """Begin a round: age the heat, and return which lists to keep through it, shape (nlist,).
 
-        Args:
-            cache_fraction: share of the arena that hot lists may hold.
-
-        Returns:
-            Mask of the hottest resident lists within that share, shape (nlist,).
+        They are the hottest resident ones within a share ``cache_fraction`` of the arena.
         """
         self.policy.new_round()
         if not self.policy.keeps:
@@ -92,10 +84,7 @@ class Residency:
     ) -> list[int]:
         """Take room for lists that are ABSENT, evicting the coldest runs where there is none; they become MOVING.
 
-        Args:
-            lists: the lists, best first.
-            protected: asked, if something must leave, for the mask of lists that may not be evicted for one.
-            priority: added to the heat when choosing what leaves.
+        If something must leave, ``protected`` says what may not for a list, and ``priority`` is added to the heat.
 
         Returns:
             The slots' byte offsets, of as many lists from the first as find room.

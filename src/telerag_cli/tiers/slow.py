@@ -49,10 +49,6 @@ class SlowTier:
     def __init__(self, index: Index, advance: Advance = lambda _count: None) -> None:
         """Read the lists, or find them where another process has them.
 
-        Args:
-            index: the opened index.
-            advance: called with bytes as they are read.
-
         Raises:
             ResourceError: there is not that much memory.
             ArtifactError: the file cannot be read to its end.

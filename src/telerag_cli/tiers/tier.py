@@ -89,18 +89,10 @@ class FastTier:
         closing: Callable[[], None] = lambda: None,
         tracer: Tracer | None = None,
     ) -> None:
-        """Begin with an empty arena.
+        """Begin with an empty arena, which is the accounting of the memory that transport and scorer share.
 
-        Args:
-            index: the opened index.
-            arena: the accounting of the memory that the transport writes and the scorer reads.
-            transport: the link.
-            scorer: scores what is in the arena.
-            cache: what stays between queries.
-            in_place: how lists are scored in the slow tier; None where they must be moved for it.
-            notes: what a user should know, beside the transport's own note.
-            closing: called last by `close`.
-            tracer: where moves are recorded.
+        ``in_place`` is None where lists must be moved to be scored. ``notes`` are what a user should know, beside the
+        transport's own. ``closing`` is called last by `close`.
         """
         self.list_bytes = index.list_bytes
         self.nlist = index.manifest.nlist
@@ -141,11 +133,8 @@ class FastTier:
     ) -> tuple[list[int], bool]:
         """Start moving lists that nobody waits for, in this order, until there is no room for one.
 
-        Args:
-            lists: numbers of lists; those in the arena or on their way already are passed over.
-            protected: asked only when something must be evicted.
-            priority: added to each list's heat when choosing what to evict, shape (nlist,).
-            arrived: called once for each list started.
+        Those in the arena or on their way already are passed over; ``arrived`` is called once for each of the others.
+        To choose what to evict, ``protected`` is asked and ``priority``, (nlist,), is added to each list's heat.
 
         Returns:
             The lists started, and whether there was no room for another.

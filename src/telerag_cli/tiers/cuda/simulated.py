@@ -40,14 +40,9 @@ class SimulatedGpu(Gpu):
     ) -> None:
         """A device whose troubles are chosen.
 
-        Args:
-            memory_bytes: its memory; by default what the host has free.
-            bytes_per_s: speed of its link; by default that of a copy in memory.
-            longest_s: copies take at random up to so many seconds longer.
-            seed: of those.
-            copy_fails: asked for each copy, which then arrives torn.
-            work_fails: asked before each work on the device.
-            lock_refused: why page-locking is refused.
+        It has by default the memory that the host has free, and a link as fast as a copy in memory. Copies take at
+        random, by ``seed``, up to ``longest_s`` longer. A copy that fails arrives torn. ``lock_refused`` is why
+        page-locking is refused.
         """
         self.device = torch.device("cpu")
         self.name = "simulated GPU" + (f", its link {format_bytes(bytes_per_s)}/s" if bytes_per_s else "")

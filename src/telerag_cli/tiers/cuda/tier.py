@@ -48,18 +48,9 @@ def open_cuda_tier(
 ) -> FastTier:
     """Read the index into host memory, take the arena, and measure link and scoring.
 
-    Args:
-        index: the opened index.
-        coarse: its coarse quantizer.
-        gpu: the device.
-        arena_bytes: size of the arena; None for what is free on the device, less a reserve. An index smaller than that
-            takes only what it needs.
-        require_pinned: refuse to go on with host memory that is not page-locked.
-        cache: what stays between queries.
-        advance: called with bytes as they are read.
-        lists: the lists, if they are in host memory already; they are closed with the tier.
-        rates: of link and scoring, if they were measured before: a profile's many repeats are better than one trial.
-        tracer: where moves are recorded.
+    ``arena_bytes`` is by default what is free on the device, less a reserve; an index smaller than that takes only what
+    it needs. ``require_pinned`` refuses host memory that is not page-locked. ``lists`` are in host memory already, and
+    are closed with the tier. ``rates`` were measured before: a profile's many repeats are better than one trial.
 
     Raises:
         UsageError: the arena is smaller than the largest list.
@@ -197,7 +188,7 @@ class _Trial:
             scorer.score(self._index.centroids[:1], self._lists[None, :count], 1)
 
 
-def _second_s(function: Callable[[], None]) -> float:
+def _second_s(function: Callable[[], object]) -> float:
     function()
     started_s = time.perf_counter()
     function()
