@@ -168,11 +168,6 @@ def test_a_line_through_two_points_gives_what_does_not_depend_on_the_size():
     assert formulas.mean_list_bytes(np.array([0, 4, 8])) == 6.0
 
 
-def test_memory_left_may_be_negative():
-    assert formulas.memory_left_bytes(100, 30, 50) == 20
-    assert formulas.memory_left_bytes(100, 130) == -30
-
-
 def test_outlook_follows_from_the_formulas():
     outlook = planner().outlook(0.009, "refined")
     assert outlook.budget_bytes == pytest.approx(9 * MB)

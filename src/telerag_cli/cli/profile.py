@@ -150,18 +150,17 @@ def profile(
 @contextlib.contextmanager
 def _of_index(config: EngineConfig, recording: Path | None, *, quick: bool) -> Iterator[tuple[Profile, Planner]]:
     from telerag_cli.cli.reporting import ConsoleReporter
-    from telerag_cli.engine.opening import Replays, open_parts, subject_of
+    from telerag_cli.engine.opening import open_parts, subject_of
     from telerag_cli.planning.averages import Averages
     from telerag_cli.planning.measure import measure
     from telerag_cli.planning.planner import Planner
 
-    replays = Replays(_replayed(recording), recording.name) if recording else Replays()
+    replays = (_replayed(recording), recording.name) if recording else ()
     with open_parts(config, ConsoleReporter()) as (prepared, generator, retriever):
-        opened, gpu, nprobe = prepared.opened, prepared.tier.gpu, prepared.nprobe
-        subject = subject_of(opened, gpu, retriever, generator, nprobe, prepared.identity, replays)
+        subject = subject_of(prepared, retriever, generator, *replays)
         with console.progress("measuring", None, unit="figures") as advance:
             made = measure(subject, quick=quick, advance=advance, command=_command())
-        yield made, Planner(made, Averages(), nprobe=nprobe, arena_bytes=retriever.tier.arena_bytes)
+        yield made, Planner(made, Averages(), nprobe=prepared.nprobe, arena_bytes=retriever.tier.arena_bytes)
 
 
 def _replayed(recording: Path) -> list[Replayed]:

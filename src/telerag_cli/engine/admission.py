@@ -100,11 +100,8 @@ class AdmissionQueue:
     def __init__(self, scheduler: Scheduler, workers: Sequence[Worker], limit: int, *, eager: bool) -> None:
         """Begin with an empty queue.
 
-        Args:
-            scheduler: makes micro-batches, and says which worker takes which.
-            workers: whose seats there are.
-            limit: questions that may wait for a seat.
-            eager: begin as soon as one can, as a server does; else fill batches, as a run does.
+        ``limit`` questions may wait for a seat. An ``eager`` queue, a server's, begins as soon as one can; a run's
+        fills batches.
         """
         self.limit = limit
         self.at_once = sum(worker.at_once for worker in workers)
@@ -141,9 +138,7 @@ class AdmissionQueue:
     def submit(self, question: str, *, groups: bool = True) -> Permit:
         """Let a question wait for a seat; enter the permit to wait, and leave it to give the seat back.
 
-        Args:
-            question: what lookahead begins with.
-            groups: whether it gains from running beside similar questions.
+        ``groups`` says whether it gains from running beside similar questions.
 
         Raises:
             QueueFullError: too many wait already.

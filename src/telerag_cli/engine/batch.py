@@ -92,13 +92,8 @@ def answer_all(
 ) -> Summary:
     """Answer questions and write each one's line as soon as it is there.
 
-    Args:
-        workers: what answers.
-        scheduler: puts questions together, and says which worker takes which.
-        questions: from any source, read as they come.
-        outputs: where lines and messages go.
-        answered: ids to skip.
-        ordered: write in the order of the questions, which may keep an answer back until those before it are there.
+    Ids in ``answered`` are skipped. ``ordered`` writes in the order of the questions, which may keep an answer back
+    until those before it are there.
     """
     summary = Summary()
 
@@ -132,14 +127,7 @@ def answer_all(
 async def answer_each(
     workers: Sequence[Worker], scheduler: Scheduler, questions: Iterable[Question], take: Take
 ) -> None:
-    """Answer questions as they come, some at a time.
-
-    Args:
-        workers: what answers.
-        scheduler: puts questions together, and says which worker takes which.
-        questions: from any source, read as they are needed.
-        take: called once for each question.
-    """
+    """Answer questions as they come, some at a time."""
     schedule = scheduler.schedule
     limit = schedule.batch_size + len(workers) * schedule.micro_batch
     queue = AdmissionQueue(scheduler, workers, limit, eager=False)

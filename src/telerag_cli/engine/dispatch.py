@@ -160,12 +160,7 @@ class Dispatcher:
     """Holds micro-batches until a replica takes them; each comes out once."""
 
     def __init__(self, list_bytes: IntArray, placement: Placement) -> None:
-        """Begin with an empty queue.
-
-        Args:
-            list_bytes: bytes each list takes, shape (nlist,).
-            placement: who takes which.
-        """
+        """Begin with an empty queue."""
         self._list_bytes = list_bytes.astype(np.float64)
         self._placement = placement
         self._queue: list[_Waiting] = []
@@ -187,8 +182,7 @@ class Dispatcher:
     def assign(self, states: Sequence[ReplicaState]) -> list[tuple[int, MicroBatch]]:
         """Take micro-batches out of the queue until it is empty or no replica is free.
 
-        Args:
-            states: of all replicas that live, also of those that are not free: what waits may suit them better.
+        Give the states of all replicas that live, also of those that are not free: what waits may suit them better.
 
         Returns:
             The replica's number and its micro-batch, in the order in which a replica should run them.

@@ -363,13 +363,9 @@ class Engine:
     ) -> AskResult:
         """Answer one question.
 
-        Args:
-            question: the question.
-            pipeline: how; by default the engine's.
-            listener: hears what happens, as it happens.
-            turns: the conversation before it, which the question may lean on.
-            batch: the questions that it is answered together with, itself included.
-            settings: how to answer this one; by default as the engine was opened.
+        ``turns`` are the conversation before it, which the question may lean on, and ``batch`` the questions that it is
+        answered together with, itself included. Without ``pipeline`` and ``settings`` it is answered as the engine was
+        opened.
 
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.

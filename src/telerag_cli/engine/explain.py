@@ -16,7 +16,6 @@ from telerag_cli.engine.memory_plan import Row
 from telerag_cli.llm.base import Generation, Message, Token
 from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Pipeline, Prompt
 from telerag_cli.pipelines.prompts import answer_prompt
-from telerag_cli.planning import formulas
 from telerag_cli.planning.planner import Circumstances, Planner
 from telerag_cli.system import available_bytes
 from telerag_cli.units import format_bytes
@@ -155,7 +154,5 @@ def outlook_rows(planner: Planner, window_s: float, lookahead: Lookahead, stage:
     else:
         words = format_bytes(even) if math.isfinite(even) else "never"
         rows.append(("misses", "both ends", f"moving alone is as quick as in place from: {words}"))
-    rows.append(
-        ("memory left", format_bytes(formulas.memory_left_bytes(available_bytes())), "RAM, after all of this was taken")
-    )
+    rows.append(("memory left", format_bytes(available_bytes()), "RAM, after all of this was taken"))
     return rows

@@ -30,10 +30,8 @@ class Forecast:
     def __init__(self, averages: Averages, planner: Planner | None, pipeline: str) -> None:
         """Begin.
 
-        Args:
-            averages: of earlier texts; taught by this question's.
-            planner: what expects; without one there are no expectations, and lengths are learned all the same.
-            pipeline: its name: stages of the same name in different pipelines are different.
+        Stages of the same name in different pipelines are different. Without a planner there are no expectations, and
+        the averages are taught all the same.
         """
         self._averages = averages
         self._planner = planner

@@ -33,11 +33,8 @@ def similar(vectors: FloatArray, size: int, before: FloatArray | None = None) ->
     that helps. Unlike greedy seeding (TeleRAG, arXiv 2502.20969) it leaves no micro-batch of leftovers, nor does it
     jump from one topic to another.
 
-    Args:
-        vectors: of the queries, shape (n, dimension): what `likely` makes, or else their embeddings.
-        size: queries in a micro-batch.
-        before: of the queries that ran last, oldest first, shape (m, dimension): the walk goes on from there. Some
-            micro-batches of them are enough.
+    ``vectors`` are of the queries, shape (n, dimension): what `likely` makes, or else their embeddings. ``before`` are
+    those of some micro-batches that ran last, oldest first: the walk goes on from there.
 
     Returns:
         The places of each micro-batch; each place once, and all micro-batches but the last have ``size``.
@@ -61,10 +58,8 @@ def likely(ranked: IntArray, nprobe: int, list_bytes: IntArray) -> FloatArray:
     The product of two rows is about the bytes that both will probe. Compared by it, queries share more than compared by
     their embeddings (docs/scheduling.md).
 
-    Args:
-        ranked: of each query the lists nearest to it, best first, shape (n, depth); a depth of 4 ``nprobe`` is enough.
-        nprobe: lists that each will probe.
-        list_bytes: bytes each list takes, shape (nlist,).
+    ``ranked`` are the lists nearest to each query, best first, shape (n, depth); a depth of 4 ``nprobe`` is enough.
+    ``list_bytes`` has shape (nlist,).
 
     Returns:
         Shape (n, nlist): for each list, the root of its bytes, less the lower it ranks.
@@ -140,11 +135,8 @@ def _closeness(apart: IntArray) -> DoubleArray:
 def _improve(near: DoubleArray, places: IntArray, closeness: DoubleArray, pull: DoubleArray) -> IntArray:
     """Exchange the two queries that gain most by it, until none do.
 
-    Args:
-        near: cosines, shape (n, n).
-        places: micro-batch of each query, shape (n,).
-        closeness: of two micro-batches, shape (m, m).
-        pull: what each query has from those outside in each micro-batch, shape (n, m).
+    ``near`` are the cosines, shape (n, n); ``places`` the micro-batch of each query, shape (n,); ``closeness`` that of
+    two micro-batches, shape (m, m); ``pull`` what each query has from those outside in each micro-batch, shape (n, m).
 
     Returns:
         The micro-batch of each query, each as often as before, shape (n,).

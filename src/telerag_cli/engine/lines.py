@@ -38,9 +38,7 @@ class Question:
 def read_questions(lines: IO[bytes], name: str) -> Iterator[Question]:
     """Questions as they come; empty lines are skipped.
 
-    Args:
-        lines: UTF-8 text.
-        name: of the source, for messages.
+    ``name`` is the source's, for messages.
     """
     for number, raw in enumerate(lines, 1):
         where = f"{name}:{number}"
@@ -219,9 +217,7 @@ class RunFile:
     def __init__(self, path: Path, *, resume: bool) -> None:
         """Open for appending.
 
-        Args:
-            path: the file.
-            resume: keep the lines that are there; a torn last one, left by a kill, is cut off.
+        ``resume`` keeps the lines that are there; a torn last one, left by a kill, is cut off.
 
         Raises:
             ArtifactError: it exists, holds something, and ``resume`` is off; or a line of it is not a run's.

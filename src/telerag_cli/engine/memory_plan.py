@@ -20,7 +20,6 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
-from telerag_cli.planning.formulas import memory_left_bytes
 from telerag_cli.progress import Progress
 from telerag_cli.system import available_bytes
 from telerag_cli.tiers.host import open_host_tier
@@ -118,10 +117,10 @@ def _usable_gpu(index: Index, config: TierConfig) -> tuple[Gpu | None, str]:
         return None, "--device cpu"
     if config.fast_memory_bytes is not None:
         return None, "--fast-memory"
-    from telerag_cli.tiers.cuda.gpu import find_gpu, gpu_number
+    from telerag_cli.tiers.cuda.gpu import gpu_number
 
     try:
-        gpu = find_gpu(config.device)
+        gpu = _found(config.device)
     except ResourceError:
         if gpu_number(config.device) is not None or config.gpu_memory_bytes is not None:
             raise
@@ -143,9 +142,7 @@ def _named_gpu(config: TierConfig) -> Gpu:
         return SimulatedGpu(bytes_per_s=config.simulated_link_bytes_per_s)
     if config.device == "cpu":
         raise UsageError("--device cpu has no GPU for --tier cuda.", remedy="Leave one of them out.")
-    from telerag_cli.tiers.cuda.gpu import find_gpu
-
-    return find_gpu(config.device)
+    return _found(config.device)
 
 
 def _plan_host(index: Index, config: TierConfig, why: str) -> PlannedTier:
@@ -237,12 +234,9 @@ def plan_llm(
 ) -> PlannedLlm:
     """Choose how many questions to answer at once and say what memory that takes.
 
-    Args:
-        config: which model, and the questions at once; by default as many as half of the memory left holds contexts
-            for, at most 16. ``device`` names the GPU that the LLM's layers go to, if any do.
-        tier: what the index will take of the memory that is free; None if there is none.
-        notice: takes what a user should know of a server.
-        sharers: processes that plan to share this machine's memory, this one included.
+    By default there are as many as half of the memory left holds contexts for, at most 16. ``device`` names the GPU
+    that the LLM's layers go to, if any do. ``notice`` takes what a user should know of a server. ``sharers`` processes
+    plan to share this machine's memory, this one included.
 
     Raises:
         UsageError: options contradict each other.
@@ -321,7 +315,7 @@ def _plan_llama(config: EngineConfig, tier: PlannedTier | None, sharers: int) ->
     model = LlamaModel(path, gpu_layers=config.n_gpu_layers, gpu=gpu_number(gpu))
     context_tokens = min(config.ctx_size, model.trained_tokens)
     slot_bytes = model.context_bytes(context_tokens)
-    free_bytes = memory_left_bytes(_free_bytes(config, tier, gpu) // sharers, model.weights_bytes)
+    free_bytes = _free_bytes(config, tier, gpu) // sharers - model.weights_bytes
     fitting = max(1, min(MAX_CONCURRENT, free_bytes // 2 // slot_bytes))
     at_once = config.concurrency or fitting
     slots = max(at_once, min(fitting, MIN_SLOTS))
@@ -361,7 +355,5 @@ def _where(config: LlmConfig) -> str:
 def _free_bytes(config: LlmConfig, tier: PlannedTier | None, gpu: str) -> int:
     """Memory for weights and contexts, where they will be: on a GPU only if all layers are to go there."""
     if config.n_gpu_layers != ALL_LAYERS:
-        return memory_left_bytes(available_bytes(), tier.ram_bytes if tier else 0)
-    from telerag_cli.tiers.cuda.gpu import find_gpu
-
-    return memory_left_bytes(find_gpu(gpu).free_bytes(), tier.gpu_bytes if tier else 0)
+        return available_bytes() - (tier.ram_bytes if tier else 0)
+    return _found(gpu).free_bytes() - (tier.gpu_bytes if tier else 0)

@@ -36,6 +36,9 @@ from telerag_cli.units import format_bytes
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu
 
+PASSAGES = "passages of the index, their first sentences as questions"
+VERSIONS = ("telerag-cli", "torch", "faiss-cpu", "faiss-gpu", "llama-cpp-python")
+
 
 class Reporter:
     """What a person is told while an engine opens and works; this one tells nothing."""
@@ -206,7 +209,7 @@ def measured(
         reporter.warn("A server is not measured unasked, so nothing is predicted; telerag profile measures it.")
         return None
     reporter.say("Measuring this machine and index to plan with; once, some seconds. --profile none goes without.")
-    subject = subject_of(made.opened, made.tier.gpu, retriever, generator, made.nprobe, made.identity)
+    subject = subject_of(made, retriever, generator)
     try:
         with reporter.progress("measuring", None) as advance:
             profile = measure(subject, quick=True, advance=advance, command="telerag run")
@@ -215,18 +218,6 @@ def measured(
         reporter.warn(f"Nothing is predicted, because measuring failed: {error}")
         return None
     return profile
-
-
-PASSAGES = "passages of the index, their first sentences as questions"
-VERSIONS = ("telerag-cli", "torch", "faiss-cpu", "faiss-gpu", "llama-cpp-python")
-
-
-@dataclass(frozen=True)
-class Replays:
-    """Questions for the hit curve, and where they are from; none for passages of the index."""
-
-    questions: Sequence[Replayed] = ()
-    source: str = PASSAGES
 
 
 def identity_of(
@@ -247,19 +238,19 @@ def identity_of(
 
 
 def subject_of(
-    opened: OpenedIndex,
-    gpu: Gpu | None,
+    made: Prepared,
     retriever: Retriever,
     generator: Generator,
-    nprobe: int,
-    identity: tuple[Identity, dict[str, str]],
-    replays: Replays = Replays(),
+    questions: Sequence[Replayed] = (),
+    source: str = PASSAGES,
 ) -> ProfileSubject:
-    """Return what `measure` needs of parts that are open; the arena is empty afterwards."""
-    questions = replays.questions or from_passages(opened.passages, FULL.replayed)
-    source = replays.source if replays.questions else PASSAGES
+    """Return what `measure` needs of parts that are open; without questions, passages of the index are replayed."""
+    opened = made.opened
+    replayed = questions or from_passages(opened.passages, FULL.replayed)
     lists = opened.index.paths.lists
-    return ProfileSubject(*identity, gpu, lists, opened.embedder, generator, retriever, nprobe, questions, source)
+    return ProfileSubject(
+        *made.identity, made.tier.gpu, lists, opened.embedder, generator, retriever, made.nprobe, replayed, source
+    )
 
 
 def survey_machine(

@@ -50,10 +50,8 @@ class RefinementEmbedder:
     ) -> None:
         """Start the thread.
 
-        Args:
-            embed: texts to vectors, shape (texts, dimension).
-            share: the part of the time that texts which are not urgent may take.
-            allowance_s: seconds that may be saved up.
+        ``embed`` makes vectors of shape (texts, dimension). Texts that are not urgent may take ``share`` of the time,
+        and save up ``allowance_s``.
         """
         self._embed = embed
         self._share = share
@@ -145,10 +143,7 @@ class PrefetchStart:
     def __init__(self, queries: Sequence[str], start: StartPrefetches, vectors: FloatArray | None = None) -> None:
         """Get ready.
 
-        Args:
-            queries: the lookahead queries.
-            start: starts the prefetches.
-            vectors: their embeddings, shape (n, dimension), if they are known already.
+        ``vectors`` are the queries' embeddings, shape (n, dimension), if they are known already.
         """
         self._queries = queries
         self._start = start
@@ -200,13 +195,7 @@ class Refiner:
     ) -> None:
         """Get ready.
 
-        Args:
-            prefetch: the lookahead to refine.
-            retriever: what started it.
-            nprobe: lists that each query will probe.
-            expected_tokens: how long the text will probably be.
-            embedder: what embeds.
-            expect: the queries that a text leads to; the text itself if not given.
+        ``expect`` gives the queries that a text leads to; the text itself if not given.
         """
         self._prefetch = prefetch
         self._retriever = retriever

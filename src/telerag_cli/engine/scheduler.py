@@ -54,12 +54,7 @@ def scheduled(config: ScheduleConfig, at_once: int, arena_bytes: int, index: Ind
     By default a micro-batch has `DEFAULT_MICRO_BATCH` questions, or half of ``at_once`` if that is less, so that the
     next one can begin while one ends; and no more than the arena holds the lists of.
 
-    Args:
-        config: what was asked for.
-        at_once: questions that a worker answers at once.
-        arena_bytes: size of a worker's arena.
-        index: what is searched.
-        nprobe: lists that a query probes.
+    A worker answers ``at_once`` questions at once and has an arena of ``arena_bytes``.
 
     Raises:
         UsageError: more questions are to run together than are answered at once.
@@ -84,13 +79,7 @@ class Scheduler:
     ) -> None:
         """Begin with an empty queue.
 
-        Args:
-            schedule: how.
-            embedder: embeds questions, where it matters what they are about.
-            rank: says which lists they will probably probe.
-            list_bytes: bytes each list takes, shape (nlist,).
-            nprobe: lists that a query probes.
-            workers: how many there are.
+        ``rank`` says which lists questions will probably probe; ``list_bytes`` has shape (nlist,).
         """
         self.schedule = schedule
         self._embedder = embedder

@@ -259,15 +259,7 @@ def fit(
 ) -> tuple[Sequence[Message], int]:
     """The prompt with as many of the best passages as fit.
 
-    Args:
-        question: the question.
-        found: passages, best first.
-        prompt: makes the messages.
-        room: tokens that the prompt may have.
-        count_tokens: tokens of a prompt.
-
-    Returns:
-        The prompt, and how many passages it holds.
+    ``found`` is best first, and the prompt has ``room`` tokens. Returns the prompt and how many passages it holds.
 
     Raises:
         ContextError: not even the question fits.

@@ -69,15 +69,8 @@ class Rag(Protocol):
     ) -> Generation:
         """Let the LLM write.
 
-        Args:
-            stage: what the call is for, in timings and traces.
-            messages: the prompt.
-            max_tokens: the longest text.
-            stop: see `Request`.
-            shape: see `Request`.
-            logprobs: see `Request`.
-            refining: the lookahead that follows the text as it grows.
-            expect: what will be searched, by the text so far; the text itself if not given.
+        ``stage`` names the call in timings and traces. The lookahead ``refining`` follows the text as it grows, to what
+        ``expect`` says will be searched; the text itself if not given. For the others see `Request`.
         """
 
     async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:

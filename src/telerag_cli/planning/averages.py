@@ -22,8 +22,7 @@ class Averages:
     def __init__(self, path: Path | None = None) -> None:
         """Start with what was kept.
 
-        Args:
-            path: a file that need not exist; None to keep nothing.
+        The file need not exist; without one nothing is kept.
 
         Raises:
             ArtifactError: the file is something else.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from telerag_cli.arrays import IntArray
-from telerag_cli.planning.profile import HitCurve, IndexFigures, Joins, LinkPoint, LlmRates, Moving, ScoringRate
+from telerag_cli.planning.profile import HitCurve, IndexFigures, Joins, LinkPoint, LlmRates, ScoringRate
 
 
 def transfer_cost_s(points: Sequence[LinkPoint]) -> float:
@@ -26,11 +26,6 @@ def transfer_cost_s(points: Sequence[LinkPoint]) -> float:
     columns = np.stack([np.ones_like(nbytes), nbytes], axis=1) / took_s[:, None]
     (cost_s, _per_byte), *_rest = np.linalg.lstsq(columns, np.ones_like(nbytes), rcond=None)
     return max(float(cost_s), 0.0)
-
-
-def link_bytes_per_s(moving: Moving, *, decoding: bool) -> float:
-    """Return the measured rate at which the tier moves lists, while the LLM writes or while it does not."""
-    return (moving.while_decoding if decoding else moving.alone).value
 
 
 def prefill_s(llm: LlmRates, tokens: float) -> float:
@@ -108,11 +103,6 @@ def scoring_latency_s(few_bytes: float, few_s: float, many_bytes: float, many_s:
     return max(few_s - few_bytes * (many_s - few_s) / (many_bytes - few_bytes), 0.0)
 
 
-def move_s(bytes_per_s: float, nbytes: float) -> float:
-    """Return the time to move so many bytes of lists: ``bytes / rate``, the rate being that of whole lists."""
-    return nbytes / bytes_per_s
-
-
 def join_s(joins: Joins, hit_bytes: float, missed_bytes: float) -> float:
     """Return the time from a query's arrival to its results.
 
@@ -157,11 +147,6 @@ def hidden_nprobe(index: IndexFigures, budget: float) -> int:
     counts = [0, *(point.nprobe for point in index.probed)]
     nbytes = [0.0, *(point.nbytes for point in index.probed)]
     return int(np.interp(budget, nbytes, counts))
-
-
-def memory_left_bytes(free_bytes: int, *taken_bytes: int) -> int:
-    """Return what is left of a memory: ``free - sum(taken)``; below zero if that does not fit."""
-    return free_bytes - sum(taken_bytes)
 
 
 def mean_list_bytes(list_bytes: IntArray) -> float:

@@ -69,13 +69,7 @@ def index_figures(
 ) -> IndexFigures:
     """Replay questions: bytes probed, and hits by budget for both kinds of lookahead.
 
-    Args:
-        index: the index.
-        encoder: what embeds its queries.
-        replayed: at least one.
-        source: where they are from, for the reader.
-        nprobe: lists that a query probes.
-        advance: called for each question.
+    There is at least one question; ``source`` says where they are from. Calls ``advance`` for each.
     """
     coarse = Coarse(index.centroids, index.manifest.metric)
     kinds = (Lookahead.QUESTION, Lookahead.REFINED)

@@ -46,11 +46,7 @@ def link_points(
 def disk_points(path: Path, sizes: Sequence[int], depths: Sequence[int], effort: Effort) -> Iterator[LinkPoint]:
     """Measure a disk by size and depth, and through the page cache at the largest of both.
 
-    Args:
-        path: a file to read from, whose pages may leave the cache.
-        sizes: bytes of a transfer.
-        depths: transfers in flight.
-        effort: how long.
+    The file's pages may leave the cache. ``sizes`` are bytes of a transfer, ``depths`` transfers in flight.
 
     Raises:
         TeleragError: it cannot be read.

@@ -21,7 +21,7 @@ from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, IndexPaths
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import join_fixed_s, mean_list_bytes, overlap_loss, scoring_latency_s
-from telerag_cli.planning.llm import write
+from telerag_cli.planning.llm import mean_step_s, write
 from telerag_cli.planning.profile import Joins, LossPoint, Measured, Moving, ScoringRate
 from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.prefetch.prefetcher import Window
@@ -46,11 +46,7 @@ LONGEST_S = 60.0
 def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int, effort: Effort) -> Moving:
     """Move lists in random orders, alone and beside an LLM that writes; the arena is emptied before and after.
 
-    Args:
-        retriever: moves them.
-        generator: the LLM; without one, moving beside it is as moving alone.
-        tokens: that it writes meanwhile.
-        effort: how long.
+    The LLM writes ``tokens`` meanwhile; without one, moving beside it is as moving alone.
     """
     alone = [_rate(_move(retriever, effort.seconds)) for _ in range(effort.repeats)]
     beside: list[float] = []
@@ -64,7 +60,7 @@ def moving_rates(retriever: Retriever, generator: Generator | None, tokens: int,
 
     if generator is not None:
         pairs = [
-            (write(generator, tokens).mean_step_s, write(generator, tokens, keep_moving).mean_step_s)
+            (mean_step_s(write(generator, tokens)), mean_step_s(write(generator, tokens, keep_moving)))
             for _ in range(effort.runs)
         ]
         slowed = [disturbed_s / plain_s if plain_s else 1.0 for plain_s, disturbed_s in pairs]
@@ -107,10 +103,8 @@ class _Join:
 def joins_of(retriever: Retriever, queries: FloatArray, nprobe: int) -> Joins:
     """Time joins with all, none and a part of their lists in fast memory; the arena is emptied before and after.
 
-    Args:
-        retriever: whose joins.
-        queries: (n, dimension); the first warms up.
-        nprobe: lists that each probes, or fewer where they would not fit the arena.
+    Queries have shape (n, dimension); the first warms up. Each probes ``nprobe`` lists, or fewer where they would not
+    fit the arena.
     """
     tier = retriever.tier
     # Twice the mean, because lists near to queries are larger.

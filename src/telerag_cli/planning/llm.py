@@ -7,7 +7,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,21 +25,14 @@ Beside = Callable[[threading.Event, threading.Event], None]
 _prompts = itertools.count()
 
 
-@dataclass(frozen=True)
-class TokenTimes:
-    """When each token of a text came, on the clock of ``time.perf_counter``."""
+def steps_s(came_s: Sequence[float], from_s: float = 0.0) -> list[float]:
+    """Return the times between tokens from this moment on, by when each came on ``time.perf_counter``'s clock."""
+    return [after - before for before, after in itertools.pairwise(each for each in came_s if each >= from_s)]
 
-    came_s: Sequence[float]
 
-    @property
-    def mean_step_s(self) -> float:
-        """Mean time between tokens; 0 if there were not two."""
-        steps = self.steps_s()
-        return float(np.mean(steps)) if steps else 0.0
-
-    def steps_s(self, from_s: float = 0.0) -> list[float]:
-        """Return the times between tokens, from this moment on."""
-        return [after - before for before, after in itertools.pairwise(each for each in self.came_s if each >= from_s)]
+def mean_step_s(came_s: Sequence[float]) -> float:
+    """Return the mean time between tokens; 0 if there were not two."""
+    return float(np.mean(steps_s(came_s) or [0.0]))
 
 
 def llm_rates(
@@ -48,13 +40,9 @@ def llm_rates(
 ) -> LlmRates:
     """Measure prefill by the prompt's length and decoding by width.
 
-    Args:
-        generator: the LLM.
-        prompts: tokens of prompts, ascending; those that do not fit the context are left out.
-        widths: texts written together, ascending; at most what the generator writes at once.
-        tokens: to write for each figure.
-        effort: how long.
-        advance: called for each figure.
+    ``prompts`` are lengths in tokens, and those that do not fit the context are left out; ``widths`` are numbers of
+    texts written together, at most what the generator writes at once. Both ascend. Each figure takes ``tokens``, and
+    then ``advance`` is called.
     """
     prefill, decode = [], []
     for count in (count for count in prompts if count + 2 < generator.context_tokens):
@@ -68,8 +56,11 @@ def llm_rates(
     return LlmRates(tuple(prefill), tuple(decode), *_context(generator, tokens, effort))
 
 
-def write(generator: Generator, tokens: int, beside: Beside | None = None, words: int = SHORT_PROMPT) -> TokenTimes:
-    """Write one text of so many tokens, after a prompt of so many words, while ``beside`` runs in its own thread."""
+def write(generator: Generator, tokens: int, beside: Beside | None = None, words: int = SHORT_PROMPT) -> list[float]:
+    """Write a text of so many tokens after a prompt of so many words, while ``beside`` runs in a thread of its own.
+
+    Returns when each token came.
+    """
     begun, ended = threading.Event(), threading.Event()
     thread = None if beside is None else threading.Thread(target=beside, args=(begun, ended), name="beside")
     came_s: list[float] = []
@@ -87,7 +78,7 @@ def write(generator: Generator, tokens: int, beside: Beside | None = None, words
         ended.set()
         if thread:
             thread.join()
-    return TokenTimes(came_s)
+    return came_s
 
 
 def _context(generator: Generator, tokens: int, effort: Effort) -> tuple[int, float]:
@@ -99,7 +90,7 @@ def _context(generator: Generator, tokens: int, effort: Effort) -> tuple[int, fl
         return base, 0.0
     more = generator.count_tokens(_request(words, tokens).messages) - short
     pairs = [(write(generator, tokens), write(generator, tokens, words=words)) for _ in range(effort.runs)]
-    slopes = [(longer.mean_step_s - plain.mean_step_s) / more for plain, longer in pairs]
+    slopes = [(mean_step_s(longer) - mean_step_s(plain)) / more for plain, longer in pairs]
     return base, max(float(np.median(slopes)), 0.0)
 
 
@@ -126,7 +117,7 @@ def _decode(generator: Generator, width: int, tokens: int, effort: Effort) -> De
         # While all of them are being written: before that, some are being read.
         all_began_s = max((came_s[0] for came_s in texts if came_s), default=0.0)
         for came_s in texts:
-            steps += TokenTimes(came_s).steps_s(all_began_s)
+            steps += steps_s(came_s, all_began_s)
         if time.perf_counter() - began_s > effort.most_s:
             break
     # Means of eight steps each: a text takes as long as its steps together, and not as their median.

@@ -19,7 +19,7 @@ from telerag_cli.planning.formulas import mean_list_bytes
 from telerag_cli.planning.hits import Replayed, index_figures
 from telerag_cli.planning.links import link_points, slot_of
 from telerag_cli.planning.lists import joins_of, moving_rates, scoring_rates, storage_rates
-from telerag_cli.planning.llm import llm_rates, write
+from telerag_cli.planning.llm import llm_rates, steps_s, write
 from telerag_cli.planning.profile import EmbeddingTimes, Identity, Memory, Profile
 from telerag_cli.planning.timing import Effort, seconds
 from telerag_cli.progress import Advance
@@ -88,11 +88,7 @@ class ProfileSubject:
 def measure(subject: ProfileSubject, *, quick: bool, advance: Advance, command: str = "") -> Profile:
     """Measure all of it; an index's arena is empty afterwards.
 
-    Args:
-        subject: what.
-        quick: fewer points and repeats.
-        advance: called for each figure.
-        command: what made it, for the record.
+    ``quick`` takes fewer points and repeats. Calls ``advance`` for each figure.
 
     Raises:
         TeleragError: a device, a file or the LLM failed.
@@ -171,6 +167,6 @@ def _embedding(generator: Generator, encoder: Encoder, replayed: Sequence[Replay
 
     costs: list[float] = []
     for _ in range(extent.effort.runs):
-        plain, disturbed = (sum(write(generator, extent.tokens, each).steps_s()) for each in (None, embed_approx))
+        plain, disturbed = (sum(steps_s(write(generator, extent.tokens, each))) for each in (None, embed_approx))
         costs.append((disturbed - plain) / REFINEMENTS)
     return EmbeddingTimes(query_s, approx_s, max(float(np.median(costs)), 0.0))

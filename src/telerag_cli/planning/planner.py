@@ -52,12 +52,7 @@ class Planner:
     ) -> None:
         """Plan with a profile.
 
-        Args:
-            profile: of this machine, index and model.
-            averages: of earlier runs.
-            nprobe: lists probed per query.
-            arena_bytes: size of the fast tier.
-            most_bytes: what the user allows lookahead to move before one retrieval.
+        ``most_bytes`` is what the user allows lookahead to move before one retrieval.
         """
         self.profile = profile
         self.averages = averages
@@ -108,7 +103,7 @@ class Planner:
         """Expect the link's rate beside the LLM, by the profile and by this stage's earlier windows."""
         moving = self.profile.moving
         assert moving is not None
-        return formulas.link_bytes_per_s(moving, decoding=True) * self.averages.get(stage, "link", 1.0)
+        return moving.while_decoding.value * self.averages.get(stage, "link", 1.0)
 
     def join_s(self, hit_bytes: float, missed_bytes: float) -> float:
         """Expect the join of a query with these hits and misses."""
@@ -120,7 +115,7 @@ class Planner:
         arena, in_place, moving = self.scoring("arena"), self.scoring("in place"), self.profile.moving
         if arena is None or in_place is None or moving is None:
             return None
-        return formulas.break_even_bytes(formulas.link_bytes_per_s(moving, decoding=False), arena, in_place)
+        return formulas.break_even_bytes(moving.alone.value, arena, in_place)
 
     def scoring(self, place: str) -> ScoringRate | None:
         """Return the rate of the index's own storage type in a place; None where it is not scored there."""

@@ -25,11 +25,7 @@ COLOURS = ("#1f5fa8", "#c8551b", "#3a8f4d", "#7a4fa0", "#8a6d1d", "#4d4d4d")
 def plot(profile: Profile, planner: Planner | None, window_s: float, path: Path) -> None:
     """Draw the plots side by side into one file.
 
-    Args:
-        profile: what was measured.
-        planner: over it; without an index only the link is drawn.
-        window_s: a window to mark.
-        path: its suffix is the format.
+    Without a planner, and so without an index, only the link is drawn. ``window_s`` is a window to mark.
 
     Raises:
         ResourceError: matplotlib is not installed.
@@ -137,8 +133,8 @@ def _draw_times(axis: Axes, profile: Profile, planner: Planner, window_s: float)
     if in_place is None:
         line(misses, "all moved when the query arrives", COLOURS[1])
     else:
-        rate = formulas.link_bytes_per_s(moving, decoding=False)
-        moved = [joins.fixed_s + formulas.move_s(rate, each) for each in nbytes]
+        rate = moving.alone.value
+        moved = [joins.fixed_s + each / rate for each in nbytes]
         line(moved, "all moved when the query arrives", COLOURS[1])
         scored = [joins.fixed_s + formulas.score_s(in_place, each) for each in nbytes]
         line(scored, "all scored in place", COLOURS[3])

@@ -64,12 +64,8 @@ class Prefetcher:
     ) -> list[Prefetch]:
         """Start a prefetch for each of these orders; each holds its place until `Prefetch.end`.
 
-        Args:
-            orders: distinct lists, best first.
-            depth: how many of each order are worth moving.
-            nprobe: lists that each query will probe.
-            kept: lists that the cache keeps meanwhile, shape (nlist,).
-            budget_bytes: what each may move; without it, as much as there is time for.
+        Orders are distinct lists, best first, and the first ``depth`` of each are worth moving. The cache keeps
+        ``kept`` meanwhile, shape (nlist,). Each may move ``budget_bytes``; without it, as much as there is time for.
         """
         list_bytes, here = self.tier.list_bytes, ~self.tier.absent()
         with self.lock:

@@ -52,11 +52,7 @@ def ends_by_share_s(
 ) -> DoubleArray:
     """When the later of both ends is done if the link takes the first 0, 1, ... n lists, shape (n + 1,).
 
-    Args:
-        link_s: seconds the link needs for each list, shape (n,).
-        in_place_s: seconds that scoring each in place needs, shape (n,).
-        link_busy_s: seconds until the link is done with what it has.
-        in_place_busy_s: seconds until scoring in place is done with what it has.
+    Both need seconds for each list, shape (n,), and are busy for some seconds with what they have.
     """
     link_ends_s = link_busy_s + np.concatenate([[0.0], np.cumsum(link_s)])
     in_place_ends_s = in_place_busy_s + np.concatenate([np.cumsum(in_place_s[::-1])[::-1], [0.0]])
@@ -82,14 +78,10 @@ class Misses:
     ) -> None:
         """Put the lists in a row.
 
-        Args:
-            lists: the lists; where moving is cheap beside scoring in place comes first.
-            link_s: seconds the link's end needs for each, shape (n,).
-            in_place_s: seconds to score each in place, shape (n,).
-            grain: lists that scoring in place should take at a time, for all its threads to have work.
-            latency_s: what the link's end needs beside, once.
-            slowdown: how much longer both take side by side than these seconds say. If one of them alone is done sooner
-                than that, it gets everything.
+        ``link_s`` and ``in_place_s`` are the seconds that each end needs for each list, shape (n,), and ``latency_s``
+        what the link's needs beside, once. Scoring in place should take ``grain`` lists at a time, for all its threads
+        to have work. Side by side both take ``slowdown`` times as long; if one of them alone is done sooner, it gets
+        everything.
         """
         order = np.argsort(link_s / np.maximum(in_place_s, 1e-12), kind="stable")
         self._row: list[int] = np.asarray(lists, np.int64)[order].tolist()
