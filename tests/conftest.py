@@ -21,10 +21,16 @@ from library import passages
 from telerag_cli.cli.app import app
 
 
+@pytest.fixture(scope="session")
+def animal_index(tmp_path_factory):
+    """The index of passages about animals, read only."""
+    return World(tmp_path_factory.mktemp("animals") / "index").index
+
+
 @pytest.fixture
-def engine_of(tmp_path):
+def engine_of(animal_index):
     """Makes engines over passages about animals; they must leave nothing behind."""
-    world = World(tmp_path / "index")
+    world = World.over(animal_index)
     yield world.engine
     world.close()
 

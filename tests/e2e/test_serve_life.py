@@ -20,7 +20,7 @@ from telerag_cli.cli import console
 from telerag_cli.cli.app import app as telerag
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind, notify
+from telerag_cli.server.server import Ended, Serving, address_of, bind, notify
 
 BODY = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
 
@@ -65,11 +65,11 @@ class Life:
                 assert not self.wrong, self.wrong
 
 
-def loading(engine, *, at_once=2, before=lambda: None, closed=None):
+def loading(engine, *, before=lambda: None, closed=None):
     @contextlib.contextmanager
     def load():
         before()
-        yield Loaded(engine, Scheduler.over(engine, Schedule(micro_batch=1, max_wait_s=0.0)), at_once)
+        yield engine, Scheduler.over(engine, Schedule(micro_batch=1, max_wait_s=0.0))
         if closed is not None:
             closed.append(threading.current_thread())
 

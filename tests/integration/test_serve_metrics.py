@@ -20,7 +20,7 @@ from telerag_cli.engine.snapshot import Snapshot, snapshot
 from telerag_cli.llm.base import Generation, Request
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.retrieval.report import JoinReport
-from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics, ServerState
+from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics
 
 MODEL = "telerag-hyde"
 REPORTED = {"version": "1.2.3", "python_version": platform.python_version()}
@@ -193,7 +193,7 @@ def test_the_state_is_read_when_somebody_asks():
     states = [None]
     metrics.watch(lambda: states[-1])
     assert not [key for key in read(metrics) if key[0].startswith(("num_", "arena", "llm"))]
-    states.append(ServerState(2, 7, SNAPSHOT))
+    states.append((2, 7, SNAPSHOT))
     expected = {"num_requests_running": 2, "num_requests_waiting": 7, "arena_references": 5, "lookahead_rounds": 1}
     assert {name: value(metrics, name) for name in expected} == expected
     assert by(metrics, "arena_bytes", "state") == {"capacity": 1000, "resident": 600, "moving": 200}
@@ -201,13 +201,13 @@ def test_the_state_is_read_when_somebody_asks():
     assert by(metrics, "llm_slots", "state") == {"busy": 3, "free": 1}
     assert value(metrics, "llm_calls_waiting") == 2
     assert by(metrics, "llm_tokens_total", "kind") == {"evaluated": 100, "reused": 50, "written": 25}
-    states.append(ServerState(0, 0, replace(SNAPSHOT, references=0)))
+    states.append((0, 0, replace(SNAPSHOT, references=0)))
     assert value(metrics, "arena_references") == 0
 
 
 def test_names_begin_alike_and_no_series_tells_when_it_began():
     metrics = Metrics("0")
-    metrics.watch(lambda: ServerState(0, 0, SNAPSHOT))
+    metrics.watch(lambda: (0, 0, SNAPSHOT))
     count(metrics, answer([stage("answer", "It is so.")], [join(lists_wanted=1, lists_hit=1)]))
     text = metrics.exposition()[0].decode()
     typed = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
@@ -225,19 +225,19 @@ def test_two_servers_in_one_process_count_apart():
 def test_rates_are_of_a_window():
     clock = SimpleNamespace(now_s=1000.0)
     metrics = Metrics("0", clock=lambda: clock.now_s)
-    assert metrics.rates(10.0).hit_ratio is None
+    assert metrics.rates(10.0)["hit_ratio"] is None
     report = join(lists_wanted=10, lists_hit=4, bytes_moved=700, bytes_missed=300)
     count(metrics, answer([stage("a", "x", completion_tokens=30)], [report]))
     clock.now_s += 6.0
     count(metrics, answer([stage("a", "x", completion_tokens=70)], [replace(report, lists_hit=8)]))
     rates = metrics.rates(10.0)
-    assert (rates.requests_per_s, rates.tokens_per_s, rates.link_bytes_per_s) == (0.2, 10.0, 200.0)
-    assert rates.hit_ratio == pytest.approx(0.6)
+    assert (rates["requests_per_s"], rates["tokens_per_s"], rates["link_bytes_per_s"]) == (0.2, 10.0, 200.0)
+    assert rates["hit_ratio"] == pytest.approx(0.6)
     clock.now_s += 6.0
     rates = metrics.rates(10.0)
-    assert (rates.requests_per_s, rates.tokens_per_s, rates.hit_ratio) == (0.1, 7.0, 0.8)
+    assert (rates["requests_per_s"], rates["tokens_per_s"], rates["hit_ratio"]) == (0.1, 7.0, 0.8)
     clock.now_s += HIT_WINDOW_S
-    assert metrics.rates(10.0).requests_per_s == 0
+    assert metrics.rates(10.0)["requests_per_s"] == 0
     assert ("lookahead_hit_ratio",) not in read(metrics)
 
 
@@ -253,8 +253,8 @@ def test_rates_count_what_is_in_the_window_and_nothing_else(steps):
         ended.append((clock.now_s, tokens))
     inside = [tokens for at_s, tokens in ended if at_s > clock.now_s - 10.0]
     rates = metrics.rates(10.0)
-    assert rates.requests_per_s == len(inside) / 10
-    assert rates.tokens_per_s == sum(inside) / 10
+    assert rates["requests_per_s"] == len(inside) / 10
+    assert rates["tokens_per_s"] == sum(inside) / 10
 
 
 def test_memory_for_rates_is_bounded():
@@ -262,12 +262,12 @@ def test_memory_for_rates_is_bounded():
     metrics.joined(join(lists_wanted=1, lists_hit=1))
     for _ in range(MAX_KEPT):
         metrics.joined(join(lists_wanted=1))
-    assert metrics.rates(10.0).hit_ratio == 0
+    assert metrics.rates(10.0)["hit_ratio"] == 0
 
 
 def test_threads_count_while_somebody_reads():
     metrics = Metrics("0")
-    metrics.watch(lambda: ServerState(1, 0, SNAPSHOT))
+    metrics.watch(lambda: (1, 0, SNAPSHOT))
     answered = answer([stage("a", "x")], [join(lists_wanted=2, lists_hit=1)])
     threads = [threading.Thread(target=lambda: [count(metrics, answered) for _ in range(50)]) for _ in range(4)]
     for thread in threads:
@@ -285,7 +285,7 @@ def test_a_real_answer_agrees_with_its_own_report(tmp_path):
     world = World(tmp_path)
     engine = world.engine(lambda request: "Owls number 3 live in place 8.", token_s=0.001)
     metrics = Metrics("0")
-    metrics.watch(lambda: ServerState(0, 0, snapshot(engine)))
+    metrics.watch(lambda: (0, 0, snapshot(engine)))
     try:
         answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
         count(metrics, answered)

@@ -38,7 +38,7 @@ def test_nothing_ends_a_line_or_moves_a_terminal(path, request_id, details):
         lines = []
         log = AccessLog(lines.append, form, clock=lambda: 1e9)
         own = {"request_id": request_id, "client": path, "method": path, "path": path, "status": 500}
-        log.request(own | {"duration_s": 0.1, "outcome": RequestOutcome.FAILED}, details)
+        log.request(own | {"duration_s": 0.1}, {"outcome": RequestOutcome.FAILED} | details)
         (line,) = lines
         assert line.isprintable()
         if form is LogFormat.JSON:

@@ -22,8 +22,9 @@ from telerag_cli.system import bound_kernel_caches
 from telerag_cli.units import parse_bytes
 
 if TYPE_CHECKING:
+    from telerag_cli.engine.engine import Engine
+    from telerag_cli.engine.scheduler import Scheduler
     from telerag_cli.server.middleware import AccessOptions
-    from telerag_cli.server.server import Loaded
 
 KEY_VARIABLE = "TELERAG_API_KEY"
 LOCAL_HOST, LOCAL_NAME = "127.0.0.1", "localhost"
@@ -154,7 +155,7 @@ def serve_local(
         from telerag_cli.server.app import make_app
         from telerag_cli.server.metrics import Metrics
         from telerag_cli.server.middleware import with_middleware
-        from telerag_cli.server.server import Ended, Loaded, Serving, address_of, bind
+        from telerag_cli.server.server import Ended, Serving, address_of, bind
         from telerag_cli.server.service import Limits, Service
 
         metrics = Metrics(__version__)
@@ -169,11 +170,11 @@ def serve_local(
         listening = bind(server.host, server.port)
 
         @contextlib.contextmanager
-        def load() -> Iterator[Loaded]:
+        def load() -> Iterator[tuple[Engine, Scheduler]]:
             with Engine.open(config, reporter=ConsoleReporter()) as engine:
                 arena_bytes, index = engine.retriever.tier.arena_bytes, engine.retriever.index
                 fitting = scheduled(schedule, engine.concurrency, arena_bytes, index, engine.nprobe)
-                yield Loaded(engine, Scheduler.over(engine, fitting), engine.concurrency)
+                yield engine, Scheduler.over(engine, fitting)
 
         with listening, log.capturing():
             console.say(f"Listening at {address_of(listening)}; loading {config.index}")

@@ -52,17 +52,9 @@ class AccessLog(logging.Handler):
     def __init__(
         self, write: Callable[[str], None], form: LogFormat = LogFormat.TEXT, *, clock: Callable[[], float] = time.time
     ) -> None:
-        """Begin.
-
-        Args:
-            write: takes one entry without its last line end. It must write it as a whole, because threads log too.
-            form: how a line looks.
-            clock: seconds since 1970.
-        """
+        """Begin; ``write`` takes one entry without its last line end, as a whole, and from any thread."""
         super().__init__(logging.WARNING)
-        self._write = write
-        self._form = form
-        self._clock = clock
+        self._write, self._form, self._clock = write, form, clock
 
     def request(self, own: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Log a request that has ended.
@@ -71,17 +63,16 @@ class AccessLog(logging.Handler):
 
         Args:
             own: ``request_id``; ``client``, its address without the port; ``method``; ``path``, the route's template
-                or, for what no route answered, the path, never with a query string; ``status``; ``duration_s``;
-                ``outcome``.
-            details: what its route notes: counts and times, nothing that was asked or answered.
+                or, for what no route answered, the path, never with a query string; ``status``; ``duration_s``.
+            details: ``outcome``, and what its route notes: counts and times, nothing that was asked or answered.
         """
-        status, outcome = own["status"], own["outcome"]
+        status = own["status"]
         if own["path"] in QUIET_PATHS and (status < 400 or status == 503):
             return
         # Nothing that a route notes replaces what is known of the request itself.
         entry = {name: _rounded(value) for name, value in {**own, **details, **own}.items()}
         levels: dict[str, str] = {RequestOutcome.FAILED: "error", RequestOutcome.TIMEOUT: "warning"}
-        level = "warning" if status == 503 else levels.get(outcome, "info")
+        level = "warning" if status == 503 else levels.get(entry["outcome"], "info")
         shown = {name: _shown(value) for name, value in entry.items() if value is not None}
         head = " ".join(shown.pop(name) for name in ("request_id", "client", "method", "path", "status"))
         del shown["duration_s"]

@@ -58,11 +58,7 @@ def _check_model(body: EmbeddingRequest, service: Service) -> None:
 
 
 async def _embedded(encoder: Encoder, body: EmbeddingRequest, turns: asyncio.Lock) -> tuple[str, int]:
-    """Return the response's JSON, written batch by batch as a large one would hold up the event loop, and its tokens.
-
-    Raises:
-        ApiError: a text is longer than the model sees.
-    """
+    """Return the JSON, written batch by batch as a large one would hold up the event loop, and the texts' tokens."""
     texts = [body.input] if isinstance(body.input, str) else body.input
     counts: list[int] = []
     for start in range(0, len(texts), BATCH_SIZE):

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple, get_args
@@ -80,32 +79,12 @@ _MODEL_COUNTERS = {
 """Meaning of the counters by ``model_name``, of requests answered."""
 
 
-@dataclass(frozen=True)
-class ServerState:
-    """The server at this moment."""
-
-    running: int
-    """Requests that are being answered."""
-    waiting: int
-    """Requests in the server's queue."""
-    snapshot: Snapshot
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What was finished per second within a window; unfinished work counts when it ends."""
-
-    requests_per_s: float
-    tokens_per_s: float
-    """Written, in all stages of the requests answered."""
-    link_bytes_per_s: float
-    """Of lists that lookahead moved or that were missed at the join, even if they were scored in place."""
-    hit_ratio: float | None
-    """As the metric of this name, over this window; None without a retrieval."""
+ServerState = tuple[int, int, Snapshot]
+"""Requests that are being answered, requests in the server's queue, and the engine's state."""
 
 
 class _Done(NamedTuple):
-    """A request answered, or a retrieval: what `Rates` needs of it."""
+    """A request answered, or a retrieval: what rates need of it."""
 
     at_s: float
     requests: int = 0
@@ -176,15 +155,7 @@ class Metrics(Collector):
     def answered(
         self, model: str, answered: AskResult, *, waited_s: float, first_token_s: float | None, took_s: float
     ) -> None:
-        """Count a request that has its answer, and its retrievals.
-
-        Args:
-            model: what the client asked for; it must be one of the server's.
-            answered: the answer and how it came about.
-            waited_s: in the server's queue.
-            first_token_s: from its arrival to the answer's first text; None if it has none.
-            took_s: from its arrival to its end.
-        """
+        """Count a request that has its answer, and its retrievals; times are from its arrival."""
 
         def total(name: str) -> Any:
             return sum(getattr(stage.generation, name) for stage in answered.stages)
@@ -203,13 +174,8 @@ class Metrics(Collector):
         for name, value in observed.items():
             if value is not None:
                 self._histograms[name].labels(model).observe(value)
-        counted = {
-            "prompt_tokens": prompt_tokens,
-            "generation_tokens": written_tokens,
-            "prefix_cache_queries": prompt_tokens,
-            "prefix_cache_hits": total("cached_tokens"),
-        }
-        for name, count in counted.items():
+        counted = (prompt_tokens, written_tokens, prompt_tokens, total("cached_tokens"))
+        for name, count in zip(_MODEL_COUNTERS, counted, strict=True):
             self._model_counters[name].labels(model).inc(count)
         self._success.labels(model, answered.finish_reason).inc()
         self._keep(requests=1, tokens=written_tokens)
@@ -239,13 +205,16 @@ class Metrics(Collector):
         """Count an HTTP request by its route's template, never by what the client wrote: each is a series for ever."""
         self._http.labels(route, method if method in METHODS else "other", str(status)).inc()
 
-    def rates(self, window_s: float = 10.0) -> Rates:
-        """Return what was finished lately."""
+    def rates(self, window_s: float = 10.0) -> dict[str, float | None]:
+        """Return what was finished per second within the window, and the ratio of hits, None without a retrieval.
+
+        Tokens are those written in all stages of the requests answered; bytes those of lists that lookahead moved or
+        that were missed at the join, even if they were scored in place. Unfinished work counts when it ends.
+        """
         done = self._since(window_s)
-        requests, tokens, link_bytes = (
-            sum(getattr(each, name) for each in done) / window_s for name in ("requests", "tokens", "link_bytes")
-        )
-        return Rates(requests, tokens, link_bytes, _hit_ratio(done))
+        names = ("requests", "tokens", "link_bytes")
+        rates = {f"{name}_per_s": sum(getattr(each, name) for each in done) / window_s for name in names}
+        return {**rates, "hit_ratio": _hit_ratio(done)}
 
     def exposition(self) -> tuple[bytes, str]:
         """Return all metrics now, in Prometheus' text form, and its content type."""
@@ -268,9 +237,9 @@ class Metrics(Collector):
         state = self._state()
         if state is None:
             return
-        now = state.snapshot
-        yield _gauge("num_requests_running", "Requests that are being answered.", state.running)
-        yield _gauge("num_requests_waiting", "Requests in the server's queue.", state.waiting)
+        running, waiting, now = state
+        yield _gauge("num_requests_running", "Requests that are being answered.", running)
+        yield _gauge("num_requests_waiting", "Requests in the server's queue.", waiting)
         yield _gauge("lookahead_rounds", "Lookahead rounds that have not ended.", now.rounds)
         yield _gauge("arena_references", "Uses of lists in fast memory that have not ended.", now.references)
         yield _gauge(

@@ -66,17 +66,8 @@ class AccessOptions:
 def with_middleware(app: ASGIApp, options: AccessOptions, log: AccessLog, metrics: Metrics) -> ASGIApp:
     """Wrap the application, from the outside in, in `RequestContext`, CORS if origins are allowed, and `Guard`.
 
-    CORS comes before what refuses: pages of other origins must be able to read why, and preflights carry no key.
-
-    Args:
-        app: the application. Give it `errors.handle_uncaught` as its handler of ``Exception``: FastAPI answers in plain
-            text otherwise.
-        options: who may use the server.
-        log: takes each request, and each error that nobody caught.
-        metrics: counts requests and refusals.
-
-    Raises:
-        UsageError: the key cannot be sent in a header.
+    CORS comes before what refuses: pages of other origins must be able to read why, and preflights carry no key. Give
+    the application `errors.handle_uncaught` as its handler of ``Exception``: FastAPI answers in plain text otherwise.
     """
     wrapped: ASGIApp = Guard(app, options, log, metrics)
     if options.origins:
@@ -97,9 +88,7 @@ class RequestContext:
     """
 
     def __init__(self, app: ASGIApp, log: AccessLog, metrics: Metrics) -> None:
-        self._app = app
-        self._log = log
-        self._metrics = metrics
+        self._app, self._log, self._metrics = app, log, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one HTTP request."""
@@ -139,8 +128,6 @@ class RequestContext:
             raise
         finally:
             final_status = status or (CLIENT_CLOSED if client_left else 500)
-            details = dict(scope["state"]["log"])
-            outcome = details.pop("outcome", None) or _outcome(final_status, complete=complete, client_left=client_left)
             route = _route_of(scope)
             self._metrics.http(route or UNMATCHED, scope["method"], final_status)
             own = {
@@ -150,9 +137,9 @@ class RequestContext:
                 "path": route or scope["path"],
                 "status": final_status,
                 "duration_s": time.perf_counter() - started_s,
-                "outcome": outcome,
             }
-            self._log.request(own, details)
+            outcome = {"outcome": _outcome(final_status, complete=complete, client_left=client_left)}
+            self._log.request(own, outcome | scope["state"]["log"])
 
 
 def _route_of(scope: Scope) -> str | None:
@@ -176,23 +163,21 @@ def _outcome(status: int, *, complete: bool, client_left: bool) -> RequestOutcom
     return RequestOutcome.FAILED if status >= 500 or not complete else RequestOutcome.DONE
 
 
+@dataclass(eq=False)
 class _RefusedError(Exception):
     """A request that is refused before a route sees it."""
 
-    def __init__(self, reason: Rejection, answer: ApiError, *, body_read: bool = False) -> None:
-        super().__init__(answer.message)
-        self.reason = reason
-        self.answer = answer
-        self.body_read = body_read
+    reason: Rejection
+    answer: ApiError
+    body_read: bool = False
 
 
 class Guard:
     """Refuses requests under another host's name, without the key, or with a body that is too large or too slow.
 
-    The host comes before the key: a client that uses another name does not learn whether there is a key. The key comes
-    before the body: a client without it is not listened to. The body is taken in whole before a route sees the request,
-    so that a slow sender holds no place in the queue, and a route can wait for the client to leave without losing data.
-    Refusals, and errors that nobody caught, become responses here.
+    The host comes first, so that a client that uses another name does not learn whether there is a key. The body is
+    taken in whole before a route sees the request: a slow sender holds no place in the queue, and a route can wait for
+    the client to leave without losing data. Refusals, and errors that nobody caught, become responses here.
     """
 
     def __init__(self, app: ASGIApp, options: AccessOptions, log: AccessLog, metrics: Metrics) -> None:
@@ -201,11 +186,8 @@ class Guard:
                 "The API key is empty or has characters that a header cannot carry.",
                 remedy="Use letters, digits and signs of ASCII, without spaces.",
             )
-        self._app = app
-        self._options = options
+        self._app, self._options, self._log, self._metrics = app, options, log, metrics
         self._hosts = {host_name(host) for host in options.hosts} - {None}
-        self._log = log
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one HTTP request."""
@@ -221,8 +203,12 @@ class Guard:
             headers = Headers(scope=scope)
             self._check_host(headers)
             self._check_key(headers, scope)
-            body = await self._read_body(headers, receive)
-            await self._app(scope, _replaying(body, receive), sent)
+            whole = [{"type": "http.request", "body": await self._read_body(headers, receive), "more_body": False}]
+
+            async def replayed() -> Message:
+                return whole.pop() if whole else await receive()
+
+            await self._app(scope, replayed, sent)
         except _RefusedError as refused:
             self._metrics.rejected(refused.reason)
             state["log"]["outcome"] = RequestOutcome.REFUSED
@@ -293,16 +279,6 @@ class Guard:
         if len(body) > max_bytes:
             raise _RefusedError("size", too_large, body_read=not more)
         return bytes(body)
-
-
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Give the body as one message, then what comes after it."""
-    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return whole.pop() if whole else await receive()
-
-    return replay
 
 
 async def _refuse_and_drain(answer: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from enum import StrEnum
 
 import uvicorn
@@ -33,22 +32,8 @@ class Ended(StrEnum):
     TERMINATED = "terminated"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """What a server answers with."""
-
-    engine: Engine
-    scheduler: Scheduler
-    at_once: int
-
-
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket at an address that does not listen yet; port 0 is any that is free.
-
-    Raises:
-        UsageError: this machine does not have the host.
-        ResourceError: the port is taken, or this user may not use it.
-    """
+    """Return a socket at an address that does not listen yet; port 0 is any that is free."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -84,19 +69,19 @@ class Serving:
         self,
         app: ASGIApp,
         service: Service,
-        load: Callable[[], AbstractContextManager[Loaded]],
+        load: Callable[[], AbstractContextManager[tuple[Engine, Scheduler]]],
         *,
         drain_s: float,
         tell: Callable[[str], None],
     ) -> None:
-        """Get ready.
+        """Prepare a run.
 
         Args:
             app: what answers requests.
-            service: is opened once everything is loaded.
-            load: opens everything; called and entered in a thread, and left in the main one.
+            service: opened once everything is loaded.
+            load: opens everything; entered in a thread, and left in the main one.
             drain_s: seconds that requests under way have once the server is to end.
-            tell: takes messages for somebody who waits for the server.
+            tell: takes messages for the user.
         """
         self._service = service
         self._load = load
@@ -106,11 +91,7 @@ class Serving:
         self._server = uvicorn_server(app, drain_s)
 
     def run(self, listening: socket.socket) -> Ended:
-        """Serve until a signal says otherwise. A first one drains, a second one ends at once.
-
-        Raises:
-            TeleragError: something could not be loaded.
-        """
+        """Serve until a signal: a first one drains, a second one ends at once."""
         with ExitStack() as opened:
             asyncio.run(self._live(listening, opened))
         assert self._ended
@@ -124,10 +105,10 @@ class Serving:
         serving = asyncio.create_task(self._server.serve([listening]))
         try:
             # Not to be interrupted half way: what is opened must be closed.
-            loaded = await asyncio.to_thread(opened.enter_context, self._load())
+            engine, scheduler = await asyncio.to_thread(opened.enter_context, self._load())
             if self._ended is None:
-                await self._service.warm_up(loaded.engine)
-                self._service.open(loaded.engine, loaded.scheduler, loaded.at_once)
+                await self._service.warm_up(engine)
+                self._service.open(engine, scheduler, engine.concurrency)
                 self._tell(f"Ready at {address_of(listening)}")
                 notify("READY=1")
             await serving
@@ -155,7 +136,7 @@ class Serving:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signal handling, which raises signals again and so chooses the exit code."""
+    """Leaves signals alone: uvicorn raises them again, and so chooses the exit code."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override, unused-ignore]

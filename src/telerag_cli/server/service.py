@@ -178,7 +178,7 @@ class Service:
             "version": self.version,
             "uptime_s": round(time.monotonic() - self.started_s, 1),
             **dict.fromkeys(("model", "embedder", "queue", "llm", "index", "arena", "lookahead")),
-            "rates": {**asdict(self.metrics.rates(RATES_S)), "window_s": RATES_S},
+            "rates": {**self.metrics.rates(RATES_S), "window_s": RATES_S},
         }
         engine, queue = self._engine, self._queue
         if engine is None or queue is None:
@@ -200,12 +200,7 @@ class Service:
         }
 
     async def answer(self, asked: AnswerRequest, watcher: Watcher) -> AnswerResult:
-        """Answer a question: wait in the queue, ask the engine, count. If cancelled, nothing is left in the engine.
-
-        Raises:
-            ApiError: the queue is full, the time is over, or the server is not ready.
-            TeleragError: it cannot be answered.
-        """
+        """Answer a question: wait in the queue, ask the engine, count. If cancelled, nothing is left in the engine."""
         engine, queue = self.require_ready()
         came_s = time.perf_counter()
         may_look_ahead = bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
@@ -229,21 +224,14 @@ class Service:
             raise
         took_s = time.perf_counter() - came_s
         self._took_s.append(took_s - outcome.waited_s)
+        waited_s, first_s = outcome.waited_s, outcome.first_s
         self.metrics.answered(
-            asked.pipeline.model,
-            outcome.answered,
-            waited_s=outcome.waited_s,
-            first_token_s=outcome.first_s,
-            took_s=took_s,
+            asked.pipeline.model, outcome.answered, waited_s=waited_s, first_token_s=first_s, took_s=took_s
         )
         return outcome
 
     async def within(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work of a request that needs no seat gives, in the time that a request may take.
-
-        Raises:
-            ApiError: the time is over, or as many such requests are under way as questions may wait.
-        """
+        """Do the work of a request that needs no seat, if fewer are under way than questions may wait, in its time."""
         _engine, queue = self.require_ready()
         if self._beside >= max(self.limits.queue, 1):
             work.close()
@@ -291,7 +279,7 @@ class Service:
     def _watched(self) -> ServerState | None:
         if self._engine is None or self._queue is None:
             return None
-        return ServerState(self._queue.running, self._queue.waiting, snapshot(self._engine))
+        return self._queue.running, self._queue.waiting, snapshot(self._engine)
 
 
 async def _ask(

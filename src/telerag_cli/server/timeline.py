@@ -33,6 +33,8 @@ COUNTS = (
     "bytes_moved",
     "bytes_missed",
 )
+FIGURES = ("prompt_tokens", "cached_tokens", "completion_tokens", "queue_s", "prefill_s", "decode_s")
+"""What a bar says of an LLM call."""
 _NAMES = {"llm": "LLM", "link": "link", "scoring": "scoring", "embedding": "embedding"}
 
 
@@ -100,19 +102,9 @@ class _Link:
 def timeline(answered: AskResult, spans: Sequence[Span], began_s: float, ended_s: float) -> dict[str, Any]:
     """Return the timeline of one answered request, as JSON.
 
-    The bars of the link need the spans of its moves, so listen to the tracer since before ``began_s``. Without them all
-    else is there, and ``counts.lists_undrawn`` says how many moves are not.
-
-    Args:
-        answered: what was done.
-        spans: of everybody's work while it was done.
-        began_s: when it began, in ``time.perf_counter`` seconds: 0 on the axis.
-        ended_s: when it ended.
-
-    Returns:
-        ``total_s``; ``lanes`` of bars that begin and end within it; ``marks`` in order of time; and ``counts`` of lists
-        and bytes. A link's bar of several lists names the first; one that is ``wasted`` was not probed by the retrieval
-        it was moved for.
+    The bars of the link need the spans of its moves, so listen to the tracer since before ``began_s``, which is 0 on
+    the axis. Without them all else is there, and ``counts.lists_undrawn`` says how many moves are not. A link's bar of
+    several lists names the first; one that is ``wasted`` was not probed by the retrieval it was moved for.
     """
     axis = _Axis(began_s, ended_s)
     moves = list(_moves(answered.joins, _Link(spans)))
@@ -133,17 +125,8 @@ def timeline(answered: AskResult, spans: Sequence[Span], began_s: float, ended_s
 
 def _written(answered: AskResult) -> Iterator[_TimelineBar]:
     for stage in answered.stages:
-        made = stage.generation
-        figures = {
-            "stage": stage.name,
-            "prompt_tokens": made.prompt_tokens,
-            "cached_tokens": made.cached_tokens,
-            "completion_tokens": made.completion_tokens,
-            "queue_s": round(made.queue_s, 6),
-            "prefill_s": round(made.prefill_s, 6),
-            "decode_s": round(made.decode_s, 6),
-        }
-        yield _TimelineBar(stage.began_s, stage.began_s + stage.took_s, stage.name, figures)
+        figures = {name: round(getattr(stage.generation, name), 6) for name in FIGURES}
+        yield _TimelineBar(stage.began_s, stage.began_s + stage.took_s, stage.name, {"stage": stage.name, **figures})
 
 
 def _moves(joins: Iterable[JoinReport], link: _Link) -> Iterator[_TimelineBar | None]:

@@ -73,11 +73,7 @@ def router(service: Service) -> APIRouter:
 
 
 async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) -> list[Retrieved]:
-    """Return the best passages for a request that pass its filter and threshold, with scores as clients see them.
-
-    Raises:
-        TeleragError: a list or a passage could not be read.
-    """
+    """Return the best passages for a request that pass its filter and threshold, with scores as clients see them."""
     options = body.ranking_options
     threshold = options.score_threshold if options else None
     passing: dict[int, Passage | None] = {}
