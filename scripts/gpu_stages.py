@@ -64,11 +64,6 @@ class Outcome:
     """Whether the software is at fault: results differ, or the kernel did not run."""
 
 
-def gb_per_s(nbytes: float, took_s: float) -> float:
-    """Return decimal gigabytes per second."""
-    return nbytes / took_s / 1e9
-
-
 def median(values: Sequence[float]) -> float:
     """Return the median with five digits."""
     return float(f"{statistics.median(values):.5g}")
@@ -248,7 +243,7 @@ def bandwidth(bench: Bench) -> Outcome:
     stream = bench.gpu.stream()
 
     def rate(copies: Sequence[Copy]) -> float:
-        return gb_per_s(sum(len(each.source) for each in copies), timed(lambda: stream.copy(copies)[-1].wait()))
+        return sum(len(each.source) for each in copies) / timed(lambda: stream.copy(copies)[-1].wait()) / 1e9
 
     pageable = rate([Copy(torch.from_numpy(block.memory), arena)])
     large: list[float] = []
@@ -265,7 +260,7 @@ def bandwidth(bench: Bench) -> Outcome:
                 rates["one"].append(rate([Copy(source[:moved], arena[:moved])]))
                 rates["bare"].append(rate(bare))
                 took_s = _moving_s(bench, index, order, source, arena, rates["one"][-1])
-                rates["lookahead"].append(gb_per_s(moved, took_s))
+                rates["lookahead"].append(moved / took_s / 1e9)
             large += rates["one"]
             ratio = median([some / other for some, other in zip(rates["lookahead"], rates["one"], strict=True)])
             ahead, one = median(rates["lookahead"]), median(rates["one"])
@@ -332,7 +327,7 @@ def scoring(bench: Bench) -> Outcome:
             ]
             ours_s, copy_s = (median(times) for times in zip(*pairs, strict=True))
             nbytes = float(work.host_sizes.sum()) * index.manifest.code_size
-            rate, traffic = gb_per_s(nbytes, ours_s), gb_per_s(2 * len(arena), copy_s)
+            rate, traffic = nbytes / ours_s / 1e9, 2 * len(arena) / copy_s / 1e9
             figures = {"gb_per_s": rate, "copy_read_and_write_gb_per_s": traffic, "bytes": nbytes, "seconds": ours_s}
             outcome.raw[f"{storage}, {n} queries"] = figures
             asked = n == 1 and storage is not Storage.INT8
@@ -385,7 +380,7 @@ def interference(bench: Bench) -> Outcome:
     stop = threading.Event()
     llm.write("Write.", 4)
     with bench.locked(block) as source, ThreadPoolExecutor(1) as mover:
-        rate = gb_per_s(total, _moving_s(bench, index, order, source, arena, 10.0))
+        rate = total / _moving_s(bench, index, order, source, arena, 10.0) / 1e9
 
         def move() -> int:
             rounds = 0

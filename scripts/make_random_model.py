@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from telerag_cli.arrays import ByteArray
-from telerag_cli.errors import ModelError, ResourceError, TeleragError
-from telerag_cli.files import writing
+from telerag_cli.errors import ModelError, TeleragError
+from telerag_cli.files import check_disk, writing
 from telerag_cli.llm.models import resolve_model
 from telerag_cli.units import format_bytes
 
@@ -52,6 +50,8 @@ SHAPES = {
 }
 """Those of Llama 3, and one for tests."""
 
+NORMS = ("attn_norm", "ffn_norm")
+"""Of each layer, float32 vectors of the model's width."""
 TYPES = {
     "q4_0": gguf.GGMLQuantizationType.Q4_0,
     "q8_0": gguf.GGMLQuantizationType.Q8_0,
@@ -60,38 +60,27 @@ TYPES = {
 
 
 def matrices(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Names and (rows, columns) of all tensors but the norms."""
+    """Yield names and (rows, columns) of all tensors but the norms."""
     width, kv = shape.width, shape.width // shape.heads * shape.kv_heads
     yield "token_embd", (vocabulary, width)
     if not shape.tied:
         yield "output", (vocabulary, width)
+    layer_matrices = {
+        "attn_q": (width, width),
+        "attn_k": (kv, width),
+        "attn_v": (kv, width),
+        "attn_output": (width, width),
+        "ffn_gate": (shape.ffn, width),
+        "ffn_up": (shape.ffn, width),
+        "ffn_down": (width, shape.ffn),
+    }
     for layer in range(shape.layers):
-        for name, rows, columns in (
-            ("attn_q", width, width),
-            ("attn_k", kv, width),
-            ("attn_v", kv, width),
-            ("attn_output", width, width),
-            ("ffn_gate", shape.ffn, width),
-            ("ffn_up", shape.ffn, width),
-            ("ffn_down", width, shape.ffn),
-        ):
-            yield f"blk.{layer}.{name}", (rows, columns)
-
-
-def norms(shape: Shape) -> Iterator[str]:
-    """Names of the norms, each a float32 vector of the model's width."""
-    yield "output_norm"
-    for layer in range(shape.layers):
-        yield f"blk.{layer}.attn_norm"
-        yield f"blk.{layer}.ffn_norm"
+        for name, matrix in layer_matrices.items():
+            yield f"blk.{layer}.{name}", matrix
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, like: Path) -> int:
-    """Take over a model's metadata about its tokenizer; returns the number of its tokens.
-
-    Raises:
-        ModelError: the file is no whole GGUF, or has no tokens.
-    """
+    """Copy a model's metadata about its tokenizer and return the number of its tokens; raises ModelError."""
     try:
         fields = gguf.GGUFReader(like).fields
     except (ValueError, IndexError, KeyError) as error:
@@ -106,12 +95,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, like: Path) -> int:
 
 
 def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
-    """Write the model, which appears whole or not at all; returns its bytes.
-
-    Raises:
-        ModelError: there is no tokenizer in ``like``.
-        ResourceError: the disk has no room for it.
-    """
+    """Write the model, which appears whole or not at all, and return its bytes."""
     shape, kind = SHAPES[size], TYPES[weights]
     writer = gguf.GGUFWriter(None, "llama")
     writer.add_name(f"Random {size} {weights}")
@@ -132,16 +116,12 @@ def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
     for name, matrix in held:
         writer.add_tensor_info(f"{name}.weight", matrix, np.dtype(np.uint8), math.prod(matrix), kind)
     one = np.ones(shape.width, np.float32)
-    for name in norms(shape):
+    norms = ["output_norm", *(f"blk.{layer}.{name}" for layer in range(shape.layers) for name in NORMS)]
+    for name in norms:
         writer.add_tensor_info(f"{name}.weight", one.shape, one.dtype, one.nbytes)
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    total, free = sum(math.prod(matrix) for _, matrix in held), shutil.disk_usage(target.parent).free
-    if total > free:
-        raise ResourceError(
-            f"{target} takes {format_bytes(total)} and {format_bytes(free)} are free.",
-            remedy="Free space or choose another output.",
-        )
+    check_disk(target, sum(math.prod(matrix) for _, matrix in held), "Free space or choose another output.")
     drawn = np.random.default_rng(seed).standard_normal((POOL_ROWS, 1024), np.float32) * np.float32(DEVIATION)
     pool = gguf.quantize(drawn, kind).view(np.uint8).ravel()
     with writing(target) as partial:
@@ -150,18 +130,13 @@ def make(like: Path, size: str, weights: str, seed: int, target: Path) -> int:
         writer.write_ti_data_to_file()
         begin = 0
         for _, matrix in held:
-            writer.write_tensor_data(repeated(pool, begin, math.prod(matrix)))
-            begin += math.prod(matrix)  # so that no layer is like another
-        for _ in norms(shape):
+            # From another place of the pool, so that no layer is like another.
+            writer.write_tensor_data(np.resize(np.roll(pool, -begin), math.prod(matrix)))
+            begin = (begin + math.prod(matrix)) % len(pool)
+        for _ in norms:
             writer.write_tensor_data(one)
         writer.close()
     return target.stat().st_size
-
-
-def repeated(block: ByteArray, begin: int, size: int) -> ByteArray:
-    """``size`` bytes of an endless repetition of the block, from ``begin`` on."""
-    begin %= len(block)
-    return np.resize(np.roll(block, -begin), size)
 
 
 def main() -> None:

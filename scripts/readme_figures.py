@@ -152,18 +152,13 @@ def _lines(results: dict[str, SuiteResult]) -> Iterator[str]:
         ]
         yield f"{size} questions, 8 at once: {'; '.join(told)}."
     if cache := results.get("cache"):
-        for skew in dict.fromkeys(cell.key.get("skew", 0) for cell in cache.cells):
-            shares = [
-                f"{cell.values['hit_share']:.0%} {cell.system}"
-                + (f" ({cell.key['cache_fraction']:g} kept)" if cell.system == "hotness" else "")
-                for cell in cache.cells
-                if cell.key.get("skew", 0) == skew
-            ]
+        for skew in dict.fromkeys(cell.key["skew"] for cell in cache.cells):
+            cells = [cell for cell in cache.cells if cell.key["skew"] == skew]
+            shares = [f"{cell.values['hit_share']:.0%} {cell.system}" for cell in cells]
             asked = f"questions drawn by Zipf's law with exponent {skew:g}" if skew else "every question once"
             yield f"Cache policies, {asked}, lists hit: {', '.join(shares)}."
     if scaling := results.get("scaling"):
-        rates = {cell.key["replicas"]: cell.values for cell in scaling.cells if cell.system == "replicas"}
-        told = [f"{values['request_throughput']:.2f} by {count}" for count, values in rates.items()]
+        told = [f"{cell.values['request_throughput']:.2f} by {cell.key['replicas']}" for cell in scaling.cells]
         yield f"Replicas that share these cores, questions per second: {', '.join(told)}."
     if embed := results.get("embed"):
         rate = next(cell.values["request_throughput"] for cell in embed.cells if cell.system == "telerag")

@@ -10,21 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from telerag_cli.bench import wording
 from telerag_cli.bench.results import Cell, Ratio, SuiteResult, load_all
 from telerag_cli.bench.suites import SuiteName
-from telerag_cli.bench.wording import (
-    NONE,
-    column,
-    described,
-    duration,
-    is_time,
-    label,
-    number,
-    plain,
-    short,
-    statistic,
-    times,
-)
+from telerag_cli.bench.wording import NONE, described, duration, is_time, label, number, plain, short, statistic, times
 from telerag_cli.errors import ResourceError
 from telerag_cli.files import wrap_os_error, writing
 
@@ -58,15 +47,7 @@ class Table:
 
 
 def write(folder: Path, output: Path, advance: Callable[[int], None] = lambda _count: None) -> list[Path]:
-    """Write `SUMMARY` and a PNG for each plot; other files in ``output`` stay.
-
-    Args:
-        folder: the folder of results, see `load_all`.
-        output: the folder to write to, made if it does not exist.
-        advance: called with the number of files written since the last call.
-
-    Returns:
-        The files written, the summary first.
+    """Write `SUMMARY` and a PNG for each plot, and return their paths, the summary first; other files stay.
 
     Raises:
         ArtifactError: the folder has no result, or one of them is damaged.
@@ -128,7 +109,7 @@ def headline(result: SuiteResult) -> list[str]:
 def headline_table(result: SuiteResult) -> Table:
     """Return the main figures, a row for each cell."""
     names = headline(result)
-    shown = [column(name, [cell.values.get(name) for cell in result.cells]) for name in names]
+    shown = [wording.column(name, [cell.values.get(name) for cell in result.cells]) for name in names]
     rows = [list(row) for row in zip(*shown, strict=True)] or [[] for _ in result.cells]
     return _cells_table("Main figures by system", result, [label(name) for name in names], result.cells, rows)
 
@@ -141,7 +122,8 @@ def ratios_table(result: SuiteResult) -> Table:
     rows = [
         [at(ratio.key, axis) for axis in result.axes]
         + [ratio.over, ratio.under, ratio.metric, plain(ratio.pairs)]
-        + [why_none(ratio) if ratio.ratio is None else times(ratio.ratio), _interval(ratio)]
+        + [why_none(ratio) if ratio.ratio is None else times(ratio.ratio)]
+        + [f"{times(ratio.low)} to {times(ratio.high)}" if ratio.low and ratio.high else NONE]
         for ratio in result.ratios
     ]
     heads = [*map(label, result.axes), "first", "second", "of"]
@@ -156,11 +138,6 @@ def at(key: Mapping[str, Any], axis: str) -> str:
 def why_none(ratio: Ratio) -> str:
     """Return in a few words why a ratio has no number."""
     return ratio.note.split(":")[0].strip() or "spread too wide"
-
-
-def _interval(ratio: Ratio) -> str:
-    low, high = number(ratio.low), number(ratio.high)
-    return f"{times(low)} to {times(high)}" if low and high else NONE
 
 
 def _cells_table(
@@ -198,12 +175,7 @@ def _every_figure(result: SuiteResult) -> list[Table]:
 
 
 def markdown(results: Mapping[str, SuiteResult], images: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    """Return the whole report.
-
-    Args:
-        results: the results by file name without its ending, in order.
-        images: the description and the file name of each plot of a result.
-    """
+    """Return the whole report, from results and their plots' descriptions and file names, by the results' own."""
     given = [result.title for result in results.values()]
     titles = {
         stem: result.title if given.count(result.title) == 1 else f"{result.title} ({stem})"
@@ -222,10 +194,11 @@ def markdown(results: Mapping[str, SuiteResult], images: Mapping[str, Sequence[t
 
 
 def _suite(stem: str, title: str, result: SuiteResult, images: Sequence[tuple[str, str]]) -> list[str]:
+    begun = datetime.fromisoformat(result.date).astimezone(UTC)
     blocks = [
         f"## {escaped(title)}",
         f"Stands for {escaped(result.stands_for)}. Suite `{escaped(result.suite)}`, "
-        f"begun {escaped(_moment(result.date))}, took {duration(result.took_s)}.",
+        f"begun {begun.strftime('%Y-%m-%d %H:%M UTC')}, took {duration(result.took_s)}.",
     ]
     if broken := [check.name for check in result.checks if not check.held]:
         held = f"**{len(broken)} of {len(result.checks)} checks did not hold**, so these figures need care:"
@@ -266,7 +239,7 @@ def _lead(results: Mapping[str, SuiteResult]) -> str:
     }
     suites, cells, machines = (f"{count:,} {word}{'' if count == 1 else 's'}" for word, count in counts.items())
     days = sorted({result.date[:10] for result in results.values()})
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    when = " to ".join(dict.fromkeys([days[0], days[-1]]))
     checks = [check.held for result in results.values() for check in result.checks]
     held = "All checks held." if all(checks) else f"{checks.count(False)} of {len(checks)} checks did not hold."
     return f"{suites}, {cells} on {machines}, {when}. {held if checks else ''}".strip()
@@ -290,24 +263,16 @@ def _overview(results: Mapping[str, SuiteResult], titles: Mapping[str, str]) -> 
 
 def _machines(results: Mapping[str, SuiteResult]) -> list[tuple[dict[str, Any], list[str]]]:
     """Return each machine with its versions, and the file names of the results measured on it."""
-    found: list[tuple[dict[str, Any], list[str]]] = []
-    for stem, result in results.items():
-        same = next((stems for hardware, stems in found if hardware == result.hardware), None)
-        if same is None:
-            found.append((result.hardware, [stem]))
-        else:
-            same.append(stem)
-    return found
+    machines = [result.hardware for result in results.values()]
+    different = [machine for place, machine in enumerate(machines) if machine not in machines[:place]]
+    return [
+        (machine, [stem for stem, result in results.items() if result.hardware == machine]) for machine in different
+    ]
 
 
 def _configured(values: Mapping[str, Any]) -> str:
     rest = "; ".join(f"{name} {value}" for name, value in described(values) if name != "what")
     return f"{values.get('what', '')}{f' ({rest})' if rest else ''}"
-
-
-def _moment(date: str) -> str:
-    """Write an ISO 8601 date as ``2026-05-04 10:20 UTC``."""
-    return datetime.fromisoformat(date).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _table(table: Table) -> str:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 UNDER_WAY = 2
-"""Items that a worker has at once: the one it works on and the next."""
+"""Items that a worker has at once: the present and the next one."""
 MAX_TRIES = 4
 """Tries of an item: without a bound Ray would go on for ever with one that kills its worker, as for lack of memory."""
 
@@ -32,13 +32,9 @@ class RayPool:
 
     @classmethod
     def of(cls, cluster: Cluster, workers: int | None, *, gpus: bool, threads: int | None = None) -> RayPool:
-        """As many workers as asked for, or one for each GPU, or else for as many CPUs as a worker has threads.
+        """Return as many workers as asked for, or one for each GPU, or else for as many CPUs as each has threads.
 
-        Args:
-            cluster: what `telerag_cli.distributed.session.joined` says; inside of it.
-            workers: how many; more than there are GPUs or CPUs share them.
-            gpus: they use the GPUs that there are.
-            threads: of a worker, whatever it takes; None: as many as it has CPUs.
+        More workers than there are GPUs or CPUs share them; ``threads`` of None stands for as many as it has CPUs.
         """
         total = cluster.gpus if gpus else 0
         each = min(threads or 1, cluster.node_cpus)
@@ -50,19 +46,15 @@ class RayPool:
         return cls(count, min(each, cpus), 1 / -(-count // total) if total else 0.0, environment)
 
     def __call__(self, items: Iterable[T], make_worker: Callable[[], Callable[[T], R]]) -> Generator[R]:
-        """Run items through the workers; inside of `telerag_cli.distributed.session.joined`.
+        """Run items through the workers, inside of `joined`; yield the results in the order of the items.
 
-        Args:
-            items: pickled one by one, and read from no thread but the caller's, at most two for each worker and one
-                ahead of the results. What it raises is raised here once the results of the items before are out.
-            make_worker: called once in each worker's process; pickled, as are the results of what it makes.
-
-        Yields:
-            The results, in the order of the items.
+        Items are pickled one by one, and read from no thread but the caller's, at most two for each worker and one
+        ahead of the results. An error of theirs is raised once the results of the items before are out.
+        ``make_worker``, which is pickled, is called once in each worker's process. A worker that dies is started again,
+        and its items are done again.
 
         Raises:
-            Exception: what a worker raised, as it raised it. A worker that dies is started again, and its items are
-                done again.
+            Exception: what a worker raised, as it raised it.
             ResourceError: an item's workers died again and again.
         """
         import ray

@@ -84,11 +84,7 @@ class About:
 
 
 def share_of(cluster: Cluster, replicas: int | None) -> tuple[int, Share]:
-    """How many replicas there will be, and what each has.
-
-    Args:
-        cluster: what there is.
-        replicas: how many; None for one on each GPU, or one on each machine if there is none.
+    """Return how many replicas there will be, by default one on each GPU or machine, and what each has.
 
     Raises:
         UsageError: there are GPUs, and fewer than replicas.
@@ -124,14 +120,8 @@ class Replica:
     async def open(self) -> About:
         """Be ready."""
         tier = self._engine.retriever.tier
-        return About(
-            socket.gethostname(),
-            os.getpid(),
-            self._engine.concurrency,
-            tier.arena_bytes,
-            self._engine.tier_name,
-            tuple(tier.notes),
-        )
+        host, pid = socket.gethostname(), os.getpid()
+        return About(host, pid, self._engine.concurrency, tier.arena_bytes, self._engine.tier_name, tuple(tier.notes))
 
     async def answer(
         self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
@@ -165,11 +155,7 @@ class Remote:
         return self._resident
 
     def pid(self) -> int:
-        """Of its process now: one that died was restarted as another.
-
-        Raises:
-            TeleragError: it cannot be opened any more.
-        """
+        """Return the number of its process now; raises TeleragError if it died and cannot be opened again."""
         about: About = _get(self._actor.open.remote())
         return about.pid
 
@@ -182,14 +168,7 @@ def open_replicas(
     nlist: int,
     opening: Callable[[int], None] = lambda _count: None,
 ) -> Iterator[list[Remote]]:
-    """Replicas that are ready, ended with the block.
-
-    Args:
-        opens: opens each.
-        replicas: how many; None for one on each GPU, or one on each machine if there is none.
-        cluster: that this process has joined.
-        nlist: of the index.
-        opening: called with 1 for each replica that is ready.
+    """Open replicas, by default one on each GPU or machine, and end them with the block; ``opening`` counts them.
 
     Raises:
         UsageError: there cannot be so many.
@@ -222,7 +201,6 @@ def open_replicas(
 
 
 def _get(reference: Any) -> Any:
-    """Its value; raises the error itself if there is one."""
     import ray
 
     with unwrapped():

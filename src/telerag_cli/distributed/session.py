@@ -59,10 +59,8 @@ class Cluster:
 def joined(address: str | None = None, *, cpus: int | None = None) -> Iterator[Cluster]:
     """Be part of a Ray cluster inside the block.
 
-    Args:
-        address: of a cluster that is running (``auto`` for this machine's, or ``host:port``); None: one is started on
-            this machine, whatever else runs on it, and ended with the block.
-        cpus: of a Ray started here; None: those of the machine.
+    The address is that of a cluster that is running (``auto`` for this machine's, or ``host:port``). Without one, a Ray
+    with so many CPUs is started on this machine, whatever else runs on it, and ended with the block.
 
     Raises:
         ResourceError: Ray is not installed, cannot be started, or there is no cluster at ``address``.
