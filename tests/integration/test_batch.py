@@ -198,7 +198,7 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_batch(engine_of):
         if "owls" in question:
             raise ModelError("not today")
         async with rag.lookahead(question) as ahead:
-            found = await rag.retrieve([question], ahead)
+            found = await rag.retrieve([question])
         async with rag.lookahead("something else"):
             pass
         async with rag.lookahead(question):  # a second time

@@ -59,7 +59,7 @@ class DryRunRag:
         self.texts.append(PlannedText(stage, messages, max_tokens))
         return Generation(QUESTION, "stop", 1, max_tokens, 0.0, 0.0, tokens=(Token(0, len(QUESTION), DOUBTFUL),))
 
-    async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
+    async def retrieve(self, queries: Sequence[str]) -> list[Retrieved]:
         """See `Rag`."""
         if self.ahead:
             raise _RetrievedAheadError

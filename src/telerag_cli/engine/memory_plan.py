@@ -134,7 +134,8 @@ def _usable_gpu(index: Index, config: TierConfig) -> tuple[Gpu | None, str]:
 def _named_gpu(config: TierConfig) -> Gpu:
     if config.fast_memory_bytes is not None:
         raise UsageError(
-            f"--fast-memory has no part in --tier {config.tier}.", remedy="Give --gpu-memory, or use --tier host."
+            f"--fast-memory cannot be combined with --tier {config.tier}.",
+            remedy="Give --gpu-memory, or use --tier host.",
         )
     if config.tier is TierKind.SIMULATED:
         from telerag_cli.tiers.cuda.simulated import SimulatedGpu
@@ -152,7 +153,7 @@ def _plan_host(index: Index, config: TierConfig, why: str) -> PlannedTier:
     ):
         if given:
             raise UsageError(
-                f"{name} has no part in the host tier ({why}).", remedy="Leave it out, or use --tier cuda."
+                f"{name} cannot be combined with the host tier ({why}).", remedy="Leave it out, or use --tier cuda."
             )
     lists = int(index.list_bytes.sum())
     arena_bytes = config.fast_memory_bytes
@@ -271,7 +272,8 @@ def _plan_endpoint(config: LlmConfig, concurrency: int, notice: Callable[[str], 
     ):
         if value:
             raise UsageError(
-                f"{name} {value} has no part in --generator openai.", remedy="Leave it out; the server decides."
+                f"{name} {value} cannot be combined with --generator openai.",
+                remedy="Leave it out; the server decides.",
             )
     if config.replay is not None:
         raise UsageError("--replay needs a model in this process for its time.", remedy="Leave out --generator openai.")
@@ -307,7 +309,8 @@ def _plan_llama(config: EngineConfig, tier: PlannedTier | None, sharers: int) ->
 
     if config.base_url is not None:
         raise UsageError(
-            f"--base-url {config.base_url} has no part in --generator llama.cpp.", remedy="Add --generator openai."
+            f"--base-url {config.base_url} cannot be combined with --generator llama.cpp.",
+            remedy="Add --generator openai.",
         )
     # The CPU is for embedder and index then; the LLM's layers are sent to a GPU by an option of their own.
     gpu = "auto" if config.device == "cpu" else config.device

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import Self, Unpack
 
 from telerag_cli.config import AnswerConfig, Lookahead
 from telerag_cli.corpus.passages import Retrieved
@@ -19,8 +19,7 @@ from telerag_cli.engine.micro_batch import MicroBatch, give_up
 from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
 from telerag_cli.errors import ContextError
 from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
-from telerag_cli.llm.shapes import Shape
-from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Expect, Listener, Prompt, is_answer
+from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Expect, Listener, Prompt, WritingOptions, is_answer
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.planner import ExpectedText, Planner
@@ -119,24 +118,23 @@ class Session:
         yield _Ahead(prefetch)
 
     async def generate(
-        self,
-        stage: str,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        stop: tuple[str, ...] = (),
-        shape: Shape | None = None,
-        logprobs: bool = False,
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
+        self, stage: str, messages: Sequence[Message], *, max_tokens: int, **how: Unpack[WritingOptions]
     ) -> Generation:
         """See `Rag`."""
         if self.listener:
             self.listener.begins(stage)
-            self.listener.prompted(stage, messages)
         config = self.shared.config
-        request = Request(messages, max_tokens, config.temperature, config.top_p, config.seed, stop, shape, logprobs)
-        refiner = self._refiner(stage, max_tokens, refining, expect)
+        request = Request(
+            messages,
+            max_tokens,
+            config.temperature,
+            config.top_p,
+            config.seed,
+            how.get("stop", ()),
+            how.get("shape"),
+            how.get("logprobs", False),
+        )
+        refiner = self._refiner(stage, max_tokens, how.get("refining"), how.get("expect"))
         started_s = time.perf_counter()
         with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
             self.forecast.writes(stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width)
@@ -154,11 +152,14 @@ class Session:
         if refiner:
             refiner.end()
         expected = self.forecast.wrote(stage, generation, width)
-        self._note(Stage(stage, request, generation, started_s, ended_s - started_s, expected))
+        took_s = ended_s - started_s
+        self.timings[f"{stage}_s"] += took_s
+        self.timings["llm_s"] += took_s
+        self.stages.append(Stage(stage, request, generation, started_s, took_s, expected))
         return generation
 
-    async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
-        """See `Rag`; all lookahead of this question ends here."""
+    async def retrieve(self, queries: Sequence[str]) -> list[Retrieved]:
+        """See `Rag`."""
         if self.listener:
             self.listener.retrieving()
         started_s = time.perf_counter()
@@ -184,22 +185,17 @@ class Session:
         stage: str = ANSWER,
         prompt: Prompt = answer_prompt,
         max_tokens: int | None = None,
-        stop: tuple[str, ...] = (),
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
+        **how: Unpack[WritingOptions],
     ) -> Answer:
         """See `Rag`."""
         generator, config = self.shared.generator, self.shared.config
         longest = max_tokens or config.max_tokens
-        shape = None
         if is_answer(stage):
-            stop, shape = (*stop, *config.stop), config.shape
+            how["stop"], how["shape"] = (*how.get("stop", ()), *config.stop), config.shape
             prompt = _instructed(prompt, config.instructions)
         messages, kept = fit(question, found, prompt, generator.context_tokens - longest, generator.count_tokens)
         self.dropped += len(found) - kept
-        generation = await self.generate(
-            stage, messages, max_tokens=longest, stop=stop, shape=shape, refining=refining, expect=expect
-        )
+        generation = await self.generate(stage, messages, max_tokens=longest, **how)
         return Answer(generation.text, found)
 
     def __enter__(self) -> Self:
@@ -229,11 +225,6 @@ class Session:
                 refiner(text, tokens)
 
         return on_text
-
-    def _note(self, stage: Stage) -> None:
-        self.timings[f"{stage.name}_s"] += stage.took_s
-        self.timings["llm_s"] += stage.took_s
-        self.stages.append(stage)
 
 
 def _instructed(prompt: Prompt, instructions: str) -> Prompt:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack
 
 from telerag_cli.config import model_name
 from telerag_cli.corpus.passages import Retrieved
@@ -49,6 +49,18 @@ Prompt = Callable[[str, Sequence[Retrieved]], Sequence[Message]]
 """Makes the prompt from a question and as many of the passages as fit."""
 
 
+class WritingOptions(TypedDict, total=False):
+    """How a text is written; for the first three see `Request`."""
+
+    stop: tuple[str, ...]
+    shape: Shape | None
+    logprobs: bool
+    refining: Ahead
+    """The lookahead that follows the text as it grows."""
+    expect: Expect
+    """What will be searched, by the text so far; the text itself if not given."""
+
+
 class Rag(Protocol):
     """What answering one question may use."""
 
@@ -56,25 +68,12 @@ class Rag(Protocol):
         """Move what a query like this one will need while the block runs, and on until something is retrieved."""
 
     async def generate(
-        self,
-        stage: str,
-        messages: Sequence[Message],
-        *,
-        max_tokens: int,
-        stop: tuple[str, ...] = (),
-        shape: Shape | None = None,
-        logprobs: bool = False,
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
+        self, stage: str, messages: Sequence[Message], *, max_tokens: int, **how: Unpack[WritingOptions]
     ) -> Generation:
-        """Let the LLM write.
+        """Let the LLM write a text of at most ``max_tokens``; ``stage`` names the call in timings and traces."""
 
-        ``stage`` names the call in timings and traces. The lookahead ``refining`` follows the text as it grows, to what
-        ``expect`` says will be searched; the text itself if not given. For the others see `Request`.
-        """
-
-    async def retrieve(self, queries: Sequence[str], ahead: Ahead | None = None) -> list[Retrieved]:
-        """The best passages for these queries together, best first, each once."""
+    async def retrieve(self, queries: Sequence[str]) -> list[Retrieved]:
+        """The best passages for these queries together, best first, each once; all lookahead of the question ends."""
 
     async def answer(
         self,
@@ -84,13 +83,11 @@ class Rag(Protocol):
         stage: str = ANSWER,
         prompt: Prompt = answer_prompt,
         max_tokens: int | None = None,
-        stop: tuple[str, ...] = (),
-        refining: Ahead | None = None,
-        expect: Expect | None = None,
+        **how: Unpack[WritingOptions],
     ) -> Answer:
         """Let the LLM answer from as many of the passages as its context holds, best first.
 
-        ``max_tokens`` is what the user wants for an answer if not given; for the others see `generate`.
+        ``max_tokens`` is what the user wants for an answer if not given.
         """
 
 

@@ -49,7 +49,7 @@ async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, senten
             )
         sentence = draft.text
         if queries:
-            retrieved.append(await rag.retrieve(queries, ahead))
+            retrieved.append(await rag.retrieve(queries))
             rewritten = await rag.answer(
                 question,
                 retrieved[-1],

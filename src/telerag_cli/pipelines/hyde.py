@@ -13,5 +13,5 @@ async def hyde(rag: Rag, question: str) -> Answer:
     prompt = user(f"Write a short, factual passage that answers the question.\n\nQuestion: {question}\n\nPassage:")
     async with rag.lookahead(question) as ahead:
         passage = await rag.generate("passage", prompt, max_tokens=PASSAGE_TOKENS, refining=ahead)
-    found = await rag.retrieve([passage.text], ahead)
+    found = await rag.retrieve([passage.text])
     return await rag.answer(question, found)

@@ -15,5 +15,5 @@ async def iter_retgen(rag: Rag, question: str, *, rounds: int = 3) -> Answer:
                 question, found, stage=f"draft_{number}", refining=ahead, expect=lambda text: [f"{question} {text}"]
             )
         query = f"{question} {draft.text}"
-        found = await rag.retrieve([query], ahead)
+        found = await rag.retrieve([query])
     return await rag.answer(question, found)

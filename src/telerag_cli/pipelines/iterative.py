@@ -33,7 +33,7 @@ async def iterative(rag: Rag, question: str, *, rounds: int = 3) -> Answer:
                 f"query_{number}", prompt, max_tokens=QUERY_TOKENS, shape=QUERY, refining=ahead
             )
         query = QUERY.first(written.text, question)
-        retrieved.append(await rag.retrieve([query], ahead))
+        retrieved.append(await rag.retrieve([query]))
         step = await rag.answer(query, retrieved[-1], stage=f"step_{number}")
         steps.append(f"Q: {query}\nA: {step.text}")
         if number < rounds:

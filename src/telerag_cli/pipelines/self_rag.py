@@ -21,7 +21,7 @@ async def self_rag(rag: Rag, question: str) -> Answer:
         needed = await rag.generate("need", prompt, max_tokens=2, shape=NEED)
     if needed.text == "no":
         return await rag.answer(question, [])
-    found = await rag.retrieve([question], ahead)
+    found = await rag.retrieve([question])
     attempts = await together(_attempt(rag, question, hit, number) for number, hit in enumerate(found, 1))
     if not attempts:
         return await rag.answer(question, found)

@@ -29,5 +29,5 @@ async def subquestion(rag: Rag, question: str, *, sub_questions: int = 3) -> Ans
             refining=ahead,
             expect=shape.finished,
         )
-    found = await rag.retrieve(shape.read(written.text) or [question], ahead)
+    found = await rag.retrieve(shape.read(written.text) or [question])
     return await rag.answer(question, found)
