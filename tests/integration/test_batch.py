@@ -197,7 +197,7 @@ def test_lookahead_that_a_member_never_asks_for_ends_with_its_batch(engine_of):
     async def other_question(rag, question):
         if "owls" in question:
             raise ModelError("not today")
-        async with rag.lookahead(question) as ahead:
+        async with rag.lookahead(question):
             found = await rag.retrieve([question])
         async with rag.lookahead("something else"):
             pass

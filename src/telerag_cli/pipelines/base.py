@@ -39,7 +39,7 @@ def merge(*found: Sequence[Retrieved]) -> list[Retrieved]:
 
 
 class Ahead:
-    """Lookahead under way; handed from `Rag.lookahead` to `Rag.generate` and `Rag.retrieve`."""
+    """Lookahead under way; handed from `Rag.lookahead` to the text that it is to follow."""
 
 
 Expect = Callable[[str], Sequence[str]]

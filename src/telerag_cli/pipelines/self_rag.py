@@ -17,7 +17,7 @@ RATING = Choice(("5", "4", "3", "2", "1"))
 async def self_rag(rag: Rag, question: str) -> Answer:
     """The best rated of one answer per passage; the one from the nearer passage if several are."""
     prompt = user(f"Would looking something up help to answer this question? Say yes or no.\n\nQuestion: {question}")
-    async with rag.lookahead(question) as ahead:
+    async with rag.lookahead(question):
         needed = await rag.generate("need", prompt, max_tokens=2, shape=NEED)
     if needed.text == "no":
         return await rag.answer(question, [])
