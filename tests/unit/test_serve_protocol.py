@@ -56,10 +56,6 @@ def client():
     async def search(body: SearchRequest):
         return None
 
-    @app.get("/list")
-    async def listed(limit: int = 1):
-        return None
-
     with TestClient(app) as client:
         yield client
 
@@ -221,11 +217,6 @@ def test_a_clients_own_text_is_repeated_only_in_part(client):
     ):
         error = error_of(client.post("/chat", json=CHAT | body))
         assert long[: MAX_SHOWN + 1] not in json.dumps(error)
-
-
-def test_a_query_is_refused_as_a_body_is(client):
-    error = error_of(client.get("/list?limit=many"))
-    assert (error["param"], error["code"]) == ("limit", TYPE)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 def make_app(service: Service) -> FastAPI:
     """Return the application; what every request passes before it is in `middleware`."""
-    app = FastAPI(
+    app = _App(
         title="telerag",
         version=service.version,
         description=DESCRIPTION,
@@ -56,19 +56,19 @@ def make_app(service: Service) -> FastAPI:
         *(_models(service), _monitoring(service), site.router()),
     ):
         app.include_router(routes)
-    app.openapi_schema = _openapi(app)
     return app
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document without FastAPI's own errors for malformed requests: here their status is 400."""
-    made = app.openapi()
-    for operations in made["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        made["components"]["schemas"].pop(name, None)
-    return made
+class _App(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document without FastAPI's own errors for malformed requests: here their status is 400."""
+        made = super().openapi()
+        for operations in made["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(name, None)
+        return made
 
 
 def _models(service: Service) -> APIRouter:

@@ -122,7 +122,7 @@ class TokenCount:
 
 
 @dataclass
-class Watching(Watcher):
+class _Watching(Watcher):
     """A `Watcher` that puts what becomes of one question into a stream."""
 
     stream: EventStream
@@ -131,30 +131,24 @@ class Watching(Watcher):
     index: int
 
     def queued(self, before: int) -> None:
-        """See `Watcher`."""
         self._tell({"event": "queued", "position": before})
 
     def begins(self, stage: str) -> None:
-        """See `Watcher`."""
         self._tell({"event": "stage", "stage": stage})
 
     def prompted(self, stage: str, messages: Sequence[Message]) -> None:
-        """See `Watcher`."""
         if self.tokens:
             self.tokens.read += self.generator.count_tokens(messages)
             self.tokens.written += self.tokens.writing.pop((self.index, stage), 0)
 
     def counted(self, stage: str, tokens: int) -> None:
-        """See `Watcher`."""
         if self.tokens:
             self.tokens.writing[self.index, stage] = tokens
 
     def retrieving(self) -> None:
-        """See `Watcher`."""
         self._tell({"event": "retrieving"})
 
     def retrieved(self, found: Sequence[Retrieved]) -> None:
-        """See `Watcher`."""
         passages = [
             {"rank": rank, "id": hit.passage.id, "title": hit.passage.name, "score": hit.score}
             for rank, hit in enumerate(found, 1)
@@ -162,7 +156,6 @@ class Watching(Watcher):
         self._tell({"event": "retrieved", "passages": passages})
 
     def wrote(self, stage: str, text: str) -> None:
-        """See `Watcher`."""
         super().wrote(stage, text)
         if self.stream.events or stage == ANSWER:
             self.stream.add_soon(StageText(self.index, stage, text))
@@ -259,7 +252,7 @@ async def streamed(
     stream = EventStream(events=events)
     answering = asyncio.create_task(
         together(
-            service.answer(each, Watching(stream, service.engine.generator, chunks.tokens, index))
+            service.answer(each, _Watching(stream, service.engine.generator, chunks.tokens, index))
             for index, each in enumerate(asked)
         )
     )
