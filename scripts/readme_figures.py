@@ -158,7 +158,8 @@ def _lines(results: dict[str, SuiteResult]) -> Iterator[str]:
             asked = f"questions drawn by Zipf's law with exponent {skew:g}" if skew else "every question once"
             yield f"Cache policies, {asked}, lists hit: {', '.join(shares)}."
     if scaling := results.get("scaling"):
-        told = [f"{cell.values['request_throughput']:.2f} by {cell.key['replicas']}" for cell in scaling.cells]
+        cells = [cell for cell in scaling.cells if cell.system == "replicas"]
+        told = [f"{cell.values['request_throughput']:.2f} by {cell.key['replicas']}" for cell in cells]
         yield f"Replicas that share these cores, questions per second: {', '.join(told)}."
     if embed := results.get("embed"):
         rate = next(cell.values["request_throughput"] for cell in embed.cells if cell.system == "telerag")

@@ -8,20 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from animals import TEXTS, WordHashes, World
+from animals import TEXTS, WordHashes, bench_setup
 from expect import fails
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.answering import MEAN, Ask, breakdown, hit_rate, latency, nprobe, throughput
 from telerag_cli.bench.baselines import FaissMemory, FaissOnDisk, Recalled
-from telerag_cli.bench.caching import cache
 from telerag_cli.bench.measure import Work, checks, comparisons, stages_ms, take_turns, ttft_ms
 from telerag_cli.bench.statistics import MIN_PAIRS, mean_ratio, ratio, summary
-from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
-from telerag_cli.bench.systems import Harness, Setup
-from telerag_cli.config import CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.opening import OpenedIndex
+from telerag_cli.bench.suites import Pages, SystemName
+from telerag_cli.bench.systems import Harness
+from telerag_cli.config import PipelineName
 from telerag_cli.errors import ModelError, ResourceError, UsageError
-from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.llm.shapes import Choice
@@ -57,18 +54,7 @@ def script(request):
 
 @pytest.fixture
 def setup(tmp_path):
-    world = World(tmp_path / "index")
-    opened = OpenedIndex(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    config = EngineConfig(
-        index=world.index.paths.root,
-        k=3,
-        nprobe=6,
-        lookahead=Lookahead.OFF,
-        max_tokens=20,
-        tier=TierKind.HOST,
-        fast_memory=int(world.index.list_bytes.sum() // 2),
-    )
-    return Setup(opened, ScriptedGenerator(script, token_s=0.0001), config, Pages.COLD)
+    return bench_setup(tmp_path / "index", ScriptedGenerator(script, token_s=0.0001))
 
 
 class Counting:
@@ -98,6 +84,13 @@ def ask_of(setup, systems=SYSTEMS, pipelines=(PipelineName.HYDE,), **more):
         counting=lambda _what, total: Counting(total),
         **given,
     )
+
+
+def turns_of(setup, systems, questions=QUESTIONS):
+    """Each system's turns at HyDE for some questions."""
+    works = [Work({}, make_pipeline(PipelineName.HYDE), (question,)) for question in questions]
+    with Harness.open(setup, systems) as rig:
+        return take_turns(rig, works, systems, (), lambda _count: None)
 
 
 def test_every_system_finds_and_writes_the_same(setup):
@@ -147,14 +140,7 @@ def test_cold_drops_the_pages_of_the_index(setup, tmp_path):
     after = page_cache.share(path)
     assert before == 1.0
     assert after == 0.0
-    with Harness.open(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH)) as rig:
-        turns = take_turns(
-            rig,
-            [Work({}, make_pipeline(PipelineName.HYDE), (q,)) for q in QUESTIONS],
-            (SystemName.FAISS_ONDISK, SystemName.FETCH),
-            (),
-            lambda _count: None,
-        )
+    turns = turns_of(setup, (SystemName.FAISS_ONDISK, SystemName.FETCH))
     assert max(turn.pages_left for turn in turns) == 0.0
 
 
@@ -168,9 +154,7 @@ def test_a_cold_run_over_kept_pages_is_told(setup, monkeypatch):
 
 
 def test_an_answer_that_differs_is_told(setup):
-    with Harness.open(setup, (SystemName.FETCH, SystemName.REFINED)) as rig:
-        works = [Work({}, make_pipeline(PipelineName.HYDE), QUESTIONS[:1])]
-        turns = take_turns(rig, works, (SystemName.FETCH, SystemName.REFINED), (), lambda _count: None)
+    turns = turns_of(setup, (SystemName.FETCH, SystemName.REFINED), QUESTIONS[:1])
     assert all(check.held for check in checks(turns, Pages.COLD) if check.name != "cold")
     turns[0].answers[0].found.pop()
     failed = [check.name for check in checks(turns, Pages.COLD) if not check.held]
@@ -180,17 +164,15 @@ def test_an_answer_that_differs_is_told(setup):
 
 def test_systems_take_turns_in_rotating_order_and_llm_only_is_never_first(setup):
     systems = (SystemName.LLM_ONLY, SystemName.FETCH, SystemName.REFINED)
-    with Harness.open(setup, systems) as rig:
-        works = [Work({}, make_pipeline(PipelineName.HYDE), (question,)) for question in QUESTIONS]
-        turns = take_turns(rig, works, systems, (), lambda _count: None)
+    turns = turns_of(setup, systems)
     orders = [tuple(turn.system for turn in turns[start : start + 3]) for start in range(0, len(turns), 3)]
     assert len(set(orders)) == 3
     assert all(order[0] is not SystemName.LLM_ONLY and set(order) == set(systems) for order in orders)
 
 
 def test_llm_only_alone_has_nothing_to_give(setup):
-    with fails(UsageError, "llm-only"), Harness.open(setup, (SystemName.LLM_ONLY,)):
-        pass
+    with fails(UsageError, "llm-only"):
+        turns_of(setup, (SystemName.LLM_ONLY,))
     with fails(ModelError):
         asyncio.run(Recalled().find(["Where do owls live?"], []))
 
@@ -238,24 +220,10 @@ def test_hit_rate_is_for_pipelines_that_retrieve_once(setup):
             hit_rate(ask_of(setup, (SystemName.QUESTION,), (pipeline,)), [1.0])
 
 
-def test_caches_are_compared_over_the_same_queries(setup):
-    outcome = cache(ask_of(setup, (SystemName.FETCH,)), list(CacheKind), [0.5, 0.25], 0.5, 0.0)
-    keys = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
-    assert sorted(keys) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
-    wanted = {cell.values["bytes_wanted"] for cell in outcome.cells}
-    assert len(wanted) == 1
-    hits = {cell.system: cell.values["hit_share"] for cell in outcome.cells if cell.key["cache_fraction"] == 0.5}
-    assert hits["lru"] > hits["none"]
-    assert {each.over for each in outcome.ratios} == {"none"}
-
-
 def test_what_does_not_fit_memory_is_refused(setup, monkeypatch):
     monkeypatch.setattr("telerag_cli.bench.systems.available_bytes", lambda: 1000)
-    with (
-        fails(ResourceError, "faiss-memory", "resident", "1000 B"),
-        Harness.open(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT)),
-    ):
-        pass
+    with fails(ResourceError, "faiss-memory", "resident", "1000 B"):
+        turns_of(setup, (SystemName.FAISS_MEMORY, SystemName.RESIDENT))
 
 
 def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
@@ -263,8 +231,8 @@ def test_faiss_gpu_is_refused_where_faiss_has_none(setup):
 
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this Faiss has GPUs")
-    with fails(ResourceError, "faiss-gpu"), Harness.open(setup, (SystemName.FAISS_GPU, SystemName.FETCH)):
-        pass
+    with fails(ResourceError, "faiss-gpu"):
+        turns_of(setup, (SystemName.FAISS_GPU, SystemName.FETCH))
 
 
 def test_the_baselines_are_faiss_bit_for_bit(setup):
@@ -280,9 +248,7 @@ def test_the_baselines_are_faiss_bit_for_bit(setup):
 
 
 def test_times_add_up(setup):
-    with Harness.open(setup, (SystemName.FETCH,)) as rig:
-        work = Work({}, make_pipeline(PipelineName.HYDE), QUESTIONS[:1])
-        answered = take_turns(rig, [work], (SystemName.FETCH,), (), lambda _count: None)[0].answers[0]
+    answered = turns_of(setup, (SystemName.FETCH,), QUESTIONS[:1])[0].answers[0]
     stages = stages_ms(answered)
     assert list(stages) == ["passage", "retrieval", "answer"]
     total = 1e3 * answered.timings["total_s"]
@@ -341,7 +307,3 @@ def test_details_are_json(setup):
     assert len(detailed) == 4
     assert json.loads(json.dumps(detailed)) == detailed
     assert {entry["questions"][0] for entry in detailed} == set(QUESTIONS[1:])
-
-
-def test_every_suite_is_described():
-    assert SUITES.keys() == set(SuiteName)

@@ -6,9 +6,12 @@ import numpy as np
 import pyarrow as pa
 
 from indexes import make_index
-from telerag_cli.config import EngineConfig, Lookahead, Metric, Storage
+from telerag_cli.bench.suites import Pages
+from telerag_cli.bench.systems import Setup
+from telerag_cli.config import EngineConfig, Lookahead, Metric, Storage, TierKind
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.engine.engine import Engine
+from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.index.passages import Passages, write_passages
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.scripted import ScriptedGenerator
@@ -91,3 +94,19 @@ class World:
             assert engine.retriever.prefetches == 0
             assert engine.retriever.tier.occupancy().references == 0
             engine.retriever.tier.check_integrity()
+
+
+def bench_setup(root, generator):
+    """What the systems of a benchmark share: a world, an arena of half its lists, and cold pages."""
+    world = World(root)
+    opened = OpenedIndex(world.index, Passages.open(world.index.paths.passages), WordHashes())
+    config = EngineConfig(
+        index=root,
+        k=3,
+        nprobe=6,
+        lookahead=Lookahead.OFF,
+        max_tokens=20,
+        tier=TierKind.HOST,
+        fast_memory=int(world.index.list_bytes.sum() // 2),
+    )
+    return Setup(opened, generator, config, Pages.COLD)

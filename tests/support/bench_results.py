@@ -50,69 +50,52 @@ WIDE = "spread too wide: from 0.61 to 2.83 over 9 pairs"
 
 
 def latency(value=800.5, std=100.0, systems=("faiss-ondisk", "fetch", "refined"), **changed):
-    cells = [
-        Cell(system, key, latencies(value + 7 * place, std))
-        for key in (HYDE, NAIVE)
-        for place, system in enumerate(systems)
-    ]
+    figures = {system: latencies(value + 7 * place, std) for place, system in enumerate(systems)}
     ratios = [
         Ratio(HYDE, "faiss-ondisk", "fetch", "e2el_ms", 9, 1.43, 1.37, 1.51),
         Ratio(HYDE, "faiss-ondisk", "refined", "e2el_ms", 9, None, 0.61, 2.83, WIDE),
         Ratio(NAIVE, "faiss-ondisk", "refined", "e2el_ms", 2, None, 0.0, 0.0, "too few: 2 of 3 pairs"),
         Ratio(NAIVE, "fetch", "refined", "e2el_ms", 9, 1.07, 1.02, 1.13),
     ]
-    return replace(result("latency", cells, ratios), **changed)
+    made = [Cell(system, key, values) for key in (HYDE, NAIVE) for system, values in figures.items()]
+    return replace(result("latency", made, ratios), **changed)
 
 
-def over(axis, system, values):
-    return [Cell(system, {axis: at}, measured) for at, measured in values.items()]
+def cells(**of_system):
+    """Cells from tuples of an axis and values by place: ``cells(refined=("budget", {1.0: {"hit_share": 0.5}}))``."""
+    return [
+        Cell(system, {axis: place}, values)
+        for system, (axis, some) in of_system.items()
+        for place, values in some.items()
+    ]
 
 
 def fabricated():
     """One small result for each suite."""
-    stages = {"passage": 310.5, "retrieval": 42.25, "answer_1": 501.5, "answer_2": 9.75}
+    stages = {"mean_stage_ms": {"passage": 310.5, "retrieval": 42.25, "answer_1": 501.5, "answer_2": 9.75}}
+    by_nprobe = "nprobe", {8: latencies(108.5), 64: latencies(164.5)}
+    failed = {"completed": 0, "failed": 8, "first_error": NASTY}
+    batches = {1: {"completed": 4, "request_throughput": 2.125}, 8: failed}
+    long_name = "a builder with a name that goes on and on until no plot has room"
+    hits = {
+        ("none", 0.2): {"hit_share": 0.375, "median_join_ms": 81.5},
+        ("hotness", 0.6): {"hit_share": 0.875, "median_join_ms": 19.5},
+    }
+    embedded = {"passages_per_s": 191.5, "peak_memory_bytes": 123456789}
     made = [
         latency(),
-        result(
-            "nprobe",
-            [
-                cell
-                for name in ("fetch", "refined")
-                for cell in over("nprobe", name, {8: latencies(108.5), 64: latencies(164.5)})
-            ],
-        ),
-        result("hit-rate", over("budget", "refined", {share: {"hit_share": share / 4} for share in (0.5, 1.0, 3.0)})),
+        result("nprobe", cells(fetch=by_nprobe, refined=by_nprobe)),
+        result("hit-rate", cells(refined=("budget", {each: {"hit_share": each / 4} for each in (0.5, 1.0, 3.0)}))),
         result(
             "throughput",
-            over(
-                "batch_size",
-                "refined",
-                {
-                    1: {"completed": 4, "request_throughput": 2.125},
-                    8: {"completed": 0, "failed": 8, "first_error": NASTY},
-                },
-            ),
+            cells(refined=("batch_size", batches)),
             checks=[Check("all completed", False, "8 of 12 failed <badly>.")],
         ),
-        result(
-            "breakdown", [Cell(name, {"pipeline": "hyde"}, {"mean_stage_ms": stages}) for name in ("fetch", "refined")]
-        ),
-        result(
-            "cache",
-            [
-                Cell("none", {"skew": 0, "cache_fraction": 0.2}, {"hit_share": 0.375, "median_join_ms": 81.5}),
-                Cell("hotness", {"skew": 0, "cache_fraction": 0.6}, {"hit_share": 0.875, "median_join_ms": 19.5}),
-            ],
-        ),
-        result("scaling", [Cell("replicas", {"replicas": 2}, {"request_throughput": 3.625})]),
-        result(
-            "embed", over("batch_size", "model $x$", {32: {"passages_per_s": 191.5, "peak_memory_bytes": 123456789}})
-        ),
-        result(
-            "build",
-            [Cell("a builder with a name that goes on and on until no plot has room", {}, {"duration": 93.5})],
-            metadata={"<b>": NASTY},
-        ),
+        result("breakdown", cells(**dict.fromkeys(("fetch", "refined"), ("pipeline", {"hyde": stages})))),
+        result("cache", [Cell(name, {"skew": 0, "cache_fraction": at}, some) for (name, at), some in hits.items()]),
+        result("scaling", cells(replicas=("replicas", {2: {"request_throughput": 3.625}}))),
+        result("embed", cells(**{"model $x$": ("batch_size", {32: embedded})})),
+        result("build", [Cell(long_name, {}, {"duration": 93.5})], metadata={"<b>": NASTY}),
     ]
     return {each.suite: each for each in made}
 

@@ -7,17 +7,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from animals import TEXTS, WordHashes, World
+from animals import TEXTS, bench_setup
 from expect import fails
 from telerag_cli.bench.answering import Ask
 from telerag_cli.bench.caching import cache, sequence
-from telerag_cli.bench.suites import SUITES, Pages, SuiteName, SystemName
-from telerag_cli.bench.systems import Setup
+from telerag_cli.bench.suites import SUITES, SuiteName, SystemName
 from telerag_cli.cli.app import app
-from telerag_cli.config import PAGE_BYTES, CacheKind, EngineConfig, Lookahead, PipelineName, TierKind
-from telerag_cli.engine.opening import OpenedIndex
+from telerag_cli.config import PAGE_BYTES, CacheKind, PipelineName
 from telerag_cli.errors import EXIT_USAGE, UsageError
-from telerag_cli.index.passages import Passages
 from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.tiers.arena import Arena
@@ -133,21 +130,8 @@ def written(request):
 @pytest.fixture
 def ask(tmp_path):
     """Six questions over an arena of half the lists, without warming up."""
-    world = World(tmp_path / "index")
-    opened = OpenedIndex(world.index, Passages.open(world.index.paths.passages), WordHashes())
-    config = EngineConfig(
-        index=world.index.paths.root,
-        k=3,
-        nprobe=6,
-        lookahead=Lookahead.OFF,
-        max_tokens=20,
-        tier=TierKind.HOST,
-        fast_memory=int(world.index.list_bytes.sum() // 2),
-    )
-    texts = ScriptedGenerator(written)
-    setup = Setup(opened, texts, config, Pages.COLD)
-    advances = []
-    made = Ask(
+    setup = bench_setup(tmp_path / "index", ScriptedGenerator(written))
+    return Ask(
         setup,
         (SystemName.FETCH,),
         {"animals": QUESTIONS},
@@ -156,9 +140,8 @@ def ask(tmp_path):
         repeats=1,
         seed=0,
         detailed=False,
-        counting=lambda _what, total: nullcontext(advances.append),
+        counting=lambda _what, total: nullcontext(lambda _count: None),
     )
-    return made
 
 
 def hits_of(outcome):
@@ -184,6 +167,7 @@ def test_every_skew_begins_with_empty_arenas_and_has_cells_of_its_own(ask):
 def test_only_hotness_is_measured_for_every_share(ask):
     outcome = cache(ask, list(CacheKind), [0.5, 0.25], 0.5, 0.0)
     places = [(cell.system, cell.key["cache_fraction"]) for cell in outcome.cells]
+    assert {each.over for each in outcome.ratios} == {"none"}
     assert sorted(places) == [("frequency", 0.5), ("hotness", 0.25), ("hotness", 0.5), ("lru", 0.5), ("none", 0.5)]
 
 
