@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from expect import fails
-from telerag_cli.corpus.chunking import Chunker, blocks
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import count_passages, find_sources, read_passages
+from telerag_cli.corpus.readers import Chunker, blocks, count_passages, find_sources, read_passages
 from telerag_cli.errors import InputError, ResourceError, UsageError
 
 

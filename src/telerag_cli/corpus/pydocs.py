@@ -56,11 +56,7 @@ def python_documentation() -> Iterator[Passage]:
 
 
 def harvest(roots: Iterable[Path]) -> Iterator[Passage]:
-    """Docstrings of all Python files below ``roots``, each text once.
-
-    Raises:
-        InputError: a root is not a folder.
-    """
+    """Docstrings of all Python files below ``roots``, each text once; raises InputError if a root is not a folder."""
     roots = list(roots)
     for root in roots:
         if not root.is_dir():

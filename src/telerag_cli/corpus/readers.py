@@ -19,13 +19,14 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import wrap_os_error
 
 STDIN = "-"
 PARQUET_ROWS = 1024
+BLOCK_CHARACTERS = 1 << 20
+"""Text held at a time, so that a file of any size can be read; chunks do not cross the end of a block."""
 TEXT_KEYS = ("text", "contents")
 ID_KEYS = ("id", "_id")
 
@@ -61,6 +62,41 @@ class Source:
     path: Path | None
     kind: SourceKind
     label: str
+
+
+class Chunker:
+    """Cuts prose and Markdown at the largest boundary (heading, paragraph, sentence, word) that fits the embedder.
+
+    It takes the embedder's ``tokenizers.Tokenizer``, without truncation, and its limit, special tokens included.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        from semantic_text_splitter import MarkdownSplitter, TextSplitter
+
+        capacity = max(1, max_tokens - tokenizer.num_special_tokens_to_add(False))
+        self._prose = TextSplitter.from_huggingface_tokenizer(tokenizer, capacity)
+        self._markdown = MarkdownSplitter.from_huggingface_tokenizer(tokenizer, capacity)
+
+    def chunks(self, handle: IO[str], *, markdown: bool) -> Iterator[tuple[int, str]]:
+        """Offsets in characters, and chunks: each equals ``text[offset : offset + len(chunk)]`` of the whole file."""
+        splitter = self._markdown if markdown else self._prose
+        for start, block in blocks(handle):
+            for offset, chunk in splitter.chunk_indices(block):
+                yield start + offset, chunk
+
+
+def blocks(handle: IO[str], characters: int = BLOCK_CHARACTERS) -> Iterator[tuple[int, str]]:
+    """Offsets in characters, and blocks of about ``characters`` that end at a blank line, a line or anywhere."""
+    start, held = 0, ""
+    while read := handle.read(characters):
+        held += read
+        if len(read) < characters:
+            continue
+        cut = next((at + len(mark) for mark in ("\n\n", "\n", " ") if (at := held.rfind(mark)) > 0), len(held))
+        yield start, held[:cut]
+        start, held = start + cut, held[cut:]
+    if held:
+        yield start, held
 
 
 class _BadRowError(ValueError):

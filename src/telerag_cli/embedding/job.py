@@ -27,10 +27,9 @@ import xxhash
 
 from telerag_cli.arrays import FloatArray
 from telerag_cli.config import DEFAULT_EMBEDDER
-from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import OnBad, count_passages, find_sources, read_passages
+from telerag_cli.corpus.readers import Chunker, OnBad, count_passages, find_sources, read_passages
 from telerag_cli.embedding.encoder import Encoder, Precision
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError, UsageError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
@@ -54,11 +53,7 @@ Dtype = Literal["float32", "float16"]
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """How a corpus is embedded.
-
-    Raises:
-        UsageError: a value is not one of its choices, or less than 1.
-    """
+    """How a corpus is embedded; raises UsageError if a value is not one of its choices, or less than 1."""
 
     model: str = DEFAULT_EMBEDDER
     """The bundled model's alias, a folder, or a name in the Hugging Face cache or hub."""
@@ -177,10 +172,9 @@ def _made(
         return
     if config.device == "cuda" and not pool.gpus_each:
         raise ResourceError("cuda was asked for and Ray finds no GPU on its machines.", remedy="Use --device cpu.")
-    model = Path(config.model).expanduser()
-    maker = ShardMaker(
-        str(model.resolve()) if model.is_dir() else config.model, "cuda" if pool.gpus_each else "cpu", config.batch_size
-    )
+    folder = Path(config.model).expanduser()
+    model = str(folder.resolve()) if folder.is_dir() else config.model
+    maker = ShardMaker(model, "cuda" if pool.gpus_each else "cpu", config.batch_size)
     # Workers need not have this process's working folder.
     with contextlib.closing(pool((replace(task, path=task.path.absolute()) for task in tasks), maker)) as made:
         for rows in made:
@@ -219,21 +213,19 @@ class ShardMaker:
                     f"A worker does not see {task.path.parent} with its {DESCRIPTION}.",
                     remedy="Choose an --output on a file system that all machines share.",
                 )
-            encoder = encoder or self._load(task.header)
+            if encoder is None:
+                loaded = Encoder.load(self.model, device=self.device, precision=task.header["precision"])
+                for name, value in asdict(loaded.info).items():
+                    if task.header[name] != value:
+                        raise ModelError(
+                            f"The embedder '{self.model}' of a worker has {name} {value}, "
+                            f"and this process's has {task.header[name]}.",
+                            remedy="Give all machines the same model.",
+                        )
+                encoder = loaded
             return make_shard(task, encoder, self.batch_size)
 
         return make
-
-    def _load(self, header: dict[str, Any]) -> Encoder:
-        encoder = Encoder.load(self.model, device=self.device, precision=header["precision"])
-        for name, value in asdict(encoder.info).items():
-            if header[name] != value:
-                raise ModelError(
-                    f"The embedder '{self.model}' of a worker has {name} {value}, "
-                    f"and this process's has {header[name]}.",
-                    remedy="Give all machines the same model.",
-                )
-        return encoder
 
 
 class _Folder:

@@ -84,11 +84,7 @@ class Draft:
 
     @property
     def left_bytes(self) -> int:
-        """Bytes on disk that a killed run has left.
-
-        Raises:
-            TeleragError: the folder cannot be read.
-        """
+        """Bytes on disk that a killed run has left; raises TeleragError if the folder cannot be read."""
         try:
             return sum(path.stat().st_blocks * 512 for path in self.partial.rglob("*") if path.is_file())
         except OSError as error:

@@ -28,11 +28,7 @@ class Passages:
 
     @classmethod
     def open(cls, path: Path) -> Passages:
-        """Map the file.
-
-        Raises:
-            ArtifactError: missing, damaged, or not cut into batches as it should be.
-        """
+        """Map the file; raises ArtifactError if it is missing, damaged or not cut into batches as it should be."""
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = reader.num_record_batches
@@ -54,11 +50,7 @@ class Passages:
         return self.rows
 
     def __getitem__(self, rows: Iterable[int]) -> list[Passage]:
-        """The passages of these rows, in the order asked for.
-
-        Raises:
-            ArtifactError: a row's bytes are damaged.
-        """
+        """The passages of these rows, in the order asked for; raises ArtifactError if a row's bytes are damaged."""
         return [self._passage(int(row)) for row in rows]
 
     def _passage(self, row: int) -> Passage:

@@ -44,11 +44,7 @@ class Stream(Protocol):
     """Copies that run in order, beside everything else that the device does."""
 
     def copy(self, copies: Sequence[Copy]) -> Sequence[Event]:
-        """Start copies and return at once, with an event for each.
-
-        Raises:
-            ResourceError: the device refused.
-        """
+        """Start copies and return at once, with an event for each; raises ResourceError if the device refused."""
 
     def close(self) -> None:
         """Wait for what was started; a failure is reported by its event alone."""
@@ -160,11 +156,7 @@ class _CudaStream:
 
 
 def gpu_number(device: str) -> int | None:
-    """The N of ``cuda:N``, 0 for ``cuda``, None for ``auto``.
-
-    Raises:
-        UsageError: it is none of these.
-    """
+    """The N of ``cuda:N``, 0 for ``cuda``, None for ``auto``; raises UsageError if it is none of these."""
     if device == "auto":
         return None
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
