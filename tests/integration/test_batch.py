@@ -262,39 +262,6 @@ def test_the_size_of_a_micro_batch_is_bounded_by_llm_and_arena(given, at_once, a
         scheduled(ScheduleConfig(micro_batch=at_once + 1), at_once, arena, index, 4)
 
 
-class CountingEmbedder(WordHashes):
-    def __init__(self):
-        self.batches = []
-        self.gate = threading.Event()
-
-    def encode_queries(self, texts):
-        self.batches.append(len(texts))
-        self.gate.wait(5)
-        return super().encode_queries(texts)
-
-
-def test_what_is_retrieved_while_a_batch_runs_is_the_next_batch(engine_of):
-    embedder = CountingEmbedder()
-    alone, together = engine_of(echo), engine_of(echo, embedder=embedder)
-    texts = [f"{animal} number 3 live in place 8" for animal in ANIMALS]
-
-    async def ask_all():
-        tasks = [asyncio.create_task(together.shared.retrievals.find([text], [])) for text in texts]
-        while not embedder.batches:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0.01)
-        embedder.gate.set()
-        return await asyncio.gather(*tasks)
-
-    found = asyncio.run(ask_all())
-    assert sum(embedder.batches) == len(texts)
-    assert len(embedder.batches) <= 2
-    for text, result in zip(texts, found, strict=True):
-        expected = asyncio.run(alone.shared.retrievals.find([text], []))
-        assert [(hit.row, hit.score) for hit in result.found] == [(hit.row, hit.score) for hit in expected.found]
-        assert result.join.lists_wanted == expected.join.lists_wanted
-
-
 def test_a_damaged_list_fails_those_who_need_it_and_nobody_else(engine_of):
     links = []
 

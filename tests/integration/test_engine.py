@@ -17,10 +17,8 @@ from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.engine.citations import cite
 from telerag_cli.engine.lines import RunFile, answer_line, error_line, read_questions
 from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
-from telerag_cli.engine.session import fit
-from telerag_cli.errors import ArtifactError, ContextError, ModelError
+from telerag_cli.errors import ArtifactError, ContextError
 from telerag_cli.llm.shapes import Lines
-from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS
 from telerag_cli.tracing import Tracer
@@ -48,14 +46,6 @@ def test_hyde_writes_retrieves_and_answers(engine_of):
     assert answered.timings["total_s"] >= answered.timings["llm_s"]
 
 
-def test_naive_retrieves_with_the_question(engine_of):
-    engine = engine_of(script)
-    answered = run(engine, PipelineName.NAIVE, "bees number 4 live in place 2")
-    assert [stage.name for stage in answered.stages] == ["answer"]
-    assert answered.found[0].passage.text.startswith("bees number 4")
-    assert "bees number 4" in engine.generator.requests[0].messages[-1].content
-
-
 def test_answers_do_not_depend_on_lookahead(engine_of):
     lines = []
     for mode in Lookahead:
@@ -69,19 +59,6 @@ def test_answers_do_not_depend_on_lookahead(engine_of):
     assert lines[0] == lines[1] == lines[2]
 
 
-def test_a_generator_that_fails_in_the_middle_leaves_nothing(engine_of):
-    def failing(request):
-        if "passage that answers" in request.messages[-1].content:
-            raise ModelError("the model broke")
-        return "never"
-
-    engine = engine_of(failing)
-    with fails(ModelError, "the model broke"):
-        run(engine, PipelineName.HYDE)
-    assert engine.retriever.prefetches == 0
-    assert engine.retriever.tier.occupancy().lists_moving <= engine.retriever.tier.depth
-
-
 def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
     engine = engine_of(script, context_tokens=75, max_tokens=20)
     answered = run(engine, PipelineName.NAIVE)
@@ -91,11 +68,6 @@ def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
     assert f"[{4 - answered.dropped_passages}]" not in prompt
     with fails(ContextError, "--ctx-size"):
         run(engine, PipelineName.NAIVE, "why " * 80)
-
-
-def test_fit_keeps_everything_when_there_is_room():
-    hits = [Retrieved(Passage(str(n), "text", {}), n, 1.0) for n in range(3)]
-    assert fit("q", hits, answer_prompt, 1000, lambda messages: sum(len(m.content.split()) for m in messages))[1] == 3
 
 
 class StubPrefetch:

@@ -92,6 +92,7 @@ def test_searches_of_several_depths_find_what_they_find_alone(finder):
     for (found, ranking), found_too, ranking_too in zip(alone, together[::2], together[1::2], strict=True):
         hits, hits_too = ([(hit.row, hit.score) for hit in each.found] for each in (found, found_too))
         assert hits == hits_too
+        assert found.join.lists_wanted == found_too.join.lists_wanted
         np.testing.assert_array_equal(ranking.rows, ranking_too.rows)
         np.testing.assert_array_equal(ranking.scores, ranking_too.scores)
         assert [row for row, _score in hits] == ranking.rows[:K].tolist()

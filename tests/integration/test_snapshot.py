@@ -2,12 +2,12 @@
 
 import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
 
 from doubles import ChosenLink
 from telerag_cli.engine.snapshot import snapshot
+from telerag_cli.llm.batcher import Stats
 
 
 def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
@@ -49,7 +49,7 @@ def test_a_snapshot_says_what_moves_what_is_there_and_who_uses_it(engine_of):
 
 def test_a_snapshot_has_the_tokens_of_a_generator_that_counts_them(engine_of):
     engine = engine_of({})
-    stats = SimpleNamespace(running=1, waiting=2, computed_tokens=3, cached_tokens=4, written_tokens=5)
+    stats = Stats(running=1, waiting=2, computed_tokens=3, cached_tokens=4, written_tokens=5)
     engine.generator.stats = lambda: stats
     state = snapshot(engine)
     assert (state.running, state.waiting) == (1, 2)

@@ -228,33 +228,23 @@ def test_runs_make_room_apart_from_each_other(pages, holes, wanted, count, fixed
     arena.check_integrity()
 
 
-def residency_of(kind, lists, pages):
-    """Lists of a page each."""
-    return Residency(
-        np.full(lists, PAGE_BYTES), Arena(pages * PAGE_BYTES), make_policy(kind, lists), lambda _list_no: None
-    )
-
-
-def bring(residency, *lists):
-    assert len(residency.reserve(list(lists))) == len(lists)
-    residency.commit(np.array(lists))
-
-
-def absent(residency):
-    return set(np.flatnonzero(residency.state == ListState.ABSENT).tolist())
-
-
 def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
-    residency = residency_of(CacheKind.NONE, 12, 6)
-    bring(residency, *range(6))
+    list_bytes, policy = np.full(12, PAGE_BYTES), make_policy(CacheKind.NONE, 12)
+    residency = Residency(list_bytes, Arena(6 * PAGE_BYTES), policy, lambda _list_no: None)
+
+    def absent():
+        return set(np.flatnonzero(residency.state == ListState.ABSENT).tolist())
+
+    assert len(residency.reserve(list(range(6)))) == 6
+    residency.commit(np.arange(6))
     priority = np.arange(12) / 12  # the first are worth least
     assert len(residency.reserve([6, 7], priority=priority)) == 2
     residency.check_integrity()
-    assert absent(residency) & set(range(6)) == {0, 1}
+    assert absent() & set(range(6)) == {0, 1}
     # For the last nothing may leave; the first still finds room.
     protected = {8: np.arange(12) != 2, 9: np.ones(12, np.bool_)}
     assert len(residency.reserve([8, 9], protected=lambda number: protected[number])) == 1
-    assert 2 in absent(residency)
+    assert 2 in absent()
     residency.check_integrity()
 
 
@@ -294,16 +284,3 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
         elif step == "used":
             residency.policy.used(np.array([number]))
         residency.check_integrity()
-
-
-@pytest.mark.parametrize(("kind", "gone"), [(CacheKind.LRU, {1}), (CacheKind.NONE, {0, 1, 2})])
-def test_least_recently_used_leaves_first_and_without_a_cache_all(kind, gone):
-    residency = residency_of(kind, 3, 2)
-    for number in (0, 1):
-        residency.new_round(0.0)
-        bring(residency, number)
-    residency.new_round(0.0)
-    if kind is CacheKind.LRU:
-        residency.policy.used(np.array([0]))
-        residency.reserve([2])
-    assert absent(residency) == gone
