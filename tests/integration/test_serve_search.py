@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
+import wrapped_app
 from animals import ANIMALS, DIMENSION, TEXTS, WordHashes, World
 from served import assembled, open_over
 from telerag_cli.config import Metric
@@ -203,21 +204,16 @@ def test_the_models_own_dimension_may_be_named(client):
 
 async def post(app, path, body, gone):
     """The status of a request whose client hangs up once the event is set; nobody is there to read it then."""
-    sent = []
-    parts = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    parts = [wrapped_app.body(json.dumps(body).encode())]
 
     async def receive():
         if parts:
             return parts.pop()
         await gone.wait()
-        return {"type": "http.disconnect"}
+        return wrapped_app.GONE
 
-    async def send(message):
-        sent.append(message)
-
-    scope = {"type": "http", "http_version": "1.1", "method": "POST", "path": path, "raw_path": b"", "root_path": ""}
-    scope |= {"query_string": b"", "scheme": "http", "headers": [(b"content-type", b"application/json")]}
-    await app(scope, receive, send)
+    headers = [(b"content-type", b"application/json")]
+    sent = await wrapped_app.driven(app, receive, [], path=path, headers=headers)
     return sent[0]["status"]
 
 

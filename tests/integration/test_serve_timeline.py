@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from doubles import ChosenLink
 from indexes import make_index, make_vectors
 from telerag_cli.config import PAGE_BYTES, Lookahead, Metric, PipelineName, Storage
 from telerag_cli.engine.engine import AskResult
@@ -142,21 +141,6 @@ def test_without_lookahead_every_list_is_missed_once_and_then_it_is_there(traced
     assert drawn["counts"]["lists_hit"] == drawn["counts"]["lists_wanted"] > 0
 
 
-def test_a_slow_link_shows_hits_wasted_and_missed_lists_each_once(traced):
-    def link(path, memory):
-        return ChosenLink(path, memory, longest_s=0.02, seed=3)
-
-    engine = traced(script, Lookahead.QUESTION, token_s=0.002, link=link)
-    answered, drawn = asked(engine, question="bees number 4")
-    check(drawn, answered.joins)
-    trace = answered.joins[0].trace
-    assert lists_of(drawn, "missed") == trace.fetched.tolist() != []
-    assert lists_of(drawn, "hit") + lists_of(drawn, "wasted") != []
-    moved = [bar["list"] for bar in bars_of(drawn, "link")]
-    assert len(moved) == len(set(moved))
-    assert drawn["counts"]["lists_undrawn"] == 0
-
-
 def test_requests_beside_each_other_see_their_own_moves_only(traced):
     engine = traced(script, Lookahead.QUESTION, token_s=0.002)
 
@@ -176,22 +160,6 @@ def test_requests_beside_each_other_see_their_own_moves_only(traced):
     # The arena holds everything, so each list was moved once, for one of them.
     assert len(seen) == len(set(seen))
     assert sum(drawn["counts"]["lists_moved"] for _answered, drawn in results) == len(seen)
-
-
-def test_texts_written_side_by_side_have_lanes_of_their_own(traced):
-    def judging(request):
-        stops = {2: "5", 3: "yes"}  # a rating and a judgement are as short as this
-        return stops.get(request.max_tokens, ANSWER)
-
-    engine = traced(judging, token_s=0.002)
-    answered, drawn = asked(engine, PipelineName.SELF_RAG)
-    check(drawn, answered.joins)
-    lanes = [lane for lane in drawn["lanes"] if lane["kind"] == "llm"]
-    assert len(bars_of(drawn, "llm")) == len(answered.stages)
-    assert [lane["name"] for lane in lanes] == ["LLM", "LLM 2", "LLM 3"]
-    for lane in lanes:
-        for before, after in zip(lane["bars"], lane["bars"][1:], strict=False):
-            assert before["end_s"] <= after["start_s"]
 
 
 def test_moves_that_nobody_listened_to_are_counted_as_undrawn(traced):

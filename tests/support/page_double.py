@@ -1,19 +1,17 @@
 """A double of the server that the page talks to: what the protocol says, in steps that a test chooses."""
 
 import asyncio
-import contextlib
 import json
 import re
-import threading
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
+from served import listening_app
 from telerag_cli.config import PipelineName
 from telerag_cli.server import site
 from telerag_cli.server.errors import ApiError
-from telerag_cli.server.server import address_of, bind, uvicorn_server
 
 NASTY = '<script>window.hacked = 1</script><img src="x" onerror="window.hacked = 2">'
 ANSWER = f"🦉 Owls live in old trees. [1] They hear voles under snow very well. {NASTY} Nobody wrote this. [9]"
@@ -197,22 +195,9 @@ def double_app(double):
     return app
 
 
-@contextlib.contextmanager
 def doubled(double, port=0):
     """Serve a double at its own port while the block runs; gives its address and what stops it at once."""
-    server = uvicorn_server(double_app(double), 1.0)
-    with bind("127.0.0.1", port) as listening:
-        listening.listen(100)
-        thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
-        thread.start()
-
-        def stop():
-            server.force_exit = server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
-
-        yield f"{address_of(listening)}/", stop
-        stop()
+    return listening_app(double_app(double), port)
 
 
 # What a test does on the page

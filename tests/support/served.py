@@ -69,6 +69,24 @@ def open_over(service, engine, at_once=2):
 
 
 @contextlib.contextmanager
+def listening_app(app, port=0):
+    """Run an application at a port of its own while the block runs; gives its address and what stops it at once."""
+    server = uvicorn_server(app, 1.0)
+    with bind("127.0.0.1", port) as listening:
+        listening.listen(100)
+        thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+        thread.start()
+
+        def stop():
+            server.force_exit = server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+        yield f"{address_of(listening)}/", stop
+        stop()
+
+
+@contextlib.contextmanager
 def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=None, is_open=True):
     """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
     lines: list[str] = []

@@ -12,7 +12,7 @@ from starlette.staticfiles import StaticFiles
 
 from telerag_cli.errors import InputError
 from telerag_cli.server.access_log import AccessLog, LogFormat
-from telerag_cli.server.errors import handle_uncaught
+from telerag_cli.server.errors import as_api_error
 from telerag_cli.server.metrics import Metrics
 from telerag_cli.server.middleware import AccessOptions, with_middleware
 
@@ -22,7 +22,10 @@ CHUNKED = [(b"transfer-encoding", b"chunked")]
 
 
 def application(folder=None):
-    app = FastAPI(exception_handlers={Exception: handle_uncaught})
+    async def uncaught(request, error):
+        return as_api_error(error, request.state.request_id).response()
+
+    app = FastAPI(exception_handlers={Exception: uncaught})
 
     @app.get("/")
     @app.get("/health")
@@ -96,30 +99,16 @@ class Server:
 
         return asyncio.run(asking())
 
-    async def driven(self, messages, *, method="POST", path="/v1/echo", headers=(), sent=None):
+    async def driven(self, messages, *, sent=None, **how):
         """What is sent for these messages; after them nothing comes any more."""
-        left, sent = list(messages), [] if sent is None else sent
+        left = list(messages)
 
         async def receive():
             if left:
                 return left.pop(0)
             await asyncio.Event().wait()
 
-        async def send(message):
-            sent.append(message)
-
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "method": method,
-            "path": path,
-            "query_string": b"",
-            "headers": [(b"host", b"localhost"), *headers],
-            "client": ("192.0.2.7", 4321),
-            "root_path": "",
-        }
-        await self.wrapped(scope, receive, send)
-        return sent
+        return await driven(self.wrapped, receive, [] if sent is None else sent, **how)
 
     def drive(self, messages, **how):
         return asyncio.run(self.driven(messages, **how))
@@ -136,6 +125,18 @@ class Server:
             for sample in family.samples
             if sample.name == f"telerag_{name}" and labels.items() <= sample.labels.items()
         )
+
+
+async def driven(app, receive, sent, *, method="POST", path="/v1/echo", headers=()):
+    """What an application sends for the messages that ``receive`` gives."""
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": ""}
+    scope |= {"method": method, "path": path, "query_string": b"", "client": ("192.0.2.7", 4321)}
+    await app(scope | {"headers": [(b"host", b"localhost"), *headers]}, receive, send)
+    return sent
 
 
 def body(data=b"", *, more=False):

@@ -123,6 +123,7 @@ class Session:
         """See `Rag`."""
         if self.listener:
             self.listener.begins(stage)
+            self.listener.prompted(stage, messages)
         config = self.shared.config
         request = Request(
             messages,

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from telerag_cli.errors import TeleragError
 from telerag_cli.server import answers, embeddings, site, vector_stores
 from telerag_cli.server.access_log import CLIENT_CLOSED
-from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error, handle_uncaught
+from telerag_cli.server.errors import INVALID, NOT_FOUND, ApiError, as_api_error
 from telerag_cli.server.replies import note
 from telerag_cli.server.responses import ErrorBody, Model, ModelList
 from telerag_cli.server.service import Service, Status, no_model
@@ -122,13 +122,9 @@ def _monitoring(service: Service) -> APIRouter:
     return routes
 
 
-async def _api_error(_request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _telerag_error(request: Request, error: TeleragError) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     answer = as_api_error(error, request.state.request_id)
-    if answer.status >= 500:
+    if answer.status >= 500 and isinstance(error, TeleragError):
         note(request, outcome="failed", error=str(error))
     return answer.response()
 
@@ -151,9 +147,7 @@ async def _client_gone(_request: Request, _error: ClientGoneError) -> Response:
 
 
 _HANDLERS: dict[int | type[Exception], Any] = {
-    Exception: handle_uncaught,
-    ApiError: _api_error,
-    TeleragError: _telerag_error,
+    **dict.fromkeys((Exception, ApiError, TeleragError), _refused),
     RequestValidationError: _invalid_request,
     HTTPException: _http_error,
     ClientGoneError: _client_gone,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
 from telerag_cli.errors import ContextError, InputError, TeleragError, UsageError
@@ -59,11 +58,6 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     kind = "failed" if isinstance(error, TeleragError) else "has a bug"
     message = f"The server {kind}; its log says more under the request id {request_id}."
     return ApiError(500, message, SERVER, code="internal_error", headers=DO_NOT_RETRY)
-
-
-async def handle_uncaught(request: Request, error: Exception) -> Response:
-    """Answer after an error that nobody caught: the application's handler of ``Exception``."""
-    return as_api_error(error, request.state.request_id).response()
 
 
 def shortened(text: str) -> str:

@@ -66,8 +66,8 @@ class AccessOptions:
 def with_middleware(app: ASGIApp, options: AccessOptions, log: AccessLog, metrics: Metrics) -> ASGIApp:
     """Wrap the application, from the outside in, in `RequestContext`, CORS if origins are allowed, and `Guard`.
 
-    CORS comes before what refuses: pages of other origins must be able to read why, and preflights carry no key. Give
-    the application `errors.handle_uncaught` as its handler of ``Exception``: FastAPI answers in plain text otherwise.
+    CORS comes before what refuses: pages of other origins must be able to read why, and preflights carry no key. The
+    application needs a handler of ``Exception`` of its own: FastAPI answers in plain text otherwise.
     """
     wrapped: ASGIApp = Guard(app, options, log, metrics)
     if options.origins:
