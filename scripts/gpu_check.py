@@ -223,9 +223,8 @@ def main() -> None:
             failed |= outcome.wrong
         except Exception as error:
             traceback.print_exc()
-            what = f"{type(error).__name__}: {error}"
-            stages[name] = {"error": what}
-            outcome = Outcome(rows=[Row(name, f"failed: {what.splitlines()[0]}", good=False)])
+            stages[name] = {"error": f"{type(error).__name__}: {error}"}
+            outcome = Outcome(rows=[Row(name, f"failed: {stages[name]['error'].splitlines()[0]}", good=False)])
             failed = True
         found.append(outcome)
         stages[name]["seconds"] = round(time.monotonic() - began_s, 1)
@@ -247,20 +246,15 @@ def _hung() -> None:
 
 
 def _write(output: Path, bench: Bench, stages: dict[str, Any], found: Sequence[Outcome]) -> None:
-    figures = [
-        {
-            "what": f"{row.what}, {outcome.setting}" if outcome.setting else row.what,
-            "value": row.value,
-            "against": row.against,
-            "goal": row.goal,
-        }
-        for outcome in found
-        for row in outcome.rows
-    ]
     output.parent.mkdir(parents=True, exist_ok=True)
-    kept = {} if bench.simulated else {"figures": figures}  # a simulation is no figure
-    about = {"command": shlex.join(["python", *sys.argv]), "hardware": hardware()}
-    write_json(output, about | {"gpu": bench.gpu.name, "simulated": bench.simulated, "stages": stages, **kept})
+    about = {"command": shlex.join(["python", *sys.argv]), "hardware": hardware(), "gpu": bench.gpu.name}
+    figures = []
+    for outcome in found if not bench.simulated else ():  # a simulation is not a figure
+        for row in outcome.rows:
+            what = f"{row.what}, {outcome.setting}" if outcome.setting else row.what
+            figures.append({"what": what, "value": row.value, "against": row.against, "goal": row.goal})
+    kept = {"figures": figures} if figures else {}
+    write_json(output, about | {"simulated": bench.simulated, "stages": stages, **kept})
 
 
 def print_table(found: Sequence[Outcome]) -> None:

@@ -99,23 +99,51 @@ def _joins(bench: Bench, retriever: Retriever, in_memory: Search, nprobe: int, o
 
 def _hyde(bench: Bench, retriever: Retriever, in_memory: Search, nprobe: int, outcome: Outcome) -> None:
     """Passage, retrieval, answer: each question by every system, in an order that rotates."""
-    sizes = bench.sizes
+    sizes, material, write = bench.sizes, bench.material, bench.llm.write
     figures: dict[str, dict[str, list[float]]] = {
         name: {"total_s": [], "retrieval_s": [], "hit_share": []} for name in SYSTEMS
     }
-    same, count = True, 0
-    bench.llm.write("Warm up.", 4)
-    names = list(SYSTEMS)
+    same, count, names = True, 0, list(SYSTEMS)
+    write("Warm up.", 4)
+
+    def answer(name: str, number: int) -> tuple[bytes, bytes]:
+        """Answer one question by one system, and return what was found."""
+        final, took = material.written[1.0][number][None], figures[name]
+        started_s = time.perf_counter()
+        embedded: list[Future[None]] = []
+        due = list(REFINED_AT) if name == "refined" else []
+        ahead = None
+        if name in ("question", "refined"):
+            ahead = retriever.prefetch(material.question[number][None], nprobe, refining=name == "refined")
+
+        def on_count(count: int) -> None:
+            while due and count >= due[0] * sizes.passage_tokens:
+                assert ahead is not None
+                share = due.pop(0)
+                query = blend(material.question[number], material.written[share][number], share)[None]
+                embedded.append(refinement_embedder.submit(retriever.refine, ahead, query, nprobe, share))
+
+        write(f"Write a passage that answers question {number}.", sizes.passage_tokens, on_count)
+        arrived_s = time.perf_counter()
+        if name == "faiss":
+            scores, rows = in_memory(final)
+            took["hit_share"].append(0.0)
+        else:
+            found = retriever.search(final, K, nprobe, ahead)
+            scores, rows = found.scores, found.rows
+            took["hit_share"].append(found.report.lists_hit / max(found.report.lists_wanted, 1))
+        took["retrieval_s"].append(time.perf_counter() - arrived_s)
+        passages = "What was found says this and that. " * (sizes.prompt_words // 7)
+        write(f"{passages} Answer question {number}.", sizes.answer_tokens)
+        took["total_s"].append(time.perf_counter() - started_s)
+        for each in embedded:
+            each.result()
+        return scores.tobytes(), rows.tobytes()
+
     with ThreadPoolExecutor(1) as refinement_embedder:
-        for number in range(min(sizes.questions, len(bench.material.question))):
-            found = set()
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                turn = partial(_answer, bench, retriever, in_memory, nprobe, refinement_embedder)
-                total_s, retrieval_s, hit_share, result = turn(name, number)
-                for figure, one in zip(figures[name].values(), (total_s, retrieval_s, hit_share), strict=True):
-                    figure.append(one)
-                found.add(result)
-            same &= len(found) == 1
+        for number in range(min(sizes.questions, len(material.question))):
+            first = number % len(names)
+            same &= len({answer(name, number) for name in names[first:] + names[:first]}) == 1
             count += 1
             if bench.late:
                 break
@@ -136,47 +164,3 @@ def _hyde(bench: Bench, retriever: Retriever, in_memory: Search, nprobe: int, ou
         )
         against = f"{SYSTEMS['faiss']}: {1e3 * faiss['retrieval_s']:.3g} ms, {faiss['total_s']:.3g} s"
         outcome.rows.append(Row(f"HyDE, {SYSTEMS[name]}, p50 of {count}", value, against))
-
-
-def _answer(
-    bench: Bench,
-    retriever: Retriever,
-    in_memory: Search,
-    nprobe: int,
-    refinement_embedder: ThreadPoolExecutor,
-    name: str,
-    number: int,
-) -> tuple[float, float, float, tuple[bytes, bytes]]:
-    """Answer one question by one system; return total and retrieval seconds, the hit share, and what was found."""
-    sizes, written, question = bench.sizes, bench.material.written, bench.material.question[number]
-    final = written[1.0][number][None]
-    started_s = time.perf_counter()
-    embedded: list[Future[None]] = []
-    due = list(REFINED_AT) if name == "refined" else []
-    ahead = None
-    if name in ("question", "refined"):
-        ahead = retriever.prefetch(question[None], nprobe, refining=name == "refined")
-
-    def on_count(count: int) -> None:
-        while due and count >= due[0] * sizes.passage_tokens:
-            assert ahead is not None
-            share = due.pop(0)
-            query = blend(question, written[share][number], share)[None]
-            embedded.append(refinement_embedder.submit(retriever.refine, ahead, query, nprobe, share))
-
-    bench.llm.write(f"Write a passage that answers question {number}.", sizes.passage_tokens, on_count)
-    arrived_s = time.perf_counter()
-    hit_share = 0.0
-    if name == "faiss":
-        scores, rows = in_memory(final)
-    else:
-        found = retriever.search(final, K, nprobe, ahead)
-        scores, rows = found.scores, found.rows
-        hit_share = found.report.lists_hit / max(found.report.lists_wanted, 1)
-    retrieval_s = time.perf_counter() - arrived_s
-    passages = "What was found says this and that. " * (sizes.prompt_words // 7)
-    bench.llm.write(f"{passages} Answer question {number}.", sizes.answer_tokens)
-    total_s = time.perf_counter() - started_s
-    for each in embedded:
-        each.result()
-    return total_s, retrieval_s, hit_share, (scores.tobytes(), rows.tobytes())

@@ -118,11 +118,7 @@ def noisy(vectors: FloatArray, noise: float, random: np.random.Generator) -> Flo
 
 
 def make_embeddings(base: Base, total: int, noise: float, seed: int, output: Path) -> None:
-    """Write what is missing of an embeddings folder.
-
-    Raises:
-        UsageError: the folder holds something else.
-    """
+    """Write what is missing of an embeddings folder; raises UsageError if it holds something else."""
     count, dimension = base.vectors.shape
     digest = f"xxh3:{xxhash.xxh3_64(base.vectors.tobytes()).hexdigest()}"
     synthetic = {"base": digest, "base_rows": count, "noise": noise, "seed": seed, "vectors": total}
@@ -182,16 +178,13 @@ class Lists:
     """(ntotal,): row numbers, list by list, increasing in each."""
     trained: FloatArray | None
     encode: Encode
-
-    @property
-    def code_size(self) -> int:
-        """Bytes of one stored vector."""
-        return code_size(self.base.shape[1], self.storage)
+    code_bytes: int
+    """Bytes of one stored vector."""
 
     @property
     def list_bytes(self) -> IntArray:
         """Bytes each list takes in ``lists.bin``, (nlist,)."""
-        return extent_bytes(self.table[:, 1], self.code_size)
+        return extent_bytes(self.table[:, 1], self.code_bytes)
 
     @property
     def starts(self) -> IntArray:
@@ -232,10 +225,10 @@ class Lists:
         """Write one list as it stands in ``lists.bin``; ``out`` has the bytes that it takes there."""
         size, capacity, _ = self.table[number].tolist()
         out[:] = 0
-        codes = out[: size * self.code_size].reshape(size, self.code_size)
+        codes = out[: size * self.code_bytes].reshape(size, self.code_bytes)
         for start, block in self.vectors(number) if size else ():
             codes[start : start + len(block)] = self.encode(block)
-        first, rows_at = int(self.starts[number]), capacity * self.code_size
+        first, rows_at = int(self.starts[number]), capacity * self.code_bytes
         out[rows_at : rows_at + ID_BYTES * size] = self.rows[first : first + size].view(np.uint8)
 
     def manifest(self, embedder: EmbedderInfo, source: str = "") -> Manifest:
@@ -247,7 +240,7 @@ class Lists:
             self.storage,
             nlist,
             len(self.rows),
-            self.code_size,
+            self.code_bytes,
             self.seed,
             embedder,
             {},
@@ -266,15 +259,7 @@ class Lists:
 
 
 def plan_lists(base: FloatArray, vectors: int, nlist: int, storage: Storage, noise: float, seed: int) -> Lists:
-    """Work out what every list holds.
-
-    Args:
-        base: real vectors of length 1, (m, dimension).
-        vectors: how many to make.
-        nlist: lists to put them into.
-        storage: how they are kept.
-        noise: length of what is added to each base vector.
-        seed: of all that is drawn.
+    """Work out what every list holds, of noisy copies of ``base`` (m, dimension), which has real vectors of length 1.
 
     Raises:
         UsageError: there are fewer vectors than lists.
@@ -313,6 +298,7 @@ def plan_lists(base: FloatArray, vectors: int, nlist: int, storage: Storage, noi
         rows,
         trained,
         encoder(base.shape[1], storage, trained),
+        code_size(base.shape[1], storage),
     )
 
 
@@ -407,17 +393,6 @@ def make_index(base: Base, total: int, nlist: int, options: argparse.Namespace) 
     print(f"{lists.share_in_place():.2%} of vectors are in the list of their nearest centroid.", file=sys.stderr)
 
 
-def make(options: argparse.Namespace) -> None:
-    """Make what the command line asks for."""
-    base = Base.load(options.base, options.longest)
-    code_bytes = code_size(base.vectors.shape[1], Storage(options.storage))
-    total = options.vectors or -(-parse_bytes(options.bytes) // code_bytes)
-    if options.kind == "embeddings":
-        make_embeddings(base, total, options.noise, options.seed, options.output)
-    else:
-        make_index(base, total, options.nlist or auto_nlist(total), options)
-
-
 def main() -> None:
     """Read arguments and make it."""
     parser = argparse.ArgumentParser(description="Noisy copies of real embeddings, as many as asked for.")
@@ -435,7 +410,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to make")
     options = parser.parse_args()
     try:
-        make(options)
+        base = Base.load(options.base, options.longest)
+        total = options.vectors or -(
+            -parse_bytes(options.bytes) // code_size(base.vectors.shape[1], Storage(options.storage))
+        )
+        if options.kind == "embeddings":
+            make_embeddings(base, total, options.noise, options.seed, options.output)
+        else:
+            make_index(base, total, options.nlist or auto_nlist(total), options)
     except TeleragError as error:
         sys.exit(f"error: {error}")
     print(options.output)

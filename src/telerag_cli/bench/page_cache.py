@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import CHUNK_BYTES, wrap_os_error
+from telerag_cli.files import CHUNK_BYTES
 
 HOW = (
     "Before each question every system lets go of its mappings, and the kernel is told to drop the pages of lists.bin "
@@ -22,49 +20,34 @@ HOW = (
 
 def drop(path: Path) -> None:
     """Have the kernel write a file's pages and drop them, except those that some process has mapped."""
-    with _opened(path) as file:
+    with path.open("rb") as file:
         os.fsync(file)  # only clean pages are dropped
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fill(path: Path) -> None:
     """Read a file, so that its pages are there as far as memory holds them."""
     buffer = bytearray(CHUNK_BYTES)
-    with _opened(path) as file:
-        place = 0
-        while count := os.preadv(file, [buffer], place):
-            place += count
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
 
 
 def share(path: Path) -> float:
     """Return which part of a file's pages is in the page cache; raises ResourceError if the kernel does not say."""
-    with _opened(path) as file:
-        size = os.fstat(file).st_size
-        if not size:
-            return 0.0
-        with mmap.mmap(file, size, prot=mmap.PROT_READ) as view:
-            pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
-            held = np.frombuffer(view, np.uint8)
-            failed = ctypes.CDLL(None, use_errno=True).mincore(
-                ctypes.c_void_p(held.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data)
-            )
-            del held  # or the mapping could not be closed
-            if failed:
-                raise ResourceError(
-                    f"The kernel does not say what of {path} is in the page cache: {os.strerror(ctypes.get_errno())}.",
-                    remedy="Measure as the owner of the file, or with --pages warm.",
-                )
-            return float((pages & 1).mean())
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """A file's descriptor."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise wrap_os_error(error, path) from error
-    try:
-        yield file
-    finally:
-        os.close(file)
+    size = path.stat().st_size
+    if not size:
+        return 0.0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as view:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        held = np.frombuffer(view, np.uint8)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(held.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(pages.ctypes.data)
+        )
+        del held  # or the mapping could not be closed
+    if failed:
+        raise ResourceError(
+            f"The kernel does not say what of {path} is in the page cache: {os.strerror(ctypes.get_errno())}.",
+            remedy="Measure as the owner of the file, or with --pages warm.",
+        )
+    return float((pages & 1).mean())

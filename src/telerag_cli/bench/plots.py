@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -237,29 +238,24 @@ def _bar_panels(
         told = "; ".join(f"{name}: {', '.join(bar.described(name) for bar in group)}" for name, group in groups.items())
         title = ", ".join(filter(None, (heading, where)))
         height_in = 0.75 + 0.2 * max(len(inside) + 0.6 * (len(groups) - 1), 2)
-        draw = _draw_bars(groups, limit, words, reference)
+        draw = partial(_draw_bars, groups=groups, limit=limit, words=words, reference=reference)
         panels.append(Panel(title, f"{title}: {told}." if title else f"{told}.", height_in, draw))
     return panels
 
 
-def _draw_bars(
-    groups: Mapping[str, Sequence[_Bar]], limit: float, words: str, reference: float
-) -> Callable[[Axes], None]:
-    def draw(axis: Axes) -> None:
-        line, places = 0.0, []
-        for bars in groups.values():
-            places.append(line + (len(bars) - 1) / 2)
-            for bar in bars:
-                _draw_bar(axis, bar, line, limit)
-                line += 1
-            line += 0.6
-        axis.set_xlim(0, limit)
-        axis.set_ylim(line - 0.95, -0.65)
-        _name_rows(axis, places, list(groups), words)
-        if reference:
-            axis.axvline(reference, color=INK, linewidth=1, zorder=3)
-
-    return draw
+def _draw_bars(axis: Axes, groups: Mapping[str, Sequence[_Bar]], limit: float, words: str, reference: float) -> None:
+    line, places = 0.0, []
+    for bars in groups.values():
+        places.append(line + (len(bars) - 1) / 2)
+        for bar in bars:
+            _draw_bar(axis, bar, line, limit)
+            line += 1
+        line += 0.6
+    axis.set_xlim(0, limit)
+    axis.set_ylim(line - 0.95, -0.65)
+    _name_rows(axis, places, list(groups), words)
+    if reference:
+        axis.axvline(reference, color=INK, linewidth=1, zorder=3)
 
 
 def _draw_bar(axis: Axes, bar: _Bar, line: float, limit: float) -> None:
@@ -309,29 +305,24 @@ def _stacks(result: SuiteResult, name: str) -> Plot:
             + (", ".join(f"{stage} {short(name, value)}" for stage, value in stages.items()) or "not measured")
             for system, stages in rows.items()
         )
-        draw = _draw_stacks(rows, legend, limit, label(name))
+        draw = partial(_draw_stacks, rows=rows, legend=legend, limit=limit, words=label(name))
         panels.append(Panel(where, f"{where}: {told}.", 0.75 + 0.32 * max(len(rows), 1.5), draw))
     return Plot(name.replace("_", "-"), _capital(label(name)), legend, panels)
 
 
-def _draw_stacks(
-    rows: Mapping[str, Mapping[str, float]], legend: Looks, limit: float, words: str
-) -> Callable[[Axes], None]:
-    def draw(axis: Axes) -> None:
-        for line, stages in enumerate(rows.values()):
-            start = 0.0
-            for stage, value in stages.items():
-                look: Any = {"color": legend[_family(stage)][0], "edgecolor": PAPER, "linewidth": 0.7}
-                bar = axis.barh(line, value, left=start, height=0.72, **look)
-                if value > limit * 0.016 * len(short("", value)):
-                    axis.bar_label(bar, [short("", value)], label_type="center", fontsize=7)
-                start += value
-            _note(axis, short("", start) if stages else "not measured", start, line)
-        axis.set_xlim(0, limit)
-        axis.set_ylim(len(rows) - 0.45, -0.55)
-        _name_rows(axis, range(len(rows)), list(rows), words)
-
-    return draw
+def _draw_stacks(axis: Axes, rows: Mapping[str, Mapping[str, float]], legend: Looks, limit: float, words: str) -> None:
+    for line, stages in enumerate(rows.values()):
+        start = 0.0
+        for stage, value in stages.items():
+            look: Any = {"color": legend[_family(stage)][0], "edgecolor": PAPER, "linewidth": 0.7}
+            bar = axis.barh(line, value, left=start, height=0.72, **look)
+            if value > limit * 0.016 * len(short("", value)):
+                axis.bar_label(bar, [short("", value)], label_type="center", fontsize=7)
+            start += value
+        _note(axis, short("", start) if stages else "not measured", start, line)
+    axis.set_xlim(0, limit)
+    axis.set_ylim(len(rows) - 0.45, -0.55)
+    _name_rows(axis, range(len(rows)), list(rows), words)
 
 
 def _family(stage: str) -> str:
@@ -359,32 +350,30 @@ def _lines(result: SuiteResult, over: str, metrics: Sequence[str], looks: Looks)
                 if x is not None and y is not None:
                     curves.setdefault(cell.system, []).append((x, scale * y))
             heading = ", ".join(filter(None, (_capital(label(metric)) if len(metrics) > 1 else "", where)))
-            draw = _draw_lines(curves, looks, over, label(metric) + unit, limit)
+            words = label(metric) + unit
+            draw = partial(_draw_lines, curves=curves, looks=looks, over=over, words=words, limit=limit)
             panels.append(Panel(heading, f"{heading or label(metric)}: {', '.join(told)}.", LINES_IN, draw))
     title = _capital(f"{' and '.join(map(label, metrics))} over {label(over)}")
     return Plot("curve", title, _legend(result, looks), panels, is_lines=True)
 
 
 def _draw_lines(
-    curves: Mapping[str, Sequence[tuple[float, float]]], looks: Looks, over: str, words: str, limit: float
-) -> Callable[[Axes], None]:
-    def draw(axis: Axes) -> None:
-        for system, points in curves.items():
-            xs, ys = zip(*sorted(points), strict=True)
-            colour, marker = looks[system]
-            axis.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6)
-        places = sorted({x for points in curves.values() for x, _ in points})
-        if places and all(place >= 1 and math.log2(place).is_integer() for place in places):
-            axis.set_xscale("log", base=2)
-        axis.set_xticks(places, [short(over, int(place) if place.is_integer() else place) for place in places])
-        axis.set_xticks([], minor=True)
-        axis.set_ylim(0, limit)
-        axis.grid(visible=True)
-        axis.yaxis.set_major_formatter(_tick)
-        axis.set_xlabel(_wrapped(label(over), 60))
-        axis.set_ylabel(_wrapped(words, 34))
-
-    return draw
+    axis: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], looks: Looks, over: str, words: str, limit: float
+) -> None:
+    for system, points in curves.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        colour, marker = looks[system]
+        axis.plot(xs, ys, color=colour, marker=marker, markersize=5, linewidth=1.6)
+    places = sorted({x for points in curves.values() for x, _ in points})
+    if places and all(place >= 1 and math.log2(place).is_integer() for place in places):
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(places, [short(over, int(place) if place.is_integer() else place) for place in places])
+    axis.set_xticks([], minor=True)
+    axis.set_ylim(0, limit)
+    axis.grid(visible=True)
+    axis.yaxis.set_major_formatter(_tick)
+    axis.set_xlabel(_wrapped(label(over), 60))
+    axis.set_ylabel(_wrapped(words, 34))
 
 
 # What they share.
