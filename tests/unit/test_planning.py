@@ -11,7 +11,7 @@ from telerag_cli.errors import ArtifactError
 from telerag_cli.planning import formulas
 from telerag_cli.planning.averages import Averages
 from telerag_cli.planning.check import prediction_errors
-from telerag_cli.planning.planner import Circumstances, Planner
+from telerag_cli.planning.planner import Planner
 from telerag_cli.planning.profile import (
     DecodePoint,
     EmbeddingTimes,
@@ -178,13 +178,13 @@ def test_outlook_follows_from_the_formulas():
 
 
 def test_what_is_there_already_need_not_be_moved():
-    held = planner().outlook(0.009, "refined", Circumstances(held_share=0.25))
+    held = planner().outlook(0.009, "refined", held_share=0.25)
     assert held.hit_share == pytest.approx(0.25 + 0.75 * 0.8)
-    assert planner().outlook(0.0, "refined", Circumstances(held_share=1.0)).hit_share == 1.0
+    assert planner().outlook(0.0, "refined", held_share=1.0).hit_share == 1.0
 
 
 def test_rounds_share_the_link_and_the_user_bounds_it():
-    assert planner().outlook(0.009, "refined", Circumstances(rounds=3)).budget_bytes == pytest.approx(3 * MB)
+    assert planner().outlook(0.009, "refined", rounds=3).budget_bytes == pytest.approx(3 * MB)
     assert planner(most_bytes=2 * MB).outlook(0.009, "refined").budget_bytes == 2 * MB
     assert planner(arena_bytes=1 * MB, most_bytes=2 * MB).outlook(0.009, "refined").budget_bytes == 1 * MB
 
@@ -198,8 +198,7 @@ def test_averages_correct_what_the_profile_says():
     averages.observe("hyde/passage", "link", 0.5)
     assert plain.window_s(texts, "hyde/passage") == pytest.approx(1.5 * before_s)
     assert plain.window_s(texts, "another") == before_s
-    known = Circumstances(stage="hyde/passage")
-    assert plain.outlook(0.001, "refined", known).budget_bytes == pytest.approx(0.5 * before)
+    assert plain.outlook(0.001, "refined", stage="hyde/passage").budget_bytes == pytest.approx(0.5 * before)
 
 
 def test_averages_weigh_the_first_alike_and_then_the_newest_a_quarter(tmp_path):

@@ -13,6 +13,12 @@ from telerag_cli.config import PlacementName
 from telerag_cli.engine.micro_batch import MicroBatch
 from telerag_cli.errors import needs_extra
 
+LOOKED_AT = 6
+"""Micro-batches per replica, oldest first, that one assignment looks at. Few: of those further back nothing in an arena
+says yet where they should go. Source: docs/scheduling.md; little changes from 4 to 8."""
+MAX_WAITS = 16
+"""Rounds in which a micro-batch may be passed over for a younger one; then it goes before all that are younger."""
+
 Pairs = list[tuple[int, int]]
 """Places of a replica and of a micro-batch; neither comes twice."""
 
@@ -127,13 +133,6 @@ def make_placement(name: PlacementName) -> Placement:
             return Greedy()
         case PlacementName.ROUND_ROBIN:
             return RoundRobin()
-
-
-LOOKED_AT = 6
-"""Micro-batches per replica, oldest first, that one assignment looks at. Few: of those further back nothing in an arena
-says yet where they should go. Source: docs/scheduling.md; little changes from 4 to 8."""
-MAX_WAITS = 16
-"""Rounds in which a micro-batch may be passed over for a younger one; then it goes before all that are younger."""
 
 
 @dataclass(frozen=True, eq=False)

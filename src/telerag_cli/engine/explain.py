@@ -16,7 +16,7 @@ from telerag_cli.engine.memory_plan import Row
 from telerag_cli.llm.base import Generation, Message, Token
 from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Pipeline, Prompt
 from telerag_cli.pipelines.prompts import answer_prompt
-from telerag_cli.planning.planner import Circumstances, Planner
+from telerag_cli.planning.planner import Planner
 from telerag_cli.system import available_bytes
 from telerag_cli.units import format_bytes
 
@@ -130,7 +130,7 @@ def explain(engine: Engine, planner: Planner, pipeline: Pipeline) -> list[Row]:
 
 def outlook_rows(planner: Planner, window_s: float, lookahead: Lookahead, stage: str = "") -> list[Row]:
     """What follows from a window."""
-    outlook = planner.outlook(window_s, lookahead.value, Circumstances(stage=stage))
+    outlook = planner.outlook(window_s, lookahead.value, stage=stage)
     link = planner.link_bytes_per_s(stage)
     bound = "" if outlook.budget_bytes < planner.most_bytes else ", bounded by the arena or --prefetch-budget"
     rows: list[Row] = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from telerag_cli.config import Lookahead
 from telerag_cli.llm.base import Generation
 from telerag_cli.planning.averages import Averages, Quantity
-from telerag_cli.planning.planner import Circumstances, ExpectedText, Outlook, Planner
+from telerag_cli.planning.planner import ExpectedText, Outlook, Planner
 from telerag_cli.retrieval.report import JoinReport
 
 
@@ -76,9 +76,10 @@ class Forecast:
         window, planner = report.window, self._planner
         if planner is None or window is None or not texts:
             return None
-        known = Circumstances(window.held_share, window.prefetches, self._stage)
         expected_s = planner.window_s(texts, self._stage)
-        predicted = planner.outlook(expected_s, lookahead.value, known)
+        predicted = planner.outlook(
+            expected_s, lookahead.value, held_share=window.held_share, rounds=window.prefetches, stage=self._stage
+        )
         hit_bytes = report.bytes_wanted - report.bytes_missed
         pace = window.bytes_moved / window.moving_s if window.moving_s else 0.0
         measured = Outlook(

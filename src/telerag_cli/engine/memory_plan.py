@@ -31,6 +31,11 @@ from telerag_cli.units import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu
 
+ALL_LAYERS = -1
+MIN_SLOTS = 4
+"""Requests that are written at once, memory permitting, even for one question: some pipelines ask several things
+together, and a slot that is free keeps a prompt's beginning for the next."""
+
 Row = tuple[str, str, str]
 """Of a byte plan: what, where, how much."""
 
@@ -207,12 +212,6 @@ def _plan_cuda(index: Index, config: TierConfig, gpu: Gpu, why: str) -> PlannedT
 
 def _centroids(index: Index) -> Row:
     return ("centroids", "RAM", format_bytes(2 * index.centroids.nbytes))
-
-
-ALL_LAYERS = -1
-MIN_SLOTS = 4
-"""Requests that are written at once, memory permitting, even for one question: some pipelines ask several things
-together, and a slot that is free keeps a prompt's beginning for the next."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,12 @@ from telerag_cli.prefetch.prefetcher import Prefetch
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.system import give_way
 
+AWAITED = 2
+"""Queries for which lists are moved as long as none of several is finished. Source: scripts/lookahead_study.py."""
+
+StartPrefetches = Callable[[Sequence[FloatArray]], Sequence[Prefetch]]
+"""Starts a prefetch for each of several searches, each of queries of shape (n, dimension)."""
+
 SHARE = 0.03
 """Of the time, what refining may take from an LLM that decodes on the same cores."""
 ALLOWANCE_S = 0.03
@@ -126,13 +132,6 @@ class RefinementEmbedder:
                 except Exception as error:
                     task.fail(error)
                 start += len(each)
-
-
-AWAITED = 2
-"""Queries for which lists are moved as long as none of several is finished. Source: scripts/lookahead_study.py."""
-
-StartPrefetches = Callable[[Sequence[FloatArray]], Sequence[Prefetch]]
-"""Starts a prefetch for each of several searches, each of queries of shape (n, dimension)."""
 
 
 class PrefetchStart:

@@ -33,6 +33,9 @@ from telerag_cli.tiers.tier import FastTier, PinResult
 if TYPE_CHECKING:
     from telerag_cli.tiers.cuda.gpu import Gpu
 
+NLIST = 64
+LIST_BYTES = 1 << 20
+
 POLL_S = 0.002
 TRIED_BYTES = 512 << 20
 """Of lists that are scored for a rate, where the arena holds so many; more than processors have cache."""
@@ -201,10 +204,6 @@ def _scoring(place: str, score: ScoreLists, index: Index, lists: IntArray, effor
     latency_s = scoring_latency_s(few * mean, few_s.value, count * mean, all_s.value)
     value, low, high = (count * mean / max(took_s - latency_s, 1e-9) for took_s in (all_s.value, all_s.high, all_s.low))
     return ScoringRate(place, index.manifest.storage.value, Measured(value, low, high, all_s.repeats), latency_s)
-
-
-NLIST = 64
-LIST_BYTES = 1 << 20
 
 
 class MadeLists:

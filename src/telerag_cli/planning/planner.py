@@ -32,18 +32,6 @@ class Outlook:
     join_s: float
 
 
-@dataclass(frozen=True)
-class Circumstances:
-    """What is known when lookahead starts."""
-
-    held_share: float = 0.0
-    """Share of the bytes that the first order would probe, in fast memory already."""
-    rounds: int = 1
-    """Prefetches that share the link, this one included."""
-    stage: str = ""
-    """Whose window it is."""
-
-
 class Planner:
     """Puts the formulas together. It has no state but the averages, which it only reads."""
 
@@ -86,16 +74,22 @@ class Planner:
         )
         return plain_s * self.averages.get(stage, "window", 1.0)
 
-    def outlook(self, window_s: float, lookahead: str, known: Circumstances = Circumstances()) -> Outlook:
-        """Expect what lookahead of this kind does in a window, and the join after it."""
-        rate = self.link_bytes_per_s(known.stage) / known.rounds
+    def outlook(
+        self, window_s: float, lookahead: str, *, held_share: float = 0.0, rounds: int = 1, stage: str = ""
+    ) -> Outlook:
+        """Expect what lookahead of this kind does in a window of this stage, and the join after it.
+
+        ``held_share`` of the bytes that the first order would probe are in fast memory already, and ``rounds``
+        prefetches share the link, this one included.
+        """
+        rate = self.link_bytes_per_s(stage) / rounds
         budget = formulas.budget_bytes(rate, window_s, self.most_bytes)
         probed = self.probed_bytes
-        absent = probed * (1 - known.held_share)
+        absent = probed * (1 - held_share)
         share = budget / absent if absent else 0.0
         curve = self.hit_curve(lookahead)
         missed = absent * (1 - formulas.hit_share(curve, share))
-        worth = absent * formulas.moved_share(curve, share) * self.averages.get(known.stage, "moved", 1.0)
+        worth = absent * formulas.moved_share(curve, share) * self.averages.get(stage, "moved", 1.0)
         hit_share = 1 - missed / probed if probed else 1.0
         return Outlook(window_s, budget, min(worth, budget), hit_share, self.join_s(probed - missed, missed))
 
