@@ -68,12 +68,20 @@ def test_search_prints_passages_and_json(index):
         (["--fast-memory", "lots", "q"], 2, "'lots' is not a size"),
         (["--fast-memory", "900TiB", "q"], 0, None),
         (["--tier", "simulated", "--gpu-memory", "4095", "q"], 2, "Give --gpu-memory at least"),
-        (["--tier", "simulated", "--fast-memory", "1MB", "q"], 2, "--fast-memory has no part in --tier simulated"),
-        (["--tier", "host", "--gpu-memory", "1MB", "q"], 2, "--gpu-memory has no part in the host tier (as asked)"),
+        (
+            ["--tier", "simulated", "--fast-memory", "1MB", "q"],
+            2,
+            "--fast-memory cannot be combined with --tier simulated",
+        ),
+        (
+            ["--tier", "host", "--gpu-memory", "1MB", "q"],
+            2,
+            "--gpu-memory cannot be combined with the host tier (as asked)",
+        ),
         (
             ["--require-pinned", "--device", "cpu", "q"],
             2,
-            "--require-pinned has no part in the host tier (--device cpu)",
+            "--require-pinned cannot be combined with the host tier (--device cpu)",
         ),
         (["--tier", "cuda", "--device", "cpu", "q"], 2, "--device cpu has no GPU for --tier cuda"),
         (["--tier", "cuda", "--device", "cuda:99", "q"], 1, "GPU 99 was asked for, and torch"),
@@ -342,10 +350,10 @@ def test_options_that_do_not_fit_together_are_refused_before_anything_is_loaded(
     for options, told in (
         (("--pipeline", "hyde", "--rounds", 2), "--rounds"),
         (("--generator", "openai"), "--generator openai needs the server's address"),
-        (("--base-url", "http://127.0.0.1:1/v1"), "has no part in --generator llama.cpp"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "cannot be combined with --generator llama.cpp"),
         (
             ("--generator", "openai", "--base-url", "http://127.0.0.1:1/v1", "--n-gpu-layers", 1),
-            "--n-gpu-layers 1 has no part",
+            "--n-gpu-layers 1 cannot be combined",
         ),
         (("--concurrency", 200, "--ctx-size", 8192), "of memory are free"),
     ):
