@@ -318,16 +318,6 @@ def test_while_loading_it_is_there_but_not_ready(server):
         assert made.get("/metrics").status_code == 200
 
 
-def test_a_server_that_is_to_stop_ends_what_it_began(server):
-    with server({"Question:": "word " * 30}, token_s=0.02, max_tokens=50) as made, made.stream(ask()) as response:
-        lines = response.iter_lines()
-        next(lines)
-        made.running.service.draining = True
-        made.running.server.should_exit = True
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-
-
 def test_answers_are_not_crossed(server):
     animals = ["cats", "dogs", "owls", "bees", "ants", "eels", "bats", "cows"]
     script = {f"Question: where do {animal}": f"{animal} live there." for animal in animals}

@@ -19,6 +19,7 @@ from telerag_cli.engine.snapshot import Snapshot, snapshot
 from telerag_cli.llm.base import Generation, Request
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.retrieval.report import JoinReport
+from telerag_cli.retrieval.retriever import Retrieval
 from telerag_cli.server.metrics import HIT_WINDOW_S, MAX_KEPT, Metrics
 
 MODEL = "telerag-hyde"
@@ -72,25 +73,9 @@ def stage(name, text, **numbers):
     return Stage(name=name, request=Request([], 10), generation=generation, began_s=0.0, took_s=0.5, expected=None)
 
 
-class Retrieved:
-    def __init__(self, report):
-        self.join = report
-
-
 def answer(stages, joins=(), text="It is so."):
-    return AskResult(
-        "Is it so?",
-        "hyde",
-        Lookahead.REFINED,
-        text,
-        [],
-        [],
-        list(stages),
-        [Retrieved(report) for report in joins],
-        [],
-        0,
-        {},
-    )
+    retrievals = [Retrieval((), [], report, 0.0) for report in joins]
+    return AskResult("Is it so?", "hyde", Lookahead.REFINED, text, [], [], list(stages), retrievals, [], 0, {})
 
 
 def count(metrics, answered, **how):
