@@ -20,7 +20,7 @@ from telerag_cli.cli import console
 from telerag_cli.cli.app import app as telerag
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
-from telerag_cli.server.server import Ended, Serving, address_of, bind, notify
+from telerag_cli.server.server import Serving, address_of, bind, notify
 
 BODY = {"model": "telerag-naive", "messages": [{"role": "user", "content": "cats"}], "stream": True}
 
@@ -53,7 +53,7 @@ class Life:
                         act()
                 except BaseException as error:
                     self.wrong.append(error)
-                    self.serving.end(Ended.TERMINATED)
+                    self.serving.end(signal.SIGTERM)
 
             actor = threading.Thread(target=acting)
             actor.start()
@@ -76,8 +76,8 @@ def loading(engine, *, before=lambda: None, closed=None):
     return load
 
 
-@pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)])
-def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, number, ended):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, number):
     engine = engine_of({"Hello": "yes", "Question:": "word " * 30}, token_s=0.01, max_tokens=40)
     closed, may_load, lines = [], threading.Event(), []
     life = Life(loading(engine, before=lambda: may_load.wait(10), closed=closed))
@@ -99,7 +99,7 @@ def test_a_signal_lets_what_is_under_way_end(engine_of, monkeypatch, tmp_path, n
             lines.extend(line for line in pieces if line)
 
     with manager:
-        assert life.run(act) is ended
+        assert life.run(act) is number
     assert lines[-1] == "data: [DONE]"
     assert closed == [threading.main_thread()]
     assert life.said[0].startswith("Ready at http://127.0.0.1:")
@@ -126,7 +126,7 @@ def test_a_second_signal_ends_it_at_once(engine_of):
             os.kill(os.getpid(), signal.SIGINT)
             list(pieces)
 
-    assert life.run(act) is Ended.INTERRUPTED
+    assert life.run(act) is signal.SIGINT
     assert life.said[-1] == "Ending at once."
 
 

@@ -16,7 +16,7 @@ from telerag_cli.server.app import make_app
 from telerag_cli.server.metrics import Metrics
 from telerag_cli.server.middleware import LOOPBACK_HOSTS, AccessOptions, with_middleware
 from telerag_cli.server.server import address_of, bind, uvicorn_server
-from telerag_cli.server.service import Limits, Service
+from telerag_cli.server.service import Service
 
 
 @dataclass
@@ -54,10 +54,10 @@ class Running:
         asyncio.run_coroutine_threadsafe(quiet(), self.loop).result(15)
 
 
-def assembled(write, limits=None, access=None):
+def assembled(write, access=None, **limits):
     """A service and the application before it, as the command puts them together; ``write`` takes lines of the log."""
     metrics = Metrics("0")
-    service = Service(make_pipelines({}), limits or Limits(), metrics, "0")
+    service = Service(make_pipelines({}), metrics, "0", **limits)
     log = AccessLog(write, LogFormat.JSON)
     return service, with_middleware(make_app(service), access or AccessOptions(), log, metrics)
 
@@ -91,7 +91,7 @@ def serving(engine, *, at_once=2, queue=8, request_s=30.0, key=None, options=Non
     """Serve an engine at a port of its own; with ``is_open`` false, as while it is loading."""
     lines: list[str] = []
     access = options or AccessOptions(key, LOOPBACK_HOSTS if key is None else frozenset())
-    service, app = assembled(lines.append, Limits(queue, request_s), access)
+    service, app = assembled(lines.append, access, max_queue=queue, request_s=request_s)
     server = uvicorn_server(app, 5.0)
     started = threading.Event()
     running: list[Running] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,15 +156,16 @@ def serve_local(
         from telerag_cli.server.app import make_app
         from telerag_cli.server.metrics import Metrics
         from telerag_cli.server.middleware import with_middleware
-        from telerag_cli.server.server import Ended, Serving, address_of, bind
-        from telerag_cli.server.service import Limits, Service
+        from telerag_cli.server.server import Serving, address_of, bind
+        from telerag_cli.server.service import Service
 
         metrics = Metrics(__version__)
         service = Service(
             make_pipelines(config.pipeline_options),
-            Limits(limits.max_queue, limits.request_timeout),
             metrics,
             __version__,
+            max_queue=limits.max_queue,
+            request_s=limits.request_timeout,
         )
         log = AccessLog(_write, server.log_format)
         app = with_middleware(make_app(service), _access(server, limits, key), log, metrics)
@@ -180,7 +182,7 @@ def serve_local(
             console.say(f"Listening at {address_of(listening)}; loading {config.index}")
             ended = Serving(app, service, load, drain_s=limits.drain, tell=console.say).run(listening)
         console.say("Stopped.")
-    if ended is Ended.INTERRUPTED:
+    if ended is signal.SIGINT:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 

@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request, Response
 
 from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
-from telerag_cli.errors import TeleragError
 from telerag_cli.llm.shapes import Json, Shape
 from telerag_cli.pipelines.base import Pipeline, together
 from telerag_cli.pipelines.conversation import Turn
@@ -27,8 +26,6 @@ from telerag_cli.server.streams import ChatChunks, CompletionChunks, streamed, u
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 MAX_SCHEMA_CHARACTERS = 2000
 """Of a schema that the LLM is shown; a longer one only constrains it."""
-BAD_SCHEMA = (TeleragError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, IndexError)
-"""What making a grammar of a schema may raise."""
 STREAM_SCHEMA = {
     "type": "object",
     "properties": {"data": {"type": "string"}},
@@ -145,7 +142,7 @@ def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
     shape = Json(ANY_OBJECT if form.json_schema is None else form.json_schema.schema_ or ANY_OBJECT)
     try:
         shape.gbnf()  # so that what is wrong with it is said before the question waits
-    except BAD_SCHEMA as error:
+    except Exception as error:
         text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         message = f"The schema cannot be followed: {text if len(text) <= 120 else f'{text[:119]}…'}."
         param = "response_format.json_schema.schema"

@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from enum import StrEnum
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -23,13 +22,6 @@ BACKLOG = 2048
 """Connections that the kernel keeps until they are accepted."""
 KEEP_ALIVE_S = 5
 """Seconds for which a connection may be idle between two requests."""
-
-
-class Ended(StrEnum):
-    """Why a server has ended: by Ctrl-C, or by a service manager."""
-
-    INTERRUPTED = "interrupted"
-    TERMINATED = "terminated"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -87,11 +79,11 @@ class Serving:
         self._load = load
         self._tell = tell
         self._drain_s = drain_s
-        self._ended: Ended | None = None
+        self._ended: signal.Signals | None = None
         self._server = uvicorn_server(app, drain_s)
 
-    def run(self, listening: socket.socket) -> Ended:
-        """Serve until a signal: a first one drains, a second one ends at once."""
+    def run(self, listening: socket.socket) -> signal.Signals:
+        """Serve until a signal, and return it: a first one drains, a second one ends at once."""
         with ExitStack() as opened:
             asyncio.run(self._live(listening, opened))
         assert self._ended
@@ -100,8 +92,8 @@ class Serving:
     async def _live(self, listening: socket.socket, opened: ExitStack) -> None:
         listening.listen(BACKLOG)
         loop = asyncio.get_running_loop()
-        for number, why in ((signal.SIGINT, Ended.INTERRUPTED), (signal.SIGTERM, Ended.TERMINATED)):
-            loop.add_signal_handler(number, self.end, why)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.end, number)
         serving = asyncio.create_task(self._server.serve([listening]))
         try:
             # Not to be interrupted half way: what is opened must be closed.
@@ -119,7 +111,7 @@ class Serving:
             loop.remove_signal_handler(signal.SIGINT)
             loop.remove_signal_handler(signal.SIGTERM)
 
-    def end(self, why: Ended) -> None:
+    def end(self, why: signal.Signals) -> None:
         """Begin to end, or end at once if that has begun; from the event loop's thread."""
         if self._ended is not None:
             self._tell("Ending at once.")

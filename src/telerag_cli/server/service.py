@@ -47,16 +47,6 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much a server takes on."""
-
-    queue: int = 64
-    """Requests that may wait."""
-    request_s: float = 300.0
-    """That one may take, waiting included."""
-
-
-@dataclass(frozen=True)
 class AnswerRequest:
     """A question, and how it is to be answered."""
 
@@ -101,9 +91,12 @@ class Service:
     """One server's engine and everything about it. For one event loop."""
 
     pipelines: dict[PipelineName, Pipeline]
-    limits: Limits
     metrics: Metrics
     version: str
+    max_queue: int = 64
+    """Requests that may wait."""
+    request_s: float = 300.0
+    """Seconds that one may take, waiting included."""
     draining: bool = False
     started_s: float = field(default_factory=time.monotonic)
     started_at: float = field(default_factory=time.time)
@@ -158,7 +151,7 @@ class Service:
     def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
         """Begin to answer."""
         self._engine = engine
-        self._queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.limits.queue, eager=True)
+        self._queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.max_queue, eager=True)
 
     async def close(self) -> None:
         """Take no more requests. The engine stays the caller's."""
@@ -233,7 +226,7 @@ class Service:
     async def within(self, work: Coroutine[Any, Any, T]) -> T:
         """Do the work of a request that needs no seat, if fewer are under way than questions may wait, in its time."""
         _engine, queue = self.require_ready()
-        if self._beside >= max(self.limits.queue, 1):
+        if self._beside >= max(self.max_queue, 1):
             work.close()
             raise self._busy(queue)
         self._beside += 1
@@ -247,13 +240,13 @@ class Service:
     async def _in_time(self) -> AsyncIterator[None]:
         """Cancel the block when the time of a request is over, and raise ApiError instead."""
         try:
-            async with asyncio.timeout(self.limits.request_s) as limit:
+            async with asyncio.timeout(self.request_s) as limit:
                 yield
         except TimeoutError:
             if not limit.expired():
                 raise
             self.metrics.ended("timeout")
-            message = f"The answer was not ready within {self.limits.request_s:g} seconds."
+            message = f"The answer was not ready within {self.request_s:g} seconds."
             raise ApiError(504, message, TIMEOUT, code="timeout", headers=DO_NOT_RETRY) from None
 
     def require_ready(self) -> tuple[Engine, AdmissionQueue]:
@@ -273,7 +266,7 @@ class Service:
         self.metrics.rejected("queue")
         mean_s = sum(self._took_s) / len(self._took_s) if self._took_s else 1.0
         wait_s = min(max(math.ceil(queue.waiting * mean_s / queue.at_once), 1), MAX_RETRY_S)
-        message = f"As many requests are waiting as may, {self.limits.queue}; try again in {wait_s} s."
+        message = f"As many requests are waiting as may, {self.max_queue}; try again in {wait_s} s."
         return ApiError(503, message, OVERLOADED, code="queue_full", headers={"Retry-After": str(wait_s)})
 
     def _watched(self) -> ServerState | None:
