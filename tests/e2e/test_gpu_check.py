@@ -98,12 +98,10 @@ def test_options_that_cannot_be_are_refused(check, arguments, said):
     assert [word for word in said if word not in shown.err] == []
 
 
-def test_what_is_missing_is_named(check, monkeypatch, tmp_path):
+def test_what_is_missing_is_named(check, monkeypatch):
     status, result, _shown = check("--model", "missing.gguf")
     assert "missing.gguf" in status
     assert result is None
-    with fails(ArtifactError, tmp_path):
-        read_material(tmp_path)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cuda:99"])
     with pytest.raises(SystemExit) as ended:
         gpu_check.main()
@@ -130,11 +128,12 @@ def test_a_datastore_in_memory_is_an_index(storage):
 
 
 def test_recorded_embeddings_are_read(tmp_path):
+    with fails(ArtifactError, tmp_path):
+        read_material(tmp_path)
     vectors = unit(np.random.default_rng(0).standard_normal((20, 16)))
     np.save(tmp_path / "background.npy", vectors.astype(np.float16))
     named = {f"generated_{share}": vectors[:4] for share in (25, 50, 75, 100)}
     np.savez(tmp_path / "embeddings.npz", question=vectors[:4], **named)
     material = read_material(tmp_path)
-    assert material.base.shape == (20, 16)
-    assert material.base.dtype == np.float32
+    assert (material.base.shape, material.base.dtype) == ((20, 16), np.float32)
     assert sorted(material.written) == [0.25, 0.5, 0.75, 1.0]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from telerag_cli.bench.results import Cell, Ratio, SuiteResult
+from bench_results import HYDE, WIDE, result, saved
+from telerag_cli.bench.results import Cell, Ratio
 from telerag_cli.system import hardware
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -38,12 +39,12 @@ def run(module, monkeypatch, *arguments):
 
 
 def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_path, monkeypatch):
-    result = {
+    made = {
         "command": "python scripts/bench.py --n 3",
         "hardware": hardware(),
         "figures": [{"what": "speed", "value": "5 x", "against": "1 x", "goal": "at least 4 x"}],
     }
-    (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(result))
+    (tmp_path / "benchmarks" / "results" / "speed.json").write_text(json.dumps(made))
     (tmp_path / "benchmarks" / "results" / "raw.json").write_text(json.dumps({"numbers": [1, 2]}))
     with pytest.raises(SystemExit, match="make docs"):
         run(figures, monkeypatch, "--check")
@@ -51,60 +52,35 @@ def test_figures_come_from_the_results_and_stale_ones_are_found(figures, tmp_pat
     run(figures, monkeypatch, "--check")
     document = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "| speed | 5 x | 1 x | at least 4 x | [speed.json](../benchmarks/results/speed.json) |" in document
-    assert f"speed.json: {result['hardware']['cpu']}, {result['hardware']['cores']} cores" in document
+    assert f"speed.json: {made['hardware']['cpu']}, {made['hardware']['cores']} cores" in document
     assert document.startswith("above\n")
     assert document.endswith("\nbelow\n")
     assert "old" not in document
     assert "raw.json" not in document
 
 
-def latency(folder, ratio):
-    key = {"pipeline": "hyde", "dataset": "q", "pages": "cold"}
+SETTINGS = {
+    **{"num_prompts": 4, "repeats": 1, "nprobe": 8, "k": 3, "max_tokens": 48, "fast_memory_bytes": 1 << 30},
+    **{"llm": "a model", "index": {"nlist": 64, "lists_bytes": 10**9}},
+}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "told"),
+    [
+        (Ratio(HYDE, "faiss-ondisk", "refined", "e2el_ms", 4, 2.0, 1.0, 3.0), "**2.00** (1.00 to 3.00)"),
+        (Ratio(HYDE, "faiss-ondisk", "refined", "e2el_ms", 4, None, 1.0, 3.0, WIDE), WIDE),
+    ],
+)
+def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(figures, tmp_path, monkeypatch, ratio, told):
     cells = [
-        Cell(system, key, {"median_e2el_ms": ms, "hit_share": 0.9})
+        Cell(system, HYDE, {"median_e2el_ms": ms, "hit_share": 0.9})
         for system, ms in (("faiss-ondisk", 4000.0), ("refined", 2000.0))
     ]
-    result = SuiteResult(
-        "latency",
-        "Latency",
-        "a figure",
-        "2026-01-01T00:00:00+00:00",
-        1.0,
-        "telerag bench latency",
-        hardware(),
-        {},
-        {
-            "num_prompts": 4,
-            "repeats": 1,
-            "nprobe": 8,
-            "k": 3,
-            "max_tokens": 48,
-            "fast_memory_bytes": 1 << 30,
-            "llm": "a model",
-            "index": {"nlist": 64, "lists_bytes": 10**9},
-        },
-        {"faiss-ondisk": {}, "refined": {}},
-        ["pipeline", "dataset", "pages"],
-        cells,
-        [ratio],
-        [],
-    )
-    folder.mkdir()
-    result.save(folder / "latency.json")
-    return key
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_suites_have_a_table_a_machine_and_no_number_where_there_is_none(figures, tmp_path, monkeypatch, known):
-    key = {"pipeline": "hyde", "dataset": "q", "pages": "cold"}
-    note = "" if known else "spread too wide: from 1.00 to 3.00 over 4 pairs"
-    latency(
-        tmp_path / "benchmarks" / "results" / "here",
-        Ratio(key, "faiss-ondisk", "refined", "e2el_ms", 4, 2.0 if known else None, 1.0, 3.0, note),
-    )
+    made = result("latency", cells, [ratio], hardware=hardware(), settings=SETTINGS)
+    saved(tmp_path / "benchmarks" / "results" / "here", latency=made)
     run(figures, monkeypatch)
     document = (tmp_path / "docs" / "benchmarks.md").read_text()
-    told = "**2.00** (1.00 to 3.00)" if known else note
     assert f"| `hyde` | 4.00 | 2.00 | {told} |  | 90% |" in document
     assert "4 questions one at a time, cold; 8 of 64 lists of an index of 1.0 GB" in document
     assert "(../benchmarks/results/here/report.md)" in document
@@ -151,16 +127,8 @@ def test_a_random_model_decodes_and_is_the_same_each_time(tmp_path, monkeypatch,
 
 def test_a_random_model_needs_a_tokenizer(tmp_path, monkeypatch):
     module = script("make_random_model")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF and nothing more" * 10)
+    broken, output = tmp_path / "broken.gguf", tmp_path / "o.gguf"
+    broken.write_bytes(b"GGUF and nothing more" * 10)
     with pytest.raises(SystemExit, match="GGUF"):
-        run(
-            module,
-            monkeypatch,
-            "--like",
-            str(tmp_path / "broken.gguf"),
-            "--size",
-            "tiny",
-            "-o",
-            str(tmp_path / "o.gguf"),
-        )
-    assert not (tmp_path / "o.gguf").exists()
+        run(module, monkeypatch, "--like", str(broken), "--size", "tiny", "-o", str(output))
+    assert not output.exists()

@@ -61,6 +61,12 @@ def opened(index, progress=silent):
     return open_lance(OpenedIndex(index, None, None), progress)
 
 
+def mapped(index):
+    searcher, _configuration, _files = opened(index)
+    searcher.map()
+    return searcher
+
+
 def same(ours, theirs):
     """The same scores, and the same rows save where scores are a rounding apart."""
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
@@ -77,8 +83,7 @@ def same(ours, theirs):
 def test_finds_what_faiss_finds(tmp_path, lancedb, metric, storage):
     index = an_index(tmp_path / "index", metric, storage)
     faiss = FaissMemory(index, Coarse(index.centroids, metric), lambda _bytes: None)
-    searcher, _configuration, _files = opened(index)
-    searcher.map()
+    searcher = mapped(index)
     queries = make_vectors(5, DIMENSION, seed=3)
     for nprobe in (1, 4, NLIST + 1):
         for asked in (queries, queries[:1]):
@@ -89,8 +94,7 @@ def test_finds_what_faiss_finds(tmp_path, lancedb, metric, storage):
 
 def test_places_without_a_passage(tmp_path, lancedb):
     index = an_index(tmp_path / "index")
-    searcher, _configuration, _files = opened(index)
-    searcher.map()
+    searcher = mapped(index)
     coarse = Coarse(index.centroids, Metric.IP)
     queries = index.centroids[[NLIST, 0, NLIST, 5]]
     expected = index.sizes[coarse.probe(queries, 1)[1][:, 0]]
@@ -204,8 +208,7 @@ def test_is_made_whole_or_not_at_all(tmp_path, lancedb):
     with pytest.raises(KeyboardInterrupt):
         opened(index, Recorder("Copying lists to LanceDB"))
     assert {path.name for path in tmp_path.iterdir()} == {"index"}
-    searcher, _configuration, _files = opened(index)
-    searcher.map()
+    searcher = mapped(index)
     assert (searcher.find(make_vectors(1, DIMENSION, seed=3), 5, NLIST)[1] >= 0).all()
 
 

@@ -6,18 +6,19 @@ import ctypes
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import faiss
 import numpy as np
 
-from telerag_cli.arrays import FloatArray, IntArray
+from telerag_cli.arrays import ByteArray, FloatArray, IntArray
 from telerag_cli.corpus.passages import Retrieved
 from telerag_cli.errors import ModelError, ResourceError
-from telerag_cli.index.artifact import Index
+from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.scoring import Coarse, empty_ivf
 from telerag_cli.prefetch.prefetcher import Prefetch
+from telerag_cli.progress import Advance
 from telerag_cli.retrieval.report import JoinReport
 from telerag_cli.retrieval.retriever import Neighbours, Retrieval, Search
 
@@ -99,20 +100,28 @@ class FaissOnDisk(FaissIvf):
         self.ivf, self._lists = ivf, lists
 
 
-class FaissMemory(FaissIvf):
-    """Faiss's own lists in RAM, all of them; ``advance`` gets the bytes as they are read."""
+def read_lists(index: Index, advance: Advance) -> Iterator[tuple[int, ByteArray, IntArray]]:
+    """Yield number, codes (bytes, end to end) and rows of each list that has any; ``advance`` gets the bytes read."""
+    code_size = index.manifest.code_size
+    with index.paths.lists.open("rb", buffering=0) as file:
+        for number, (size, capacity, offset) in enumerate(index.table.astype(np.int64).tolist()):
+            if size:
+                length = capacity * (code_size + ID_BYTES)
+                data = np.fromfile(file, np.uint8, length, offset=offset - file.tell())
+                rows = np.ascontiguousarray(data[capacity * code_size :].view(np.int64)[:size])
+                yield number, data[: size * code_size], rows
+                advance(int(index.list_bytes[number]))
 
-    def __init__(self, index: Index, coarse: Coarse, advance: Callable[[int], None]) -> None:
+
+class FaissMemory(FaissIvf):
+    """Faiss's own lists in RAM, all of them."""
+
+    def __init__(self, index: Index, coarse: Coarse, advance: Advance) -> None:
         super().__init__(index)
         manifest = index.manifest
         self.ivf = self._empty(coarse)
-        with index.paths.lists.open("rb", buffering=0) as file:
-            for number, (size, capacity, offset) in enumerate(index.table.astype(np.int64).tolist()):
-                if size:
-                    data = np.fromfile(file, np.uint8, capacity * (manifest.code_size + 8), offset=offset - file.tell())
-                    rows = np.ascontiguousarray(data[capacity * manifest.code_size :].view(np.int64)[:size])
-                    self.ivf.invlists.add_entries(number, size, faiss.swig_ptr(rows), faiss.swig_ptr(data))
-                    advance(int(index.list_bytes[number]))
+        for number, codes, rows in read_lists(index, advance):
+            self.ivf.invlists.add_entries(number, len(rows), faiss.swig_ptr(rows), faiss.swig_ptr(codes))
         self.ivf.ntotal = manifest.ntotal
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from telerag_cli.arrays import FloatArray, IntArray
-from telerag_cli.bench.baselines import Plain
+from telerag_cli.bench.baselines import Plain, read_lists
 from telerag_cli.config import Metric, Storage
 from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
@@ -263,19 +263,12 @@ def _schema(index: Index) -> pa.Schema:
 
 
 def _batches(index: Index, advance: Advance) -> Iterator[pa.RecordBatch]:
-    """Rows and vectors, list by list: never more than a list in memory."""
-    schema, dimension, code_size = _schema(index), index.manifest.dimension, index.manifest.code_size
+    """Yield rows and vectors, list by list: never more than a list in memory."""
     kind = np.float16 if index.manifest.storage is Storage.FLOAT16 else np.float32
-    with index.paths.lists.open("rb", buffering=0) as file:
-        for number, (size, capacity, offset) in enumerate(index.table.astype(np.int64).tolist()):
-            if size:
-                length = capacity * (code_size + ID_BYTES)
-                data = np.fromfile(file, np.uint8, length, offset=offset - file.tell())
-                codes = data[: size * code_size].view(kind).astype(np.float32, copy=False)
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(codes), dimension)
-                rows = data[capacity * code_size :].view(np.int64)[:size]
-                yield pa.record_batch([pa.array(rows), vectors], schema=schema)
-                advance(int(index.list_bytes[number]))
+    for _number, codes, rows in read_lists(index, advance):
+        vectors = pa.array(codes.view(kind).astype(np.float32, copy=False))
+        columns = [pa.array(rows), pa.FixedSizeListArray.from_arrays(vectors, index.manifest.dimension)]
+        yield pa.record_batch(columns, schema=_schema(index))
 
 
 def _partitions(index: Index, dataset: Any) -> Iterator[pa.RecordBatch]:
