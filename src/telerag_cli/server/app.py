@@ -51,11 +51,9 @@ def make_app(service: Service) -> FastAPI:
         responses=ERRORS,
         exception_handlers=_HANDLERS,
     )
-    for routes in (
-        *(part.router(service) for part in (answers, embeddings, vector_stores)),
-        *(_models(service), _monitoring(service), site.router()),
-    ):
-        app.include_router(routes)
+    for router in (answers.router, embeddings.router, _models, vector_stores.router, _monitoring):
+        app.include_router(router(service))
+    app.include_router(site.router())
     return app
 
 
