@@ -261,7 +261,7 @@ def test_bad_lines_on_standard_input(tmp_path):
     assert not (tmp_path / "e").exists()
     skipped = telerag("embed", "-", "-o", tmp_path / "e", "--skip-bad", input=piped)
     assert skipped.exit_code == 0
-    assert "left out 1 bad line: <stdin>:2: not JSON" in skipped.stderr
+    assert "Left out: 1 bad line or file: <stdin>:2: not JSON" in skipped.stderr
     assert read(tmp_path / "e").column("id").to_pylist() == ["<stdin>:1", "<stdin>:3"]
 
 

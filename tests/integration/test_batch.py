@@ -14,8 +14,8 @@ from expect import fails
 from telerag_cli.config import Lookahead, PipelineName, ScheduleConfig, ScheduleName
 from telerag_cli.engine.admission import Local
 from telerag_cli.engine.batch import Outputs
-from telerag_cli.engine.lines import Question
 from telerag_cli.engine.micro_batch import MicroBatch
+from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, scheduled
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.pipelines.base import Pipeline

@@ -13,7 +13,8 @@ import dataset_files as made
 from dataset_files import description, failed, fetched
 from expect import fails
 from telerag_cli.cli import data
-from telerag_cli.corpus.readers import find_sources, read_passages
+from telerag_cli.corpus.readers import read_passages
+from telerag_cli.corpus.sources import find_sources
 from telerag_cli.datasets import streams
 from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import DatasetKind, describe, names

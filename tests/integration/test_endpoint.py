@@ -15,7 +15,7 @@ from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.llm import endpoint as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
-from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.llm.shapes import Choice, Json, Lines
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +182,6 @@ def test_a_server_that_knows_the_older_form_of_schemas_gets_that(server):
 
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(server):
     endpoint = server.endpoint(stream("x"))
-    with fails(UsageError, "JSON"):
-        run(endpoint, ask(shape=Gbnf('root ::= "x"')))
     with fails(UsageError, "max_tokens"):
         run(endpoint, ask(ignore_eos=True))
     with fails(UsageError, "'localhost:8000/v1'"):

@@ -15,7 +15,7 @@ from expect import fails
 from scripted_endpoint import ADDRESS, answer, ask, event, raw, refuse, run, scripted, stream, without_garbage
 from telerag_cli.config import PipelineName
 from telerag_cli.engine.batch import Outputs
-from telerag_cli.engine.lines import Question
+from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ContextError, ModelError
 from telerag_cli.llm import endpoint as module
 from telerag_cli.llm.endpoint import Endpoint

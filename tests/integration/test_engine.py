@@ -15,7 +15,8 @@ from expect import fails
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.engine.citations import cite
-from telerag_cli.engine.lines import RunFile, answer_line, error_line, read_questions
+from telerag_cli.engine.lines import RunFile, answer_line, error_line
+from telerag_cli.engine.questions import read_questions
 from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
 from telerag_cli.errors import ArtifactError, ContextError
 from telerag_cli.llm.shapes import Lines
@@ -278,7 +279,7 @@ def test_questions_come_as_text_json_and_batch_lines():
     assert "q.txt:5 is not JSON" in read[3].problem
     assert "q.txt:6 has ['answer', 'id'] and not one of question" in read[4].problem
     assert (read[5].id, read[5].text, read[5].batch["model"]) == ("b1", "From a batch?", "m")
-    assert "q.txt:8 is not UTF-8" in read[6].problem
+    assert "q.txt:8 cannot be used: the byte 0xFF" in read[6].problem
 
 
 def test_lines_answer_in_kind(engine_of):

@@ -13,7 +13,7 @@ from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.llm.base import Generation, Token
 from telerag_cli.llm.scripted import Reply
-from telerag_cli.llm.shapes import Choice, Gbnf, Json, Lines
+from telerag_cli.llm.shapes import Choice, Json, Lines
 from telerag_cli.pipelines.base import merge
 from telerag_cli.pipelines.flare import doubts
 from telerag_cli.pipelines.registry import PIPELINES, make_pipeline, options
@@ -285,4 +285,3 @@ def test_what_an_endpoint_replies_is_turned_into_the_grammars_text():
     assert Choice(("yes", "no")).plain('{"choice": "yes"}') == "yes"
     assert Choice(("yes", "no")).json_schema()["properties"]["choice"]["enum"] == ["yes", "no"]
     assert Json({"type": "object"}).plain("{}") == "{}"
-    assert Gbnf('root ::= "x"').json_schema() is None

@@ -17,7 +17,7 @@ from telerag_cli.distributed.replicas import open_replicas, share_of
 from telerag_cli.distributed.session import Cluster, joined
 from telerag_cli.engine.admission import Local
 from telerag_cli.engine.batch import Outputs, answer_all
-from telerag_cli.engine.lines import Question
+from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Schedule, Scheduler
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.index.artifact import Index

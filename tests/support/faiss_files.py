@@ -8,7 +8,7 @@ import numpy as np
 
 from indexes import expected, make_vectors
 from telerag_cli.config import Metric, Storage
-from telerag_cli.corpus.readers import find_sources
+from telerag_cli.corpus.sources import find_sources
 from telerag_cli.index.faiss_file import read_faiss
 from telerag_cli.index.faiss_import import import_index, plan_import
 from telerag_cli.index.scoring import Coarse, empty_ivf, flat

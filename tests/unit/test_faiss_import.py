@@ -18,7 +18,7 @@ from telerag_cli.cli.guard import guarded
 from telerag_cli.cli.import_index import import_index as import_command
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import find_sources
+from telerag_cli.corpus.sources import find_sources
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
 from telerag_cli.index import faiss_import
 from telerag_cli.index.artifact import Index

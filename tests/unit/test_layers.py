@@ -15,7 +15,7 @@ import telerag_cli
 
 PACKAGE = Path(telerag_cli.__file__).parent
 ROOT = Path(__file__).parents[2]
-BASE = {"arrays", "config", "errors", "files", "tracing", "system", "progress", "setting", "units"}
+BASE = {"arrays", "config", "errors", "files", "tracing", "system", "progress", "setting", "text", "units"}
 LAYERS = [
     {"__main__"},
     {"cli"},

@@ -15,7 +15,7 @@ from telerag_cli.config import ScheduleConfig
 from telerag_cli.engine.admission import Local, Worker
 from telerag_cli.engine.batch import answer_each
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.lines import Question
+from telerag_cli.engine.questions import Question
 from telerag_cli.engine.scheduler import Scheduler, scheduled
 from telerag_cli.errors import TeleragError
 from telerag_cli.pipelines.base import Pipeline

@@ -20,8 +20,10 @@ from telerag_cli.arrays import FloatArray
 from telerag_cli.bench import page_cache
 from telerag_cli.bench.results import Cell, Check, Outcome, Ratio
 from telerag_cli.bench.statistics import ratio, short
+from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import Embeddings
-from telerag_cli.corpus.readers import Chunker, find_sources, read_passages
+from telerag_cli.corpus.readers import read_passages
+from telerag_cli.corpus.sources import find_sources
 from telerag_cli.embedding.encoder import Encoder, min_cosine
 from telerag_cli.embedding.loading import model_path
 from telerag_cli.errors import InputError, TeleragError

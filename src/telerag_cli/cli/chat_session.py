@@ -14,7 +14,8 @@ from telerag_cli.cli.chat_input import LineSource
 from telerag_cli.cli.chat_screen import Screen, seconds, source_lines, timeline, whole_source
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import AskResult, Engine
-from telerag_cli.engine.lines import Question, answer_line
+from telerag_cli.engine.lines import answer_line
+from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ArtifactError, TeleragError, UsageError
 from telerag_cli.files import writing
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline

@@ -10,7 +10,7 @@ import typer
 from telerag_cli.cli import console
 from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
 from telerag_cli.config import DEFAULT_EMBEDDER
-from telerag_cli.errors import InputError, UsageError
+from telerag_cli.errors import UsageError
 
 
 def embed(
@@ -18,7 +18,7 @@ def embed(
         list[str],
         typer.Argument(
             metavar="SOURCE",
-            help="JSONL, TSV, CSV, Parquet, .txt or .md files, folders of them, or - for JSONL on stdin.",
+            help="JSON lines, TSV, CSV, Parquet, .txt or .md files, folders of them, or - for JSON lines on stdin.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the embeddings; a begun one is resumed.")],
@@ -37,17 +37,25 @@ def embed(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shard_rows: Annotated[int, typer.Option(min=1, help="Passages in a shard, which is the unit of resuming.")] = 8192,
     limit: Annotated[int | None, typer.Option(min=1, help="Embed the first passages only.")] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column of texts.  \\[default: text, contents, page_content, body, ...]", show_default=False),
+    ] = None,
+    id_column: Annotated[
+        str | None,
+        typer.Option(help="Column of ids.  \\[default: id, _id, docid, ..., else file and line]", show_default=False),
+    ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out lines that cannot be used, and count them.")
+        bool, typer.Option("--skip-bad", help="Leave out lines and files that cannot be used, and count them.")
     ] = False,
     ray: RayOption = False,
     ray_address: RayAddressOption = None,
     workers: WorkersOption = None,
 ) -> None:
     """Embed a corpus into a folder of Parquet shards; a killed run resumes."""
-    from telerag_cli.corpus.readers import find_sources
+    from telerag_cli.corpus.sources import find_sources
 
-    find_sources(sources)  # what is missing is said before the seconds that loading libraries takes
+    found = find_sources(sources, output)  # what is missing is said before the seconds that loading libraries takes
     remote = ray or ray_address is not None
     if remote and ":" in device:
         raise UsageError(
@@ -56,27 +64,14 @@ def embed(
     from telerag_cli.embedding.job import EmbedConfig
     from telerag_cli.embedding.job import embed as run
 
-    config = EmbedConfig(model, device, precision, dtype, batch_size, shard_rows, limit)
-    bad: list[InputError] = []
-    skipped = 0
-
-    def on_bad(error: InputError) -> None:
-        nonlocal skipped
-        skipped += 1
-        if len(bad) < 3:
-            bad.append(error)
-
+    config = EmbedConfig(model, device, precision, dtype, batch_size, shard_rows, limit, text_column, id_column)
     try:
         with ray_pool(ray, ray_address, workers, gpus=device != "cpu") as pool:
-            report = run(
-                sources, output, config, pool=pool, progress=console.progress, on_bad=on_bad if skip_bad else None
-            )
+            on_bad = (lambda _error: None) if skip_bad else None
+            report = run(found, output, config, pool=pool, progress=console.progress, on_bad=on_bad)
     finally:
-        if skipped:
-            examples = "; ".join(error.message for error in bad)
-            console.warn(
-                f"left out {skipped:,} bad line{'s' * (skipped != 1)}: {examples}{' ...' * (skipped > len(bad))}"
-            )
+        for line in found.notes.lines():
+            console.say(line)
     place = f"{report.rows:,} passages in {report.shards:,} shard{'s' * (report.shards != 1)} in {output}"
     if report.embedded:
         kept = report.rows - report.embedded

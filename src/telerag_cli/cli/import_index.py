@@ -52,7 +52,7 @@ def import_index(
 
     Prints the folder's path on stdout; sizes and list balance on stderr.
     """
-    from telerag_cli.corpus.readers import find_sources
+    from telerag_cli.corpus.sources import find_sources
 
     sources = find_sources(passages)
     with console.stdout_reserved():

@@ -53,7 +53,8 @@ def run(
     check_trace(trace)
     with console.stdout_reserved(), open_lines(questions) as (lines, name), contextlib.ExitStack() as opened_here:
         from telerag_cli.engine.batch import Outputs, answer_all
-        from telerag_cli.engine.lines import RunFile, read_questions
+        from telerag_cli.engine.lines import RunFile
+        from telerag_cli.engine.questions import read_questions
         from telerag_cli.tracing import Tracer
 
         file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None

@@ -40,7 +40,7 @@ def search(
     with console.stdout_reserved(), contextlib.ExitStack() as opened_here:
         from telerag_cli.cli.reporting import ConsoleReporter
         from telerag_cli.engine.engine import Engine
-        from telerag_cli.engine.lines import Question, read_questions
+        from telerag_cli.engine.questions import Question, read_questions
         from telerag_cli.retrieval.report import JoinReport
 
         engine = opened_here.enter_context(Engine.open(config, reporter=ConsoleReporter(), generate=False))

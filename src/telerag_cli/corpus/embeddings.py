@@ -18,6 +18,7 @@ import xxhash
 
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.corpus.passages import Passage
+from telerag_cli.corpus.rows import is_vector
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import checksum, ends_of, read_json, wrap_os_error
 
@@ -346,15 +347,8 @@ def _damaged(path: Path, error: Exception) -> Exception:
     )
 
 
-def is_vector(field: pa.Field) -> bool:
-    """Whether a column holds lists of floating-point numbers."""
-    kind = field.type
-    lists = (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
-    return any(is_kind(kind) for is_kind in lists) and pa.types.is_floating(kind.value_type)
-
-
 def _vector_column(schema: pa.Schema, path: Path, wanted: str | None) -> str:
-    names = [field.name for field in schema if is_vector(field)]
+    names = [field.name for field in schema if is_vector(field.type)]
     if wanted is not None:
         if wanted not in names:
             have = ", ".join(names) or "none"

@@ -9,11 +9,12 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import find_sources, read_passages
+from telerag_cli.corpus.readers import read_passages
+from telerag_cli.corpus.sources import find_sources
 from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import DatasetKind, Parser, no_split
 from telerag_cli.datasets.streams import OnBad, Row, archive_errors, json_array, json_lines, opened
-from telerag_cli.errors import InputError
+from telerag_cli.errors import InputError, TeleragError
 
 T = TypeVar("T")
 QRELS_HEADER = ("query-id", "corpus-id", "score")
@@ -47,7 +48,7 @@ class _EmptyError(Exception):
 class DatasetReader:
     """The fetched files of a dataset; every call reads from the beginning."""
 
-    def __init__(self, cached: Cached, split: str | None, on_bad: Callable[[InputError], None] | None = None) -> None:
+    def __init__(self, cached: Cached, split: str | None, on_bad: Callable[[TeleragError], None] | None = None) -> None:
         """Take the files of a split.
 
         Args:

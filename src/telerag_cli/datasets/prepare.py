@@ -14,7 +14,7 @@ from telerag_cli.datasets.cache import CORPUS, QRELS, QUESTIONS, Cached, Prepare
 from telerag_cli.datasets.catalogue import DatasetKind, Parser, RemoteFile
 from telerag_cli.datasets.fetch import checksums, mismatch
 from telerag_cli.datasets.parsers import QRELS_HEADER, DatasetReader
-from telerag_cli.errors import ArtifactError, InputError
+from telerag_cli.errors import ArtifactError, TeleragError
 from telerag_cli.files import checksum, wrap_os_error, writing
 from telerag_cli.progress import Advance
 
@@ -37,7 +37,7 @@ def prepare(
     limit: int | None,
     folder: Path,
     advance: Advance,
-    on_bad: Callable[[InputError], None] | None = None,
+    on_bad: Callable[[TeleragError], None] | None = None,
 ) -> PreparedManifest:
     """Write the files, and in ``prepared.json`` what they were made from; what was there is replaced at the end.
 
@@ -51,7 +51,7 @@ def prepare(
 
     Raises:
         ArtifactError: a file has not been fetched.
-        InputError: a file is damaged, or an entry cannot be used.
+        TeleragError: a file is damaged, or an entry cannot be used.
         ResourceError: the disk is full.
         UsageError: there is no such split.
     """
@@ -60,7 +60,7 @@ def prepare(
     _need(cached, files, split)
     bad = 0
 
-    def count_bad(error: InputError) -> None:
+    def count_bad(error: TeleragError) -> None:
         nonlocal bad
         bad += 1
         if on_bad is None:

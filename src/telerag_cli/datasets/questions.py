@@ -7,7 +7,7 @@ from pathlib import Path
 
 from telerag_cli.datasets.cache import QUESTIONS, Cached, PreparedManifest
 from telerag_cli.datasets.catalogue import DatasetKind, describe, names
-from telerag_cli.engine.lines import Question, read_questions
+from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.errors import ArtifactError, InputError, UsageError
 from telerag_cli.files import wrap_os_error
 

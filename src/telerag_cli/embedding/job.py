@@ -27,9 +27,12 @@ import xxhash
 
 from telerag_cli.arrays import FloatArray
 from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
+from telerag_cli.corpus.fields import Columns
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import Chunker, OnBad, count_passages, find_sources, read_passages
+from telerag_cli.corpus.readers import OnBad, count_passages, read_passages
+from telerag_cli.corpus.sources import Sources, find_sources
 from telerag_cli.embedding.encoder import Encoder, Precision
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError, UsageError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
@@ -69,6 +72,10 @@ class EmbedConfig:
     """Passages in a shard, which is the unit of resuming."""
     limit: int | None = None
     """Number of passages to embed, the first ones; None for all."""
+    text_column: str | None = None
+    """Column of the passages' texts; None for the first of the usual names."""
+    id_column: str | None = None
+    """Column of the passages' ids; None for the first of the usual names."""
 
     def __post_init__(self) -> None:
         for name, choices in {"precision": ("auto", *get_args(Precision)), "dtype": get_args(Dtype)}.items():
@@ -94,6 +101,8 @@ class EmbedReport:
     device: str
     seconds: float
     """Time that reading and embedding took, without loading the model."""
+    notes: list[str]
+    """Sentences about what was left out of the corpus, how ids were chosen, and what was assumed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,7 @@ class ShardTask:
 
 
 def embed(
-    sources: str | Path | Sequence[str | Path] | Iterable[Passage],
+    sources: str | Path | Sequence[str | Path] | Sources | Iterable[Passage],
     output: Path | str,
     config: EmbedConfig | None = None,
     *,
@@ -123,10 +132,10 @@ def embed(
     ``sources`` are files and folders that `telerag_cli.corpus.readers` reads, ``-`` for standard input; or the passages
     themselves, of which one shard is held at a time, or as many as ``pool`` asks for. The pool's processes find the
     folder and the config's model by the same paths. ``encoder`` is a loaded model instead of the config's. ``on_bad``
-    is called with the error of each line that cannot be used; without it the first one is raised.
+    is called with the error of each line or file that cannot be used; without it one error names them all.
 
     Raises:
-        InputError: the corpus is empty, or a line of it cannot be used.
+        InputError: the corpus is empty, or lines or files of it cannot be used.
         ArtifactError: the folder holds, or another process now writes, embeddings of another make or corpus.
         ModelError: the model cannot be had or is not a text encoder.
         ResourceError: the folder cannot be written, or a device lacks memory; finished shards are kept.
@@ -134,9 +143,9 @@ def embed(
     config, output = config or EmbedConfig(), Path(output)
     if isinstance(sources, str | Path):
         sources = [sources]
-    files = None
     if isinstance(sources, Sequence) and isinstance(next(iter(sources), None), str | Path):
-        files = find_sources(list(map(str, sources)))  # before a model is loaded
+        sources = find_sources(list(map(str, sources)), output)  # before a model is loaded
+    files = sources if isinstance(sources, Sources) else None
     if encoder is None:
         # With a pool this process only counts tokens, and settles the precision.
         device = "auto" if pool and config.device == "cuda" else config.device
@@ -144,8 +153,9 @@ def embed(
     if files is None:
         name, total, passages = "the given corpus", None, iter(cast("Iterable[Passage]", sources))
     else:
-        name, total = ", ".join(map(str, sources)), count_passages(files)
-        passages = read_passages(files, Chunker(encoder.tokenizer, encoder.info.max_tokens), on_bad)
+        name, total = files.name, count_passages(files)
+        chunker = Chunker(encoder.tokenizer, encoder.info.max_tokens)
+        passages = read_passages(files, chunker, on_bad, Columns(config.text_column, config.id_column))
     if config.limit is not None:
         total = config.limit if total is None else min(total, config.limit)
     began_s, embedded = time.perf_counter(), 0
@@ -157,9 +167,8 @@ def embed(
                 embedded += rows
         folder.finish()
     assert encoder.precision is not None
-    return EmbedReport(
-        folder.rows, embedded, folder.shards, encoder.precision, encoder.device, time.perf_counter() - began_s
-    )
+    seconds, notes = time.perf_counter() - began_s, files.notes.lines() if files else []
+    return EmbedReport(folder.rows, embedded, folder.shards, encoder.precision, encoder.device, seconds, notes)
 
 
 def _made(

@@ -11,7 +11,8 @@ from typing import Any
 
 from telerag_cli.engine.admission import AdmissionQueue, Permit, Worker
 from telerag_cli.engine.engine import AskResult
-from telerag_cli.engine.lines import Question, answer_line, error_line, read_ahead, trace_line
+from telerag_cli.engine.lines import answer_line, error_line, trace_line
+from telerag_cli.engine.questions import Question, read_ahead
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.errors import InputError, TeleragError
 from telerag_cli.retrieval.report import JoinReport

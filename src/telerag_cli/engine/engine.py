@@ -327,7 +327,7 @@ class Engine:
         """
         from telerag_cli.engine.admission import Local
         from telerag_cli.engine.batch import answer_each, in_order
-        from telerag_cli.engine.lines import Question
+        from telerag_cli.engine.questions import Question
         from telerag_cli.engine.scheduler import Scheduler, scheduled
 
         arena_bytes, index = self.retriever.tier.arena_bytes, self.retriever.index

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from telerag_cli.engine.lines import ID_KEYS
+from telerag_cli.engine.questions import ID_KEYS
 from telerag_cli.errors import InputError
 
 GOLD_KEYS = ("answers", "golden_answers")

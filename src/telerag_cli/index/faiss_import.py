@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +29,8 @@ from telerag_cli import __version__
 from telerag_cli.arrays import TableArray
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
-from telerag_cli.corpus.readers import Source, SourceKind, read_passages
+from telerag_cli.corpus.readers import DOCUMENTS, read_passages
+from telerag_cli.corpus.sources import COMPRESSED, Sources
 from telerag_cli.errors import InputError, UsageError
 from telerag_cli.files import ends_of, read_json, sized, wrap_os_error, write_json, writing
 from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, Manifest, lay_out
@@ -50,7 +51,7 @@ class ImportPlan(Draft):
     """What will be imported, and the bytes it takes."""
 
     file: FaissFile
-    passages: tuple[Source, ...]
+    passages: Sources
     embedder: str | None
     table: TableArray
     """Size, capacity and offset of the lists in ``lists.bin``."""
@@ -61,20 +62,20 @@ class ImportPlan(Draft):
     made_from: ClassVar[str] = "files"
 
 
-def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedder: str | None) -> ImportPlan:
+def plan_import(file: FaissFile, passages: Sources, root: Path, embedder: str | None) -> ImportPlan:
     """Work out sizes, and refuse passages that cannot be matched with vectors: passage number i is that of id i.
 
     Raises:
         UsageError: the passages are of a kind whose rows are not those of the index.
     """
-    for source in passages:
-        if source.kind in (SourceKind.TEXT, SourceKind.MARKDOWN):
+    for source in passages.files:
+        if source.kind in DOCUMENTS:
             raise UsageError(
                 f"{source.label} is text without rows, and passage number i must be that of Faiss's id i.",
                 remedy="Give the passages as JSONL, TSV, CSV or Parquet, one a row.",
             )
-    files = [source.path for source in passages if source.path is not None and source.path.is_file()]
-    if len(files) < len(passages):
+    files = [source.path for source in passages.files if source.path is not None and source.path.is_file()]
+    if len(files) < len(passages.files):
         raise UsageError(
             "Passages that come through a pipe cannot be compared when an import resumes, and --passages takes files.",
             remedy="Write them to a file first.",
@@ -85,7 +86,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
         for path in files:
             size, ends = ends_of(path)
             digest.update(b"%d %b" % (size, ends))
-            passages_bytes += size * (UNPACKED if path.suffix in (".gz", ".parquet") else 1)
+            passages_bytes += size * (UNPACKED if path.suffix in (*COMPRESSED, ".parquet") else 1)
     except OSError as error:
         raise wrap_os_error(error, files[0]) from error
     digests = f"faiss {file.fingerprint()}, passages xxh3:{digest.hexdigest()}"
@@ -95,7 +96,7 @@ def plan_import(file: FaissFile, passages: Sequence[Source], root: Path, embedde
         {"files": digests, "embedder": embedder, "version": f"telerag {__version__}"},
         lists_bytes + passages_bytes + file.centroids.nbytes + table.nbytes,
         file,
-        tuple(passages),
+        passages,
         embedder,
         table,
         lists_bytes,
@@ -156,9 +157,9 @@ class _Import:
                 advance(count)
             more = sum(1 for _ in passages)
             if written + more != ntotal:
-                names = ", ".join(str(source.path) for source in self.plan.passages)
                 raise InputError(
-                    f"{names} holds {written + more:,} passages, and {self.file.path} holds {ntotal:,} vectors.",
+                    f"{self.plan.passages.name} holds {written + more:,} passages, "
+                    f"and {self.file.path} holds {ntotal:,} vectors.",
                     remedy="Name the passages that the vectors were made from, all of them, in their order.",
                 )
 

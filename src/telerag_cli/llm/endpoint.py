@@ -118,7 +118,7 @@ class Endpoint:
         received. With a schema they are those of the JSON text, and up to that many more than ``max_tokens``.
 
         Raises:
-            UsageError: the shape is a grammar, or the end of the text is to be ignored.
+            UsageError: the end of the text is to be ignored.
             InputError: the server says that the prompt exceeds its context.
             ModelError: the server cannot be reached, refuses, breaks off, or its reply does not have the shape.
         """

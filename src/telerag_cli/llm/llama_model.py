@@ -13,11 +13,13 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from llguidance import LLTokenizer
 
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import InputError, ModelError, ResourceError, UsageError
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.batcher import Chunk
+from telerag_cli.llm.constraint import Constraint
 
 PADDING = 256
 """llama.cpp rounds a context up to a multiple of so many tokens."""
@@ -97,10 +99,20 @@ class LlamaModel:
         return np.array([token for token in range(self.vocab_size) if self.is_eog(token)], np.int64)
 
     @cached_property
-    def control_tokens(self) -> IntArray:
-        """Tokens that are neither text nor end one, such as the one that begins a turn."""
-        control = [llama_cpp.llama_vocab_is_control(self.vocab, token) for token in range(self.vocab_size)]
-        return np.setdiff1d(np.flatnonzero(control), self.end_tokens)
+    def constraint_tokenizer(self) -> LLTokenizer:
+        """The vocabulary as `Constraint` takes it; made in a quarter of a second."""
+        # What is not text begins with a byte that no UTF-8 has, so that no grammar allows it.
+        tokens = [
+            b"\xff" * bool(llama_cpp.llama_vocab_is_control(self.vocab, token)) + self.piece(token, special=True)
+            for token in range(self.vocab_size)
+        ]
+        return LLTokenizer.from_llamacpp(
+            tokens=tokens,
+            vocab_ptr=self.vocab,
+            tokenize_fptr=ctypes.cast(llama_cpp.llama_cpp._lib.llama_tokenize, ctypes.c_void_p).value,
+            eos_token=self.end_tokens.tolist(),
+            slices=[],
+        )
 
     @cached_property
     def reproducible(self) -> bool:
@@ -306,23 +318,15 @@ class _Batch:
 
 
 class LlamaSampler:
-    """Temperature, top-p, seed and grammar of one request; the same logits give the same tokens whatever else runs."""
+    """Temperature, top-p, seed and shape of one request; the same logits give the same tokens whatever else runs."""
 
     def __init__(self, model: LlamaModel, request: Request) -> None:
-        """Get ready; raises InputError if the grammar is invalid."""
-        self._grammar: Any = None
+        """Get ready; raises InputError if the shape cannot be followed."""
+        self._constraint: Constraint | None = None
         self._chain: Any = None
-        self._forbidden: Any = None
+        self._forbidden: IntArray | None = None
         if request.shape is not None:
-            grammar = request.shape.gbnf()
-            self._grammar = llama_cpp.llama_sampler_init_grammar(model.vocab, grammar.encode(), b"root")
-            if not self._grammar:
-                raise InputError(
-                    f"llama.cpp cannot read the grammar '{grammar[:60]}'.",
-                    remedy="Write it in GBNF, with a rule named root.",
-                )
-            # The grammar takes them for the text they are written as, which would not be in the result.
-            self._forbidden = model.control_tokens
+            self._constraint = Constraint(model.constraint_tokenizer, request.shape.grammar())
         elif request.ignore_eos:
             self._forbidden = model.end_tokens
         if request.temperature > 0:
@@ -335,66 +339,40 @@ class LlamaSampler:
                 llama_cpp.llama_sampler_chain_add(self._chain, part)
 
     def sample(self, logits: FloatArray) -> int:
-        """The next token by these logits, shape (vocab_size,), which are left unchanged.
+        """Return the next token by these logits, shape (vocab_size,), which are left unchanged.
 
         Raises:
-            ModelError: the grammar leaves no token.
+            InputError: the shape leaves no token.
         """
         if self._forbidden is not None:
             logits = logits.copy()
             logits[self._forbidden] = -np.inf
         token = self._choose(logits)
-        # The grammar checks one token quickly and all of them slowly, and mostly the first choice will do.
-        if self._grammar and not self._allows(token):
-            token = self._choose(self._allowed(logits))
+        # One token is checked more quickly than all, and mostly the first choice will do.
+        if self._constraint and not self._constraint.allows(token):
+            allowed = self._constraint.allowed()
+            if not allowed.any():
+                raise InputError("The schema leaves the model no token to go on with.", remedy="Make it less strict.")
+            token = self._choose(np.where(allowed, logits, -np.inf).astype(np.float32, copy=False))
         return token
 
     def accept(self, token: int) -> None:
         """Note that the token was written; one that ends a generation is not."""
-        if self._grammar:
-            llama_cpp.llama_sampler_accept(self._grammar, token)
+        if self._constraint:
+            self._constraint.accept(token)
 
     def close(self) -> None:
         """Free what llama.cpp holds."""
-        for sampler in (self._grammar, self._chain):
-            if sampler:
-                llama_cpp.llama_sampler_free(sampler)
-        self._grammar = self._chain = None
+        if self._chain:
+            llama_cpp.llama_sampler_free(self._chain)
+        self._chain = None
 
     def _choose(self, logits: FloatArray) -> int:
         if self._chain is None:
             return int(logits.argmax())
-        candidates = _candidates(np.arange(len(logits)), logits)
-        return int(candidates["id"][_apply(self._chain, candidates).selected])
-
-    def _allows(self, token: int) -> bool:
-        one = _candidates(np.array([token]), 0.0)
-        _apply(self._grammar, one)
-        return bool(np.isfinite(one["logit"][0]))
-
-    def _allowed(self, logits: FloatArray) -> FloatArray:
-        """The logits, with minus infinity for the tokens that the grammar refuses."""
-        candidates = _candidates(np.arange(len(logits)), logits)
-        _apply(self._grammar, candidates)  # which leaves their order
-        masked: FloatArray = candidates["logit"].copy()
-        # llama.cpp ends the process when a token that the grammar refuses is to be accepted.
-        if not np.isfinite(masked.max()):
-            raise ModelError(
-                "The grammar leaves the model no token to go on with.",
-                remedy="Use characters in the grammar that the model's vocabulary has.",
-            )
-        return masked
-
-
-def _candidates(tokens: IntArray, logits: FloatArray | float) -> Any:
-    candidates = np.zeros(len(tokens), _CANDIDATE)
-    candidates["id"], candidates["logit"] = tokens, logits
-    return candidates
-
-
-def _apply(sampler: Any, candidates: Any) -> Any:
-    """Run a sampler over candidates, which it changes in place; returns llama.cpp's array over them."""
-    data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
-    array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
-    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
-    return array
+        candidates = np.zeros(len(logits), _CANDIDATE)
+        candidates["id"], candidates["logit"] = np.arange(len(logits)), logits
+        data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+        array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
+        llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(candidates["id"][array.selected])

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+QUICK_CHARACTERS = 50_000
+"""A prompt shorter than this is tokenized in some milliseconds."""
+
 
 class LlamaCpp:
     """A GGUF model that answers ``parallel`` requests at a time; more of them wait.
@@ -79,7 +82,7 @@ class LlamaCpp:
             InputError: the prompt and ``max_tokens`` exceed the context, or the shape's grammar is invalid.
             ModelError: llama.cpp failed, or the model was closed.
         """
-        job = self._submit(request, on_text)
+        job = await self._submitted(request, on_text)
         future = asyncio.wrap_future(job.result)
         try:
             generation = await asyncio.shield(future)
@@ -137,6 +140,20 @@ class LlamaCpp:
             if self._refusal is not None:
                 raise self._refusal
             yield
+
+    async def _submitted(self, request: Request, on_text: OnText | None) -> _RunningRequest:
+        """Submit a request; where that may take long, which a schema or a long prompt can, in a thread."""
+        if request.shape is None and sum(len(message.content) for message in request.messages) < QUICK_CHARACTERS:
+            return self._submit(request, on_text)
+        submitted = asyncio.ensure_future(asyncio.to_thread(self._submit, request, on_text))
+        try:
+            return await asyncio.shield(submitted)
+        except asyncio.CancelledError:
+            await _settled(submitted)
+            if submitted.exception() is None:
+                submitted.result().cancelled = True
+                await _settled(asyncio.wrap_future(submitted.result().result))
+            raise
 
     def _submit(self, request: Request, on_text: OnText | None) -> _RunningRequest:
         with self._open():
@@ -259,6 +276,12 @@ class _RunningRequest:
         now_s = time.perf_counter()
         first_s = self._first_s or now_s
         text, tokens = self._output.finished()
+        shape = self._request.shape
+        if shape is not None and reason == "stop" and not shape.allows(text):
+            raise ModelError(
+                f"The model wrote {text!r:.80}, which is not {shape.description()}.",
+                remedy="Leave out oneOf, of which any alternative is taken.",
+            )
         return Generation(
             text,
             reason,

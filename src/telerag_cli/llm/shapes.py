@@ -1,7 +1,7 @@
 """What a text must look like, so that a program can read it whatever model wrote it.
 
-A model that samples by a grammar gets it as GBNF, llama.cpp's notation. An endpoint gets a JSON schema of the same
-content, and its reply is turned into the text that the grammar would have given, so that readers know one form only.
+A model that samples here gets a grammar of llguidance. An endpoint gets a JSON schema of the same content, and its
+reply is turned into the text that the grammar would have given, so that readers know one form only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Shape(ABC):
     """A constraint on a text."""
 
     @abstractmethod
-    def gbnf(self) -> str:
-        """The constraint in GBNF; its first rule is ``root``."""
+    def grammar(self) -> str:
+        """Return the constraint as a grammar of llguidance."""
 
-    def json_schema(self) -> Mapping[str, Any] | None:
-        """A JSON schema for the same content, an object at the top; None if there is no such thing."""
-        return None
+    @abstractmethod
+    def json_schema(self) -> Mapping[str, Any]:
+        """Return a JSON schema for the same content, an object at the top."""
 
     def json_tokens(self) -> int:
         """Most tokens that the schema's JSON takes around the text; 0 if the text is the JSON itself."""
@@ -40,15 +40,13 @@ class Shape(ABC):
         """A reply made by the schema, or the beginning of one, as the grammar would have it."""
         return reply
 
+    def allows(self, text: str) -> bool:
+        """Whether a whole text that was held to the grammar is what was asked for."""
+        return True
+
+    @abstractmethod
     def fits(self, reply: str, *, whole: bool) -> bool:
-        """Whether a reply, whole or cut short, is as the schema says."""
-        if not whole:
-            return reply.lstrip().startswith("{")
-        try:
-            value = json.loads(reply, strict=False)
-        except ValueError:
-            return False
-        return isinstance(value, dict) and set((self.json_schema() or {}).get("required", ())) <= set(value)
+        """Whether a reply of an endpoint, whole or cut short, is as the schema says."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +55,11 @@ class Choice(Shape):
 
     options: tuple[str, ...]
 
-    def gbnf(self) -> str:
+    def grammar(self) -> str:
         """See `Shape`."""
-        return "root ::= " + " | ".join(json.dumps(option) for option in self.options)
+        from telerag_cli.llm.constraint import regex_grammar
+
+        return regex_grammar("|".join(map(re.escape, self.options)))
 
     def json_schema(self) -> Mapping[str, Any]:
         """See `Shape`."""
@@ -88,10 +88,12 @@ class Lines(Shape):
 
     most: int
 
-    def gbnf(self) -> str:
+    def grammar(self) -> str:
         """See `Shape`."""
-        rest = f' ("\\n" line){{0,{self.most - 1}}}' if self.most > 1 else ""
-        return f"root ::= line{rest}\nline ::= [^ \\t\\r\\n] [^\\r\\n]*"
+        from telerag_cli.llm.constraint import regex_grammar
+
+        line = r"[^ \t\r\n][^\r\n]*"
+        return regex_grammar(rf"{line}(\n{line}){{0,{self.most - 1}}}")
 
     def json_schema(self) -> Mapping[str, Any]:
         """See `Shape`."""
@@ -104,6 +106,16 @@ class Lines(Shape):
     def plain(self, reply: str) -> str:
         """See `Shape`."""
         return "\n".join(" ".join(value.split()) for value in _values(reply))
+
+    def fits(self, reply: str, *, whole: bool) -> bool:
+        """See `Shape`."""
+        if not whole:
+            return reply.lstrip().startswith("{")
+        try:
+            value = json.loads(reply, strict=False)
+        except ValueError:
+            return False
+        return isinstance(value, dict) and "lines" in value
 
     def read(self, text: str) -> list[str]:
         """The lines, each once, without numbers or bullets before them."""
@@ -125,27 +137,25 @@ class Json(Shape):
 
     schema: Mapping[str, Any]
 
-    def gbnf(self) -> str:
+    def grammar(self) -> str:
         """See `Shape`."""
-        from llama_cpp.llama_grammar import json_schema_to_gbnf
+        from telerag_cli.llm.constraint import schema_grammar
 
-        grammar: str = json_schema_to_gbnf(json.dumps(self.schema))
-        return grammar
+        return schema_grammar(self.schema)
 
     def json_schema(self) -> Mapping[str, Any]:
         """See `Shape`."""
         return self.schema
 
-
-@dataclass(frozen=True)
-class Gbnf(Shape):
-    """A grammar in GBNF; endpoints cannot take it."""
-
-    grammar: str
-
-    def gbnf(self) -> str:
+    def allows(self, text: str) -> bool:
         """See `Shape`."""
-        return self.grammar
+        return self.fits(text, whole=True)
+
+    def fits(self, reply: str, *, whole: bool) -> bool:
+        """See `Shape`."""
+        from telerag_cli.llm.json_validation import follows
+
+        return not whole or follows(self.schema, reply)
 
 
 def _object(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,6 +13,8 @@ from fastapi import APIRouter, Request, Response
 
 from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
 from telerag_cli.engine.engine import Engine
+from telerag_cli.errors import InputError
+from telerag_cli.llm.constraint import check_schema
 from telerag_cli.llm.shapes import Json, Shape
 from telerag_cli.pipelines.base import Pipeline, together
 from telerag_cli.pipelines.conversation import Turn
@@ -141,10 +143,9 @@ def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
         raise ApiError(400, message, param="response_format", code="unsupported_parameter")
     shape = Json(ANY_OBJECT if form.json_schema is None else form.json_schema.schema_ or ANY_OBJECT)
     try:
-        shape.gbnf()  # so that what is wrong with it is said before the question waits
-    except Exception as error:
-        text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        message = f"The schema cannot be followed: {text if len(text) <= 120 else f'{text[:119]}…'}."
+        check_schema(shape.schema)  # so that what is wrong with it is said before the question waits
+    except InputError as error:
+        message = error.message
         param = "response_format.json_schema.schema"
         raise ApiError(400, message, param=param, code="invalid_json_schema") from error
     return shape
