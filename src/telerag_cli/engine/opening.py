@@ -70,11 +70,7 @@ class SearchOnly:
         return 0
 
     async def generate(self, _request: Request, _on_text: OnText | None = None) -> Generation:
-        """See `Generator`.
-
-        Raises:
-            UsageError: always.
-        """
+        """See `Generator`; always raises UsageError."""
         raise UsageError(
             "This engine was opened without an LLM.", remedy="Open it with generate=True to ask questions."
         )

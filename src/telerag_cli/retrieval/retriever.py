@@ -184,11 +184,7 @@ class Retriever:
     def search(self, queries: FloatArray, k: int, nprobe: int, prefetch: Prefetch | None = None) -> Neighbours:
         """What ``faiss.IndexIVF`` finds with the same probes for queries (n, dimension); equal scores by row.
 
-        Where candidates are re-ranked, they are what it finds for ``rescore * k``. The prefetch that prepared this
-        search ends.
-
-        Raises:
-            TeleragError: a list could not be read.
+        Where candidates are re-ranked, they are what it finds for ``rescore * k``. See `search_batch` for the errors.
         """
         return self.search_batch([Search(queries, (prefetch,) if prefetch else ())], k, nprobe)[0]
 
@@ -315,11 +311,7 @@ class Retrievals:
         self._running: asyncio.Task[None] | None = None
 
     async def find(self, queries: Sequence[str], prefetches: Sequence[Prefetch]) -> Retrieval:
-        """The best passages for these queries together; the prefetches that prepared them end.
-
-        Raises:
-            TeleragError: a list could not be read.
-        """
+        """See `Finder`."""
         texts = tuple(queries)
 
         def retrieval(found: Neighbours, embed_s: float) -> Retrieval:
