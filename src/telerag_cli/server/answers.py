@@ -65,9 +65,9 @@ async def _respond(
     is_chat = isinstance(body, ChatRequest)
     head = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": body.model,
+        "object": "chat.completion" if is_chat else "text_completion",
     }
     if body.stream:
         chunks = (ChatChunks if is_chat else CompletionChunks)(head, len(asked), body.stream_options)
