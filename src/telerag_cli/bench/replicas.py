@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from telerag_cli.bench import measure, page_cache
 from telerag_cli.bench.measure import SystemTurn, Work, outcomes_of, turn_of
 from telerag_cli.bench.results import Outcome
 from telerag_cli.bench.statistics import ratio, short
 from telerag_cli.bench.suites import Pages
-from telerag_cli.distributed.replicas import Recipe, open_replicas
+from telerag_cli.config import EngineConfig
+from telerag_cli.distributed.replicas import open_replicas, open_share
 from telerag_cli.distributed.session import joined
 from telerag_cli.engine.opening import OpenedIndex
 from telerag_cli.engine.scheduler import Schedule, Scheduler
@@ -26,23 +28,23 @@ REPLICAS, ONE = "replicas", "one replica"
 
 def scaling(
     opened: OpenedIndex,
-    recipe: Recipe,
+    config: EngineConfig,
     schedule: Schedule,
     counts: Sequence[int],
     warmups: Sequence[str],
     questions: Sequence[str],
     *,
-    repeats: int = 1,
-    seed: int = 0,
-    detailed: bool = False,
-    advance: Advance = lambda _count: None,
+    repeats: int,
+    seed: int,
+    detailed: bool,
+    advance: Advance,
 ) -> Outcome:
     """Have each number of replicas answer all questions at once, each time with empty arenas; the order rotates.
 
     Raises:
         TeleragError: replicas cannot be opened, or answer none of the questions for warming up.
     """
-    index, nprobe = opened.index, recipe.config.nprobe or 1
+    index, nprobe = opened.index, config.nprobe or 1
     coarse = Coarse(index.centroids, index.manifest.metric)
     turns: list[SystemTurn] = []
     with joined() as cluster, asyncio.Runner() as runner:
@@ -51,8 +53,8 @@ def scaling(
             for count in (*counts[first:], *counts[:first]):
                 page_cache.drop(index.paths.lists)
                 left = page_cache.share(index.paths.lists)
-                work = Work({"replicas": count}, make_pipeline(recipe.config.pipeline), tuple(questions), repeat)
-                with open_replicas(recipe, count, cluster, index.manifest.nlist) as workers:
+                work = Work({"replicas": count}, make_pipeline(config.pipeline), tuple(questions), repeat)
+                with open_replicas(partial(open_share, config), count, cluster, index.manifest.nlist) as workers:
                     scheduler = Scheduler(schedule, opened.embedder, coarse.nearest, index.list_bytes, nprobe, count)
                     warm = replace(work, questions=tuple(text for text in warmups for _ in workers))
                     ready = turn_of(REPLICAS, warm, runner.run(outcomes_of(workers, scheduler, warm.questions)), 0.0)

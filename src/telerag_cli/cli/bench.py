@@ -207,7 +207,7 @@ def scaling(
         from telerag_cli.bench.answering import settings_of
         from telerag_cli.bench.replicas import scaling as measure
         from telerag_cli.cli.reporting import ConsoleReporter
-        from telerag_cli.distributed.replicas import Recipe, check_memory
+        from telerag_cli.distributed.replicas import check_memory
         from telerag_cli.engine.opening import prepare
         from telerag_cli.engine.scheduler import scheduled
         from telerag_cli.system import available_bytes
@@ -224,7 +224,7 @@ def scaling(
         with console.progress("answering", len(counts) * asking.repeats, unit="runs") as advance:
             outcome = measure(
                 made.opened,
-                Recipe(shared),
+                shared,
                 how,
                 counts,
                 warmups,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from telerag_cli.cli import console
@@ -67,7 +68,7 @@ def _open_replicas(
                 f"{flag} is for one process, and --replicas is {replicas.replicas}.", remedy="Leave one of them out."
             )
 
-    from telerag_cli.distributed.replicas import Recipe, check_memory, open_replicas
+    from telerag_cli.distributed.replicas import check_memory, open_replicas, open_share
     from telerag_cli.distributed.session import joined
     from telerag_cli.engine.opening import open_index
     from telerag_cli.engine.scheduler import Scheduler, scheduled
@@ -86,7 +87,7 @@ def _open_replicas(
 
     with joined(replicas.ray_address) as cluster, contextlib.ExitStack() as ended:
         with console.progress("opening replicas", count) as opening:
-            made = open_replicas(Recipe(config), count, cluster, index.manifest.nlist, opening)
+            made = open_replicas(partial(open_share, config), count, cluster, index.manifest.nlist, opening)
             workers = ended.enter_context(made)
         _show(workers)
         at_once = min(replica.at_once for replica in workers)

@@ -52,23 +52,16 @@ Opens = Callable[[Share], Engine]
 """Opens what a replica answers with. It is pickled, and called where the replica is."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Opens an engine with these settings, in its share of a machine."""
+def open_share(config: EngineConfig, share: Share) -> Engine:
+    """Open an engine in its share of a machine; with its first argument bound, it is what `Opens` asks for."""
+    spin_at_barriers()
+    import faiss
+    import torch
 
-    config: EngineConfig
-
-    def __call__(self, share: Share) -> Engine:
-        """See `Opens`."""
-        spin_at_barriers()
-        import faiss
-        import torch
-
-        faiss.omp_set_num_threads(share.threads)
-        torch.set_num_threads(share.threads)
-        threads = self.config.threads or share.threads
-        config = replace(self.config, index=self.config.index.absolute(), threads=threads, profile=NONE)
-        return Engine.open(config, sharers=share.on_its_machine)
+    faiss.omp_set_num_threads(share.threads)
+    torch.set_num_threads(share.threads)
+    config = replace(config, index=config.index.absolute(), threads=config.threads or share.threads, profile=NONE)
+    return Engine.open(config, sharers=share.on_its_machine)
 
 
 @dataclass(frozen=True)
