@@ -24,6 +24,7 @@ from telerag_cli.embedding.job import METADATA_KEY, EmbedConfig, embed
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
 from telerag_cli.files import checksum
 from telerag_cli.progress import silent
+from vector_files import contents
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
 TELERAG = [sys.executable, "-c", "from telerag_cli.cli.app import main; main()"]
@@ -59,10 +60,6 @@ def embed_letters(passages, folder, encoder=None, progress=silent, **config):
 
 def read(folder):
     return pq.read_table([str(path) for path in sorted(folder.glob("shard-*.parquet"))])
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def test_folder_is_what_the_contract_says(tmp_path):

@@ -20,14 +20,10 @@ from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import BuildConfig, build_index, plan_build
 from telerag_cli.index.partial import partial_of
-from vector_files import clustered, write_parquet
+from vector_files import clustered, contents, write_parquet
 
 KILLS = int(os.environ.get("TELERAG_KILLS", "5"))
 runner = CliRunner()
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 def telerag(*arguments, **options):

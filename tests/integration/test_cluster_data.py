@@ -29,7 +29,7 @@ from telerag_cli.errors import InputError, ResourceError, UsageError
 from telerag_cli.index.build import BuildConfig, build_index
 from telerag_cli.index.recall import Nearest
 from telerag_cli.index.stages import ASSIGN_ROWS
-from vector_files import clustered, write_parquet
+from vector_files import clustered, contents, write_parquet
 
 ray = pytest.importorskip("ray")
 
@@ -49,10 +49,6 @@ def cluster():
         yield found
     assert (dict(os.environ), signal.getsignal(signal.SIGTERM), sys.excepthook) == before
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
 @dataclass(frozen=True)

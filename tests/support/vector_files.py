@@ -9,6 +9,11 @@ import pyarrow.parquet as pq
 from telerag_cli.files import checksum, write_json
 
 
+def contents(root):
+    """The bytes of all files below a folder, by their paths in it."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
 def clustered(rows, dimension, seed=0, clusters=40):
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((clusters, dimension)).astype(np.float32)

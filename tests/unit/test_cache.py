@@ -19,7 +19,7 @@ from telerag_cli.llm.scripted import ScriptedGenerator
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import Frequency, make_policy
-from telerag_cli.tiers.residency import ListState, Residency
+from telerag_cli.tiers.residency import ABSENT, RESIDENT, Residency
 
 KEEPING = [kind for kind in CacheKind if kind is not CacheKind.NONE]
 
@@ -33,14 +33,14 @@ def residency_of(kind, lists, pages):
 def probe(residency, *lists):
     """A round without lookahead."""
     residency.new_round(0.5)
-    absent = [number for number in lists if residency.state[number] == ListState.ABSENT]
+    absent = [number for number in lists if residency.state[number] == ABSENT]
     assert len(residency.reserve(absent)) == len(absent)
     residency.commit(np.array(absent, np.int64))
     residency.policy.used(np.array(lists))
 
 
 def there(residency):
-    return np.flatnonzero(residency.state == ListState.RESIDENT).tolist()
+    return np.flatnonzero(residency.state == RESIDENT).tolist()
 
 
 @pytest.mark.parametrize(("kind", "leaves"), [(CacheKind.FREQUENCY, 1), (CacheKind.HOTNESS, 0), (CacheKind.LRU, 0)])
@@ -53,8 +53,8 @@ def test_frequency_remembers_what_the_others_have_forgotten(kind, leaves):
     probe(residency, 1)
     residency.new_round(0.5)
     residency.reserve([2])
-    assert residency.state[leaves] == ListState.ABSENT
-    assert residency.state[1 - leaves] == ListState.RESIDENT
+    assert residency.state[leaves] == ABSENT
+    assert residency.state[1 - leaves] == RESIDENT
 
 
 def test_what_was_moved_in_vain_leaves_first():
@@ -66,8 +66,8 @@ def test_what_was_moved_in_vain_leaves_first():
         residency.commit(np.array([number]))
     for number in (3, 4):
         residency.reserve([number])
-    assert residency.state[[1, 2]].tolist() == [ListState.ABSENT] * 2
-    assert residency.state[0] == ListState.RESIDENT
+    assert residency.state[[1, 2]].tolist() == [ABSENT] * 2
+    assert residency.state[0] == RESIDENT
 
 
 def test_a_list_that_comes_again_is_as_hot_as_its_uses_were():

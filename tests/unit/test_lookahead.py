@@ -22,7 +22,7 @@ from telerag_cli.prefetch.prefetcher import Prefetcher
 from telerag_cli.prefetch.queue import PrefetchQueue
 from telerag_cli.tiers.arena import Arena
 from telerag_cli.tiers.cache import make_policy
-from telerag_cli.tiers.residency import ListState, Residency
+from telerag_cli.tiers.residency import ABSENT, MOVING, Residency
 
 
 def none_of(count):
@@ -233,7 +233,7 @@ def test_room_is_made_for_several_lists_at_once_and_for_one_if_that_is_all():
     residency = Residency(list_bytes, Arena(6 * PAGE_BYTES), policy, lambda _list_no: None)
 
     def absent():
-        return set(np.flatnonzero(residency.state == ListState.ABSENT).tolist())
+        return set(np.flatnonzero(residency.state == ABSENT).tolist())
 
     assert len(residency.reserve(list(range(6)))) == 6
     residency.commit(np.arange(6))
@@ -265,14 +265,14 @@ def test_residency_never_loses_count(sizes, pages, kind, steps):
     for step, which in steps:
         number = which % len(sizes)
         state = residency.state[number]
-        if step == "reserve" and state == ListState.ABSENT:
-            stuck = [n for n in held if held[n] or residency.state[n] == ListState.MOVING]
+        if step == "reserve" and state == ABSENT:
+            stuck = [n for n in held if held[n] or residency.state[n] == MOVING]
             if not residency.reserve([number]):
                 assert any(list_bytes[n] for n in stuck), "an arena with nothing in use has room for any list"
-            assert all(residency.state[n] != ListState.ABSENT for n in stuck), "a list in use was evicted"
-        elif step in ("commit", "abort") and state == ListState.MOVING and not (step == "abort" and held[number]):
+            assert all(residency.state[n] != ABSENT for n in stuck), "a list in use was evicted"
+        elif step in ("commit", "abort") and state == MOVING and not (step == "abort" and held[number]):
             getattr(residency, step)(np.array([number]))
-        elif step == "hold" and state != ListState.ABSENT:
+        elif step == "hold" and state != ABSENT:
             residency.hold([number])
             held[number] += 1
         elif step == "drop" and held[number]:

@@ -225,7 +225,15 @@ class LlamaDecoder:
         self.chunk = GPU_CHUNK if model.gpu_layers else CHUNK if self.reproducible else WIDE_CHUNK
         self.can_cut = model.can_cut
         self._model = model
-        settings = self._settings(slots, tokens)
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = slots * padded(tokens)
+        settings.n_seq_max = settings.n_outputs_max = slots
+        settings.n_batch = settings.n_ubatch = slots + self.chunk
+        settings.kv_unified = False
+        settings.swa_full = True  # a prefix may be reused only if none of it was dropped
+        settings.flash_attn_type = 1
+        settings.type_k = _BF16 if self.reproducible else _F16
+        settings.type_v = _F16
         settings.n_threads = settings.n_threads_batch = threads or len(os.sched_getaffinity(0))
         self._context = llama_cpp.llama_init_from_model(model.handle, settings)
         if not self._context:
@@ -269,19 +277,6 @@ class LlamaDecoder:
         if self._context:
             llama_cpp.llama_free(self._context)
             self._context = None
-
-    def _settings(self, slots: int, tokens: int) -> Any:
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = slots * padded(tokens)
-        settings.n_seq_max = slots
-        settings.n_batch = settings.n_ubatch = slots + self.chunk
-        settings.n_outputs_max = slots
-        settings.kv_unified = False
-        settings.swa_full = True  # a prefix may be reused only if none of it was dropped
-        settings.flash_attn_type = 1
-        settings.type_k = _BF16 if self.reproducible else _F16
-        settings.type_v = _F16
-        return settings
 
 
 class _Batch:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +16,8 @@ Protected = Callable[[int], BoolArray]
 """Which lists may not be evicted for the one named, shape (nlist,)."""
 
 
-class ListState(IntEnum):
-    """Where a list is, seen from the fast tier."""
-
-    ABSENT = 0
-    MOVING = 1
-    RESIDENT = 2
-
-
-ABSENT, MOVING, RESIDENT = (state.value for state in ListState)
-"""The numbers themselves: looking one up in an enumeration takes longer than what is done with it."""
+ABSENT, MOVING, RESIDENT = range(3)
+"""Where a list is, seen from the fast tier; numbers, for an enumeration takes longer to look up than to act upon."""
 MAX_AT_ONCE = 16
 """Lists that room is made for at once. Each gets as much as the longest of them needs, so more would evict more."""
 
