@@ -217,7 +217,7 @@ def main() -> None:
     target = ROOT / DOCUMENT
     found = target.read_text(encoding="utf-8")
     folder = ROOT / "benchmarks" / "results"
-    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    folders = [path.parent for path in sorted(folder.glob("*/latency.json"))]
     wanted = fill(fill(found, render(load(folder))), render_suites(folders), SUITES_BEGIN, SUITES_END)
     if found == wanted:
         return
