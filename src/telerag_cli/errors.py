@@ -1,4 +1,4 @@
-"""Everything that can go wrong and is not our own bug.
+"""Everything that can go wrong.
 
     TeleragError                 exit 1: the work could not be done
     ├── UsageError               exit 2: the command line asked for something impossible
@@ -6,7 +6,8 @@
     │   └── ContextError         the same: a prompt and its answer do not fit the LLM's context together
     ├── ArtifactError            exit 1: embeddings, index or run on disk is missing, torn or of another make
     ├── ModelError               exit 1: a model cannot be found, loaded or used for this
-    └── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
+    ├── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
+    └── InternalError            exit 1: a bug of telerag's own, said in a sentence
 
 Every class has a stable ``code`` for programs: library callers, output lines and tests.
 A message is one sentence with both values (what was found, what was expected); ``remedy`` is what to do.
@@ -76,6 +77,19 @@ class ResourceError(TeleragError):
     """Memory, disk or a device is short of what was asked for."""
 
     code = "resource"
+
+
+class InternalError(TeleragError):
+    """A bug: its cause is the exception that nobody expected."""
+
+    code = "internal"
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(
+            f"telerag has a bug: {type(error).__name__}: {one_line(str(error)) or 'no message'}.",
+            remedy="Run telerag --debug ... for the traceback, and report it.",
+        )
+        self.__cause__ = error
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """Many questions at a time: their lines and their order, shared retrieval and lookahead, and what fails with one."""
 
 import asyncio
+import io
+import json
 import threading
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +18,12 @@ from telerag_cli.config import Lookahead, PipelineName, ScheduleConfig, Schedule
 from telerag_cli.engine.admission import Local
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.micro_batch import MicroBatch
-from telerag_cli.engine.questions import Question
+from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.engine.scheduler import Schedule, scheduled
 from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.prefetch.prefetcher import Prefetcher
+from telerag_cli.server.chat import read_batch_body
 from telerag_cli.tracing import Tracer
 
 
@@ -28,9 +32,11 @@ class Taken:
 
     def __init__(self, record=False):
         self.lines, self.told, self.traces, self.advanced = [], [], [], 0
-        self.outputs = Outputs(
-            self.lines.append, self.traces.append if record else None, self.told.append, self.advance
-        )
+        record_line = self.traces.append if record else None
+        self.outputs = Outputs(self.lines.append, record_line, self.tell, self.advance)
+
+    def tell(self, name, error):
+        self.told.append(f"{name}: {error}")
 
     def advance(self, count):
         self.advanced += count
@@ -86,7 +92,7 @@ def test_one_that_fails_and_one_that_is_no_question_do_not_disturb_the_rest(engi
 
     taken = Taken(record=True)
     questions = [*questions_of("fine", "broken", "fine"), Question("4", "", problem="q.txt:4 is not JSON.")]
-    summary = answer(engine_of(script), questions, taken, answered={"3"}, ordered=True)
+    summary = answer(engine_of(script), questions, taken, answered={("3", "fine")}, ordered=True)
     assert [(line["id"], "error" in line) for line in taken.lines] == [("1", False), ("2", True), ("4", True)]
     assert (summary.asked, summary.failed, summary.skipped) == (3, 2, 1)
     assert sorted(told.split(":")[0] for told in taken.told) == ["question 2", "question 4"]
@@ -102,9 +108,59 @@ def test_an_output_that_cannot_be_written_ends_the_run(engine_of):
 
     with fails(ResourceError, "disk is full"):
         answer_in_order(
-            engine, PipelineName.HYDE, questions_of(*["why"] * 8), Outputs(full, None, taken.told.append, taken.advance)
+            engine, PipelineName.HYDE, questions_of(*["why"] * 8), Outputs(full, None, taken.tell, taken.advance)
         )
     assert engine.generator.running == 0
+
+
+def test_a_bug_costs_the_question_that_meets_it(engine_of):
+    def script(request):
+        if "broken" in request.messages[-1].content:
+            raise KeyError("nobody expected it")
+        return echo(request)
+
+    taken = Taken()
+    summary = answer(engine_of(script), questions_of("fine", "broken", "fine"), taken, ordered=True)
+    assert (summary.asked, summary.failed) == (3, 1)
+    assert [line.get("error", {}).get("code") for line in taken.lines] == [None, "internal", None]
+    assert "KeyError" in taken.lines[1]["error"]["message"]
+
+
+def test_a_batch_line_is_answered_as_the_server_would(engine_of):
+    asked = []
+
+    def script(request):
+        asked.append(request)
+        return "an answer X and more"
+
+    body = {
+        "model": "telerag-hyde",
+        "max_tokens": 7,
+        "temperature": 0.9,
+        "seed": 3,
+        "stop": ["X"],
+        "messages": [
+            {"role": "system", "content": "Say ZEBRA."},
+            {"role": "user", "content": "My cat is Tom."},
+            {"role": "assistant", "content": "Nice."},
+            {"role": "user", "content": [{"type": "text", "text": "Where do owls live?"}]},
+        ],
+    }
+    lines = [{"custom_id": "a", "body": body}, {"custom_id": "b", "body": {**body, "temperature": 9}}]
+    source = io.BytesIO("\n".join(map(json.dumps, lines)).encode())
+    taken = Taken()
+    engine = engine_of(script)
+    questions = list(read_questions(source, "q", partial(read_batch_body, engine.config)))
+    assert "temperature" in questions[1].problem
+    answer(engine, questions, taken, name=PipelineName.NAIVE, ordered=True)
+    completion = taken.lines[0]["response"]["body"]
+    assert completion["model"] == "telerag-hyde"  # the pipeline that ran, not the run's
+    assert completion["choices"][0]["message"]["content"] == "an answer"
+    assert taken.lines[1]["error"]["code"] == "input"
+    last = asked[-1]
+    assert (last.max_tokens, last.temperature, last.seed, last.stop) == (7, 0.9, 3, ("X",))
+    assert any("ZEBRA" in message.content for message in last.messages)
+    assert [stage["name"] for stage in completion["telerag"]["stages"]] == ["rewrite", "passage", "answer"]
 
 
 def test_questions_are_read_as_they_are_needed_and_their_trouble_is_told(engine_of):
@@ -244,7 +300,7 @@ def test_questions_that_come_soon_after_each_other_are_compared_and_others_not_w
 
     engine.embedder = Counted()
     schedule = Schedule(ScheduleName.SIMILAR, batch_size=3, max_wait_s=0.05)
-    outputs = Outputs(write, None, taken.told.append, taken.advance)
+    outputs = Outputs(write, None, taken.tell, taken.advance)
     answer_with(engine, PipelineName.HYDE, source(), outputs, schedule, concurrency=2)
     assert Counted.batches == [2, 3, 2]
     assert len(taken.lines) == 7

@@ -216,7 +216,7 @@ def test_each_line_of_a_run_tells_what_became_of_its_question(server, engine_of)
     texts = ["fine?", *(f"{kind}?" for kind in TROUBLES), "fine again?"]
     engine, lines = engine_of({}), []
     engine.shared = replace(engine.shared, generator=endpoint)
-    outputs = Outputs(lines.append, None, lambda _message: None, lambda _count: None)
+    outputs = Outputs(lines.append, None, lambda _name, _error: None, lambda _count: None)
     questions = [Question(str(number), text) for number, text in enumerate(texts)]
     answer_in_order(engine, PipelineName.NAIVE, questions, outputs, ordered=True)
     assert [line["question"] for line in lines] == texts

@@ -15,10 +15,10 @@ from expect import fails
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.corpus.passages import Passage, Retrieved
 from telerag_cli.engine.citations import cite
-from telerag_cli.engine.lines import RunFile, answer_line, error_line
+from telerag_cli.engine.lines import answer_line, error_line
 from telerag_cli.engine.questions import read_questions
 from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
-from telerag_cli.errors import ArtifactError, ContextError
+from telerag_cli.errors import ContextError, InputError
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.registry import make_pipeline
 from telerag_cli.prefetch.order import CHECKPOINTS, PATIENT_CHECKPOINTS
@@ -253,35 +253,6 @@ def test_citations_by_marker_and_by_words():
     assert cite("", found) == []
 
 
-def test_questions_come_as_text_json_and_batch_lines():
-    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": "From a batch?"}]
-    batch = {
-        "custom_id": "b1",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {"model": "m", "messages": turns},
-    }
-    lines = [
-        "plain question",
-        "",
-        '{"id": 7, "question": "as json"}',
-        '{"query": "no id"}',
-        "{broken",
-        '{"id": "x", "answer": 1}',
-    ]
-    text = "\n".join([*lines, json.dumps(batch)])
-    read = list(read_questions(io.BytesIO(b"\xef\xbb\xbf" + text.encode() + b"\n\xff\xfe"), "q.txt"))
-    assert [(question.id, question.text) for question in read[:3]] == [
-        ("1", "plain question"),
-        ("7", "as json"),
-        ("4", "no id"),
-    ]
-    assert "q.txt:5 is not JSON" in read[3].problem
-    assert "q.txt:6 has ['answer', 'id'] and not one of question" in read[4].problem
-    assert (read[5].id, read[5].text, read[5].batch["model"]) == ("b1", "From a batch?", "m")
-    assert "q.txt:8 cannot be used: the byte 0xFF" in read[6].problem
-
-
 def test_lines_answer_in_kind(engine_of):
     answered = run(engine_of(script), PipelineName.HYDE)
     source = b'Where?\n{"custom_id": "c", "body": {"messages": [{"role": "user", "content": "Where?"}]}}'
@@ -299,24 +270,10 @@ def test_lines_answer_in_kind(engine_of):
     assert body["choices"][0]["message"]["content"] == answered.answer
     generations = [stage.generation for stage in answered.stages]
     assert body["usage"]["total_tokens"] == sum(g.prompt_tokens + g.completion_tokens for g in generations)
-    assert error_line(batch, "no")["error"]["message"] == "no"
-    assert error_line(plain, "no") == {"id": "1", "question": "Where?", "error": {"message": "no"}}
-
-
-def test_a_run_file_resumes_after_a_torn_line_and_tries_failures_again(tmp_path):
-    path = tmp_path / "out.jsonl"
-    whole = ['{"id": "1", "answer": "a"}', '{"id": "2", "error": {"message": "x"}}', '{"id": "3", "answer": "c"}']
-    path.write_text("\n".join([*whole, '{"id": "4", "ans']))
-    with fails(ArtifactError, path, path.stat().st_size):
-        RunFile(path, resume=False)
-    with RunFile(path, resume=True) as file:
-        assert file.answered == {"1", "3"}
-        file.append({"id": "2", "answer": "b"})
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["1", "3", "2"]
-    path.write_text("not a run\n")
-    with fails(ArtifactError, f"{path}:1"):
-        RunFile(path, resume=True)
-    assert path.read_text() == "not a run\n"
+    assert body["model"] == "telerag-hyde"
+    failed = {"code": "input", "message": "no"}
+    assert error_line(batch, InputError("no"))["error"] == failed
+    assert error_line(plain, InputError("no")) == {"id": "1", "question": "Where?", "error": failed}
 
 
 def test_the_trace_shows_moving_during_writing(engine_of, tmp_path):

@@ -54,7 +54,8 @@ class Lines:
         self._wanted = wanted
 
     def outputs(self):
-        return Outputs(self.write, None, self.told.append, lambda _count: None)
+        tell = lambda name, error: self.told.append(f"{name}: {error}")  # noqa: E731
+        return Outputs(self.write, None, tell, lambda _count: None)
 
     def write(self, line):
         self.lines.append(line)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 from telerag_cli.progress import Advance
+from telerag_cli.text import printable, repaired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +71,7 @@ def say(message: str) -> None:
     if _as_json:
         _log("info", "message", message=message)
         return
-    _stderr().print(message, markup=False, soft_wrap=True)
+    _stderr().print(printable(message), markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
@@ -78,7 +79,7 @@ def warn(message: str) -> None:
     if _as_json:
         _log("warning", "message", message=message)
         return
-    _stderr().print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+    _stderr().print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
 
 
 def fail(message: str) -> None:
@@ -86,13 +87,13 @@ def fail(message: str) -> None:
     if _as_json:
         _log("error", "message", message=message)
         return
-    _stderr().print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    _stderr().print(f"error: {printable(message)}", style="red", markup=False, soft_wrap=True)
 
 
 def emit(text: str) -> None:
     """A line of data on stdout, flushed, so that the next stage of a pipeline sees it now."""
     out = _stdout()
-    out.write(text + "\n")
+    out.write((printable(text) if out.isatty() else repaired(text)) + "\n")
     out.flush()
 
 

@@ -12,7 +12,7 @@ from typing import ParamSpec
 import typer
 
 from telerag_cli.cli import console
-from telerag_cli.errors import EXIT_INTERRUPTED, EXIT_OK, TeleragError
+from telerag_cli.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, InternalError, TeleragError
 from telerag_cli.files import wrap_os_error
 
 P = ParamSpec("P")
@@ -22,7 +22,7 @@ DEBUG_VARIABLE = "TELERAG_DEBUG"
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command so that what a user can cause ends in a message and the right exit code."""
+    """Wrap a command so that any error ends in a message and the right exit code, a bug too."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -42,5 +42,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             known = error if isinstance(error, TeleragError) else wrap_os_error(error, Path(error.filename or "stdout"))
             console.fail(str(known))
             raise typer.Exit(known.exit_code) from None
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort) or os.environ.get(DEBUG_VARIABLE):
+                raise
+            console.fail(str(InternalError(error)))
+            raise typer.Exit(EXIT_FAILED) from None
 
     return run

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from telerag_cli.cli import console
+from telerag_cli.cli.guard import DEBUG_VARIABLE
 from telerag_cli.cli.options import check_trace
 from telerag_cli.cli.scheduling import open_workers
 from telerag_cli.cli.search import no_question, open_lines
 from telerag_cli.config import EngineConfig, ReplicaConfig
-from telerag_cli.errors import EXIT_PARTIAL
+from telerag_cli.errors import EXIT_PARTIAL, InternalError, TeleragError, UsageError
 
 
 def run(
@@ -55,10 +59,13 @@ def run(
         from telerag_cli.engine.batch import Outputs, answer_all
         from telerag_cli.engine.lines import RunFile
         from telerag_cli.engine.questions import read_questions
+        from telerag_cli.server.chat import read_batch_body
         from telerag_cli.tracing import Tracer
 
+        _check_files(questions, output, record)
         file = opened_here.enter_context(RunFile(Path(output), resume=resume)) if output != "-" else None
-        recording = opened_here.enter_context(RunFile(record, resume=resume)) if record else None
+        known = file.answered if file else None  # a line of the recording without its answer is written again
+        recording = opened_here.enter_context(RunFile(record, resume=resume, only=known)) if record else None
         tracer = Tracer(enabled=trace is not None)
         if trace:
             opened_here.callback(tracer.save, trace)
@@ -68,8 +75,8 @@ def run(
             summary = answer_all(
                 workers,
                 scheduler,
-                read_questions(lines, name),
-                Outputs(write, recording.append if recording else None, console.fail, advance),
+                read_questions(lines, name, partial(read_batch_body, config)),
+                Outputs(write, recording.append if recording else None, _tell, advance),
                 answered=file.answered if file else set(),
                 ordered=ordered,
             )
@@ -81,3 +88,19 @@ def run(
         raise no_question(name)
     if summary.failed:
         raise typer.Exit(EXIT_PARTIAL)
+
+
+def _check_files(questions: str, output: str, record: Path | None) -> None:
+    """Refuse a file with two uses, which would eat itself."""
+    named = [("--questions", questions), ("--output", output), ("--record", str(record) if record else "-")]
+    files = [(option, Path(name)) for option, name in named if name != "-" and Path(name).is_file()]
+    for place, (option, path) in enumerate(files):
+        for other, same in files[:place]:
+            if path.samefile(same):
+                raise UsageError(f"{other} and {option} are both {path}.", remedy="Name another file for one of them.")
+
+
+def _tell(name: str, error: TeleragError) -> None:
+    console.fail(f"{name}: {error}")
+    if isinstance(error, InternalError) and os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(error.__cause__)

@@ -24,6 +24,7 @@ from telerag_cli.engine.admission import Local
 from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.memory_plan import plan_tier
 from telerag_cli.engine.micro_batch import MicroBatch
+from telerag_cli.engine.questions import USUAL, AskOptions
 from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.system import spin_at_barriers
@@ -117,12 +118,12 @@ class Replica:
         return About(host, pid, self._engine.concurrency, tier.arena_bytes, self._engine.tier_name, tuple(tier.notes))
 
     async def answer(
-        self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int
+        self, number: int, questions: tuple[str, ...], vectors: FloatArray | None, place: int, options: AskOptions
     ) -> tuple[AskResult, bytes]:
         """Answer one question of the micro-batch of this number; also return the residency as bits."""
         worker = Local(self._engine, self._engine.concurrency)
         batch = self._batches.setdefault(number, MicroBatch(questions, vectors, number))
-        answered = await worker.answer(batch, place)
+        answered = await worker.answer(batch, place, options)
         return answered, np.packbits(worker.resident()).tobytes()
 
 
@@ -135,10 +136,12 @@ class Remote:
         self._actor = actor
         self._resident: BoolArray = np.zeros(nlist, np.bool_)
 
-    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
+    async def answer(self, batch: MicroBatch, place: int, options: AskOptions = USUAL) -> AskResult:
         """See `Worker`."""
         with unwrapped():
-            answered, bits = await self._actor.answer.remote(batch.number, batch.questions, batch.vectors, place)
+            answered, bits = await self._actor.answer.remote(
+                batch.number, batch.questions, batch.vectors, place, options
+            )
         # As of the last answer, so it is stale by what has moved since: one lookahead at most.
         self._resident = np.unpackbits(np.frombuffer(bits, np.uint8), count=len(self._resident)).astype(np.bool_)
         return answered  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from telerag_cli.arrays import BoolArray
 from telerag_cli.engine.dispatch import ReplicaState
 from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.micro_batch import MicroBatch
+from telerag_cli.engine.questions import USUAL, AskOptions
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.pipelines.base import Pipeline
 
@@ -28,7 +29,7 @@ class Worker(Protocol):
     at_once: int
     """Questions that it answers at once."""
 
-    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
+    async def answer(self, batch: MicroBatch, place: int, options: AskOptions = USUAL) -> AskResult:
         """Answer one question of a micro-batch; all are asked for at once.
 
         Raises:
@@ -48,9 +49,15 @@ class Local:
     pipeline: Pipeline | None = None
     """How to answer, if not with the engine's own."""
 
-    async def answer(self, batch: MicroBatch, place: int) -> AskResult:
+    async def answer(self, batch: MicroBatch, place: int, options: AskOptions = USUAL) -> AskResult:
         """See `Worker`."""
-        return await self.engine.aask(batch.questions[place], pipeline=self.pipeline, batch=batch)
+        return await self.engine.aask(
+            batch.questions[place],
+            pipeline=options.pipeline or self.pipeline,
+            turns=options.turns,
+            batch=batch,
+            settings=self.engine.answer_config(**options.settings),
+        )
 
     def resident(self) -> BoolArray:
         """See `Worker`."""

@@ -14,7 +14,7 @@ from telerag_cli.engine.engine import AskResult
 from telerag_cli.engine.lines import answer_line, error_line, trace_line
 from telerag_cli.engine.questions import Question, read_ahead
 from telerag_cli.engine.scheduler import Scheduler
-from telerag_cli.errors import InputError, TeleragError
+from telerag_cli.errors import InputError, InternalError, TeleragError
 from telerag_cli.retrieval.report import JoinReport
 
 Write = Callable[[dict[str, Any]], None]
@@ -71,8 +71,8 @@ class Outputs:
     """Takes an output line."""
     record: Write | None
     """Takes a trace line, if the run is recorded."""
-    tell: Callable[[str], None]
-    """Takes what went wrong with a question; the rest go on."""
+    tell: Callable[[str, TeleragError], None]
+    """Takes the name of a question and what went wrong with it; the rest go on."""
     advance: Callable[[int], None]
     """Called after each question."""
 
@@ -88,13 +88,13 @@ def answer_all(
     questions: Iterable[Question],
     outputs: Outputs,
     *,
-    answered: Collection[str],
+    answered: Collection[tuple[str, str]],
     ordered: bool = False,
 ) -> Summary:
     """Answer questions and write each one's line as soon as it is there.
 
-    Ids in ``answered`` are skipped. ``ordered`` writes in the order of the questions, which may keep an answer back
-    until those before it are there.
+    Questions whose keys are in ``answered`` are skipped. ``ordered`` writes in the order of the questions, which may
+    keep an answer back until those before it are there.
     """
     summary = Summary()
 
@@ -102,8 +102,8 @@ def answer_all(
         summary.asked += 1
         if isinstance(outcome, TeleragError):
             summary.failed += 1
-            outputs.tell(f"question {question.id}: {outcome}")
-            line = error_line(question, str(outcome))
+            outputs.tell(f"question {question.id}", outcome)
+            line = error_line(question, outcome)
         else:
             summary.add(outcome)
             line = answer_line(question, outcome)
@@ -114,7 +114,7 @@ def answer_all(
 
     def wanted() -> Iterator[Question]:
         for question in questions:
-            if question.id in answered:
+            if question.key in answered:
                 summary.skipped += 1
             else:
                 yield question
@@ -139,9 +139,11 @@ async def answer_each(
         async with permit:
             waiting.release()
             try:
-                outcome = await workers[permit.worker].answer(permit.batch, permit.place)
+                outcome = await workers[permit.worker].answer(permit.batch, permit.place, question.options)
             except TeleragError as error:
                 outcome = error
+            except Exception as error:  # a bug costs the question that met it
+                outcome = InternalError(error)
         take(number, question, outcome)
 
     try:

@@ -43,7 +43,7 @@ from telerag_cli.system import spin_at_barriers
 from telerag_cli.tracing import Tracer
 
 SKETCH = "sketch"
-ANSWER_FIELDS = {field.name for field in fields(AnswerConfig)}
+ANSWER_FIELDS = {each.name for each in fields(AnswerConfig)}
 
 
 @dataclass(frozen=True)

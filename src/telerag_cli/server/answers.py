@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from telerag_cli.config import AnswerConfig, Lookahead, PipelineName
-from telerag_cli.engine.engine import Engine
-from telerag_cli.errors import InputError
-from telerag_cli.llm.constraint import check_schema
-from telerag_cli.llm.shapes import Json, Shape
-from telerag_cli.pipelines.base import Pipeline, together
-from telerag_cli.pipelines.conversation import Turn
-from telerag_cli.server.errors import ApiError
+from telerag_cli.pipelines.base import together
+from telerag_cli.server.chat import answer_settings, chat_options
 from telerag_cli.server.replies import choice, cited, json_response, note, note_outcomes, usage_of
-from telerag_cli.server.requests import ChatMessage, ChatRequest, CompletionRequest, ResponseFormat
+from telerag_cli.server.requests import ChatRequest, CompletionRequest
 from telerag_cli.server.responses import ChatCompletion, Completion
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
 from telerag_cli.server.streams import ChatChunks, CompletionChunks, streamed, until_gone
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
-MAX_SCHEMA_CHARACTERS = 2000
-"""Of a schema that the LLM is shown; a longer one only constrains it."""
 STREAM_SCHEMA = {
     "type": "object",
     "properties": {"data": {"type": "string"}},
@@ -90,62 +79,16 @@ def _message(outcome: AnswerResult) -> dict[str, Any]:
 
 def read_chat(body: ChatRequest, service: Service) -> AnswerRequest:
     """The last user's turn as a question, what was said before, and how to answer."""
-    pipeline = service.pipeline_of(body.model)
-    turns, question, instructions = read_messages(body.messages)
-    shape = _shape(body.response_format, pipeline)
-    if isinstance(shape, Json) and len(schema := json.dumps(shape.schema)) <= MAX_SCHEMA_CHARACTERS:
-        instructions = f"{instructions}\n\nWrite the answer as JSON of this schema: {schema}".strip()
-    settings = replace(_settings(service.engine, body), shape=shape, instructions=instructions)
-    return AnswerRequest(pipeline, question, settings, turns, bool(body.extras.timeline), bool(body.extras.fresh))
+    pipeline, engine = service.pipeline_of(body.model), service.engine
+    question, options = chat_options(body, pipeline, engine.generator.context_tokens)
+    settings, extras = engine.answer_config(**options.settings), body.extras
+    return AnswerRequest(pipeline, question, settings, options.turns, bool(extras.timeline), bool(extras.fresh))
 
 
 def read_completion(body: CompletionRequest, service: Service) -> list[AnswerRequest]:
     """A question for each prompt."""
-    pipeline = service.pipeline_of(body.model)
-    settings = _settings(service.engine, body)
+    pipeline, engine = service.pipeline_of(body.model), service.engine
+    settings = engine.answer_config(**answer_settings(body, engine.generator.context_tokens))
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     timeline, fresh = bool(body.extras.timeline), bool(body.extras.fresh)
     return [AnswerRequest(pipeline, prompt.strip(), settings, (), timeline, fresh) for prompt in prompts]
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[list[Turn], str, str]:
-    """The turns before the last user's, that turn, and what system messages say; what follows it is left aside."""
-    last = max(place for place, message in enumerate(messages) if message.role == "user")
-    turns: list[Turn] = []
-    for message in messages[:last]:
-        if message.role == "user":
-            turns.append(Turn(message.text, ""))
-        elif message.role == "assistant" and turns and not turns[-1].answer:
-            turns[-1] = replace(turns[-1], answer=message.text)
-    told = [message.text.strip() for message in messages if message.role in ("system", "developer")]
-    return turns, messages[last].text.strip(), "\n\n".join(text for text in told if text)
-
-
-def _settings(engine: Engine, body: ChatRequest | CompletionRequest) -> AnswerConfig:
-    """The server's settings, unless the request says otherwise; an answer leaves half of the context to passages."""
-    usual = engine.config
-    said: dict[str, Any] = {
-        "max_tokens": min(body.token_limit or usual.max_tokens, engine.generator.context_tokens // 2),
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "seed": None if body.seed is None else body.seed % 2**32,
-        "lookahead": body.extras.lookahead and Lookahead(body.extras.lookahead),
-        "stop": body.stops,
-    }
-    return replace(usual, **{name: value for name, value in said.items() if value is not None})
-
-
-def _shape(form: ResponseFormat | None, pipeline: Pipeline) -> Shape | None:
-    if form is None or form.type == "text":
-        return None
-    if pipeline.name == PipelineName.FLARE:
-        message = "The pipeline flare writes sentence by sentence, and cannot be held to a schema."
-        raise ApiError(400, message, param="response_format", code="unsupported_parameter")
-    shape = Json(ANY_OBJECT if form.json_schema is None else form.json_schema.schema_ or ANY_OBJECT)
-    try:
-        check_schema(shape.schema)  # so that what is wrong with it is said before the question waits
-    except InputError as error:
-        message = error.message
-        param = "response_format.json_schema.schema"
-        raise ApiError(400, message, param=param, code="invalid_json_schema") from error
-    return shape
