@@ -108,7 +108,8 @@ def test_history_is_bounded_in_turns_characters_and_tokens():
     turns = [Turn(f"question-{n}?", f"answer-{n} " + "long " * 1000) for n in range(10)]
 
     def kept_of(room):
-        return recent_turns(turns, "next?", ScriptedGenerator({}, context_tokens=REWRITE_TOKENS + room))
+        generator = ScriptedGenerator({}, context_tokens=REWRITE_TOKENS + room)
+        return asyncio.run(recent_turns(turns, "next?", generator))
 
     kept = kept_of(10_000)
     assert kept == turns[-MAX_TURNS:]

@@ -286,18 +286,26 @@ def test_a_memory_that_cannot_be_cut_shares_nothing():
     assert bench.batcher.stats.computed_tokens == 300
 
 
-def test_a_call_that_fails_takes_its_requests_and_no_others():
+def test_a_call_that_fails_takes_the_request_that_fails_alone_and_no_others():
     bench = Bench(3)
-    bench.decoder.failing = {2}
+    bench.decoder.failing = {2, 4}  # a call for three, and then for the second of them
     first = bench.submit(words(1, 5), count=9)
     long = bench.submit(words(2, 500), count=2)
     bench.step()
     late = [bench.submit(words(number, 5), count=2) for number in (3, 4)]
     bench.batcher.step()
-    assert first.outcomes == long.outcomes == late[0].outcomes == ["The decoder broke."]
-    assert bench.decoder.held == [[], [], []]
+    assert [first.outcomes, long.outcomes, late[0].outcomes] == [[], ["The decoder broke."], []]
+    assert [len(sizes) for sizes in bench.decoder.sizes()[1:]] == [3, 1, 1, 1]
     bench.finish()
-    assert late[1].outcomes == ["done"]
+    assert [task.outcomes for task in (first, *late)] == [["done"]] * 3
+
+
+def test_a_memory_that_cannot_be_cut_loses_all_that_were_in_a_call_that_fails():
+    bench = Bench(2, can_cut=False)
+    bench.decoder.failing = {1}
+    tasks = [bench.submit(words(number, 5), count=2) for number in (1, 2, 3)]
+    bench.finish()
+    assert [task.outcomes for task in tasks] == [["The decoder broke."]] * 2 + [["done"]]
 
 
 def test_free_slots_can_be_emptied():

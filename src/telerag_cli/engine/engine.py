@@ -373,7 +373,7 @@ class Engine:
         pipeline = pipeline or self.pipeline
         forecast = Forecast(self.shared.averages, self.shared.planner, pipeline.name)
         shared = replace(self.shared, config=settings) if settings else self.shared
-        known = recent_turns(turns, question, shared.generator)
+        known = await recent_turns(turns, question, shared.generator)
         started_s = time.perf_counter()
         with batch or MicroBatch((question,)) as together, Session(shared, forecast, together, listener) as session:
             standalone = await rewrite(session, known, question)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from telerag_cli.config import Lookahead
@@ -48,12 +48,14 @@ class Forecast:
         if self._texts is None:
             self._texts = []
 
-    def writes(self, stage: str, prompt_tokens: Callable[[], int], max_tokens: int, width: int) -> None:
-        """The LLM begins a text, beside ``width - 1`` others."""
+    async def writes(
+        self, stage: str, prompt_tokens: Callable[[], Awaitable[int]], max_tokens: int, width: int
+    ) -> None:
+        """The LLM begins a text, beside ``width - 1`` others; the tokens of its prompt are asked for if they matter."""
         if self._planner is None or self._texts is None:
             return
         key = self._key(stage)
-        tokens = prompt_tokens()
+        tokens = await prompt_tokens()
         known = min(self._averages.get(key, "cached", 0.0), tokens - 1)
         self._texts.append(self._planner.text(tokens, known, self.expected_tokens(stage, max_tokens), width))
         self._stage = key

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +18,7 @@ from telerag_cli.engine.forecast import Forecast, Prediction
 from telerag_cli.engine.micro_batch import MicroBatch, give_up
 from telerag_cli.engine.refinement import RefinementEmbedder, Refiner
 from telerag_cli.errors import ContextError
-from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request
+from telerag_cli.llm.base import Generation, Generator, Message, OnText, Request, counted
 from telerag_cli.pipelines.base import ANSWER, Ahead, Answer, Expect, Listener, Prompt, WritingOptions, is_answer
 from telerag_cli.pipelines.prompts import answer_prompt
 from telerag_cli.planning.averages import Averages
@@ -123,7 +123,7 @@ class Session:
         """See `Rag`."""
         if self.listener:
             self.listener.begins(stage)
-            self.listener.prompted(stage, messages)
+            await self.listener.prompted(stage, messages)
         config = self.shared.config
         request = Request(
             messages,
@@ -138,7 +138,7 @@ class Session:
         refiner = self._refiner(stage, max_tokens, how.get("refining"), how.get("expect"))
         started_s = time.perf_counter()
         with self.shared.tracer.lane(LLM) as lane, self.shared.writing.one_more() as width:
-            self.forecast.writes(stage, partial(self.shared.generator.count_tokens, messages), max_tokens, width)
+            await self.forecast.writes(stage, partial(counted, self.shared.generator, messages), max_tokens, width)
             generation = await self.shared.generator.generate(request, self._on_text(stage, refiner))
             ended_s = time.perf_counter()
             self.shared.tracer.add(
@@ -194,7 +194,8 @@ class Session:
         if is_answer(stage):
             how["stop"], how["shape"] = (*how.get("stop", ()), *config.stop), config.shape
             prompt = _instructed(prompt, config.instructions)
-        messages, kept = fit(question, found, prompt, generator.context_tokens - longest, generator.count_tokens)
+        count = partial(counted, generator)
+        messages, kept = await fit(question, found, prompt, generator.context_tokens - longest, count)
         self.dropped += len(found) - kept
         generation = await self.generate(stage, messages, max_tokens=longest, **how)
         return Answer(generation.text, found)
@@ -242,12 +243,12 @@ def _instructed(prompt: Prompt, instructions: str) -> Prompt:
     return with_instructions
 
 
-def fit(
+async def fit(
     question: str,
     found: Sequence[Retrieved],
     prompt: Prompt,
     room: int,
-    count_tokens: Callable[[Sequence[Message]], int],
+    count_tokens: Callable[[Sequence[Message]], Awaitable[int]],
 ) -> tuple[Sequence[Message], int]:
     """The prompt with as many of the best passages as fit.
 
@@ -256,15 +257,17 @@ def fit(
     Raises:
         ContextError: not even the question fits.
     """
-    kept = len(found)
-    while True:
+    messages = prompt(question, found)
+    if await count_tokens(messages) <= room:
+        return messages, len(found)
+    alone = prompt(question, ())
+    if (tokens := await count_tokens(alone)) > room:  # before all else: every count of a long question takes long
+        raise ContextError(
+            f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
+            remedy="Shorten it, lower --max-tokens or raise --ctx-size.",
+        )
+    for kept in range(len(found) - 1, 0, -1):
         messages = prompt(question, found[:kept])
-        tokens = count_tokens(messages)
-        if tokens <= room:
+        if await count_tokens(messages) <= room:
             return messages, kept
-        if not kept:
-            raise ContextError(
-                f"The question takes {tokens:,} tokens and the context has room for {room:,}.",
-                remedy="Shorten it, lower --max-tokens or raise --ctx-size.",
-            )
-        kept -= 1
+    return alone, 0

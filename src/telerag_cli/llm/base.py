@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,10 +10,16 @@ from typing import Literal, Protocol
 from telerag_cli.errors import ContextError
 from telerag_cli.llm.shapes import Shape
 
+QUICK_CHARACTERS = 50_000
+"""A prompt shorter than this is tokenized in some milliseconds."""
+
 FinishReason = Literal["stop", "length"]
 
 OnText = Callable[[str, int], None]
-"""Called as text grows, from any thread: all text so far, and the tokens it took. It must return quickly."""
+"""Called as text grows, from any thread: all text so far, and the tokens it took. It must return quickly.
+
+A text may begin anew, if a server broke it off.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,18 @@ class Generator(Protocol):
 
     def close(self) -> None:
         """Free the model."""
+
+
+def is_quick(messages: Sequence[Message]) -> bool:
+    """Whether a prompt is tokenized so quickly that an event loop can wait for it."""
+    return sum(len(message.content) for message in messages) < QUICK_CHARACTERS
+
+
+async def counted(generator: Generator, messages: Sequence[Message]) -> int:
+    """Return the tokens of a prompt, as `Generator.count_tokens` does, without holding up the event loop."""
+    if is_quick(messages):
+        return generator.count_tokens(messages)
+    return await asyncio.to_thread(generator.count_tokens, messages)
 
 
 def context_exceeded(prompt_tokens: int, max_tokens: int, context_tokens: int) -> ContextError:

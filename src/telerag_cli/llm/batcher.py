@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from telerag_cli.errors import TeleragError
-
 MIN_SHARED = 16
 """Tokens from which on reusing a prefix, or waiting for one, beats computing it."""
 _COMPARED = 64
@@ -53,7 +51,7 @@ class Decoder(Protocol):
     """Whether a slot can be cut back to a prefix that is not empty."""
 
     def decode(self, chunks: Sequence[Chunk]) -> Sequence[Any]:
-        """Compute chunks, in ascending order of slots; raises TeleragError.
+        """Compute chunks, in ascending order of slots; what it raises fails those that it is raised for alone.
 
         Returns:
             What the next token is sampled from, for each chunk that wants it, in order; valid until the next call.
@@ -148,20 +146,8 @@ class Batcher:
         for slot in slots:
             count = counts[slot.number]
             chunks.append(Chunk(slot.number, len(slot.tokens), slot.pending[:count], count == len(slot.pending)))
-        if not chunks:
-            return
-        try:
-            outputs = iter(self._decoder.decode(chunks))
-        except TeleragError as error:
-            self._fail(slots, error)
-            return
-        for slot, chunk in zip(slots, chunks, strict=True):
-            slot.tokens += chunk.tokens
-            del slot.pending[: len(chunk.tokens)]
-            if slot.prefilling:
-                self._computed_tokens += len(chunk.tokens)
-            if chunk.wants_output:
-                self._sample(slot, next(outputs))
+        if chunks:
+            self._compute(slots, chunks)
 
     def fail_all(self, error: Exception) -> None:
         """End every request with this error and leave the decoder alone: it may be what is broken."""
@@ -281,6 +267,27 @@ class Batcher:
                 room -= counts[slot.number]
             counts[first.number] = min(len(first.pending), room)
         return {number: count for number, count in counts.items() if count}
+
+    def _compute(self, slots: Sequence[Slot], chunks: Sequence[Chunk]) -> None:
+        """Have the chunks of these slots computed and sample. If that fails, each is tried alone: one may be why."""
+        try:
+            outputs = iter(self._decoder.decode(chunks))
+        except Exception as error:
+            if len(slots) == 1 or not self._decoder.can_cut:
+                self._fail(slots, error)
+                return
+            for slot in slots:
+                self._cut(slot, len(slot.tokens))
+            for slot, chunk in zip(slots, chunks, strict=True):
+                self._compute([slot], [chunk])
+            return
+        for slot, chunk in zip(slots, chunks, strict=True):
+            slot.tokens += chunk.tokens
+            del slot.pending[: len(chunk.tokens)]
+            if slot.prefilling:
+                self._computed_tokens += len(chunk.tokens)
+            if chunk.wants_output:
+                self._sample(slot, next(outputs))
 
     def _sample(self, slot: Slot, output: Any) -> None:
         request = slot.request

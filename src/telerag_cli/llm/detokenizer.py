@@ -6,13 +6,22 @@ import codecs
 from collections.abc import Sequence
 
 from telerag_cli.llm.base import Token, find_stop
+from telerag_cli.llm.reasoning import Split, split, unfinished_tag
 
 
 class Detokenizer:
-    """The text of one answer. Bytes that are not UTF-8 become U+FFFD; an unfinished character is not there yet."""
+    """The text of one answer.
 
-    def __init__(self, stop: Sequence[str] = ()) -> None:
+    Bytes that are not UTF-8, and NULs, become U+FFFD; an unfinished character is not there yet.
+    """
+
+    def __init__(self, stop: Sequence[str] = (), *, reasoning: bool = False, inside: bool = False) -> None:
+        """Begin an empty text that ends at the first of the ``stop`` texts.
+
+        With ``reasoning``, what the model thinks aloud is left out; ``inside`` says that it has begun to already.
+        """
         self.text = ""
+        """Without reasoning."""
         self.count = 0
         """Tokens it took."""
         self.stopped_by: str | None = None
@@ -20,34 +29,55 @@ class Detokenizer:
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._reasoning = reasoning
+        self._inside = inside
+        self._whole = ""
+        self._split = Split("", (), False)
         self.tokens: list[Token] = []
-        """Those that came with a probability."""
+        """Those that came with a probability; places are in the text with reasoning."""
 
     def add(self, piece: bytes, logprob: float | None = None) -> None:
         """Take a token's bytes, and the logarithm of its probability if the tokens are to be kept."""
-        before = len(self.text)
-        self.text += self._utf8.decode(piece)
+        before, start = len(self.text), len(self._whole)
+        self._whole += self._utf8.decode(piece).replace("\0", "\ufffd")
         self.count += 1
         if logprob is not None:
-            self.tokens.append(Token(before, len(self.text), logprob))
+            self.tokens.append(Token(start, len(self._whole), logprob))
+        if self._reasoning:
+            self._split = split(self._whole, inside=self._inside)
+            self.text = self._split.answer
+        else:
+            self.text = self._whole
         # What was there before has been searched.
-        if found := find_stop(self.text, self._stop, max(0, before - self._longest + 1)):
+        searched = before - self._longest + 1 if before <= len(self.text) else 0
+        if found := find_stop(self.text, self._stop, max(0, searched)):
             place, self.stopped_by = found
             self.text = self.text[:place]
 
     @property
+    def only_reasoned(self) -> bool:
+        """Whether there is reasoning and no answer."""
+        return self._split.reasoned and not self.text.strip()
+
+    @property
     def shown(self) -> str:
-        """The text without an end that may turn out to begin a ``stop`` text."""
-        if self.stopped_by is None:
-            for length in range(min(self._longest - 1, len(self.text)), 0, -1):
-                tail = self.text[-length:]
-                if any(mark.startswith(tail) and mark != tail for mark in self._stop):
-                    return self.text[:-length]
-        return self.text
+        """The text without an end that may turn out to begin a ``stop`` text or reasoning."""
+        if self.stopped_by is not None:
+            return self.text
+        text = self.text[: len(self.text) - unfinished_tag(self.text)] if self._reasoning else self.text
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(mark.startswith(tail) and mark != tail for mark in self._stop):
+                return text[:-length]
+        return text
 
     def finished(self) -> tuple[str, tuple[Token, ...]]:
         """The text without white space around it, and its tokens."""
-        return stripped(self.text, self.tokens)
+        tokens = self.tokens
+        if self._reasoning:
+            place = self._split.place
+            tokens = [Token(place(token.start), place(token.end), token.logprob) for token in tokens]
+        return stripped(self.text, tokens)
 
 
 def stripped(text: str, tokens: Sequence[Token]) -> tuple[str, tuple[Token, ...]]:

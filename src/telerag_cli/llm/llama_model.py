@@ -12,14 +12,15 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from llguidance import LLTokenizer
 
 from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.errors import InputError, ModelError, ResourceError, UsageError
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.batcher import Chunk
+from telerag_cli.llm.chat_template import ChatTemplate
 from telerag_cli.llm.constraint import Constraint
+from telerag_cli.llm.reasoning import TAG
 
 PADDING = 256
 """llama.cpp rounds a context up to a multiple of so many tokens."""
@@ -34,6 +35,8 @@ _F16, _BF16 = 1, 30
 _META_BYTES = 256
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama.cpp's ``llama_token_data``."""
+_NEVER_TEXT: int = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+"""Kinds of tokens that llama.cpp makes of their spellings only if it is asked to."""
 _SEEDS = 2**32 - 1
 """How many seeds there are; llama.cpp takes the number after the last for "any"."""
 
@@ -115,6 +118,12 @@ class LlamaModel:
         )
 
     @cached_property
+    def _reasoning_tags(self) -> dict[int, bytes]:
+        """Special tokens that begin or end reasoning, as they are spelled."""
+        control = (token for token in range(self.vocab_size) if llama_cpp.llama_vocab_is_control(self.vocab, token))
+        return {token: self.piece(token, special=True) for token in control if TAG.fullmatch(self._spelling(token))}
+
+    @cached_property
     def reproducible(self) -> bool:
         """Whether a text can be kept from depending on what is decoded beside it; see `LlamaDecoder`."""
         return not self.gpu_layers and self._meta("general.file_type") in REPRODUCIBLE_TYPES
@@ -135,14 +144,25 @@ class LlamaModel:
         return padded(tokens) * rows * numbers * 2
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation by the model's own chat template."""
-        turns: Any = [{"role": message.role, "content": message.content} for message in messages]
-        raw = self._template(messages=turns).prompt.encode()
-        room = len(raw) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, True)
-        assert count >= 0
-        return list(tokens[:count])
+        """The tokens of a conversation by the model's own chat template; what a turn says is never a special token.
+
+        Raises:
+            ModelError: the template does not take such a conversation.
+        """
+        tokens: list[int] = []
+        for segment in self._template.render(messages):
+            tokens += self._tokenized(segment.text, special=segment.special)
+        return tokens
+
+    def begins_reasoning(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the tag that begins reasoning, so that the text begins within it."""
+        end = b"".join(self.piece(token, special=True) for token in prompt[-8:]).decode(errors="replace").rstrip()
+        tags = list(TAG.finditer(end))
+        return bool(tags) and tags[-1].end() == len(end) and "/" not in tags[-1][0]
+
+    def written(self, token: int) -> bytes:
+        """The bytes that a token adds to an answer; special tokens add none, but tags around reasoning are kept."""
+        return self._reasoning_tags.get(token) or self.piece(token)
 
     def piece(self, token: int, *, special: bool = False) -> bytes:
         """The bytes of a token; a character may span several."""
@@ -176,16 +196,36 @@ class LlamaModel:
         length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if length >= 0 else ""
 
-    def _chat_template(self, path: Path) -> Jinja2ChatFormatter:
+    def _tokenized(self, text: str, *, special: bool) -> list[int]:
+        raw = text.encode(errors="replace")
+        room = len(raw) + 8
+        tokens = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, special)
+        assert count >= 0
+        return list(tokens[:count])
+
+    def _spelling(self, token: int) -> str:
+        return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""
+
+    def _chat_template(self, path: Path) -> ChatTemplate:
         raw = llama_cpp.llama_model_chat_template(self.handle, None)
         if not raw:
             raise ModelError(
                 f"{path.name} has no chat template, so it is not an instruct model.",
                 remedy="Choose an instruct or chat model.",
             )
-        tokens = (llama_cpp.llama_vocab_bos(self.vocab), llama_cpp.llama_vocab_eos(self.vocab))
-        bos, eos = (self.piece(token, special=True).decode(errors="replace") if token >= 0 else "" for token in tokens)
-        return Jinja2ChatFormatter(raw.decode(), bos_token=bos, eos_token=eos)
+        source = raw.decode(errors="replace")
+        special = {}
+        for token in range(self.vocab_size):
+            kind = llama_cpp.llama_vocab_get_attr(self.vocab, token)
+            if kind & _NEVER_TEXT and (spelling := self._spelling(token)):
+                special[spelling] = False
+            elif kind & llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                spelling = self._spelling(token)  # some models have white space and HTML among these
+                if spelling.startswith(("<", "[")) and spelling in source:
+                    special[spelling] = True
+        bos, eos = llama_cpp.llama_vocab_bos(self.vocab), llama_cpp.llama_vocab_eos(self.vocab)
+        return ChatTemplate(source, path.name, bos=self._spelling(bos), eos=self._spelling(eos), special=special)
 
 
 def padded(tokens: int) -> int:

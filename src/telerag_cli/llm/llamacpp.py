@@ -17,17 +17,15 @@ import numpy as np
 from telerag_cli.arrays import FloatArray
 from telerag_cli.config import DEFAULT_CTX_SIZE
 from telerag_cli.errors import ModelError
-from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, context_exceeded
+from telerag_cli.llm.base import FinishReason, Generation, Message, OnText, Request, context_exceeded, is_quick
 from telerag_cli.llm.batcher import Batcher, Stats
 from telerag_cli.llm.detokenizer import Detokenizer
+from telerag_cli.llm.reasoning import only_reasoning
 
 if TYPE_CHECKING:
     from telerag_cli.llm.llama_model import LlamaModel
 
 T = TypeVar("T")
-
-QUICK_CHARACTERS = 50_000
-"""A prompt shorter than this is tokenized in some milliseconds."""
 
 
 class LlamaCpp:
@@ -66,7 +64,8 @@ class LlamaCpp:
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         # Once there is one, nothing is ordered any more, and nobody touches the model: see `_open`.
         self._refusal: ModelError | None = None
-        self._entrance = threading.Lock()
+        self._entrance = threading.Condition()
+        self._entered = 0
         self._worker = threading.Thread(target=self._work, name="llm", daemon=True)
         self._worker.start()
 
@@ -135,15 +134,21 @@ class LlamaCpp:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
-        """Keep the model from being closed meanwhile; raises ModelError if it has been."""
+        """Keep the model from being closed meanwhile; raises ModelError if it has been. Several may at a time."""
         with self._entrance:
             if self._refusal is not None:
                 raise self._refusal
+            self._entered += 1
+        try:
             yield
+        finally:
+            with self._entrance:
+                self._entered -= 1
+                self._entrance.notify_all()
 
     async def _submitted(self, request: Request, on_text: OnText | None) -> _RunningRequest:
         """Submit a request; where that may take long, which a schema or a long prompt can, in a thread."""
-        if request.shape is None and sum(len(message.content) for message in request.messages) < QUICK_CHARACTERS:
+        if request.shape is None and is_quick(request.messages):
             return self._submit(request, on_text)
         submitted = asyncio.ensure_future(asyncio.to_thread(self._submit, request, on_text))
         try:
@@ -174,6 +179,7 @@ class LlamaCpp:
             end.__cause__ = error
         with self._entrance:
             self._refusal = end
+            self._entrance.wait_for(lambda: not self._entered)
         while not self._orders.empty():
             if order := self._orders.get():
                 order()
@@ -218,7 +224,11 @@ class _RunningRequest:
         self._on_text = on_text
         self._model = model
         self._sampler = model.sampler(request)
-        self._output = Detokenizer(request.stop)
+        # A shape leaves no room for reasoning, and of a text without an end only the length is of interest.
+        reasoning = request.shape is None and not request.ignore_eos
+        self._output = Detokenizer(
+            request.stop, reasoning=reasoning, inside=reasoning and model.begins_reasoning(prompt)
+        )
         self._shown = ("", 0)
         self._outcome: Generation | Exception | None = None
         self._cached_tokens = 0
@@ -261,7 +271,7 @@ class _RunningRequest:
             return "stop"
         if output.count < request.max_tokens:
             self._sampler.accept(token)
-            output.add(self._model.piece(token), log_probability(logits, token) if request.logprobs else None)
+            output.add(self._model.written(token), log_probability(logits, token) if request.logprobs else None)
         if output.stopped_by is not None:
             return "stop"
         return "length" if output.count >= request.max_tokens else None
@@ -276,6 +286,8 @@ class _RunningRequest:
         now_s = time.perf_counter()
         first_s = self._first_s or now_s
         text, tokens = self._output.finished()
+        if self._output.only_reasoned:
+            raise only_reasoning(self._model.name, self._output.count)
         shape = self._request.shape
         if shape is not None and reason == "stop" and not shape.allows(text):
             raise ModelError(

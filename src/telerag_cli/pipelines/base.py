@@ -115,7 +115,7 @@ class Listener:
     def begins(self, stage: str) -> None:
         """The LLM is asked for a text."""
 
-    def prompted(self, stage: str, messages: Sequence[Message]) -> None:
+    async def prompted(self, stage: str, messages: Sequence[Message]) -> None:
         """The LLM is given this prompt."""
 
     def counted(self, stage: str, tokens: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from telerag_cli.llm.base import Generator, Message
+from telerag_cli.llm.base import Generator, Message, counted
 from telerag_cli.llm.shapes import Lines
 from telerag_cli.pipelines.base import Rag
 from telerag_cli.pipelines.prompts import user
@@ -50,11 +50,11 @@ def standalone_prompt(turns: Sequence[Turn], question: str) -> list[Message]:
     return [Message("system", INSTRUCTION), *examples, *_asked(said, question)]
 
 
-def recent_turns(turns: Sequence[Turn], question: str, generator: Generator) -> Sequence[Turn]:
+async def recent_turns(turns: Sequence[Turn], question: str, generator: Generator) -> Sequence[Turn]:
     """The turns that a question is rewritten with: the last `MAX_TURNS`, or as many of them as the context holds."""
     recent = turns[-MAX_TURNS:]
     room = generator.context_tokens - REWRITE_TOKENS
-    while recent and generator.count_tokens(standalone_prompt(recent, question)) > room:
+    while recent and await counted(generator, standalone_prompt(recent, question)) > room:
         recent = recent[1:]
     return recent
 

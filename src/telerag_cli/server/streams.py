@@ -13,7 +13,7 @@ from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from telerag_cli.corpus.passages import Retrieved
-from telerag_cli.llm.base import Generator, Message
+from telerag_cli.llm.base import Generator, Message, counted
 from telerag_cli.pipelines.base import ANSWER, together
 from telerag_cli.server.errors import ApiError, as_api_error
 from telerag_cli.server.replies import choice, cited, event, note, note_outcomes, usage_of
@@ -136,9 +136,9 @@ class _Watching(Watcher):
     def begins(self, stage: str) -> None:
         self._tell({"event": "stage", "stage": stage})
 
-    def prompted(self, stage: str, messages: Sequence[Message]) -> None:
+    async def prompted(self, stage: str, messages: Sequence[Message]) -> None:
         if self.tokens:
-            self.tokens.read += self.generator.count_tokens(messages)
+            self.tokens.read += await counted(self.generator, messages)
             self.tokens.written += self.tokens.writing.pop((self.index, stage), 0)
 
     def counted(self, stage: str, tokens: int) -> None:

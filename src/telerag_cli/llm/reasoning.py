@@ -1,0 +1,77 @@
+"""Reasoning within a text: what a model thinks aloud between tags is not its answer."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from telerag_cli.errors import ModelError
+
+_TAGS = tuple(
+    f"{opening}{end}{name}{closing}"
+    for opening, names, closing in (("<", ("think", "thinking", "thought", "seed:think"), ">"), ("[", ("think",), "]"))
+    for name in names
+    for end in ("", "/")
+)
+# A tag in quotation marks is one that the text is about.
+TAG = re.compile(rf"""(?<![`'"])(?:{"|".join(map(re.escape, _TAGS))})""", re.IGNORECASE)
+"""A tag that begins or ends reasoning."""
+_LONGEST_TAG = max(map(len, _TAGS))
+
+
+class Split(NamedTuple):
+    """A text without its reasoning."""
+
+    answer: str
+    kept: tuple[tuple[int, int], ...]
+    """Which characters of the whole text the answer has: from, to."""
+    reasoned: bool
+    """Whether there was reasoning."""
+
+    def place(self, whole: int) -> int:
+        """Return the place in the answer of a place in the whole text."""
+        return sum(min(max(whole - start, 0), end - start) for start, end in self.kept)
+
+
+def split(text: str, *, inside: bool = False) -> Split:
+    """Return what of a text is its answer; reasoning that has not ended reaches to its end.
+
+    A tag that ends reasoning which nothing began ends what a prompt began: all before it is reasoning.
+
+    Args:
+        text: the text, or its beginning.
+        inside: whether it begins within reasoning, as after a prompt that ends with the tag.
+    """
+    if not inside and "<" not in text and "[" not in text:
+        return Split(text, ((0, len(text)),), False)
+    kept: list[tuple[int, int]] = []
+    start, reasoned, opened = 0, False, inside
+    for tag in TAG.finditer(text):
+        before = text[start : tag.start()]
+        if "/" in tag[0] and not opened:
+            kept, inside = [], True
+        if inside:
+            reasoned = reasoned or bool(before.strip())
+        else:
+            kept.append((start, tag.start()))
+        start, inside, opened = tag.end(), "/" not in tag[0], True
+    if inside:
+        reasoned = reasoned or bool(text[start:].strip())
+    else:
+        kept.append((start, len(text)))
+    return Split("".join(text[begin:end] for begin, end in kept), tuple(kept), reasoned)
+
+
+def unfinished_tag(text: str) -> int:
+    """Return how many characters at the end of a text may yet become a tag."""
+    end = text[-_LONGEST_TAG:].lower()
+    place = max(end.rfind("<"), end.rfind("["))
+    return len(end) - place if place >= 0 and any(tag.startswith(end[place:]) for tag in _TAGS) else 0
+
+
+def only_reasoning(model: str, tokens: int) -> ModelError:
+    """Return the error for an answer that has reasoning and nothing else."""
+    return ModelError(
+        f"{model} wrote {tokens:,} tokens of reasoning and no answer.",
+        remedy="Raise --max-tokens, or choose a model or a setting of it that does not reason.",
+    )
