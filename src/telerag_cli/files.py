@@ -86,15 +86,29 @@ def check_disk(path: Path, needed_bytes: int, remedy: str) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: ``$XDG_CACHE_HOME/telerag``, or ``~/.cache/telerag``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telerag"
+    """The folder for what can be made again: ``$XDG_CACHE_HOME/telerag``, or ``~/.cache/telerag``.
+
+    Raises:
+        ResourceError: this user has no home, as in many containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "telerag"
+    except RuntimeError as error:
+        raise ResourceError(
+            "This user has no home folder, and so no cache.", remedy="Set XDG_CACHE_HOME or HOME to a folder."
+        ) from error
 
 
-def write_json(path: Path, value: Any, *, sort_keys: bool = True) -> None:
-    """Write ``value`` as JSON, atomically.
+def write_json(path: Path, value: Any, *, sort_keys: bool = True, parents: bool = False) -> None:
+    """Write ``value`` as JSON, atomically; with ``parents`` its folder is made.
 
     Keys are sorted, so that equal values give equal bytes, unless their order means something.
     """
+    if parents:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise wrap_os_error(error, path.parent) from error
     with writing(path) as temporary:
         temporary.write_text(
             json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False) + "\n", encoding="utf-8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Typed:
             "\n> ",
             multiline=True,
             prompt_continuation="  ",
-            history=_history(history_path(), note),
+            history=_history(note),
             completer=_completer(arguments),
             complete_style=CompleteStyle.READLINE_LIKE,
             key_bindings=_keys(),
@@ -103,17 +104,25 @@ class Typed:
 
 
 def history_path() -> Path:
-    """Where what was typed is kept."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "telerag" / "chat_history"
+    """Where what was typed is kept.
+
+    Raises:
+        OSError: this user has no home.
+    """
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise OSError(errno.ENOENT, "this user has no home") from error
+    return Path(state) / "telerag" / "chat_history"
 
 
-def _history(path: Path, note: Note) -> History:
-    """The history in this file; if it cannot be written, one that ends with the program."""
+def _history(note: Note) -> History:
+    """The history in its file; if it cannot be written, one that ends with the program."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     def lost(error: OSError) -> None:
-        note(f"What you type is not kept for next time: {path} cannot be written ({error.strerror}).")
+        file = error.filename or "its file"
+        note(f"What you type is not kept for next time: {file} cannot be written ({error.strerror}).")
 
     class Kept(FileHistory):
         noted = False
@@ -127,6 +136,7 @@ def _history(path: Path, note: Note) -> History:
                 self.noted = True
 
     try:
+        path = history_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         # Questions can be private: for the user alone.
         os.close(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))

@@ -198,7 +198,7 @@ class Engine:
         made = prepare(config, reporter, opened=opened, sharers=sharers, generate=generate and generator is None)
         averages, known, planner = None, None, None
         if generate and config.profile != NONE:
-            averages, known = kept_plan(config, made)
+            averages, known = kept_plan(config, made, reporter)
         made.opened.embedder.warm_up(approximate=generate and config.lookahead is not Lookahead.OFF)
         with contextlib.ExitStack() as undo:  # what was opened is closed if a part fails
             # The LLM comes before the arena, which on a GPU may take what is left.

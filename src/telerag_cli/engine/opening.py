@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from telerag_cli.config import NONE, EngineConfig, GeneratorKind
 from telerag_cli.embedding.encoder import Encoder
 from telerag_cli.engine.memory_plan import PlannedLlm, PlannedTier, Row, plan_llm, plan_tier
-from telerag_cli.errors import ArtifactError, ModelError, ResourceError, UsageError
+from telerag_cli.errors import ArtifactError, ModelError, ResourceError, TeleragError, UsageError
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.passages import Passages
 from telerag_cli.index.scoring import Coarse
@@ -184,17 +184,25 @@ def open_parts(config: EngineConfig, reporter: Reporter) -> Iterator[tuple[Prepa
         yield made, generator, retriever
 
 
-def kept_plan(config: EngineConfig, made: Prepared) -> tuple[Averages, Profile | None]:
-    """What earlier runs of these parts showed, and the profile that was named or kept."""
+def kept_plan(config: EngineConfig, made: Prepared, reporter: Reporter) -> tuple[Averages, Profile | None]:
+    """What earlier runs of these parts showed, and the profile that was named or kept.
+
+    What is kept is a convenience: where it cannot be read, that is a warning.
+    """
     identity, versions = made.identity
-    kept = kept_in(identity, versions)
     known: Profile | None = None
     if config.profile != AUTO:
         known = Profile.load(Path(config.profile))
         known.check(identity, Path(config.profile))
-    elif kept.exists():
-        known = Profile.load(kept)
-    return Averages(kept.with_suffix(".averages.json")), known
+    try:
+        kept = kept_in(identity, versions)
+        averages = Averages(kept.with_suffix(".averages.json"), warn=reporter.warn)
+        if config.profile == AUTO and kept.exists():
+            known = Profile.load(kept)
+    except (TeleragError, OSError) as error:
+        reporter.warn(f"Nothing of earlier runs is used: {error}")
+        averages = Averages()
+    return averages, known
 
 
 def measured(
@@ -209,10 +217,13 @@ def measured(
     try:
         with reporter.progress("measuring", None) as advance:
             profile = measure(subject, quick=True, advance=advance, command="telerag run")
-        profile.save(kept_in(*made.identity))
     except (ResourceError, ArtifactError) as error:
         reporter.warn(f"Nothing is predicted, because measuring failed: {error}")
         return None
+    try:
+        profile.save(kept_in(*made.identity))
+    except TeleragError as error:
+        reporter.warn(f"The measurement is not kept: {error}")
     return profile
 
 

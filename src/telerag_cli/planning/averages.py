@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from telerag_cli.errors import ArtifactError
+from telerag_cli.errors import ArtifactError, TeleragError
 from telerag_cli.files import read_json, write_json
 
 FORMAT, VERSION = "telerag-averages", 1
@@ -19,15 +20,15 @@ length of the window before the retrieval, the rate of the link in it, and the b
 class Averages:
     """Averages by stage, such as ``hyde/passage``, and quantity. Not for several threads at once."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, warn: Callable[[str], None] = lambda _message: None) -> None:
         """Start with what was kept.
 
-        The file need not exist; without one nothing is kept.
+        The file need not exist; without one nothing is kept. ``warn`` is called if `save` cannot write it.
 
         Raises:
             ArtifactError: the file is something else.
         """
-        self._path = path
+        self._path, self._warn = path, warn
         self._known: dict[str, tuple[float, int]] = {}
         """Average and number of values, by "stage quantity"."""
         self._changed = False
@@ -55,12 +56,10 @@ class Averages:
         self._changed = True
 
     def save(self) -> None:
-        """Keep them for the next run.
-
-        Raises:
-            ResourceError: the file cannot be written.
-        """
+        """Keep them for the next run; that they cannot be kept costs nobody an answer."""
         if self._path and self._changed:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             averages = {key: (round(value, 6), count) for key, (value, count) in self._known.items()}
-            write_json(self._path, {"format": FORMAT, "version": VERSION, "averages": averages})
+            try:
+                write_json(self._path, {"format": FORMAT, "version": VERSION, "averages": averages}, parents=True)
+            except TeleragError as error:
+                self._warn(f"What this run has shown is not kept: {error}")

@@ -250,8 +250,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         """Write it, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, self.as_json())
+        write_json(path, self.as_json(), parents=True)
 
     @classmethod
     def load(cls, path: Path) -> Profile:
