@@ -71,6 +71,20 @@ def test_passages_that_do_not_fit_are_dropped_from_the_lowest_rank(engine_of):
         run(engine, PipelineName.NAIVE, "why " * 80)
 
 
+def test_only_passages_of_the_prompt_are_cited(engine_of):
+    kept = set()
+    for context in [*range(40, 60), 200]:
+        try:
+            answered = run(engine_of(script, context_tokens=context, max_tokens=20), PipelineName.NAIVE)
+        except ContextError:
+            continue
+        in_prompt = len(answered.found) - answered.dropped_passages
+        kept.add(in_prompt)
+        assert all(cited["rank"] <= in_prompt for cited in answered.citations)
+        assert bool(answered.citations) == (in_prompt > 0)  # the answer names the first and uses its words
+    assert {0, 4} <= kept
+
+
 class StubPrefetch:
     question = np.ones(2, np.float32)
 

@@ -388,7 +388,7 @@ class Engine:
             shared.config.lookahead,
             text,
             list(answer.found),
-            cite(text, answer.found),
+            cite(text, answer.found[: answer.in_prompt]),
             session.stages,
             session.retrievals,
             session.plans,

@@ -198,7 +198,7 @@ class Session:
         messages, kept = await fit(question, found, prompt, generator.context_tokens - longest, count)
         self.dropped += len(found) - kept
         generation = await self.generate(stage, messages, max_tokens=longest, **how)
-        return Answer(generation.text, found)
+        return Answer(generation.text, found, kept)
 
     def __enter__(self) -> Self:
         return self

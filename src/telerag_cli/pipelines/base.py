@@ -29,6 +29,8 @@ class Answer:
 
     text: str
     found: Sequence[Retrieved] = ()
+    in_prompt: int | None = None
+    """How many of them, the first ones, fitted the prompt; None for all. Only those can be cited."""
 
 
 def merge(*found: Sequence[Retrieved]) -> list[Retrieved]:

@@ -58,6 +58,7 @@ async def flare(rag: Rag, question: str, *, flare_threshold: float = 0.4, senten
                 stop=SENTENCE_ENDS,
                 prompt=partial(_continuation, written=written),
             )
+            retrieved[-1] = retrieved[-1][: rewritten.in_prompt]
             sentence = rewritten.text
         if not sentence or sentence in written:
             break
