@@ -17,7 +17,7 @@ from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.artifact import ID_BYTES, Index
-from telerag_cli.index.build import BuildConfig, build_index, plan_build
+from telerag_cli.index.build import BuildConfig, build_index, norms_note, plan_build
 from telerag_cli.index.partial import partial_of
 from telerag_cli.index.recall import NEIGHBOURS, Nearest
 from telerag_cli.index.scoring import empty_ivf, flat
@@ -324,3 +324,14 @@ def test_usage_errors(tmp_path):
         result = runner.invoke(app, ["build-index", str(file), "-o", str(tmp_path / "i"), *flags])
         assert result.exit_code == 2, flags
     assert [Path(path).name for path in tmp_path.iterdir()] == ["e.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "stretch", "noted"), [(Metric.IP, 1, False), (Metric.IP, 3, True), (Metric.L2, 3, False)]
+)
+def test_vectors_of_different_lengths_under_inner_product_are_noted(tmp_path, metric, stretch, noted):
+    vectors = clustered(200, 8)
+    vectors[::2] *= stretch
+    note = norms_note(Embeddings.open(write_parquet(tmp_path / "v.parquet", vectors)), metric)
+    assert bool(note) == noted
+    assert not noted or "lengths from 1 to 3" in note

@@ -24,7 +24,7 @@ from telerag_cli.embedding.encoder import (
     find_device,
     min_cosine,
 )
-from telerag_cli.embedding.loading import load_model, model_path
+from telerag_cli.embedding.loading import doubts_about, load_model, model_path
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 TEXTS = [
@@ -185,3 +185,28 @@ def test_name_that_is_not_in_the_cache_offline(tmp_path):
         check=False,
     )
     assert "ModelError: The embedder 'nobody/nothing' cannot be loaded: " in run.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "said"),
+    [
+        ("intfloat/e5-small", {}, ["e5", "query: "]),
+        ("some/multilingual-e5-base", {"query": "query: "}, []),
+        ("nomic-ai/nomic-embed-text-v1", {"query": ""}, ["nomic", "search_query: "]),
+        ("all-MiniLM-L6-v2", {}, []),
+        ("code5-base", {}, []),
+    ],
+)
+def test_a_family_that_wants_prompts_and_has_none_is_noted(name, prompts, said):
+    model = type("Model", (list,), {"prompts": prompts})([None])
+    notes = doubts_about(model, name, None)
+    assert len(notes) == bool(said)
+    assert all(word in notes[0] for word in said)
+
+
+def test_a_folder_that_does_not_say_how_it_pools_is_noted(tmp_path):
+    model = type("Model", (list,), {"prompts": {}})([None])
+    (note,) = doubts_about(model, "mine", tmp_path)
+    assert "modules.json" in note
+    (tmp_path / "modules.json").write_text("[]")
+    assert doubts_about(model, "mine", tmp_path) == []

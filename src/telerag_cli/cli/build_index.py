@@ -57,7 +57,7 @@ def build_index(
     count = _list_count(nlist)
     memory_bytes = parse_bytes(memory)
 
-    from telerag_cli.index.build import BuildConfig, plan_build
+    from telerag_cli.index.build import BuildConfig, norms_note, plan_build
     from telerag_cli.index.build import build_index as run
     from telerag_cli.index.scoring import faiss_threads
 
@@ -73,6 +73,8 @@ def build_index(
             console.say(f"{output} is already built from these embeddings with these options.")
         else:
             _show_plan(plan)
+            if note := norms_note(plan.embeddings, config.metric):
+                console.warn(note)
             if device == "auto" and plan.gpu is not None:
                 console.say(f"k-means runs on cuda:{plan.gpu}, which Faiss finds; --device cpu keeps it off.")
         # The scores of Faiss differ in their last bit with its threads: workers have as many as this process.

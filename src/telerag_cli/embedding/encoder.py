@@ -17,6 +17,7 @@ from telerag_cli.arrays import FloatArray, IntArray
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.embedding.loading import (
+    doubts_about,
     find_prompt,
     fingerprint,
     free_tokenizer,
@@ -77,6 +78,8 @@ class Encoder:
         self._forwards: dict[torch.dtype, Forward] = {}
         self._lock = threading.Lock()
         self.tokenizer = free_tokenizer(model, name)
+        self.doubts = doubts_about(model, name, model_folder(name))
+        """Sentences about what the model does not say of itself."""
         self._passage_prompt = find_prompt(model, "document", "passage", "corpus")
         self._query_prompt = find_prompt(model, "query")
         limit = model.max_seq_length

@@ -154,6 +154,7 @@ def embed(
         name, total, passages = "the given corpus", None, iter(cast("Iterable[Passage]", sources))
     else:
         name, total = files.name, count_passages(files)
+        files.notes.assumed += encoder.doubts
         chunker = Chunker(encoder.tokenizer, encoder.info.max_tokens)
         passages = read_passages(files, chunker, on_bad, Columns(config.text_column, config.id_column))
     if config.limit is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import xxhash
 
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.errors import ModelError
+
+WANT_PROMPTS = {"e5": "query: ", "nomic": "search_query: ", "bge": "Represent this sentence: "}
+"""Families of models that were trained with words before each text."""
 
 
 def model_folder(model: str) -> Path | None:
@@ -90,6 +94,24 @@ def find_prompt(model: Any, *names: str) -> str | None:
     """The first prompt of these names that is not empty, else the model's default one."""
     prompts: dict[str, str] = model.prompts or {}
     return next((prompts[name] for name in (*names, model.default_prompt_name) if prompts.get(name)), None)
+
+
+def doubts_about(model: Any, name: str, folder: Path | None) -> list[str]:
+    """Return sentences about what a model does not say of itself and had to be guessed: its pooling, its prompts."""
+    said = []
+    if folder is not None and not (folder / "modules.json").exists():
+        said.append(
+            f"The model {name} has no modules.json, so how it pools is not known; the mean of its tokens is taken."
+        )
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    known_as = f"{name} {getattr(config, '_name_or_path', '')}".lower()
+    family = next((family for family in WANT_PROMPTS if re.search(rf"(^|[\W_]){family}([\W_]|$)", known_as)), None)
+    if family and not any((model.prompts or {}).values()):
+        said.append(
+            f"Models of the family {family} expect prompts like {WANT_PROMPTS[family]!r}, and {name} names none: "
+            "retrieval will be worse. Add them to config_sentence_transformers.json."
+        )
+    return said
 
 
 def pooling_of(model: Any) -> str:

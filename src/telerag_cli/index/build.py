@@ -55,6 +55,7 @@ from telerag_cli.units import format_bytes
 
 CHECKPOINT_BLOCKS = 16
 """Assigned blocks between checkpoints: some seconds of work to lose, against a wait for the disk each."""
+NORMS_ROWS = 1024
 MAX_PLACE_BYTES = 512 << 20
 REMEDY = "Free space, choose another output, or store less with --storage float16 or int8."
 
@@ -136,6 +137,18 @@ class BuildPlan(Draft):
     def trained_on(self) -> str:
         """``cpu`` or ``cuda``: where k-means runs, which rounds otherwise on each."""
         return "cpu" if self.gpu is None else "cuda"
+
+
+def norms_note(embeddings: Embeddings, metric: Metric) -> str | None:
+    """Return a sentence if the first vectors differ in length where the inner product is the score, else None."""
+    _first, block = next(embeddings.batches(NORMS_ROWS))
+    norms = np.linalg.norm(block, axis=1)
+    if metric is not Metric.IP or norms.max() <= 1.01 * norms.min():
+        return None
+    return (
+        f"The vectors are not normalized (lengths from {norms.min():.3g} to {norms.max():.3g}), "
+        "and by inner product long ones win; if cosine is meant, normalize them, or use --metric l2."
+    )
 
 
 def plan_build(embeddings: Embeddings | Path | str, output: Path | str, config: BuildConfig) -> BuildPlan:
