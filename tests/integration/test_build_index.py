@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.config import Metric, Storage
+from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import ArtifactError, ResourceError, UsageError
 from telerag_cli.index.artifact import ID_BYTES, Index
 from telerag_cli.index.build import BuildConfig, build_index, norms_note, plan_build

@@ -138,7 +138,7 @@ class ListRecall:
         )
 
     def result(self) -> dict[str, float]:
-        """Recall@10 by ``nprobe``; what ties with the tenth result is found too. Empty without queries or neighbours."""
+        """Recall@10 by ``nprobe``, where what ties with the tenth counts too; empty without queries or neighbours."""
         count = len(self._scores)
         asked = int((self._truth.rows >= 0).sum())
         if not asked:
