@@ -12,7 +12,7 @@ import pytest
 from expect import fails
 from scripted_endpoint import ADDRESS, ask, event, refuse, run, scripted, stream, without_garbage
 from telerag_cli.errors import ModelError, UsageError
-from telerag_cli.llm import endpoint as module
+from telerag_cli.llm import refusals as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 from telerag_cli.llm.shapes import Choice, Json, Lines
@@ -174,7 +174,7 @@ def test_a_server_that_knows_the_older_form_of_schemas_gets_that(server):
     assert run(endpoint, ask(shape=Choice(("yes", "no")))).text == "no"
     assert [body["response_format"]["type"] for body in server.bodies] == ["json_schema", "json_object", "json_object"]
     assert server.bodies[1]["response_format"]["schema"] == Choice(("yes", "no")).json_schema()
-    assert endpoint.schema_format == "json_object"
+    assert endpoint.dialect.schema_format == "json_object"
     assert len(notices) == 1
     with fails(ModelError, "not 'json_schema'"):
         run(server.endpoint(no, retries=0), ask())  # nothing to do with a request that has no schema

@@ -17,7 +17,7 @@ from telerag_cli.config import PipelineName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ContextError, ModelError
-from telerag_cli.llm import endpoint as module
+from telerag_cli.llm import refusals as module
 from telerag_cli.llm.endpoint import Endpoint
 
 
@@ -73,7 +73,7 @@ CONTEXT = "This model's maximum context length is 64 tokens"
         (told(400, "exceeds the context size"), 1, ContextError, (400, "exceeds the context size.")),
         (told(503, "Overloaded"), 3, ModelError, (503, "Overloaded.")),
         (raw("data: {oops\n\n"), 1, ModelError, ("line 1 column 2", "/v1")),
-        (raw('data: {"hello": 1}\n\n'), 1, ModelError, ("choices=None", "/v1")),
+        (raw('data: {"hello": 1}\n\n'), 1, ModelError, ('{"hello": 1}', "/v1")),
         (raw("data: 5\n\n"), 1, ModelError, ("5", "/v1")),
         (stream("a", finish=None), 3, ModelError, (3, 1)),
         (stream("a", finish="tool_calls"), 1, ModelError, ("'tool_calls'",)),

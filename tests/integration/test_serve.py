@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx2
 import pytest
@@ -114,6 +115,24 @@ def test_a_stream_is_the_same_answer_in_pieces(made):
     assert last["telerag"]["passages"] == whole["telerag"]["passages"]
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], whole["usage"]["total_tokens"])
     assert all("telerag" not in chunk for chunk in chunks[:-2])
+
+
+@pytest.mark.parametrize(("anew", "told"), [(["Blue", "Blue sky"], "Blue sky"), (["Red"], None)])
+def test_a_text_that_begins_anew_goes_on_or_is_an_error(server, monkeypatch, anew, told):
+    with server() as made:
+        generate = made.engine.generator.generate
+
+        async def begun_twice(request, on_text):
+            for text in ["Bl", "Blue", "B", *anew]:
+                on_text(text, 1)
+                await asyncio.sleep(0.02)
+            return replace(await generate(request), text=anew[-1])
+
+        monkeypatch.setattr(made.engine.generator, "generate", begun_twice)
+        chunks, _complete = made.streamed(ask(model="telerag-naive"))
+        texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk]
+        errors = [chunk["error"] for chunk in chunks if "error" in chunk]
+        assert ("".join(texts), len(errors)) == ((told, 0) if told else ("Blue", 1))
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])

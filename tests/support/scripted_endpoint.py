@@ -8,7 +8,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from telerag_cli.llm import endpoint as module
+from telerag_cli.llm import refusals as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 
@@ -27,6 +27,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         script = self.server.script
         self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if script.chat and self.path != script.chat:
+            refuse(404, "Not Found")(self)
+            return
+        if not self.body:  # somebody looks whether there is anything here
+            refuse(400, "Nothing was asked.")(self)
+            return
         script.bodies.append(self.body)
         script.keys.append(self.headers["authorization"])
         with script.lock:
@@ -37,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             script.hung_up.set()
 
     def do_GET(self):
-        assert self.path == "/v1/models"
+        assert self.path.endswith("/models")
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in self.server.script.models]
         answer(200, {"object": "list", "data": data})(self)
 
@@ -45,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def piece(self, text):
-        self.wfile.write(text.encode())
+        self.wfile.write(text if isinstance(text, bytes) else text.encode())
         self.wfile.flush()
 
     def begin(self, status=200, kind="text/event-stream", **headers):
@@ -61,6 +67,8 @@ class Script:
     def __init__(self):
         self.replies, self.models = [stream("Blue")], ["small"]
         self.bodies, self.keys = [], []
+        self.chat = None
+        """The only path where there are chat completions; any, if None."""
         self.lock, self.hung_up = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer((ADDRESS, 0), Handler)
         self.server.daemon_threads = True

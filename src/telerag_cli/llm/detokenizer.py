@@ -33,8 +33,7 @@ class Detokenizer:
         self._inside = inside
         self._whole = ""
         self._split = Split("", (), False)
-        self.tokens: list[Token] = []
-        """Those that came with a probability; places are in the text with reasoning."""
+        self._tokens: list[Token] = []
 
     def add(self, piece: bytes, logprob: float | None = None) -> None:
         """Take a token's bytes, and the logarithm of its probability if the tokens are to be kept."""
@@ -42,7 +41,7 @@ class Detokenizer:
         self._whole += self._utf8.decode(piece).replace("\0", "\ufffd")
         self.count += 1
         if logprob is not None:
-            self.tokens.append(Token(start, len(self._whole), logprob))
+            self._tokens.append(Token(start, len(self._whole), logprob))
         if self._reasoning:
             self._split = split(self._whole, inside=self._inside)
             self.text = self._split.answer
@@ -53,6 +52,14 @@ class Detokenizer:
         if found := find_stop(self.text, self._stop, max(0, searched)):
             place, self.stopped_by = found
             self.text = self.text[:place]
+
+    @property
+    def tokens(self) -> list[Token]:
+        """Those that came with a probability."""
+        if not self._reasoning:
+            return self._tokens
+        place = self._split.place
+        return [Token(place(token.start), place(token.end), token.logprob) for token in self._tokens]
 
     @property
     def only_reasoned(self) -> bool:
@@ -73,11 +80,7 @@ class Detokenizer:
 
     def finished(self) -> tuple[str, tuple[Token, ...]]:
         """The text without white space around it, and its tokens."""
-        tokens = self.tokens
-        if self._reasoning:
-            place = self._split.place
-            tokens = [Token(place(token.start), place(token.end), token.logprob) for token in tokens]
-        return stripped(self.text, tokens)
+        return stripped(self.text, self.tokens)
 
 
 def stripped(text: str, tokens: Sequence[Token]) -> tuple[str, tuple[Token, ...]]:

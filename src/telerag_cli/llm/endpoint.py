@@ -1,57 +1,56 @@
 """Any server that speaks OpenAI's chat completions: OpenAI, vLLM, llama.cpp's server, and many more.
 
-Every answer is streamed, so that the time to the first token is known and text can be shown as it grows. Servers
-differ: some send no count of tokens, some take a JSON schema in an older form only, some ignore a schema silently. A
-reply is therefore checked against the shape that was asked for.
+Every answer is streamed where the server can, so that the time to the first token is known and text can be shown as it
+grows. Servers differ: some refuse parameters or roles (`Dialect`), some stand few requests at once (`AdaptiveLimit`),
+some ignore a schema silently. A reply is therefore checked against the shape that was asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import email.utils
 import json
 import math
 import os
-import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import httpx2
 import openai
-from openai.types.chat import ChatCompletionChunk
 
 from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
-from telerag_cli.errors import ContextError, ModelError, TeleragError, UsageError, connection_cause, one_line
+from telerag_cli.errors import ModelError, TeleragError, UsageError, one_line
+from telerag_cli.llm.addresses import find_api
 from telerag_cli.llm.base import Generation, Message, OnText, Request
+from telerag_cli.llm.concurrency import AdaptiveLimit
+from telerag_cli.llm.dialect import Dialect
+from telerag_cli.llm.event_stream import DONE, server_events
+from telerag_cli.llm.reasoning import only_reasoning
+from telerag_cli.llm.refusals import (
+    KEY_VARIABLE,
+    BrokenOffError,
+    Server,
+    Trouble,
+    UnreadableError,
+    is_context,
+    is_crowded,
+    said_by,
+    status_of,
+    wait_s,
+)
 from telerag_cli.llm.streamed_answer import StreamedAnswer
+from telerag_cli.text import repaired
 
 DEFAULT_PARALLEL = 8
 DEFAULT_RETRIES = 3
-KEY_VARIABLE = "OPENAI_API_KEY"
+_NOT_OF_THE_REQUEST = (401, 403, 404, 405, 408, 409, 429, 502, 503, 504)
+"""Refusals that have nothing to do with how something is asked."""
 CONNECT_S = 10.0
 """Time allowed for making a connection."""
-FIRST_WAIT_S = 0.5
-"""Wait before the second try; it doubles with every further one."""
-MAX_WAIT_S = 60.0
-"""Longest wait that a server may ask for; beyond it the request fails."""
-MAX_STOP_TEXTS = 4
-"""As many as OpenAI takes."""
-
-SchemaFormat = Literal["json_schema", "json_object"]
-"""How a schema is sent to a server: OpenAI's way, or the one before it."""
-
-_TRANSIENT = (408, 409, 429)
-_WAIT = "Wait, or send it fewer requests at once."
-_REMEDIES = {
-    401: f"Set {KEY_VARIABLE} to a key of this server.",
-    403: f"Set {KEY_VARIABLE} to a key of this server.",
-    404: "Check the address; it often ends in /v1.",
-    **dict.fromkeys(_TRANSIENT, _WAIT),
-}
-"""What to do about a refusal, by its status."""
+DRAIN_S = 0.2
+"""Time allowed for the end of a body whose answer is complete, so that its connection can be used again."""
 
 
 class Endpoint:
@@ -73,8 +72,9 @@ class Endpoint:
 
         None is the only model that the server has. The key is by default the variable OPENAI_API_KEY, or a placeholder
         for servers that want none. ``timeout_s`` is the longest silence, before the first byte and between any two.
-        Tries are repeated after a transient failure, as long as no text was passed on. ``notice`` is called once if
-        the server takes schemas in the older form only.
+        Tries are repeated after a transient failure, as long as no text was passed on, and after one that comes of too
+        many requests at once: fewer run from then on. ``notice`` is called once for each way of asking that the server
+        refuses and that is given up for the session.
 
         Raises:
             UsageError: the address is not one, or there are several models.
@@ -85,22 +85,26 @@ class Endpoint:
                 f"'{base_url}' is not the address of a server: it does not begin with http:// or https://.",
                 remedy="Write it like http://localhost:8000/v1.",
             )
-        self._url = base_url.rstrip("/")
-        self._timeout_s = timeout_s
-        self._connect_s = min(CONNECT_S, timeout_s)
+        self._server = Server(base_url.rstrip("/"), timeout_s, connect_s=min(CONNECT_S, timeout_s))
         self._retries = retries
         self._notice = notice
+        key = api_key or os.environ.get(KEY_VARIABLE) or "none"
         self._settings: dict[str, Any] = {
-            "base_url": self._url,
-            "api_key": api_key or os.environ.get(KEY_VARIABLE) or "none",
-            "timeout": openai.Timeout(timeout_s, connect=self._connect_s),
+            "base_url": self._server.url,
+            "api_key": key,
+            "timeout": openai.Timeout(timeout_s, connect=self._server.connect_s),
             "max_retries": 0,  # see `_retried`
         }
         self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
         self.context_tokens = context_tokens
         self.parallel = parallel
-        self.schema_format: SchemaFormat = "json_schema"
-        """How schemas are sent; it changes when the server says that it knows only the older way."""
+        self.dialect = Dialect()
+        """How requests are put; it changes when the server refuses one way."""
+        self._stands = parallel
+        self._told_limit = False
+        self._headers = {"Authorization": f"Bearer {key}"}
+        self._found: str | None = None
+        """Where the API is, once it was looked for."""
         self.name = model or self._only_model()
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
@@ -134,8 +138,7 @@ class Endpoint:
             )
         session = await self._session()
         asked_s = time.perf_counter()
-        async with session.slots:
-            answer = await self._retried(session.client, request, on_text)
+        answer = await self._retried(session, request, on_text)
         self._check(answer)
         return answer.generation(asked_s, self.count_tokens(request.messages))
 
@@ -150,7 +153,7 @@ class Endpoint:
             elif not loop.is_closed():
                 loop.run_until_complete(session.lifetime.aclose())
 
-    async def _retried(self, client: openai.AsyncOpenAI, request: Request, on_text: OnText | None) -> StreamedAnswer:
+    async def _retried(self, session: _Session, request: Request, on_text: OnText | None) -> StreamedAnswer:
         """Try until there is an answer.
 
         The client's own retries are off: they end with the first byte of the stream, and their waits would count as
@@ -158,71 +161,104 @@ class Endpoint:
         """
         tried = 0
         while True:
-            answer = StreamedAnswer(request, on_text)
-            sent_format = self.schema_format
-            try:
-                await self._stream(client, answer)
-            except (openai.APIError, _BrokenOffError) as error:
-                said = _said(error) if isinstance(error, openai.APIStatusError) else ""
-                if request.shape and sent_format == "json_schema" and "json_schema" in said and "json_object" in said:
-                    if self.schema_format == "json_schema" and self._notice:  # another request may have been quicker
-                        self._notice(
-                            f"The server at {self._url} does not know json_schema; schemas go to it with json_object."
-                        )
-                    self.schema_format = "json_object"
+            async with session.limit.place() as began:
+                answer = StreamedAnswer(request, on_text)
+                body = self.dialect.body(self.name, request)
+                try:
+                    return await self._stream(session.client, body, answer)
+                except (openai.APIError, BrokenOffError) as caught:
+                    error: Trouble = caught
+                except UnreadableError as caught:
+                    misplaced = await self._misplaced(str(caught)) if caught.elsewhere else None
+                    raise misplaced or self._server.unreadable(str(caught)) from caught
+                if self._learns(body, error):
                     continue
+                pause_s = wait_s(error, tried + 1)
+                crowded = pause_s is not None and is_crowded(error) and self._falls(session.limit, began, error)
+            if not crowded:
                 tried += 1
-                wait_s = None if answer.shown or tried > self._retries else _wait_s(error, tried)
-                if wait_s is None:
-                    models = await self._models(client) if _status(error) == 404 else []
-                    raise self._explained(error, tried, answer.pieces, models) from error
-                await asyncio.sleep(wait_s)
-            else:
-                return answer
+                if pause_s is None or answer.shown or tried > self._retries:
+                    raise await self._refused(session.client, error, tried, answer.pieces) from error
+            await asyncio.sleep(pause_s or 0.0)
 
-    async def _stream(self, client: openai.AsyncOpenAI, answer: StreamedAnswer) -> None:
-        try:
-            async with await client.chat.completions.create(**self._body(answer.request)) as stream:
-                async for chunk in stream:
-                    if not isinstance(chunk, ChatCompletionChunk) or chunk.choices is None:
-                        raise self._malformed(f"{chunk!r:.60} is not a chunk of a completion")
-                    answer.add(chunk)
+    async def _stream(self, client: openai.AsyncOpenAI, body: dict[str, Any], answer: StreamedAnswer) -> StreamedAnswer:
+        """Ask, and take what comes until the answer is complete."""
+        odd = ""
+        completions = client.chat.completions.with_streaming_response
+        async with completions.create(**body) as asked:
+            response = asked.http_response
+            elsewhere = "event-stream" not in response.headers.get("content-type", "")
+            events = server_events(_bytes(response))
+            try:
+                async for event in events:
+                    if event.data.startswith(DONE):
+                        break
+                    chunk = _parsed(event.data, event.name, response.request)
+                    if "choices" in chunk or "usage" in chunk:
+                        answer.add(chunk)
+                    elif not event.name:
+                        odd = odd or event.data
                     if answer.cut:
-                        return
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise self._malformed(str(error)) from error
+                        return answer
+            except ValueError as error:
+                raise UnreadableError(str(error), elsewhere=elsewhere) from error
+            with contextlib.suppress(TimeoutError, ValueError, openai.APIError):
+                async with asyncio.timeout(DRAIN_S):
+                    async for _event in events:
+                        pass
         if answer.finish is None:
-            raise _BrokenOffError
+            if odd and not answer.pieces:
+                raise UnreadableError(f"{odd:.60} is not a chunk of a completion", elsewhere=elsewhere)
+            raise BrokenOffError
+        return answer
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        shape = request.shape
-        body: dict[str, Any] = {
-            "model": self.name,
-            "messages": [{"role": message.role, "content": message.content} for message in request.messages],
-            "max_tokens": request.max_tokens + (shape.json_tokens() if shape else 0),
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if shape is not None:
-            # No stop texts: they are meant for the text, and would end the JSON around it.
-            if self.schema_format == "json_object":
-                body["response_format"] = {"type": "json_object", "schema": shape.json_schema()}
-            else:
-                schema = {"name": "answer", "schema": shape.json_schema(), "strict": True}
-                body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif request.stop:
-            body["stop"] = list(request.stop[:MAX_STOP_TEXTS])
-        if request.logprobs:
-            body |= {"logprobs": True, "top_logprobs": 1}  # some servers send none without the second
-        return body
+    def _learns(self, body: dict[str, Any], error: Trouble) -> bool:
+        """Whether the server refused how it was asked, and can be asked in another way from now on."""
+        status = status_of(error)
+        if not isinstance(error, openai.APIError) or isinstance(error, openai.APIConnectionError) or is_context(error):
+            return False
+        if status in _NOT_OF_THE_REQUEST:
+            return False
+        said = said_by(error)
+        news = self.dialect.learn(body, said, error.param, broken=status is not None and status >= 500)
+        if news and self._notice:
+            self._notice(f"{self._server} {news}. It said: {said}.")
+        return news is not None
+
+    def _falls(self, limit: AdaptiveLimit, began: int, error: Trouble) -> bool:
+        """Whether a request was refused as one of too many, so that it gets another try with fewer beside it."""
+        before = limit.most
+        again = limit.fall(began)
+        if limit.most < before:
+            self._stands = limit.most
+            if self._notice and not self._told_limit:
+                self._told_limit = True
+                said = str(self._server.explained(error, 1).message)
+                self._notice(f"{said} It gets fewer requests at once from now on, {limit.most} and not {before}.")
+        return again
+
+    async def _refused(self, client: openai.AsyncOpenAI, error: Trouble, tried: int, pieces: int) -> TeleragError:
+        """The error to show in the end."""
+        models: list[str] = []
+        if status_of(error) in (404, 405) and isinstance(error, openai.APIError):
+            named = "model" in said_by(error).lower()
+            if not named and (misplaced := await self._misplaced(f"{status_of(error)}: {said_by(error)}")):
+                return misplaced
+            models = await self._models(client)
+        return self._server.explained(error, tried, pieces, models)
+
+    async def _misplaced(self, why: str) -> ModelError | None:
+        """The error for an address where there is no API, if it is found at another one of this server."""
+        if self._found is None:
+            self._found = await asyncio.to_thread(find_api, self._server.url, self._headers) or self._server.url
+        return self._server.misplaced(why, self._found) if self._found != self._server.url else None
 
     def _check(self, answer: StreamedAnswer) -> None:
+        if answer.reasoned and not answer.text.strip():
+            raise only_reasoning(f"The model {self.name}", answer.tokens)
         if answer.finish not in ("stop", "length"):
             raise ModelError(
-                f"The server at {self._url} ended the answer with '{answer.finish}', not with 'stop' or 'length'.",
+                f"{self._server} ended the answer with '{answer.finish}', not with 'stop' or 'length'.",
                 remedy="Ask something else, or use another model.",
             )
         if answer.refusal:
@@ -233,62 +269,33 @@ class Endpoint:
         if not answer.has_shape():
             wanted = answer.request.shape.description() if answer.request.shape else "text"
             raise ModelError(
-                f"The server at {self._url} wrote {answer.reply.strip()!r:.80}, which is not {wanted}.",
+                f"{self._server} wrote {answer.reply.strip()!r:.80}, which is not {wanted}.",
                 remedy="Use a server and a model that keep to a JSON schema.",
             )
 
-    def _malformed(self, problem: str) -> ModelError:
-        return ModelError(
-            f"The server at {self._url} sent a stream that cannot be read: {one_line(problem)}.",
-            remedy="Check that the address is that of an OpenAI-compatible API; it often ends in /v1.",
-        )
-
-    def _explained(
-        self, error: openai.APIError | _BrokenOffError, tried: int, pieces: int = 0, models: Sequence[str] = ()
-    ) -> TeleragError:
-        """The error to show for one that a server caused in its last try."""
-        server, cause = f"The server at {self._url}", error.__cause__
-        counts = [f"{tried} tries"] * (tried > 1) + [f"{pieces} token{'s' * (pieces > 1)}"] * (pieces > 0)
-        after = f" after {' and '.join(counts)}" if counts else ""
-        if isinstance(error, _BrokenOffError):
-            return ModelError(
-                f"{server} ended its stream{after} without saying that the answer is complete.",
-                remedy="Its log may say why; a prompt longer than its context is one reason.",
-            )
-        if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
-            silent = isinstance(cause, httpx2.ConnectTimeout)
-            why = f"no connection within {self._connect_s:g} s" if silent else connection_cause(cause)
-            return ModelError(f"{server} cannot be reached{after}: {why}.", remedy="Start it, or check the address.")
-        if isinstance(error, openai.APITimeoutError):
-            return ModelError(
-                f"{server} sent nothing for {self._timeout_s:g} s{after}.",
-                remedy="Check that it is not overloaded, or allow it more time.",
-            )
-        if isinstance(error, openai.APIConnectionError):
-            why = connection_cause(cause or error)
-            return ModelError(f"{server} broke the connection{after}: {why}.", remedy="Its log may say why.")
-        status = _status(error)
-        refusal = f"{server} answers {status or 'with an error'}{after}: {_said(error)}"
-        if _is_context(error):
-            return ContextError(f"{refusal}.", remedy="Shorten the question, lower --max-tokens or --ctx-size.")
-        if models:
-            return ModelError(f"{refusal}; it has {', '.join(models)}.", remedy="Name one of its models.")
-        return ModelError(f"{refusal}.", remedy=_REMEDIES.get(status or 0, "Its log may say more."))
-
     def _only_model(self) -> str:
+        models, why = list[str](), "it lists no model"
         try:
             with openai.OpenAI(**self._settings | {"max_retries": self._retries}) as client:
                 models = _names(client.models.list())
         except openai.APIError as error:
-            tried = 1 if _wait_s(error, 1) is None else self._retries + 1
-            raise self._explained(error, tried) from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise self._malformed(str(error)) from error
+            if status_of(error) not in (404, 405):
+                tried = 1 if wait_s(error, 1) is None else self._retries + 1
+                raise self._server.explained(error, tried) from error
+            why = f"{status_of(error)}: {said_by(error)}"
+        except ValueError as error:
+            why = str(error)
         if not models:
-            raise ModelError(f"The server at {self._url} lists no model.", remedy="Name one that it has.")
+            self._found = find_api(self._server.url, self._headers) or self._server.url
+            if self._found != self._server.url:
+                raise self._server.misplaced(why, self._found)
+            raise ModelError(
+                f"{self._server} does not say which model it has ({one_line(why)}).",
+                remedy="Name one that it has, and check the address; it often ends in /v1.",
+            )
         if len(models) > 1:
             raise UsageError(
-                f"The server at {self._url} has {len(models)} models: {', '.join(models)}.", remedy="Name one of them."
+                f"{self._server} has {len(models)} models: {', '.join(models)}.", remedy="Name one of them."
             )
         return models[0]
 
@@ -304,7 +311,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         if loop not in self._sessions:
             client = openai.AsyncOpenAI(**self._settings)
-            session = _Session(client, asyncio.Semaphore(self.parallel), self._live(loop, client))
+            session = _Session(client, AdaptiveLimit(self._stands), self._live(loop, client))
             self._sessions[loop] = session
             await anext(session.lifetime)
         return self._sessions[loop]
@@ -321,61 +328,45 @@ class Endpoint:
 @dataclass(frozen=True)
 class _Session:
     client: openai.AsyncOpenAI
-    slots: asyncio.Semaphore
+    limit: AdaptiveLimit
     lifetime: AsyncGenerator[None]
 
 
-class _BrokenOffError(Exception):
-    """A stream ended in good order, but before the answer did."""
+async def _bytes(response: httpx2.Response) -> AsyncIterator[bytes]:
+    """The body as it comes, with the errors that the client has for sending."""
+    try:
+        async for piece in response.aiter_bytes():
+            yield piece
+    except httpx2.TimeoutException as error:
+        raise openai.APITimeoutError(request=response.request) from error
+    except httpx2.RequestError as error:
+        raise openai.APIConnectionError(request=response.request) from error
 
 
-def _wait_s(error: openai.APIError | _BrokenOffError, tried: int) -> float | None:
-    """Seconds until the next try; None if it would fail like the last one."""
-    status = _status(error)
-    lost = isinstance(error, openai.APIConnectionError | _BrokenOffError)
-    if not lost and (status is None or (status not in _TRANSIENT and status < 500)):
-        return None
-    asked_s = _retry_after_s(error)
-    if asked_s is not None:
-        return asked_s if asked_s <= MAX_WAIT_S else None
-    # Clients that failed together must not come back together.
-    return min(FIRST_WAIT_S * 2.0 ** (tried - 1), MAX_WAIT_S) * random.uniform(0.75, 1.0)
+def _parsed(text: str, name: str, request: httpx2.Request) -> dict[str, Any]:
+    """The chunk in an event; empty if it is an event of another kind.
 
-
-def _retry_after_s(error: Exception) -> float | None:
-    """The header Retry-After, which has seconds or a date."""
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    value = error.response.headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return max(float(value), 0.0)
-    with contextlib.suppress(ValueError):
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    return None
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status, or the one within a stream that had begun with 200."""
-    if isinstance(error, openai.APIStatusError):
-        return error.status_code
-    code = getattr(error, "code", None)
-    return int(code) if code and code.isdigit() else None
-
-
-def _is_context(error: openai.APIError) -> bool:
-    said = f"{error.code} {error.type} {_said(error)}".lower()
-    words = ("context length", "context_length", "context size", "context_size", "context window")
-    return _status(error) in (None, 400, 413, 422) and any(word in said for word in words)
-
-
-def _said(error: openai.APIError) -> str:
-    """The server's own words, however it wraps them."""
-    body: Any = error.body
-    if isinstance(body, dict):
-        body = next((body[key] for key in ("message", "detail", "error") if body.get(key)), body)
-    return one_line(str(body or error.message))
+    Raises:
+        APIError: it says what is wrong.
+        ValueError: it cannot be read.
+    """
+    try:
+        chunk: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if name == "error":
+            chunk = {"message": text}
+        elif name in ("", "message"):
+            raise ValueError(str(error)) from error
+        else:
+            return {}
+    body = chunk if isinstance(chunk, dict) else {}
+    if told := body.get("error") or (chunk if name == "error" or body.get("object") == "error" else None):
+        raise openai.APIError("an error", request, body=told)
+    if not body and not name and chunk != {}:
+        raise ValueError(f"{text:.60} is not a chunk of a completion")
+    return body
 
 
 def _names(page: Any) -> list[str]:
     """The models of a list, or none if something else came with status 200."""
-    return sorted(str(model.id) for model in getattr(page, "data", None) or ())
+    return sorted(repaired(str(model.id)) for model in getattr(page, "data", None) or ())

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
 from telerag_cli.corpus.passages import Retrieved
+from telerag_cli.errors import ModelError
 from telerag_cli.llm.base import Generator, Message, counted
 from telerag_cli.pipelines.base import ANSWER, together
 from telerag_cli.server.errors import ApiError, as_api_error
@@ -187,7 +188,14 @@ class CompletionChunks:
         return self._chunk(news.index, self._piece(more)) if more else b""
 
     def end(self, outcomes: Sequence[AnswerResult]) -> bytes:
-        """Return what is left to say when all is answered."""
+        """Return what is left to say when all is answered; raises ModelError if what was shown is not the answer."""
+        for shown, outcome in zip(self._shown, outcomes, strict=True):
+            answer = outcome.answered.answer.strip()
+            if not answer.startswith(shown) and not shown.startswith(answer):
+                raise ModelError(
+                    f"The answer that began with '{shown:.60}' was broken off, and is another one written anew.",
+                    remedy="Ask again.",
+                )
         usage = usage_of(outcomes)
         if self.tokens:
             self.tokens.final = usage
