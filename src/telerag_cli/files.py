@@ -14,6 +14,7 @@ from typing import Any
 import xxhash
 
 from telerag_cli.errors import ArtifactError, ResourceError
+from telerag_cli.text import parse_json
 from telerag_cli.units import format_bytes
 
 CHUNK_BYTES = 4 << 20
@@ -122,7 +123,7 @@ def read_json(path: Path) -> Any:
         ArtifactError: it is missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise wrap_os_error(error, path) from error
     except ValueError as error:

@@ -157,6 +157,7 @@ def parse_json(data: bytes | str) -> Any:
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
+        decoded(data)  # says it more plainly if that is the reason
         raise TextError(str(error)) from None
     if _MAYBE_INFINITE.search(data) and _has_infinity(value):
         raise TextError("it holds a number beyond the largest of 64 bits")

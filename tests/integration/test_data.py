@@ -190,12 +190,12 @@ def test_passages_of_flashrag(sets):
 
 
 BAD = [
-    ("flashrag", b'{"id": "a", "question": "Q?", "golden_answers": "A"}\nnot json\n', "2: ", "column 1"),
+    ("flashrag", b'{"id": "a", "question": "Q?", "golden_answers": "A"}\nnot json\n', "2: ", "line 1 column 2"),
     ("flashrag", b'{"id": "a", "question": " ", "golden_answers": []}\n', "1: ", "'question'"),
     ("flashrag", b'{"id": "a", "question": "Q?", "golden_answers": [1]}\n', "1: ", "[1]"),
     ("flashrag", b'{"question": "Q?", "golden_answers": []}\n', "1: ", "'id' is None"),
     ("flashrag", b'\n{"id": "a", "question": "\xff"}\n', "2: ", "UTF-8"),
-    ("flashrag", b'{"id": "a", "question": "\\ud800", "golden_answers": []}\n', "1: ", "UTF-8"),
+    ("flashrag", b'{"id": "a", "question": "\\ud800", "golden_answers": []}\n', "1: ", "JSON"),
     ("flashrag", b"[1]\n", "1: ", "list"),
     ("hotpotqa", b'[{"_id": "a", "question": "Q?",\n"answer": "A"},\n {"_id": "b"}]', "3: ", "'question'"),
     ("hotpotqa", b"[\n\n3]", "3: ", "int"),

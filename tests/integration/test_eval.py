@@ -346,14 +346,14 @@ ANSWERED = '{"id": "a", "answer": "b"'
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        (f'{ANSWERED}}}\n{{"id": "Ita', ["r.jsonl:2 ", "JSON", "Unterminated string", "does not end"]),
+        (f'{ANSWERED}}}\n{{"id": "Ita', ["r.jsonl:2 ", "JSON", "EOF", "does not end"]),
         ("[1]\n", ["r.jsonl:1 ", "list"]),
         ('\n{"id": "a"}\n', ["r.jsonl:2 ", "['id']"]),
         ('{"answer": "a"}\n', ["r.jsonl:1 ", "['answer']"]),
         ('{"id": "a", "answer": 3}\n', ["r.jsonl:1 ", "int"]),
         (f'{ANSWERED}, "passages": {{}}, "answers": "c"}}\n{ANSWERED}}}', ["r.jsonl:2 ", "'a'", "line 1 "]),
         (f'{ANSWERED}, "passages": {{"x": 1}}}}\n', ["r.jsonl:1 ", "dict"]),
-        (f'{ANSWERED}, "passages": [{{"id": "p", "score": NaN}}]}}\n', ["r.jsonl:1: ", "passage 1 "]),
+        (f'{ANSWERED}, "passages": [{{"id": "p", "score": NaN}}]}}\n', ["r.jsonl:1 ", "JSON"]),
         (f'{ANSWERED}, "passages": [{{"id": "p"}}, "q"]}}\n', ["r.jsonl:1: ", "passage 2 "]),
         (f'{ANSWERED}, "answers": [1]}}\n', ["r.jsonl:1 ", "answers"]),
         ('{"custom_id": "a", "body": {}}\n', ["r.jsonl:1 ", "Batch"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from telerag_cli.cli.options import Only
 from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, TierKind
 from telerag_cli.errors import UsageError
 from telerag_cli.files import wrap_os_error
+from telerag_cli.text import parse_json
 from telerag_cli.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _replayed(recording: Path) -> list[Replayed]:
 
     try:
         with recording.open("rb") as lines:
-            return from_recording([json.loads(line) for line in lines], recording)
+            return from_recording([parse_json(line) for line in lines], recording)
     except OSError as error:
         raise wrap_os_error(error, recording) from error
     except ValueError as error:

@@ -15,6 +15,7 @@ from typing import IO, Any, NoReturn, cast
 
 from telerag_cli.errors import InputError
 from telerag_cli.files import wrap_os_error
+from telerag_cli.text import TextError, parse_json
 
 BUFFER_CHARACTERS = 64 << 10
 MAX_ENTRY_CHARACTERS = 64 << 20
@@ -76,13 +77,9 @@ def json_lines(handle: IO[bytes], on_bad: OnBad) -> Iterator[Row]:
         if not raw.strip():
             continue
         try:
-            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"), parse_constant=_no_constant)
-        except UnicodeDecodeError as error:
-            on_bad(line, f"not UTF-8 ({error.reason} at byte {error.start})")
-        except json.JSONDecodeError as error:
-            on_bad(line, f"not JSON ({error.msg} at column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            on_bad(line, f"not JSON ({error})")
+            value = parse_json(raw.removeprefix(codecs.BOM_UTF8))
+        except TextError as error:
+            on_bad(line, f"not JSON: {error}")
         else:
             yield from _object(line, value, on_bad)
 

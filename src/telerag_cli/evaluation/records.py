@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from telerag_cli.engine.questions import ID_KEYS
 from telerag_cli.errors import InputError
+from telerag_cli.text import TextError, parse_json
 
 GOLD_KEYS = ("answers", "golden_answers")
 """Ours (and SQuAD's), and FlashRAG's."""
@@ -138,10 +138,10 @@ def _objects(
         where = f"{source}:{number}"
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            value = json.loads(line) if line else None
+            value = parse_json(line) if line else None
         except UnicodeDecodeError as error:
             raise InputError(f"{where} is not UTF-8: {error.reason} at byte {error.start}.", remedy=remedy) from error
-        except (ValueError, RecursionError) as error:
+        except TextError as error:
             torn = "" if raw.endswith(b"\n") else ", and its line does not end"
             raise InputError(f"{where} is not JSON: {error}{torn}.", remedy=remedy) from error
         if not line:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import wrap_os_error
+from telerag_cli.text import parse_json
 
 BATCH_ROWS = 1024
 """Rows of every record batch but the last, so that a row's place is a division."""
@@ -59,7 +59,7 @@ class Passages:
         try:
             batch = self._reader.get_batch(row // BATCH_ROWS)
             name, text, metadata = (column[row % BATCH_ROWS].as_py() for column in batch.columns)
-            return Passage(name, text, json.loads(metadata))
+            return Passage(name, text, parse_json(metadata))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ArtifactError(
                 f"Row {row:,} of {self.path} is damaged: {error}.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from telerag_cli.errors import ArtifactError
+from telerag_cli.text import parse_json
 
 AHEAD = ("window_s", "budget_bytes", "bytes_moved", "hit_share", "join_s")
 
@@ -53,7 +53,7 @@ def prediction_errors(lines: Iterable[bytes], path: Path) -> list[PredictionErro
         if not line.strip():
             continue
         try:
-            for name, kind, predicted, measured in _predictions(json.loads(line)):
+            for name, kind, predicted, measured in _predictions(parse_json(line)):
                 pairs[name, kind].append((predicted, measured))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(
