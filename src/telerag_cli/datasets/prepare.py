@@ -15,7 +15,7 @@ from telerag_cli.datasets.catalogue import DatasetKind, Parser, RemoteFile
 from telerag_cli.datasets.fetch import checksums, mismatch
 from telerag_cli.datasets.parsers import QRELS_HEADER, DatasetReader
 from telerag_cli.errors import ArtifactError, TeleragError
-from telerag_cli.files import checksum, wrap_os_error, writing
+from telerag_cli.files import checksum, exclusive, wrap_os_error, writing
 from telerag_cli.progress import Advance
 
 
@@ -52,7 +52,7 @@ def prepare(
     Raises:
         ArtifactError: a file has not been fetched.
         TeleragError: a file is damaged, or an entry cannot be used.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or another process prepares into the folder.
         UsageError: there is no such split.
     """
     dataset, split = cached.dataset, split or cached.dataset.split
@@ -74,24 +74,25 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise wrap_os_error(error, folder) from error
-    with contextlib.ExitStack() as stack:  # the files get their names together
-        for name, lines in made.items():
-            temporary = stack.enter_context(writing(folder / name))
-            rows[name] = _write(temporary, folder / name, lines, advance) - (name == QRELS)  # without the header
-    known = cached.sources()
-    manifest = PreparedManifest(
-        dataset.name,
-        split,
-        limit,
-        {file.name: known[file.name].sha256 for file in files},
-        {
-            name: PreparedFile(count, (folder / name).stat().st_size, checksum(folder / name))
-            for name, count in rows.items()
-        },
-        bad + source.empty,
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    manifest.save(folder)
+    with exclusive(folder):
+        with contextlib.ExitStack() as stack:  # the files get their names together
+            for name, lines in made.items():
+                temporary = stack.enter_context(writing(folder / name))
+                rows[name] = _write(temporary, folder / name, lines, advance) - (name == QRELS)  # without the header
+        known = cached.sources()
+        manifest = PreparedManifest(
+            dataset.name,
+            split,
+            limit,
+            {file.name: known[file.name].sha256 for file in files},
+            {
+                name: PreparedFile(count, (folder / name).stat().st_size, checksum(folder / name))
+                for name, count in rows.items()
+            },
+            bad + source.empty,
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        manifest.save(folder)
     return manifest
 
 

@@ -1,14 +1,16 @@
 """An index folder while it is made: ``INDEX.partial/``, which one process works in and which gets its name when whole.
 
 Every way to make an index resumes in the same manner. A stage's files appear whole, or grow beside a checkpoint that
-says how far they are good; what is there is not made again. ``work/`` holds what is needed only meanwhile: the lock,
-the checkpoints, and in ``build.json`` what the index is made from, so that a killed run goes on only with the same.
+says how far they are good; what is there is not made again. ``work/`` holds what is needed only meanwhile: the
+checkpoints, and in ``build.json`` what the index is made from, so that a killed run goes on only with the same.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import ctypes
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +24,16 @@ import numpy.typing as npt
 from telerag_cli.arrays import IntArray, TableArray
 from telerag_cli.config import Storage
 from telerag_cli.errors import ArtifactError, ResourceError
-from telerag_cli.files import check_disk, checksum, read_json, wrap_os_error, write_json, writing
+from telerag_cli.files import (
+    check_disk,
+    checksum,
+    exclusive,
+    read_json,
+    sync_folder,
+    wrap_os_error,
+    write_json,
+    writing,
+)
 from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
 from telerag_cli.progress import Progress, silent
 
@@ -115,26 +126,25 @@ class Draft:
 
         Raises:
             ArtifactError: the folder is something else, or was begun with other parameters.
-            ResourceError: another process is at work in it, or the disk cannot hold what is still to be written.
+            ResourceError: another process is at work in it or has just finished, or the disk cannot hold what is still
+                to be written.
         """
         check_disk(self.root, self.needed_bytes - self.left_bytes, remedy)
         try:
-            if self.partial.exists() and not self.begun and not self._is_barely_begun():
-                raise ArtifactError(
-                    f"{self.partial} exists and is not an unfinished index.",
-                    remedy="Remove it or choose another output.",
-                )
-            self.work.mkdir(parents=True, exist_ok=True)
-            with (self.work / "lock").open("w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ResourceError(
-                        f"Another telerag is building {self.root} right now.", remedy="Wait for it."
-                    ) from error
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            with exclusive(self.root):
+                if not overwrite and self.finished():
+                    raise ResourceError(f"Another telerag has just built {self.root}.", remedy="Run it again.")
+                if self.partial.exists() and not self.begun and not self._is_barely_begun():
+                    raise ArtifactError(
+                        f"{self.partial} exists and is not an unfinished index.",
+                        remedy="Remove it or choose another output.",
+                    )
+                self.work.mkdir(parents=True, exist_ok=True)
                 self._begin(overwrite)
                 yield
-                self._publish()
+                shutil.rmtree(self.work)
+                publish(self.partial, self.root)
         except OSError as error:
             raise wrap_os_error(error, self.partial) from error
 
@@ -149,20 +159,9 @@ class Draft:
             self._refuse_other(begun, self.partial, "begun")
             return
         for path in (*self.partial.iterdir(), *self.work.iterdir()):
-            if path != self.work and path.name != "lock":
+            if path != self.work:
                 path.unlink()
         write_json(build, self.parameters)
-
-    def _publish(self) -> None:
-        shutil.rmtree(self.work)
-        replaced = self.root.with_name(f".{self.root.name}.replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        if self.root.exists():
-            self.root.rename(replaced)
-        self.partial.rename(self.root)
-        if replaced.exists():
-            shutil.rmtree(replaced)
 
     def _recorded(self, path: Path) -> dict[str, Any]:
         manifest = Manifest.load(path)
@@ -179,8 +178,47 @@ class Draft:
             )
 
     def _is_barely_begun(self) -> bool:
-        """Killed before ``build.json`` was whole: nothing in it but the lock and a temporary file."""
-        return all(path.name in ("work", "lock", ".build.json.partial") for path in self.partial.rglob("*"))
+        """Killed before ``build.json`` was whole: nothing in it but what belongs to writing that."""
+        return all(path.name == "work" or path.name.startswith(".build.json.") for path in self.partial.rglob("*"))
+
+
+def publish(made: Path, root: Path) -> None:
+    """Give a finished folder its name; another folder of that name is exchanged with it at once, and then removed.
+
+    On file systems that cannot exchange, nothing has the name for a moment.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    sync_folder(made)
+    replaced = root.with_name(f".{root.name}.replaced")
+    if replaced.exists():
+        shutil.rmtree(replaced)
+    if root.exists():
+        if _exchange(made, root):
+            made.rename(replaced)
+        else:
+            root.rename(replaced)
+            made.rename(root)
+    else:
+        made.rename(root)
+    sync_folder(root.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names by ``renameat2``; False where the system or the file system has no such call."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    here = ctypes.c_int(-100)  # AT_FDCWD
+    if library.renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(2)) == 0:  # RENAME_EXCHANGE
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def _shown(value: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from telerag_cli.errors import ArtifactError, TeleragError
-from telerag_cli.files import read_json, write_json
+from telerag_cli.files import read_json, update_json
 
 FORMAT, VERSION = "telerag-averages", 1
 NEWEST = 0.25
@@ -15,6 +15,8 @@ NEWEST = 0.25
 Quantity = Literal["tokens", "prompt", "cached", "window", "link", "moved"]
 """Of a stage: tokens written, tokens of the prompt and those of it that were cached; and, measured over expected, the
 length of the window before the retrieval, the rate of the link in it, and the bytes moved."""
+Known = dict[str, tuple[float, int]]
+"""Average and number of values, by "stage quantity"."""
 
 
 class Averages:
@@ -29,20 +31,9 @@ class Averages:
             ArtifactError: the file is something else.
         """
         self._path, self._warn = path, warn
-        self._known: dict[str, tuple[float, int]] = {}
-        """Average and number of values, by "stage quantity"."""
-        self._changed = False
-        if path is None or not path.exists():
-            return
-        raw = read_json(path)
-        try:
-            if (raw["format"], raw["version"]) != (FORMAT, VERSION):
-                raise ValueError(f"{raw['format']} version {raw['version']}")
-            self._known = {key: (float(value), int(count)) for key, (value, count) in raw["averages"].items()}
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path} does not hold averages of this version: {error}.", remedy="Remove it."
-            ) from error
+        self._known = _read(path, read_json(path)) if path is not None and path.exists() else {}
+        self._observed: list[tuple[str, float]] = []
+        """What is not saved yet, oldest first."""
 
     def get(self, stage: str, quantity: Quantity, default: float) -> float:
         """Return the average, or the default if nothing is known."""
@@ -50,16 +41,38 @@ class Averages:
 
     def observe(self, stage: str, quantity: Quantity, value: float) -> None:
         """Add a value: ``(1 - w) * average + w * value``; the first four weigh alike, later ones have w = `NEWEST`."""
-        average, count = self._known.get(f"{stage} {quantity}", (0.0, 0))
-        weight = max(NEWEST, 1 / (count + 1))
-        self._known[f"{stage} {quantity}"] = ((1 - weight) * average + weight * value, count + 1)
-        self._changed = True
+        _add(self._known, f"{stage} {quantity}", value)
+        if self._path:
+            self._observed.append((f"{stage} {quantity}", value))
 
     def save(self) -> None:
-        """Keep them for the next run; that they cannot be kept costs nobody an answer."""
-        if self._path and self._changed:
-            averages = {key: (round(value, 6), count) for key, (value, count) in self._known.items()}
+        """Add what was observed to what is kept by now; that it cannot be kept costs nobody an answer."""
+        if self._path and self._observed:
             try:
-                write_json(self._path, {"format": FORMAT, "version": VERSION, "averages": averages}, parents=True)
+                update_json(self._path, self._with_observed)
+                self._observed.clear()
             except TeleragError as error:
                 self._warn(f"What this run has shown is not kept: {error}")
+
+    def _with_observed(self, raw: Any) -> dict[str, Any]:
+        assert self._path
+        known = _read(self._path, raw) if raw is not None else {}  # others have saved theirs meanwhile
+        for key, value in self._observed:
+            _add(known, key, value)
+        averages = {key: (round(average, 6), count) for key, (average, count) in known.items()}
+        return {"format": FORMAT, "version": VERSION, "averages": averages}
+
+
+def _add(known: Known, key: str, value: float) -> None:
+    average, count = known.get(key, (0.0, 0))
+    weight = max(NEWEST, 1 / (count + 1))
+    known[key] = ((1 - weight) * average + weight * value, count + 1)
+
+
+def _read(path: Path, raw: Any) -> Known:
+    try:
+        if (raw["format"], raw["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"{raw['format']} version {raw['version']}")
+        return {key: (float(value), int(count)) for key, (value, count) in raw["averages"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"{path} does not hold averages of this version: {error}.", remedy="Remove it.") from error
