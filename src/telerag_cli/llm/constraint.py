@@ -1,28 +1,27 @@
-"""Which tokens a grammar allows next, by llguidance, and what of a JSON schema it can keep.
+"""Which tokens a grammar allows next, by llguidance.
 
-A client's schema never reaches a parser before `check_schema` has bounded it. llguidance builds what a repetition needs
-while the text is written, so that a `maxLength` of a million costs nothing, and has limits of its own for what a step
-may take.
+It builds what a repetition needs while the text is written, so that a ``maxLength`` of a million costs nothing. A client's
+schema comes here only after `check_schema` has taken its time and memory (`schema_check.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from telerag_cli.arrays import BoolArray
 from telerag_cli.errors import InputError, one_line
 
-MAX_SCHEMA_BYTES = 128 << 10
-MAX_SCHEMA_VALUES = 5_000
-"""Properties, choices and subschemas together; compiling so many takes less than a second of one core."""
-MAX_SCHEMA_DEPTH = 60
 WHITE_SPACE = r"( |\n[ \t]{0,20})?"
 """Between the parts of JSON: bounded, or a small model can write line ends for ever."""
+LIMITS = LLParserLimits(step_lexer_fuel=50_000, step_max_items=20_000, verbose_errors=False)
+"""A step takes some milliseconds at most, as everybody's answers wait for it; errors do not quote the grammar."""
+_UNNAMED = (("regex", "pattern"), ("Resource", "$ref"))
+"""Words of llguidance's messages that do not name the keyword they are about, and that keyword."""
 
 
 class Constraint:
@@ -36,7 +35,7 @@ class Constraint:
         """
         self._vocab_size = tokenizer.vocab_size
         self._ends = frozenset(tokenizer.eos_tokens)
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
         self._check()
 
     def allows(self, token: int) -> bool:
@@ -72,36 +71,17 @@ def regex_grammar(pattern: str) -> str:
 def schema_grammar(schema: Mapping[str, Any]) -> str:
     """Return llguidance's grammar for the JSON of a schema; of ``oneOf`` it takes any."""
     options: Any = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True}
-    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+    # By this keyword a schema could have others ignored.
+    plain = {name: value for name, value in schema.items() if name != "x-guidance"}
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=options))
 
 
-def check_schema(schema: Mapping[str, Any]) -> None:
-    """Check that texts can be held to a schema, without compiling what is too large.
+def refusal(schema: Mapping[str, Any]) -> str:
+    """Return why texts cannot be held to a schema, with the keyword that cannot be kept; empty if they can.
 
-    Raises:
-        InputError: it is beyond a limit, not a schema, or has a keyword that cannot be kept, which is named.
+    This is native code without limits of its own: see `schema_check.py`.
     """
-    for values, (depth, _value) in enumerate(_walk(schema), 1):
-        if depth > MAX_SCHEMA_DEPTH or values > MAX_SCHEMA_VALUES:
-            raise InputError(
-                f"The schema has more than {MAX_SCHEMA_VALUES:,} values or {MAX_SCHEMA_DEPTH} levels.",
-                remedy="Make it smaller.",
-            )
-    if (size := len(json.dumps(schema))) > MAX_SCHEMA_BYTES:
-        raise InputError(
-            f"The schema has {size:,} bytes, and at most {MAX_SCHEMA_BYTES:,} can be followed.",
-            remedy="Make it smaller.",
-        )
-    failed, messages = LLMatcher.validate_grammar_with_warnings(schema_grammar(schema))
-    if failed:
-        raise InputError(f"The schema cannot be followed: {one_line(messages[0], 160)}.", remedy="Leave that out.")
-
-
-def _walk(schema: Any) -> Iterator[tuple[int, Any]]:
-    """Yield the values of a JSON value with their depths, without recursion."""
-    waiting = [(1, schema)]
-    while waiting:
-        depth, value = waiting.pop()
-        yield depth, value
-        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-        waiting += [(depth + 1, each) for each in inner]
+    matcher = LLMatcher(LLTokenizer("byte"), schema_grammar(schema), log_level=0, limits=LIMITS)
+    error = str(matcher.get_error()) if matcher.is_error() else ""
+    keyword = next((f"{name}: " for sign, name in _UNNAMED if sign in error), "")
+    return keyword + error

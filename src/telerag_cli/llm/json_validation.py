@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, _WrappedReferencingError
-from jsonschema.validators import extend
+from jsonschema.validators import extend, validator_for
 
 from telerag_cli.text import TextError, parse_json
 
@@ -22,10 +22,16 @@ class _TooManyError(Exception):
     """The references of a schema multiply."""
 
 
+def draft_of(schema: Mapping[str, Any]) -> Any:
+    """Return the validator's class for the draft that a schema names, or for the latest one."""
+    return validator_for(dict(schema), Draft202012Validator)
+
+
 def follows(schema: Mapping[str, Any], reply: str) -> bool:
     """Whether a text is JSON of this schema; False too where that cannot be found out in bounded time."""
     followed = 0
-    usual = Draft202012Validator.VALIDATORS
+    draft = draft_of(schema)
+    usual = draft.VALIDATORS
 
     def counted(validator: Any, reference: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
         nonlocal followed
@@ -48,6 +54,6 @@ def follows(schema: Mapping[str, Any], reply: str) -> bool:
         "patternProperties": unchecked,
     }
     try:
-        return bool(extend(Draft202012Validator, validators)(dict(schema)).is_valid(parse_json(reply)))
+        return bool(extend(draft, validators)(dict(schema)).is_valid(parse_json(reply)))
     except (TextError, _TooManyError, RecursionError, _WrappedReferencingError):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Sequence
@@ -30,12 +31,22 @@ STREAMS_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-st
 def router(service: Service) -> APIRouter:
     """Return both routes."""
     routes = APIRouter(tags=["Answers"], responses=STREAMS_TOO)
+    one_schema = asyncio.Lock()
+
+    async def read_with_schema(body: ChatRequest) -> AnswerRequest:
+        """Read a request whose schema may take seconds to check; such requests share one thread of all there are."""
+        async with one_schema:
+            return await asyncio.to_thread(read_chat, body, service)
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last user's turn from the index, with the pipeline that the model's name chooses."""
         service.require_ready()
-        return await _respond(request, service, body, [read_chat(body, service)])
+        if body.response_format is None:
+            asked = read_chat(body, service)
+        else:
+            asked = await until_gone(request, service.within(read_with_schema(body)))
+        return await _respond(request, service, body, [asked])
 
     @routes.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:

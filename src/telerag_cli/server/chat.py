@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from telerag_cli.config import EngineConfig, Lookahead, PipelineName
 from telerag_cli.engine.questions import AskOptions
 from telerag_cli.errors import InputError
-from telerag_cli.llm.constraint import check_schema
+from telerag_cli.llm.schema_check import check_schema
 from telerag_cli.llm.shapes import Json, Shape
 from telerag_cli.pipelines.base import Pipeline
 from telerag_cli.pipelines.conversation import Turn
