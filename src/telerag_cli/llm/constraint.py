@@ -1,7 +1,7 @@
 """Which tokens a grammar allows next, by llguidance.
 
-It builds what a repetition needs while the text is written, so that a ``maxLength`` of a million costs nothing. A client's
-schema comes here only after `check_schema` has taken its time and memory (`schema_check.py`).
+It builds what a repetition needs while the text is written, so that a ``maxLength`` of a million costs nothing. A
+client's schema comes here only after `check_schema` has taken its time and memory (`schema_check.py`).
 """
 
 from __future__ import annotations
