@@ -302,3 +302,12 @@ def test_the_trace_shows_moving_during_writing(engine_of, tmp_path):
     # The first may begin before the LLM does; without lookahead none would before it has ended.
     assert [move for move in moves if move["ts"] < writing["ts"] + writing["dur"]]
     assert {event["cat"] for event in spans} >= {"LLM", "embed", "join"}
+
+
+@pytest.mark.parametrize("question", ["caf\udce9?", "half \ud83d", "a\0b"])
+def test_a_question_that_no_model_can_read_is_refused(engine_of, question):
+    engine = engine_of(script)
+    with fails(InputError, "character"):
+        run(engine, PipelineName.NAIVE, question)
+    with fails(InputError, "character"):
+        asyncio.run(engine.asearch(question))

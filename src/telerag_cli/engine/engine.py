@@ -27,6 +27,7 @@ from telerag_cli.engine.opening import (
     prepare,
     rates_for_joins,
 )
+from telerag_cli.engine.questions import usable
 from telerag_cli.engine.refinement import RefinementEmbedder
 from telerag_cli.engine.session import Session, Shared, Stage, Writing
 from telerag_cli.errors import TeleragError, UsageError
@@ -299,7 +300,7 @@ class Engine:
         Raises:
             TeleragError: a list could not be read.
         """
-        return await self.shared.retrievals.find(queries, [])
+        return await self.shared.retrievals.find([usable(query) for query in queries], [])
 
     async def astream(self, question: str, **settings: Any) -> AsyncIterator[Delta | AskResult]:
         """Answer one question; the texts of all stages come as they are written, and last the whole answer.
@@ -370,7 +371,7 @@ class Engine:
         Raises:
             TeleragError: it does not fit the context, or a model or the index failed.
         """
-        pipeline = pipeline or self.pipeline
+        question, pipeline = usable(question), pipeline or self.pipeline
         forecast = Forecast(self.shared.averages, self.shared.planner, pipeline.name)
         shared = replace(self.shared, config=settings) if settings else self.shared
         known = await recent_turns(turns, question, shared.generator)

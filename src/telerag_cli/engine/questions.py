@@ -88,6 +88,16 @@ def read_questions(data: IO[bytes], name: str, read_body: ReadBody | None = None
                 yield read.line(line.strip(), number, f"{name}:{number}")
 
 
+def usable(question: str) -> str:
+    """Return a question that models can read; raises InputError if it holds half characters or NULs."""
+    try:
+        return text.checked(question)
+    except TextError as error:
+        raise InputError(
+            f"The question {text.printable(text.repaired(question))!r:.60} cannot be used: {error}."
+        ) from None
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Makes questions of lines and JSON objects."""
