@@ -113,7 +113,8 @@ def test_usual_forms_of_questions_are_read(content, asked):
     [
         b"caf\xe9?",
         b"a\tb\tc",
-        b'{"question": "\\ud83d"}',
+        b'{"id": "broken", "question": "\\ud83d"}',
+        b'{"id": "broken", "question": NaN}',
         b'{"id": "\\ud83d", "question": "q"}',
         b'{"question": "a\\u0000"}',
         b'{"id": [1], "question": "q"}',
@@ -129,6 +130,7 @@ def test_a_bad_question_costs_its_own_line(line):
     first, bad, last = read_questions(io.BytesIO(b"one\n" + line + b"\nthree"), "q.txt")
     assert (first.text, last.text, first.problem, last.problem) == ("one", "three", None, None)
     assert bad.problem.startswith("q.txt:2")
+    assert bad.id == ("broken" if b'"broken"' in line else "2")
     bad.problem.encode()
     json.dumps(error_line(bad, InputError(bad.problem)), ensure_ascii=False).encode()
 

@@ -76,7 +76,8 @@ class Columns:
             TextError: the row has no text, or one that cannot be stored, or its id is neither text nor a number.
         """
         rest = dict(row)
-        name = self.text_name(list(rest))
+        named = [name for name in self.text_names if name in rest]
+        name = next((name for name in named if isinstance(rest[name], str)), named[0] if named else None)
         value = rest.pop(name) if name else None
         if not isinstance(value, str):
             raise TextError("no text" if value is None else f"text is {type(value).__name__}, not a string")

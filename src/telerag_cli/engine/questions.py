@@ -128,7 +128,7 @@ class _Reader:
                 return self._object(text.parse_json(line), number, where)
         except TextError as error:
             what = "is not JSON" if line.startswith("{") else "cannot be used"
-            return Question(str(number), "", problem=f"{where} {what}: {error}.")
+            return Question(_id_in(line) or str(number), "", problem=f"{where} {what}: {error}.")
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) == 1:
             return Question(str(number), line)
@@ -162,6 +162,15 @@ class _Reader:
         except TeleragError as error:
             return Question(key, "", body, f"{where}: {error}")
         return Question(key, text.checked(question), body, options=options)
+
+
+def _id_in(line: str) -> str | None:
+    """Return the id of a line that is not strict JSON, if it is JSON to a parser that is not strict."""
+    try:
+        value = json.loads(line)
+        return next((text.checked(id_of(value[name])) for name in ID_KEYS if value.get(name) is not None), None)
+    except (ValueError, RecursionError, AttributeError):
+        return None
 
 
 def _last_user_message(body: dict[str, Any]) -> tuple[str, AskOptions]:
