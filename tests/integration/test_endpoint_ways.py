@@ -223,6 +223,20 @@ def test_an_address_beside_the_api_is_told_with_the_right_one(server, given, cha
     assert server.bodies == []
 
 
+def test_a_server_that_calls_a_wrong_path_a_success_is_understood(server):
+    server.chat = "/v1/chat/completions"
+    server.absent = answer(200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"})
+    base = server.url.removesuffix("/v1")
+    with fails(ModelError, "Unexpected endpoint", f"--base-url {server.url}."):
+        run(Endpoint(base, "small"), ask())
+
+
+@pytest.mark.parametrize("listed", ["small", None, 5])
+def test_a_strange_list_of_models_is_no_crash(server, listed):
+    server.models = [listed]
+    run(Endpoint(server.url), ask())
+
+
 def test_a_page_at_the_address_is_told(server):
     base = server.url.removesuffix("/v1")
 
@@ -236,6 +250,22 @@ def test_a_page_at_the_address_is_told(server):
     server.chat = "/v1/chat/completions"
     with fails(ModelError, 404, "--base-url"):
         run(Endpoint(f"{base}/v2", "small"), ask())
+
+
+def test_a_server_that_is_loading_is_not_crowded(server):
+    notices, calls = [], []
+
+    def reply(handler):
+        calls.append(1)
+        (refuse(503, "Loading model") if len(calls) <= 4 else stream("Blue"))(handler)
+
+    endpoint = server.endpoint(reply, notice=notices.append, parallel=4)
+
+    async def several():
+        return await asyncio.gather(*(endpoint.generate(ask()) for _ in range(4)))
+
+    assert [one.text for one in asyncio.run(several())] == ["Blue"] * 4
+    assert notices == []
 
 
 def crowded(most, refusal):

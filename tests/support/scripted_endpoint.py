@@ -28,9 +28,9 @@ class Handler(BaseHTTPRequestHandler):
         script = self.server.script
         self.body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if script.chat and self.path != script.chat:
-            refuse(404, "Not Found")(self)
+            script.absent(self)
             return
-        if not self.body:  # somebody looks whether there is anything here
+        if not isinstance(self.body["messages"], list):  # somebody looks whether there is anything here
             refuse(400, "Nothing was asked.")(self)
             return
         script.bodies.append(self.body)
@@ -69,6 +69,8 @@ class Script:
         self.bodies, self.keys = [], []
         self.chat = None
         """The only path where there are chat completions; any, if None."""
+        self.absent = refuse(404, "Not Found")
+        """What every other path gets."""
         self.lock, self.hung_up = threading.Lock(), threading.Event()
         self.server = ThreadingHTTPServer((ADDRESS, 0), Handler)
         self.server.daemon_threads = True

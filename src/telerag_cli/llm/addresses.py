@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit, urlunsplit
 
@@ -11,16 +12,27 @@ CHAT = "/chat/completions"
 _PROBE_S = 5.0
 _ENDINGS = (CHAT, "/completions", "/chat", "/models", "/responses", "/embeddings")
 """Parts of the API, which people copy with the address."""
+_INVALID = {"messages": "none", "max_tokens": 1}
+_READ_BYTES = 1 << 12
+_NO_ROUTE = re.compile(
+    r"unexpected endpoint|cannot post|\b(?:endpoint|route|path|url)\b.{0,40}\bnot (?:found|exist|supported|known)"
+    r"|(?:unknown|invalid|no such|no matching) (?:\w+ )?(?:endpoint|route|path|url)\b"
+)
 _ABSENT = (404, 405, 410, 501, 502, 503, 504)
 
 
 def find_api(url: str, headers: Mapping[str, str]) -> str | None:
     """Return the address of the chat completions of the server at ``url``, or None if there are none; takes seconds.
 
-    It is asked with an empty request, which nothing answers but an error.
+    It is asked with a request that is invalid, so that nothing is written; whatever it says to that, it knows the path.
     """
     with httpx2.Client(timeout=_PROBE_S, headers=dict(headers)) as client:
         return next((candidate for candidate in _candidates(url) if _has_chat(client, candidate)), None)
+
+
+def is_elsewhere(said: str) -> bool:
+    """Whether a server says, whatever the status, that there is nothing at an address."""
+    return bool(_NO_ROUTE.search(said.lower()))
 
 
 def _candidates(url: str) -> list[str]:
@@ -39,8 +51,12 @@ def _candidates(url: str) -> list[str]:
 
 def _has_chat(client: httpx2.Client, url: str) -> bool:
     try:
-        with client.stream("POST", f"{url}{CHAT}", json={}) as response:
-            page = "html" in response.headers.get("content-type", "")
-            return not response.is_redirect and response.status_code not in _ABSENT and not page
+        with client.stream("POST", f"{url}{CHAT}", json=_INVALID) as response:
+            if response.is_redirect or response.status_code in _ABSENT:
+                return False
+            start = next(response.iter_bytes(_READ_BYTES), b"").decode(errors="replace")
+            return "html" not in response.headers.get("content-type", "") and not is_elsewhere(start)
+    except httpx2.ReadTimeout:
+        return True  # it is at work
     except httpx2.HTTPError:
         return False

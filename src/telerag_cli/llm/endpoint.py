@@ -22,7 +22,7 @@ import openai
 
 from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
 from telerag_cli.errors import ModelError, TeleragError, UsageError, one_line
-from telerag_cli.llm.addresses import find_api
+from telerag_cli.llm.addresses import find_api, is_elsewhere
 from telerag_cli.llm.base import Generation, Message, OnText, Request
 from telerag_cli.llm.concurrency import AdaptiveLimit
 from telerag_cli.llm.dialect import Dialect
@@ -45,7 +45,7 @@ from telerag_cli.text import repaired
 
 DEFAULT_PARALLEL = 8
 DEFAULT_RETRIES = 3
-_NOT_OF_THE_REQUEST = (401, 403, 404, 405, 408, 409, 429, 502, 503, 504)
+_NOT_OF_THE_REQUEST = (401, 403, 405, 408, 409, 429, 502, 503, 504)
 """Refusals that have nothing to do with how something is asked."""
 CONNECT_S = 10.0
 """Time allowed for making a connection."""
@@ -240,10 +240,12 @@ class Endpoint:
     async def _refused(self, client: openai.AsyncOpenAI, error: Trouble, tried: int, pieces: int) -> TeleragError:
         """The error to show in the end."""
         models: list[str] = []
-        if status_of(error) in (404, 405) and isinstance(error, openai.APIError):
-            named = "model" in said_by(error).lower()
-            if not named and (misplaced := await self._misplaced(f"{status_of(error)}: {said_by(error)}")):
+        status, said = status_of(error), said_by(error) if isinstance(error, openai.APIError) else ""
+        if is_elsewhere(said) or (status in (404, 405) and "model" not in said.lower()):
+            misplaced = await self._misplaced(f"{status}: {said}" if status else said)
+            if misplaced:
                 return misplaced
+        if status == 404:
             models = await self._models(client)
         return self._server.explained(error, tried, pieces, models)
 
@@ -283,7 +285,7 @@ class Endpoint:
                 tried = 1 if wait_s(error, 1) is None else self._retries + 1
                 raise self._server.explained(error, tried) from error
             why = f"{status_of(error)}: {said_by(error)}"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             why = str(error)
         if not models:
             self._found = find_api(self._server.url, self._headers) or self._server.url
@@ -303,7 +305,7 @@ class Endpoint:
         """The server's models, or none if it does not tell: another error is being explained already."""
         try:
             return _names(await client.models.list())
-        except (openai.APIError, ValueError):
+        except (openai.APIError, ValueError, RecursionError):
             return []
 
     async def _session(self) -> _Session:
@@ -369,4 +371,5 @@ def _parsed(text: str, name: str, request: httpx2.Request) -> dict[str, Any]:
 
 def _names(page: Any) -> list[str]:
     """The models of a list, or none if something else came with status 200."""
-    return sorted(repaired(str(model.id)) for model in getattr(page, "data", None) or ())
+    models = getattr(page, "data", None)
+    return sorted(repaired(str(getattr(each, "id", each))) for each in models) if isinstance(models, list) else []

@@ -143,8 +143,9 @@ def is_crowded(error: Trouble) -> bool:
     if isinstance(error, BrokenOffError):
         return True
     status = status_of(error)
-    crowded = status in _CROWDED or ((status or 500) >= 500 and bool(_CROWDED_WORDS.search(said_by(error).lower())))
-    return crowded and not is_context(error)
+    if is_context(error) or "loading" in said_by(error).lower():
+        return False
+    return status in _CROWDED or ((status or 500) >= 500 and bool(_CROWDED_WORDS.search(said_by(error).lower())))
 
 
 def status_of(error: Exception) -> int | None:

@@ -74,7 +74,7 @@ class StreamedAnswer:
         if thought or content:
             self.reasoned = self.reasoned or thought
             self._grow(content)
-        if (finish := choice.get("finish_reason")) and not self.cut:
+        if (finish := choice.get("finish_reason")) and str(finish).lower() not in ("null", "none") and not self.cut:
             if _is_half(self._whole):
                 self._whole = f"{self._whole[:-1]}\ufffd"
                 self._update()
