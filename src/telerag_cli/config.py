@@ -30,6 +30,7 @@ PAGE_BYTES = 4096
 
 DEFAULT_CTX_SIZE = 4096
 DEFAULT_TIMEOUT_S = 60.0
+KEY_VARIABLE = "OPENAI_API_KEY"
 """For which a server may send nothing."""
 MAX_CONCURRENT = 16
 """Questions answered at once if nobody says: beyond it, decoding on a CPU gains little."""

@@ -362,3 +362,17 @@ def test_a_full_disk_and_a_closed_pipe_are_as_for_every_command():
         ["bash", "-c", f"{program} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
     )
     assert (closed.stdout, closed.stderr) == ("0\n", "")
+
+
+def test_a_file_of_the_folder_is_named_and_does_not_redirect_the_key(monkeypatch, tmp_path):
+    write('base-url = "http://elsewhere.example/v1"')
+    command = ("run", tmp_path / "index", "-q", "none")
+    assert f"Settings: {tmp_path / 'telerag.toml'}" in "".join(telerag(*command).stderr.split("\n"))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    refused = telerag(*command)
+    assert refused.exit_code == 2
+    assert "http://elsewhere.example/v1" in refused.stderr
+    assert "sk-secret" not in refused.stderr
+    assert telerag("--config", "telerag.toml", *command).exit_code == 1  # it was named: only the index is missing
+    monkeypatch.setenv("TELERAG_BASE_URL", "http://localhost:1/v1")
+    assert telerag(*command).exit_code == 1

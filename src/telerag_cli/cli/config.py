@@ -16,10 +16,14 @@ import typer
 from telerag_cli.cli import console
 from telerag_cli.cli.settings import (
     DEFAULT,
+    ENVIRONMENT,
+    FILE,
     FILE_NAME,
     FILE_VARIABLE,
     GLOBAL,
+    HIDDEN,
     ITSELF,
+    SECRET,
     Option,
     Section,
     Settings,
@@ -28,6 +32,7 @@ from telerag_cli.cli.settings import (
     places,
     sections_of,
 )
+from telerag_cli.config import KEY_VARIABLE
 from telerag_cli.errors import ArtifactError, UsageError
 from telerag_cli.files import writing
 
@@ -85,14 +90,28 @@ def apply(context: typer.Context, named: Path | None) -> None:
             raise
         console.warn(str(error))
         return
+    if settings.file is not None and named is None and not os.environ.get(FILE_VARIABLE):
+        console.say(f"Settings: {settings.file.absolute()}")
+        _keep_the_key(settings)
     for sentence in settings.unknown:
         console.warn(sentence)
     context.obj = settings
     context.default_map = settings.defaults()
 
 
-SECRET, HIDDEN = ("api_key",), "(hidden)"
-"""Options whose values are nobody's business."""
+def _keep_the_key(settings: Settings) -> None:
+    """Refuse a file that was found, not named, if it would send the environment's key to a server of its choice.
+
+    Raises:
+        UsageError: it would.
+    """
+    said = {origin: value for (origin, _section, key), value in settings.values.items() if key == "base_url"}
+    given = any(argument.split("=")[0] == "--base-url" for argument in sys.argv[1:])
+    if os.environ.get(KEY_VARIABLE) and FILE in said and ENVIRONMENT not in said and not given:
+        raise UsageError(
+            f"{said[FILE].place} has base-url {said[FILE].value}, and {KEY_VARIABLE} would be sent there.",
+            remedy=f"Give --base-url yourself, name the file with --config, or unset {KEY_VARIABLE}.",
+        )
 
 
 def settings_of(context: typer.Context) -> Settings:

@@ -29,6 +29,8 @@ NO_OPTIONS = {DEBUG_VARIABLE, FILE_VARIABLE, "TELERAG_KILLS"}
 """Variables that are no options; the last is read by tests."""
 ITSELF = "config"
 """The command that shows settings: what it should do is said to it and not set."""
+SECRET, HIDDEN = ("api_key",), "(hidden)"
+"""Options whose values are nobody's business."""
 ENVIRONMENT, FILE, DEFAULT = "environment", "file", "default"
 
 
@@ -290,8 +292,9 @@ def _checked(section: Section, key: str, place: str, value: Any) -> Any:
     except (ValidationError, ValueError) as error:
         told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         told = told.removeprefix("Input ").removeprefix("Value error, ")
+        shown = HIDDEN if key in SECRET else repr(value)
         raise UsageError(
-            f"{place} is {value!r}, and it {told[:1].lower()}{told[1:]}.", remedy=f"It is {option.flag}: {option.help}"
+            f"{place} is {shown}, and it {told[:1].lower()}{told[1:]}.", remedy=f"It is {option.flag}: {option.help}"
         ) from error
     return _home(plain(made))
 

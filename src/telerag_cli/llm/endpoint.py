@@ -20,7 +20,7 @@ from typing import Any
 import httpx2
 import openai
 
-from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S
+from telerag_cli.config import DEFAULT_CTX_SIZE, DEFAULT_TIMEOUT_S, KEY_VARIABLE
 from telerag_cli.errors import ModelError, TeleragError, UsageError, one_line
 from telerag_cli.llm.addresses import find_api, is_elsewhere
 from telerag_cli.llm.base import Generation, Message, OnText, Request
@@ -29,7 +29,6 @@ from telerag_cli.llm.dialect import Dialect
 from telerag_cli.llm.event_stream import DONE, server_events
 from telerag_cli.llm.reasoning import only_reasoning
 from telerag_cli.llm.refusals import (
-    KEY_VARIABLE,
     BrokenOffError,
     Server,
     Trouble,

@@ -14,10 +14,10 @@ from typing import Any
 import httpx2
 import openai
 
+from telerag_cli.config import KEY_VARIABLE
 from telerag_cli.errors import ContextError, ModelError, TeleragError, connection_cause, one_line
 from telerag_cli.text import printable, repaired
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 FIRST_WAIT_S = 0.5
 """Wait before the second try; it doubles with every further one."""
 MAX_WAIT_S = 60.0
