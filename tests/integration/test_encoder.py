@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from telerag_cli.embedding.encoder import (
     min_cosine,
 )
 from telerag_cli.embedding.loading import doubts_about, load_model, model_path
+from telerag_cli.engine.opening import open_index
 from telerag_cli.errors import ModelError, ResourceError, UsageError
 
 TEXTS = [
@@ -210,3 +212,21 @@ def test_a_folder_that_does_not_say_how_it_pools_is_noted(tmp_path):
     assert "modules.json" in note
     (tmp_path / "modules.json").write_text("[]")
     assert doubts_about(model, "mine", tmp_path) == []
+
+
+def test_an_index_does_not_make_this_machine_ask_the_hub(monkeypatch, tmp_path):
+    asked = []
+
+    def load(path, place, *, local):
+        asked.append(local)
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr("telerag_cli.embedding.encoder.load_model", load)
+    monkeypatch.setattr("telerag_cli.engine.opening.Passages", SimpleNamespace(open=lambda path: None))
+    manifest = SimpleNamespace(embedder=SimpleNamespace(model="some/repository"))
+    index = SimpleNamespace(paths=SimpleNamespace(root=tmp_path, passages=tmp_path), manifest=manifest)
+    with fails(ModelError, "some/repository", "--embedder some/repository"):
+        open_index(index, None)
+    with fails(ModelError, "some/repository"):
+        open_index(index, "some/repository")
+    assert asked == [True, False]

@@ -103,8 +103,10 @@ class Encoder:
         return hasattr(self._model[0], "auto_model")
 
     @classmethod
-    def load(cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", precision: str = "auto") -> Encoder:
-        """Load a model; the arguments are as in `EmbedConfig`.
+    def load(
+        cls, model: str = DEFAULT_EMBEDDER, *, device: str = "auto", precision: str = "auto", fetch: bool = True
+    ) -> Encoder:
+        """Load a model; the arguments are as in `EmbedConfig`. Without ``fetch`` the hub is not asked.
 
         The precision is for passages, and ``auto`` decides on the first of them (`decide`). Queries are always computed
         in float32.
@@ -122,7 +124,7 @@ class Encoder:
         folder = model_folder(model)
         name = model if folder is None or model == DEFAULT_EMBEDDER else str(folder)
         try:
-            loaded = load_model(model_path(model), place, local=folder is not None)
+            loaded = load_model(model_path(model), place, local=folder is not None or not fetch)
         except torch.cuda.OutOfMemoryError as error:
             raise ResourceError(f"{model} does not fit the memory of {place}.", remedy="Use --device cpu.") from error
         except Exception as error:  # every library below has its own way to say that a model is not there

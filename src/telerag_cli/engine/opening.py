@@ -103,7 +103,16 @@ def open_index(index: Index, embedder: str | None, device: str = AUTO) -> Opened
     name = embedder or index.manifest.embedder.model
     if name is None:
         raise ModelError(f"{root} does not say which model made its vectors.", remedy="Name it with --embedder.")
-    encoder = Encoder.load(name, device=device)
+    try:
+        encoder = Encoder.load(name, device=device, fetch=embedder is not None)
+    except ModelError as error:
+        if embedder is not None:
+            raise
+        # A file that somebody made does not decide which repositories this machine asks for.
+        raise ModelError(
+            f"{root} names the embedder {name}, and it cannot be loaded from this machine: {error.message}",
+            remedy=f"Fetch it with --embedder {name}, or name another.",
+        ) from error
     if encoder.info.dimension != index.manifest.dimension:
         raise ModelError(
             f"{name} makes vectors of {encoder.info.dimension} dimensions, and {root} has {index.manifest.dimension}.",
