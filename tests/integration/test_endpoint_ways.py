@@ -70,6 +70,16 @@ def test_many_at_once_tell_a_refusal_once(server):
     assert len(notices) == 2
 
 
+def test_a_refusal_that_another_server_passes_on_is_understood(server):
+    inner = json.dumps({"error": {"message": "Unsupported parameter: 'seed'"}})
+    error = {"message": "Provider returned error", "code": 400, "metadata": {"raw": inner}}
+
+    def reply(handler):
+        (answer(400, {"error": error}) if "seed" in handler.body else stream("Blue"))(handler)
+
+    assert run(server.endpoint(reply), ask()).text == "Blue"
+
+
 def test_a_server_that_does_not_stream_answers_whole(server):
     endpoint = server.endpoint(picky("stream"), retries=0)
     seen = []

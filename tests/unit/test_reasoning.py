@@ -15,6 +15,8 @@ from telerag_cli.llm.reasoning import split
         ("<think>Sea?</think>Blue", "Blue", True),
         ("<THINK>Sea?</Think> Blue", " Blue", True),
         ("[THINK]Sea?[/THINK]Blue", "Blue", True),
+        ("<|START_THINKING|>Sea?<|END_THINKING|>Blue", "Blue", True),
+        ("◁think▷Sea?◁/think▷Blue", "Blue", True),
         ("<think></think>Blue", "Blue", False),
         ("<think>Sea", "", True),
         ("Sea?\n</think>\nBlue", "\nBlue", True),

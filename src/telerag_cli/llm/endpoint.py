@@ -48,6 +48,8 @@ _NOT_OF_THE_REQUEST = (401, 403, 405, 408, 409, 429, 502, 503, 504)
 """Refusals that have nothing to do with how something is asked."""
 CONNECT_S = 10.0
 """Time allowed for making a connection."""
+_MAX_BODY = 2000
+"""As much of an error's body is searched for what was refused."""
 DRAIN_S = 0.2
 """Time allowed for the end of a body whose answer is complete, so that its connection can be used again."""
 
@@ -218,8 +220,10 @@ class Endpoint:
             return False
         if status in _NOT_OF_THE_REQUEST:
             return False
-        said = said_by(error)
-        news = self.dialect.learn(body, said, error.param, broken=status is not None and status >= 500)
+        said, broken = said_by(error), status is not None and status >= 500
+        news = self.dialect.learn(body, said, error.param, broken=broken)
+        if news is None:  # some pass on another server's words beside their own
+            news = self.dialect.learn(body, f"{error.body}"[:_MAX_BODY], broken=broken)
         if news and self._notice:
             self._notice(f"{self._server} {news}. It said: {said}.")
         return news is not None
@@ -233,7 +237,7 @@ class Endpoint:
             if self._notice and not self._told_limit:
                 self._told_limit = True
                 said = str(self._server.explained(error, 1).message)
-                self._notice(f"{said} It gets fewer requests at once from now on, {limit.most} and not {before}.")
+                self._notice(f"{said} It gets fewer than {before} requests at once from now on.")
         return again
 
     async def _refused(self, client: openai.AsyncOpenAI, error: Trouble, tried: int, pieces: int) -> TeleragError:

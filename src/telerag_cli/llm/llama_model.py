@@ -20,7 +20,7 @@ from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.batcher import Chunk
 from telerag_cli.llm.chat_template import ChatTemplate
 from telerag_cli.llm.constraint import Constraint
-from telerag_cli.llm.reasoning import TAG
+from telerag_cli.llm.reasoning import TAG, is_beginning
 
 PADDING = 256
 """llama.cpp rounds a context up to a multiple of so many tokens."""
@@ -158,7 +158,7 @@ class LlamaModel:
         """Whether a prompt ends with the tag that begins reasoning, so that the text begins within it."""
         end = b"".join(self.piece(token, special=True) for token in prompt[-8:]).decode(errors="replace").rstrip()
         tags = list(TAG.finditer(end))
-        return bool(tags) and tags[-1].end() == len(end) and "/" not in tags[-1][0]
+        return bool(tags) and tags[-1].end() == len(end) and is_beginning(tags[-1][0])
 
     def written(self, token: int) -> bytes:
         """The bytes that a token adds to an answer; special tokens add none, but tags around reasoning are kept."""

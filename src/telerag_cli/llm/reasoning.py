@@ -7,16 +7,21 @@ from typing import NamedTuple
 
 from telerag_cli.errors import ModelError
 
-_TAGS = tuple(
-    f"{opening}{end}{name}{closing}"
-    for opening, names, closing in (("<", ("think", "thinking", "thought", "seed:think"), ">"), ("[", ("think",), "]"))
-    for name in names
-    for end in ("", "/")
-)
+_NAMES = ("think", "thinking", "thought", "reasoning", "seed:think")
+_PAIRS = {
+    **{f"<{name}>": f"</{name}>" for name in _NAMES},
+    "[think]": "[/think]",
+    "◁think▷": "◁/think▷",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|start_thinking|>": "<|end_thinking|>",
+}
+_ENDS = frozenset(_PAIRS.values())
+_TAGS = (*_PAIRS, *_ENDS)
 # A tag in quotation marks is one that the text is about.
 TAG = re.compile(rf"""(?<![`'"])(?:{"|".join(map(re.escape, _TAGS))})""", re.IGNORECASE)
 """A tag that begins or ends reasoning."""
 _LONGEST_TAG = max(map(len, _TAGS))
+_FIRST = re.compile(f"[{re.escape(''.join({tag[0] for tag in _TAGS}))}]")
 
 
 class Split(NamedTuple):
@@ -42,19 +47,20 @@ def split(text: str, *, inside: bool = False) -> Split:
         text: the text, or its beginning.
         inside: whether it begins within reasoning, as after a prompt that ends with the tag.
     """
-    if not inside and "<" not in text and "[" not in text:
+    if not inside and not _FIRST.search(text):
         return Split(text, ((0, len(text)),), False)
     kept: list[tuple[int, int]] = []
     start, reasoned, opened = 0, False, inside
     for tag in TAG.finditer(text):
         before = text[start : tag.start()]
-        if "/" in tag[0] and not opened:
+        ends = tag[0].lower() in _ENDS
+        if ends and not opened:
             kept, inside = [], True
         if inside:
             reasoned = reasoned or bool(before.strip())
         else:
             kept.append((start, tag.start()))
-        start, inside, opened = tag.end(), "/" not in tag[0], True
+        start, inside, opened = tag.end(), not ends, True
     if inside:
         reasoned = reasoned or bool(text[start:].strip())
     else:
@@ -65,13 +71,18 @@ def split(text: str, *, inside: bool = False) -> Split:
 def unfinished_tag(text: str) -> int:
     """Return how many characters at the end of a text may yet become a tag."""
     end = text[-_LONGEST_TAG:].lower()
-    place = max(end.rfind("<"), end.rfind("["))
-    return len(end) - place if place >= 0 and any(tag.startswith(end[place:]) for tag in _TAGS) else 0
+    places = (place.start() for place in _FIRST.finditer(end))
+    return next((len(end) - place for place in places if any(tag.startswith(end[place:]) for tag in _TAGS)), 0)
+
+
+def is_beginning(tag: str) -> bool:
+    """Whether a `TAG` begins reasoning."""
+    return tag.lower() in _PAIRS
 
 
 def only_reasoning(model: str, tokens: int) -> ModelError:
     """Return the error for an answer that has reasoning and nothing else."""
     return ModelError(
-        f"{model} wrote {tokens:,} tokens of reasoning and no answer.",
+        f"{model} wrote {tokens:,} token{'s' * (tokens != 1)} of reasoning and no answer.",
         remedy="Raise --max-tokens, or choose a model or a setting of it that does not reason.",
     )
