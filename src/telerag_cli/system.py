@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +79,8 @@ def hardware() -> dict[str, Any]:
 
     GPUs are listed only if torch is already loaded.
     """
+    from importlib import metadata  # takes 20 ms, which no `--help` should
+
     versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

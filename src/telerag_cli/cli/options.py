@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -69,8 +69,11 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
+@functools.cache
+def _parameters(kind: Any) -> list[inspect.Parameter]:
+    """The options that a dataclass stands for; commands share them, and reading them takes milliseconds."""
     hints = get_type_hints(kind, include_extras=True)
+    found = []
     for field in dataclasses.fields(kind):
         default = EMPTY if field.default is dataclasses.MISSING else field.default
         annotation = hints[field.name]
@@ -81,7 +84,10 @@ def _parameters(kind: Any) -> Iterator[inspect.Parameter]:
             annotation = Annotated.__class_getitem__(  # type: ignore[attr-defined]
                 (get_args(annotation)[0], option(setting, field.name, default))
             )
-        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        found.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+    return found
 
 
 def option(setting: Setting, name: str, default: Any = None) -> Any:
