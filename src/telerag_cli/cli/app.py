@@ -54,7 +54,6 @@ def options(
             "--config",
             help="The settings file.  \\[default: ./telerag.toml, or telerag/telerag.toml in the user's configuration]",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
     version: Annotated[

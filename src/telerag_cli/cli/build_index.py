@@ -35,8 +35,7 @@ def build_index(
         KeptType | None,
         typer.Option(
             help="Keep the vectors in row order too: searches then score their best candidates again from them.  "
-            "\\[default: not kept]",
-            show_default=False,
+            "\\[default: not kept]"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sample and of k-means.", min=0)] = 0,

@@ -19,10 +19,7 @@ from telerag_cli.errors import EXIT_PARTIAL
 def chat(
     config: Annotated[EngineConfig, Without("concurrency", "explain", "replay")],
     trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write a Chrome trace of the conversation, for Perfetto.", metavar="FILE", show_default=False
-        ),
+        Path | None, typer.Option(help="Write a Chrome trace of the conversation, for Perfetto.", metavar="FILE")
     ] = None,
 ) -> None:
     """Ask questions in a terminal, one leaning on another; /help says what else can be typed.

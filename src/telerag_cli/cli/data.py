@@ -27,15 +27,12 @@ app = typer.Typer(
 )
 
 NamesArgument = Annotated[
-    list[str],
-    typer.Argument(help="Datasets by name, or TOML files that describe others.", metavar="NAME", show_default=False),
+    list[str], typer.Argument(help="Datasets by name, or TOML files that describe others.", metavar="NAME")
 ]
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR",
-        help="Where datasets are kept, a folder each.  \\[default: telerag/datasets in the user's cache]",
-        show_default=False,
+        metavar="DIR", help="Where datasets are kept, a folder each.  \\[default: telerag/datasets in the user's cache]"
     ),
 ]
 
@@ -43,9 +40,7 @@ CacheDirOption = Annotated[
 def list_datasets(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Only these, by name or as TOML files that describe others.", metavar="NAME", show_default=False
-        ),
+        typer.Argument(help="Only these, by name or as TOML files that describe others.", metavar="NAME"),
     ] = None,
     cache_dir: CacheDirOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -69,9 +64,7 @@ def fetch(
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help="Fetch only what this split needs: train, dev or test.  \\[default: all files]",
-            show_default=False,
+            metavar="NAME", help="Fetch only what this split needs: train, dev or test.  \\[default: all files]"
         ),
     ] = None,
     source: Annotated[
@@ -80,7 +73,6 @@ def fetch(
             "--from",
             metavar="ADDRESS|PATH",
             help="Take one dataset from here: an address of a file or of its folder, or a local file or folder.",
-            show_default=False,
         ),
     ] = None,
     mirror: Annotated[
@@ -88,7 +80,6 @@ def fetch(
         typer.Option(
             metavar="ADDRESS|DIR",
             help="Take datasets from here instead of their publishers: each lies below in a folder of its name.",
-            show_default=False,
         ),
     ] = None,
     cache_dir: CacheDirOption = None,
@@ -122,7 +113,6 @@ def prepare(
             "-o",
             metavar="DIR",
             help="Folder for the files.  \\[default: beside what was fetched, where the dataset's name finds them]",
-            show_default=False,
         ),
     ] = None,
     split: Annotated[
@@ -130,16 +120,11 @@ def prepare(
         typer.Option(
             metavar="NAME",
             help="Whose questions: train, dev or test.  \\[default: the one that is customary for the dataset]",
-            show_default=False,
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="The first questions only, or the first passages of a dataset without questions.",
-            show_default=False,
-        ),
+        typer.Option(min=1, help="The first questions only, or the first passages of a dataset without questions."),
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out entries that cannot be used, and count them.")
@@ -157,11 +142,7 @@ def check(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output",
-            "-o",
-            metavar="DIR",
-            help="Where it was prepared.  \\[default: beside what was fetched]",
-            show_default=False,
+            "--output", "-o", metavar="DIR", help="Where it was prepared.  \\[default: beside what was fetched]"
         ),
     ] = None,
     cache_dir: CacheDirOption = None,

@@ -38,12 +38,10 @@ def embed(
     shard_rows: Annotated[int, typer.Option(min=1, help="Passages in a shard, which is the unit of resuming.")] = 8192,
     limit: Annotated[int | None, typer.Option(min=1, help="Embed the first passages only.")] = None,
     text_column: Annotated[
-        str | None,
-        typer.Option(help="Column of texts.  \\[default: text, contents, page_content, body, ...]", show_default=False),
+        str | None, typer.Option(help="Column of texts.  \\[default: text, contents, page_content, body, ...]")
     ] = None,
     id_column: Annotated[
-        str | None,
-        typer.Option(help="Column of ids.  \\[default: id, _id, docid, ..., else file and line]", show_default=False),
+        str | None, typer.Option(help="Column of ids.  \\[default: id, _id, docid, ..., else file and line]")
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out lines and files that cannot be used, and count them.")

@@ -26,9 +26,7 @@ VERDICTS = {True: "differs", False: "no difference shown", None: "too few questi
 def evaluate(
     runs: Annotated[
         list[str],
-        typer.Argument(
-            help="What telerag run wrote, or telerag search --json; - is stdin.", metavar="RUN...", show_default=False
-        ),
+        typer.Argument(help="What telerag run wrote, or telerag search --json; - is stdin.", metavar="RUN..."),
     ],
     questions: Annotated[
         str | None,
@@ -37,7 +35,6 @@ def evaluate(
             "-q",
             help="The questions as JSONL, with gold answers as answers, and ids of supporting passages as passages.",
             metavar="FILE|-",
-            show_default=False,
         ),
     ] = None,
     qrels: Annotated[
@@ -46,7 +43,6 @@ def evaluate(
             help="Which passages are relevant, as TREC or BEIR write it.  "
             "\\[default: the passages that --questions names, or else those that contain a gold answer]",
             metavar="FILE|-",
-            show_default=False,
         ),
     ] = None,
     cutoffs: Annotated[
@@ -56,7 +52,6 @@ def evaluate(
             "-k",
             help="Measure the first so many passages; may be repeated.  "
             "\\[default: 1, 3, 5 and 10, as far as passages were retrieved]",
-            show_default=False,
         ),
     ] = None,
     trec: Annotated[
@@ -64,12 +59,11 @@ def evaluate(
         typer.Option(
             help="Write what was retrieved as a TREC run file; of several runs, a folder of them.",
             metavar="FILE|FOLDER",
-            show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the result as JSON.", metavar="FILE", show_default=False)
+        Path | None, typer.Option("--output", "-o", help="Keep the result as JSON.", metavar="FILE")
     ] = None,
     resamples: Annotated[
         int, typer.Option(min=100, max=1_000_000, help="How often the bootstrap draws questions.")

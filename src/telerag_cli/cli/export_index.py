@@ -14,9 +14,7 @@ from telerag_cli.units import format_bytes
 
 def export_index(
     index: Annotated[Path, one("index")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write, which faiss.read_index reads.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, which faiss.read_index reads.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write an index as one Faiss file, in bounded memory; its ids are the row numbers of the passages.

@@ -23,7 +23,6 @@ def import_index(
             help="A file made by faiss.write_index: IndexIVFFlat, or IndexIVFScalarQuantizer of fp16 or 8bit without "
             "residuals.",
             metavar="FAISS",
-            show_default=False,
         ),
     ],
     passages: Annotated[
@@ -32,16 +31,14 @@ def import_index(
             metavar="SOURCE",
             help="JSONL, TSV, CSV or Parquet files, or folders of them: passage number i is that of Faiss's id i. "
             "Give it again for further files.",
-            show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.")],
     model: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|PATH",
             help="The model that made the vectors, which then embeds questions.  \\[default: not recorded]",
-            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[

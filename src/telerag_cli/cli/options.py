@@ -93,7 +93,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
 def option(setting: Setting, name: str, default: Any = None) -> Any:
     """A setting as Typer's option, or as its argument if it has to be given."""
     if default is EMPTY:
-        return typer.Argument(help=setting.help, metavar=setting.metavar, show_default=False)
+        return typer.Argument(help=setting.help, metavar=setting.metavar)
     words = f"  \\[default: {setting.default}]" if setting.default else ""
     flags = [setting.flag] if setting.flag else [f"--{name.replace('_', '-')}"] if isinstance(default, bool) else []
     return typer.Option(

@@ -60,9 +60,7 @@ def profile(
     index: Annotated[
         Path | None,
         typer.Argument(
-            help="The index folder; without one, only the machine and the LLM are measured.",
-            metavar="INDEX",
-            show_default=False,
+            help="The index folder; without one, only the machine and the LLM are measured.", metavar="INDEX"
         ),
     ] = None,
     output: Annotated[
@@ -72,21 +70,16 @@ def profile(
             "-o",
             help="Where the profile goes; - is stdout.  \\[default: where run and chat look for it]",
             metavar="FILE|-",
-            show_default=False,
         ),
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw it, as .png, .svg or .pdf.", metavar="FILE", show_default=False)
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, as .png, .svg or .pdf.", metavar="FILE")] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer points and repeats: some seconds, and a larger spread.")
     ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
-            help="Measure nothing: say how right the predictions of a run were, from its output.",
-            metavar="RUN.jsonl",
-            show_default=False,
+            help="Measure nothing: say how right the predictions of a run were, from its output.", metavar="RUN.jsonl"
         ),
     ] = None,
     recording: Annotated[
@@ -95,7 +88,6 @@ def profile(
             help="What telerag run --record wrote: its questions are replayed for the hit rates.  "
             "\\[default: passages of the index]",
             metavar="FILE",
-            show_default=False,
         ),
     ] = None,
     throttle: Annotated[
@@ -103,7 +95,6 @@ def profile(
         typer.Option(
             help="Bytes a second of the link of --tier simulated, like 500MB: to see what a slow one does.",
             metavar="SIZE",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

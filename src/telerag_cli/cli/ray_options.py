@@ -31,7 +31,6 @@ RayAddressOption = Annotated[
         help="Spread it over a Ray cluster that is running, joined from one of its machines. All of them must see the "
         "files by the same absolute paths, so these lie on a shared file system, and have the same telerag.  "
         "\\[default: none]",
-        show_default=False,
         rich_help_panel=_RAY,
     ),
 ]
@@ -41,7 +40,6 @@ WorkersOption = Annotated[
         min=1,
         help="Processes that Ray runs.  \\[default: one for each GPU that is used, or else for as many CPUs as it has "
         "threads]",
-        show_default=False,
         rich_help_panel=_RAY,
     ),
 ]

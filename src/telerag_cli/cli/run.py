@@ -40,14 +40,10 @@ def run(
         bool, typer.Option("--resume", help="Go on with the output file: skip what it has answered.")
     ] = False,
     trace: Annotated[
-        Path | None,
-        typer.Option(help="Write a Chrome trace of the run, for Perfetto.", metavar="FILE", show_default=False),
+        Path | None, typer.Option(help="Write a Chrome trace of the run, for Perfetto.", metavar="FILE")
     ] = None,
     record: Annotated[
-        Path | None,
-        typer.Option(
-            help="Keep every prompt, text, query and length, as JSON lines.", metavar="FILE", show_default=False
-        ),
+        Path | None, typer.Option(help="Keep every prompt, text, query and length, as JSON lines.", metavar="FILE")
     ] = None,
 ) -> None:
     """Answer questions with an LLM and the passages it needs, moved while it writes."""

@@ -20,14 +20,9 @@ SHOWN_CHARACTERS = 300
 
 def search(
     config: Annotated[EngineConfig, Only(SearchConfig)],
-    question: Annotated[
-        list[str] | None, typer.Argument(help="Questions.", metavar="[QUESTION]...", show_default=False)
-    ] = None,
+    question: Annotated[list[str] | None, typer.Argument(help="Questions.", metavar="[QUESTION]...")] = None,
     queries: Annotated[
-        str | None,
-        typer.Option(
-            help="A file of questions, one a line or JSONL; - is stdin.", metavar="FILE|-", show_default=False
-        ),
+        str | None, typer.Option(help="A file of questions, one a line or JSONL; - is stdin.", metavar="FILE|-")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a question on stdout.")] = False,
 ) -> None:

@@ -51,7 +51,6 @@ class ServerOptions:
             help="What clients must send as their API key; "
             f"better given in {KEY_VARIABLE}, which no list of processes shows.",
             metavar="KEY",
-            show_default=False,
             rich_help_panel=_SERVER,
         ),
     ] = None
@@ -60,7 +59,6 @@ class ServerOptions:
         typer.Option(
             help="An origin whose pages may use the server from a browser, like https://chat.example.org; repeatable.",
             metavar="ORIGIN",
-            show_default=False,
             rich_help_panel=_SERVER,
         ),
     ] = None
