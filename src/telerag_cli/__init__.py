@@ -11,11 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from telerag_cli.build_config import BuildConfig, EmbedConfig
     from telerag_cli.config import EngineConfig, ScheduleConfig
-    from telerag_cli.embedding.job import EmbedConfig, embed
+    from telerag_cli.embedding.job import embed
     from telerag_cli.engine.engine import AskResult, Delta, Engine
     from telerag_cli.errors import TeleragError
-    from telerag_cli.index.build import BuildConfig, build_index
+    from telerag_cli.index.build import build_index
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,9 +34,9 @@ __all__ = [
 
 _HOMES = {
     "AskResult": "engine.engine",
-    "BuildConfig": "index.build",
+    "BuildConfig": "build_config",
     "Delta": "engine.engine",
-    "EmbedConfig": "embedding.job",
+    "EmbedConfig": "build_config",
     "Engine": "engine.engine",
     "EngineConfig": "config",
     "ScheduleConfig": "config",

@@ -8,7 +8,7 @@ from enum import Enum
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from telerag_cli.errors import UsageError
 from telerag_cli.units import parse_bytes
@@ -68,16 +68,20 @@ def declared(hint: Any) -> tuple[Any, Setting | None]:
     """The type of a field without None, and its `Setting` if it is an option."""
     setting = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Setting)), None)
     kind = get_args(hint)[0] if setting else hint
-    return next((each for each in get_args(kind) if each is not NoneType), kind), setting
+    if get_origin(kind) is not Literal:
+        kind = next((each for each in get_args(kind) if each is not NoneType), kind)
+    return kind, setting
 
 
 def _checked(name: str, kind: Any, setting: Setting, value: Any) -> Any:
     """A value as its field's type, if it is one that the field takes."""
     flag = (setting.flag or f"--{name.replace('_', '-')}").partition("/")[0]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        if value not in list(kind):
-            raise UsageError(f"{flag} is {value!r}.", remedy=f"Choose one of {', '.join(kind)}.")
-        return kind(value)
+    is_enum = isinstance(kind, type) and issubclass(kind, Enum)
+    if is_enum or get_origin(kind) is Literal:
+        choices = list(kind) if is_enum else get_args(kind)
+        if value not in choices:
+            raise UsageError(f"{flag} is {value!r}.", remedy=f"Choose one of {', '.join(choices)}.")
+        return kind(value) if is_enum else value
     if kind is Path:
         return Path(value)
     if setting.size:

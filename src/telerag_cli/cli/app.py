@@ -71,8 +71,8 @@ app.callback()(guarded(options))
 
 for command in (
     quickstart,
-    embed,
-    build_index,
+    expanded(embed),
+    expanded(build_index),
     import_index,
     export_index,
     expanded(profile),

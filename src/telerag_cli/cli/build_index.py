@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from telerag_cli.build_config import BuildConfig
 from telerag_cli.cli import console
-from telerag_cli.cli.ray_options import RayAddressOption, RayOption, WorkersOption, ray_pool
-from telerag_cli.config import KeptType, Metric, Storage
+from telerag_cli.cli.ray_options import RayOptions
 from telerag_cli.errors import UsageError
 from telerag_cli.files import free_bytes
+from telerag_cli.setting import AUTO
 from telerag_cli.system import available_bytes
 from telerag_cli.units import format_bytes, parse_bytes
 
@@ -26,46 +28,32 @@ if TYPE_CHECKING:
 def build_index(
     embeddings: Annotated[Path, typer.Argument(help="Folder made by telerag embed, or Parquet with a vector column.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Index folder to make.")],
+    *,
     nlist: Annotated[
         str, typer.Option(help="Number of lists, or auto: about 4 * sqrt(vectors), a power of two.")
     ] = "auto",
-    metric: Annotated[Metric, typer.Option(help="Inner product or squared L2.")] = Metric.IP,
-    storage: Annotated[Storage, typer.Option(help="How vectors are kept in the lists.")] = Storage.FLOAT32,
-    keep_vectors: Annotated[
-        KeptType | None,
-        typer.Option(
-            help="Keep the vectors in row order too: searches then score their best candidates again from them.  "
-            "\\[default: not kept]"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample and of k-means.", min=0)] = 0,
+    config: BuildConfig,
     memory: Annotated[str, typer.Option(help="For the training sample and blocks of vectors.")] = "2GiB",
-    device: Annotated[str, typer.Option(help="Where k-means runs: auto, cpu, cuda or cuda:N.")] = "auto",
-    column: Annotated[str | None, typer.Option(help="The vector column, if there are several.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an index, or a build begun otherwise.")
     ] = False,
-    ray: RayOption = False,
-    ray_address: RayAddressOption = None,
-    workers: WorkersOption = None,
+    ray: RayOptions,
 ) -> None:
     """Build an IVF index from embeddings, out of core; an interrupted build resumes.
 
     Prints the index's path on stdout; sizes, list balance and recall@10 on stderr.
     """
-    count = _list_count(nlist)
-    memory_bytes = parse_bytes(memory)
+    config = replace(config, nlist=_list_count(nlist), memory_bytes=parse_bytes(memory))
 
-    from telerag_cli.index.build import BuildConfig, norms_note, plan_build
     from telerag_cli.index.build import build_index as run
+    from telerag_cli.index.build import norms_note, plan_build
     from telerag_cli.index.scoring import faiss_threads
 
     with console.stdout_reserved():
-        if ray or ray_address is not None:  # workers need not have this process's working folder
+        if ray.used:  # workers need not have this process's working folder
             embeddings, root = embeddings.absolute(), output.absolute()
         else:
             root = output
-        config = BuildConfig(count, metric, storage, keep_vectors, seed, memory_bytes, device, column)
         plan = plan_build(embeddings, root, config)
         kept = plan.finished(overwrite=overwrite)
         if kept:
@@ -74,11 +62,11 @@ def build_index(
             _show_plan(plan)
             if note := norms_note(plan.embeddings, config.metric):
                 console.warn(note)
-            if device == "auto" and plan.gpu is not None:
+            if config.device == AUTO and plan.gpu is not None:
                 console.say(f"k-means runs on cuda:{plan.gpu}, which Faiss finds; --device cpu keeps it off.")
         # The scores of Faiss differ in their last bit with its threads: workers have as many as this process.
         with contextlib.ExitStack() as stack:
-            pool = None if kept else stack.enter_context(ray_pool(ray, ray_address, workers, threads=faiss_threads()))
+            pool = None if kept else stack.enter_context(ray.pool(threads=faiss_threads()))
             index = run(embeddings, root, config, overwrite=overwrite, progress=console.progress, pool=pool, plan=plan)
         console.table("", COLUMNS, index_rows(index.manifest))
     console.emit(str(output))

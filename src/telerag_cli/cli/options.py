@@ -45,15 +45,16 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[inspect.Parameter]]] = {}
-    own = []
+    parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         kind, *extras = get_args(hints[name]) if hasattr(hints[name], "__metadata__") else (hints[name],)
-        if dataclasses.is_dataclass(kind):
+        is_group = dataclasses.is_dataclass(kind)  # a name of its own, or mypy thinks that it has no hash
+        if is_group:
             shown = next((each for each in extras if isinstance(each, Only)), Without())
             groups[name] = kind, [each for each in _parameters(kind) if shown.offers(each.name)]
+            parameters += groups[name][1]
         else:
-            own.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
-    parameters = [each for _kind, options in groups.values() for each in options] + own
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
     parameters.sort(key=lambda each: each.default is not EMPTY)
 
     @functools.wraps(command)

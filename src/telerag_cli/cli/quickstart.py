@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from telerag_cli.build_config import BuildConfig, EmbedConfig
 from telerag_cli.cli import console
 from telerag_cli.config import NONE, EngineConfig, Lookahead
 from telerag_cli.errors import ArtifactError
@@ -83,8 +84,8 @@ def quickstart(
 
 def _prepare(directory: Path, limit: int | None, encoder: Encoder, took_s: dict[str, float]) -> Index:
     from telerag_cli.corpus.pydocs import python_documentation
-    from telerag_cli.embedding.job import EmbedConfig, embed
-    from telerag_cli.index.build import BuildConfig, build_index
+    from telerag_cli.embedding.job import embed
+    from telerag_cli.index.build import build_index
 
     with _timed("make the corpus", took_s):
         passages = list(itertools.islice(python_documentation(), limit))

@@ -7,13 +7,14 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from telerag_cli import system
 from telerag_cli.arrays import FloatArray, IntArray
+from telerag_cli.build_config import Precision
 from telerag_cli.config import DEFAULT_EMBEDDER
 from telerag_cli.embedding.bert import UnpaddedBert
 from telerag_cli.embedding.loading import (
@@ -31,7 +32,6 @@ from telerag_cli.progress import Advance
 
 Forward = Callable[[dict[str, Any]], dict[str, Any]]
 """Features of a batch to features with ``sentence_embedding``."""
-Precision = Literal["float32", "bfloat16", "float16"]
 
 MIN_COSINE = 0.999
 """Least cosine to float32 at which a shorter type is used unasked."""

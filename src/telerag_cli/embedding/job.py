@@ -19,22 +19,22 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from telerag_cli.arrays import FloatArray
-from telerag_cli.config import DEFAULT_EMBEDDER
+from telerag_cli.build_config import EmbedConfig, Precision
 from telerag_cli.corpus.chunking import Chunker
 from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
 from telerag_cli.corpus.fields import Columns
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import OnBad, count_passages, read_passages
 from telerag_cli.corpus.sources import Sources, find_sources
-from telerag_cli.embedding.encoder import Encoder, Precision
-from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError, UsageError
+from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
 from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
 from telerag_cli.progress import Advance, Progress, WorkerPool, silent
 
@@ -49,42 +49,6 @@ REMEDIES = {
     "shard_rows": "Use the folder's --shard-rows, or choose another --output.",
 }
 OTHER_MODEL = "The model is not the one that the folder was begun with: choose another --output."
-
-Dtype = Literal["float32", "float16"]
-"""Type in which vectors are stored."""
-
-
-@dataclass(frozen=True)
-class EmbedConfig:
-    """How a corpus is embedded; raises UsageError if a value is not one of its choices, or less than 1."""
-
-    model: str = DEFAULT_EMBEDDER
-    """The bundled model's alias, a folder, or a name in the Hugging Face cache or hub."""
-    device: str = "auto"
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
-    precision: Literal["auto"] | Precision = "auto"
-    """Type to compute in; ``auto`` is the folder's if it was begun, else decided on the first passages."""
-    dtype: Dtype = "float32"
-    """Type of the stored vectors."""
-    batch_size: int | None = None
-    """Passages in a batch, as in `Encoder.encode`."""
-    shard_rows: int = 8192
-    """Passages in a shard, which is the unit of resuming."""
-    limit: int | None = None
-    """Number of passages to embed, the first ones; None for all."""
-    text_column: str | None = None
-    """Column of the passages' texts; None for the first of the usual names."""
-    id_column: str | None = None
-    """Column of the passages' ids; None for the first of the usual names."""
-
-    def __post_init__(self) -> None:
-        for name, choices in {"precision": ("auto", *get_args(Precision)), "dtype": get_args(Dtype)}.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} is {getattr(self, name)!r}.", remedy=f"Choose {' or '.join(choices)}.")
-        for name in ("batch_size", "shard_rows", "limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}.", remedy="Choose 1 or more.")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from telerag_cli import __version__
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
-from telerag_cli.config import KeptType, Metric, Storage
+from telerag_cli.build_config import BuildConfig
+from telerag_cli.config import KeptType, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import UsageError
 from telerag_cli.files import read_json, write_json, writing
@@ -58,46 +59,6 @@ CHECKPOINT_BLOCKS = 16
 NORMS_ROWS = 1024
 MAX_PLACE_BYTES = 512 << 20
 REMEDY = "Free space, choose another output, or store less with --storage float16 or int8."
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """How an index is built.
-
-    Raises:
-        UsageError: a value is not one of its choices, or ``keep_vectors`` is asked for with ``float32`` lists.
-    """
-
-    nlist: int | None = None
-    """Number of lists; None: `telerag_cli.index.train.auto_nlist`."""
-    metric: Metric = Metric.IP
-    storage: Storage = Storage.FLOAT32
-    keep_vectors: KeptType | None = None
-    """Type in which the vectors are kept in row order too, for re-ranking; None: they are not kept."""
-    seed: int = 0
-    """Seed of the training sample and of k-means."""
-    memory_bytes: int = 2 << 30
-    """Memory for the training sample and blocks of vectors; the libraries themselves take some 200 MB beside it."""
-    device: str = "auto"
-    """Where k-means runs: ``auto`` (the first GPU if Faiss finds one), ``cpu``, ``cuda`` or ``cuda:N``."""
-    column: str | None = None
-    """The vector column of the embeddings, if there are several."""
-
-    def __post_init__(self) -> None:
-        kinds = {"metric": Metric, "storage": Storage, "keep_vectors": KeptType}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if value is not None and value not in list(kind):
-                raise UsageError(f"{name} is {value!r}.", remedy=f"Choose {' or '.join(kind)}.")
-            object.__setattr__(self, name, value if value is None else kind(value))
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}.", remedy="Choose 0 or more.")
-        if self.keep_vectors and self.storage is Storage.FLOAT32:
-            raise UsageError(
-                f"--keep-vectors {self.keep_vectors} was asked for with --storage float32, whose lists hold the "
-                "vectors themselves.",
-                remedy="Leave --keep-vectors out, or choose --storage float16 or int8.",
-            )
 
 
 @dataclass(frozen=True)
