@@ -94,11 +94,7 @@ class InternalError(TeleragError):
 
 @contextlib.contextmanager
 def needs_extra(extra: str, purpose: str) -> Iterator[None]:
-    """Import optional packages in this block: a missing one becomes one sentence with the remedy.
-
-    Args:
-        extra: of telerag-cli, which installs the packages.
-        purpose: what needs them, as the beginning of a sentence.
+    """Import optional packages in this block; the error for a missing one names telerag-cli's extra that installs it.
 
     Raises:
         ResourceError: a package is not installed.

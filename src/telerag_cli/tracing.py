@@ -77,10 +77,7 @@ class Tracer:
         """A list of the spans that are added while the block runs, whether the tracer is enabled or not.
 
         It is the caller's own: `clear` leaves it alone, and others who listen have theirs. Spans of everybody's work
-        are in it.
-
-        Args:
-            most: spans that are in it after the block: the newest. Meanwhile there may be up to twice as many.
+        are in it; after the block ``most`` of them, the newest, and meanwhile up to twice as many.
         """
         listener = _Listener(most)
         with self._lock:

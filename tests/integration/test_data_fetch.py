@@ -21,7 +21,7 @@ from expect import fails
 from telerag_cli.cli import data
 from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import describe
-from telerag_cli.datasets.fetch import Copies, fetch_files
+from telerag_cli.datasets.fetch import fetch_files
 from telerag_cli.errors import InputError
 from telerag_cli.progress import silent
 
@@ -228,7 +228,7 @@ def test_a_silent_server_is_waited_for_so_long(place, server):
 
     files = place.cached.dataset.files
     with fails(InputError, server.base, "0.2 s"):
-        list(fetch_files(place.cached, files, Copies(server.base), progress=silent, notice=print, timeout_s=0.2))
+        list(fetch_files(place.cached, files, server.base, progress=silent, notice=print, timeout_s=0.2))
     assert place.part.stat().st_size == len(BODY) // 2
 
 

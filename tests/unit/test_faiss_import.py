@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from expect import fails
 from faiss_files import COUNT, NLIST, faiss_index, imported, same_results, write, write_on_disk, write_passages
-from telerag_cli.cli.export_index import export_index as export_command
+from telerag_cli.cli.faiss_files import export_index as export_command
+from telerag_cli.cli.faiss_files import import_index as import_command
 from telerag_cli.cli.guard import guarded
-from telerag_cli.cli.import_index import import_index as import_command
 from telerag_cli.config import Metric, Storage
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.sources import find_sources

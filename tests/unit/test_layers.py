@@ -15,19 +15,8 @@ import telerag_cli
 
 PACKAGE = Path(telerag_cli.__file__).parent
 ROOT = Path(__file__).parents[2]
-BASE = {
-    "arrays",
-    "build_config",
-    "config",
-    "errors",
-    "files",
-    "tracing",
-    "system",
-    "progress",
-    "setting",
-    "text",
-    "units",
-}
+BASE = {"arrays", "build_config", "config", "errors", "files", "tracing", "system", "progress", "setting"}
+BASE |= {"text", "units"}
 LAYERS = [
     {"__main__"},
     {"cli"},

@@ -16,9 +16,8 @@ from telerag_cli.cli.config import apply, config
 from telerag_cli.cli.doctor import doctor
 from telerag_cli.cli.embed import embed
 from telerag_cli.cli.eval import evaluate
-from telerag_cli.cli.export_index import export_index
+from telerag_cli.cli.faiss_files import export_index, import_index
 from telerag_cli.cli.guard import DEBUG_VARIABLE, guarded
-from telerag_cli.cli.import_index import import_index
 from telerag_cli.cli.inspect import inspect
 from telerag_cli.cli.options import expanded
 from telerag_cli.cli.profile import profile

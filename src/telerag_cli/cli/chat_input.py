@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING
 
 from telerag_cli.errors import InputError
 
@@ -19,37 +19,25 @@ if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-Note = Callable[[str], None]
-
-
-class LineSource(Protocol):
-    """A source of questions and commands."""
-
-    interactive: bool
-    """Whether a person sits there, who can ask again."""
-
-    def read(self, runner: asyncio.Runner) -> str | None:
-        """The next one, without white space around it; None at the end.
-
-        Args:
-            runner: runs what waits for input.
-
-        Raises:
-            InputError: it is not text; the next one may be.
-        """
-
 
 class Piped:
     """Each line is one; a backslash at its end joins the next line to it."""
 
     interactive = False
+    """Whether a person sits there, who can ask again."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._number = 0
 
     def read(self, runner: asyncio.Runner) -> str | None:
-        """See `LineSource`. The wait is outside of the event loop, where Ctrl-C ends it."""
+        """Return the next line without white space around it, None at the end.
+
+        It is waited for outside of the event loop, where Ctrl-C ends it.
+
+        Raises:
+            InputError: it is not text; the next one may be.
+        """
         parts: list[str] = []
         while raw := self._stream.readline():
             line = self._text(raw)
@@ -73,12 +61,10 @@ class Typed:
 
     interactive = True
 
-    def __init__(self, arguments: Mapping[str, Sequence[str]], note: Note) -> None:
-        """Open the history.
+    def __init__(self, arguments: Mapping[str, Sequence[str]], note: Callable[[str], None]) -> None:
+        """Open the history; ``note`` is called, at most once, if it cannot be kept.
 
-        Args:
-            arguments: the commands, and the words that each may be followed by.
-            note: called, at most once, if the history cannot be kept.
+        ``arguments`` are the commands, and the words that each may be followed by.
         """
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import create_output
@@ -96,7 +82,7 @@ class Typed:
         )
 
     def read(self, runner: asyncio.Runner) -> str | None:
-        """See `LineSource`."""
+        """Return what was typed without white space around it, None at the end."""
         try:
             return runner.run(self._session.prompt_async()).strip()
         except EOFError:
@@ -116,7 +102,7 @@ def history_path() -> Path:
     return Path(state) / "telerag" / "chat_history"
 
 
-def _history(note: Note) -> History:
+def _history(note: Callable[[str], None]) -> History:
     """The history in its file; if it cannot be written, one that ends with the program."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 

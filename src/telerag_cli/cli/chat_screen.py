@@ -110,13 +110,7 @@ class Screen:
     """Answers, and what a command asks for, go to stdout; all talk goes to stderr."""
 
     def __init__(self, out: IO[str], talk: IO[str], *, apart: bool) -> None:
-        """Take the streams.
-
-        Args:
-            out: for answers.
-            talk: for notes, errors and the status line.
-            apart: put an empty line between the answers on ``out``, as nothing else does.
-        """
+        """Take the streams; ``apart`` puts an empty line between answers, where nothing else parts them."""
         self._out = Pane(out)
         self._talk = Pane(talk)
         self._apart = apart

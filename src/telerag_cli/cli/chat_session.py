@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from telerag_cli.cli.chat_input import LineSource
+from telerag_cli.cli.chat_input import Piped, Typed
 from telerag_cli.cli.chat_screen import Screen, seconds, source_lines, timeline, whole_source
 from telerag_cli.config import Lookahead, PipelineName
 from telerag_cli.engine.engine import AskResult, Engine
@@ -23,14 +23,11 @@ from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.tracing import Span
 
 
-def converse(chat: Chat, lines: LineSource, screen: Screen) -> int:
-    """Go through lines, one after the other, until they end or one says so.
+def converse(chat: Chat, lines: Piped | Typed, screen: Screen) -> int:
+    """Go through lines, one after the other, until they end or one says so; return how many of them failed.
 
     Ctrl-C during an answer ends that answer, if there is somebody to go on with; `asyncio.Runner` turns it into the
     cancellation of the answer, and then into KeyboardInterrupt here.
-
-    Returns:
-        How many of them failed.
     """
     failed = 0
     with asyncio.Runner() as runner:
@@ -97,14 +94,7 @@ class Chat:
     def __init__(
         self, engine: Engine, screen: Screen, pipelines: Mapping[PipelineName, Pipeline], *, tracing: bool
     ) -> None:
-        """Begin.
-
-        Args:
-            engine: what answers; its tracer is on.
-            screen: where everything is shown.
-            pipelines: those that can be chosen.
-            tracing: keep the spans of all turns, not only of the last.
-        """
+        """Begin, with an engine whose tracer is on; with ``tracing`` the spans of all turns are kept."""
         self.ended = False
         self._engine = engine
         self._screen = screen

@@ -86,13 +86,13 @@ def fetch(
 ) -> None:
     """Fetch datasets into the cache; what was interrupted continues where it stopped. Prints the files."""
     _one_at_a_time(names, "--from", source)
-    from telerag_cli.datasets.fetch import Copies, fetch_files
+    from telerag_cli.datasets.fetch import fetch_files
 
     chosen = [(cached, cached.dataset.files_of(split)) for cached in _described(names, cache_dir)]
     for cached, files in chosen:
         console.say(f"{cached.dataset.name}: {cached.dataset.title}; licence: {cached.dataset.licence}.")
-        copies = Copies(source, mirror)
-        for file, fetched in fetch_files(cached, files, copies, progress=console.progress, notice=console.warn):
+        got = fetch_files(cached, files, source, mirror, progress=console.progress, notice=console.warn)
+        for file, fetched in got:
             known = cached.sources()[file.name]
             size = format_bytes(known.bytes)
             if not fetched:

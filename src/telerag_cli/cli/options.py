@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -21,12 +21,13 @@ EMPTY = inspect.Parameter.empty
 class Only:
     """Says which fields of a group a command offers, singly or by a part of the tree; others keep their defaults."""
 
-    def __init__(self, *names: str | type[Config]) -> None:
-        self.names = {each for name in names for each in ([name] if isinstance(name, str) else settings_of(name))}
+    def __init__(self, *names: str | type[Config], but: Collection[str] = ()) -> None:
+        self._names = {each for name in names for each in ([name] if isinstance(name, str) else settings_of(name))}
+        self._but = but
 
     def offers(self, name: str) -> bool:
         """Whether a field is an option of the command."""
-        return name in self.names
+        return name in self._names and name not in self._but
 
 
 class Without(Only):
@@ -34,7 +35,7 @@ class Without(Only):
 
     def offers(self, name: str) -> bool:
         """Whether a field is an option of the command."""
-        return name not in self.names
+        return name not in self._names
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:

@@ -14,7 +14,7 @@ import typer
 
 from telerag_cli.cli import console
 from telerag_cli.cli.options import Only
-from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, TierKind
+from telerag_cli.config import DEFAULT_EMBEDDER, EngineConfig, LlmConfig, TierConfig, TierKind
 from telerag_cli.errors import UsageError
 from telerag_cli.files import wrap_os_error
 from telerag_cli.text import parse_json
@@ -37,26 +37,7 @@ class ProfileConfig(EngineConfig):
 
 
 def profile(
-    config: Annotated[
-        ProfileConfig,
-        Only(
-            "nprobe",
-            "tier",
-            "fast_memory",
-            "gpu_memory",
-            "require_pinned",
-            "generator",
-            "model",
-            "hf_repo",
-            "base_url",
-            "timeout",
-            "ctx_size",
-            "n_gpu_layers",
-            "threads",
-            "embedder",
-            "device",
-        ),
-    ],
+    config: Annotated[ProfileConfig, Only("nprobe", "embedder", TierConfig, LlmConfig, but=("reproducible", "replay"))],
     index: Annotated[
         Path | None,
         typer.Argument(
@@ -124,9 +105,11 @@ def profile(
         if output == "-":
             console.emit_json(made.as_json(), indent=2)
         else:
-            path = Path(output) if output else _kept(made)
-            made.save(path)
             from telerag_cli.cli.profile_report import show_profile
+            from telerag_cli.planning.profile import kept_in
+
+            path = Path(output) if output else kept_in(made.identity, made.versions)
+            made.save(path)
 
             show_profile(made, planner)
             console.say(f"Profile: {path} ({made.took_s:.0f} s)")
@@ -183,9 +166,3 @@ def _machine_only(config: EngineConfig, *, quick: bool) -> Profile:
 
 def _command() -> str:
     return shlex.join(["telerag", *sys.argv[1:]])
-
-
-def _kept(made: Profile) -> Path:
-    from telerag_cli.planning.profile import kept_in
-
-    return kept_in(made.identity, made.versions)

@@ -51,7 +51,11 @@ def _alone(replicas: ReplicaConfig) -> bool:
     if replicas.ray_address is not None:
         return False
     count = replicas.replica_count
-    return count == 1 or (count is None and _gpus_of_this_machine() <= 1)
+    if count is None:
+        import torch
+
+        count = max(torch.cuda.device_count(), 1)
+    return count == 1
 
 
 @contextlib.contextmanager
@@ -102,22 +106,10 @@ def _open_replicas(
 def _show(replicas: list[Remote]) -> None:
     """What each replica is."""
     rows = [
-        (
-            str(number),
-            each.about.host,
-            str(each.about.pid),
-            each.about.tier,
-            format_bytes(each.about.arena_bytes),
-            str(each.at_once),
-        )
+        (str(number), about.host, str(about.pid), about.tier, format_bytes(about.arena_bytes), str(each.at_once))
         for number, each in enumerate(replicas)
+        for about in (each.about,)
     ]
     console.table("Replicas", ("number", "machine", "process", "tier", "arena", "questions at once"), rows)
     for note in dict.fromkeys(note for each in replicas for note in each.about.notes):
         console.warn(note)
-
-
-def _gpus_of_this_machine() -> int:
-    import torch
-
-    return torch.cuda.device_count()

@@ -13,6 +13,7 @@ import fcntl
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -22,6 +23,19 @@ from telerag_cli.files import cache_folder, read_json, wrap_os_error, write_json
 
 MANIFEST = "prepared.json"
 CORPUS, QUESTIONS, QRELS = "corpus.jsonl", "questions.jsonl", "qrels.tsv"
+
+
+T = TypeVar("T")
+
+
+def _read(kind: type[T], path: Path, remedy: str) -> T | None:
+    """Return what a file of notes says, or None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValidationError as error:
+        raise ArtifactError(f"{path} is damaged.", remedy=remedy) from error
 
 
 @dataclass(frozen=True)
@@ -80,13 +94,7 @@ class PreparedManifest:
         Raises:
             ArtifactError: it is damaged.
         """
-        path = folder / MANIFEST
-        if not path.exists():
-            return None
-        try:
-            return TypeAdapter(cls).validate_python(read_json(path))
-        except ValidationError as error:
-            raise ArtifactError(f"{path} is damaged.", remedy="Run telerag data prepare again.") from error
+        return _read(cls, folder / MANIFEST, "Run telerag data prepare again.")
 
 
 @dataclass(frozen=True)
@@ -130,13 +138,8 @@ class Cached:
         Raises:
             ArtifactError: ``source.json`` is damaged.
         """
-        path = self.root / "source.json"
-        if not path.exists():
-            return {}
-        try:
-            return TypeAdapter(_Sources).validate_python(read_json(path)).files
-        except ValidationError as error:
-            raise ArtifactError(f"{path} is damaged.", remedy="Remove it and fetch the dataset again.") from error
+        found = _read(_Sources, self.root / "source.json", "Remove it and fetch the dataset again.")
+        return found.files if found else {}
 
     def record(self, file: RemoteFile, fetched: Fetched) -> None:
         """Note a file that is about to be complete."""
@@ -147,12 +150,11 @@ class Cached:
     def begun(self, file: RemoteFile) -> tuple[int, Begun | None]:
         """Return how many bytes of a file have arrived, and of which version; nothing if the version is unknown."""
         part = self.partial(file)
-        if not (part.exists() and self.note(file).exists()):
-            return 0, None
         try:
-            return part.stat().st_size, TypeAdapter(Begun).validate_python(read_json(self.note(file)))
-        except (ArtifactError, ValidationError):  # torn: it starts over
-            return 0, None
+            begun = _read(Begun, self.note(file), "")
+        except ArtifactError:  # torn: it starts over
+            begun = None
+        return (part.stat().st_size, begun) if begun and part.exists() else (0, None)
 
     def has(self, file: RemoteFile) -> bool:
         """Say whether a file is there in the size that was noted; `telerag data check` reads its bytes."""

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -33,46 +33,31 @@ CONNECT_S = 15.0
 REMEDY = "Run the same command again, it continues where it stopped; or take a copy with --from or --mirror."
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Where files are taken from instead of their publisher."""
-
-    given: str | None = None
-    """A folder or an address below which one dataset's files are, or one of the files."""
-    mirror: str | None = None
-    """A folder or an address below which each dataset has a folder of its name."""
-
-
 def fetch_files(
     cached: Cached,
     files: Sequence[RemoteFile],
-    copies: Copies,
+    source: str | None = None,
+    mirror: str | None = None,
     *,
     progress: Progress,
     notice: Callable[[str], None],
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Iterator[tuple[RemoteFile, bool]]:
-    """Get files one after the other; those that are there are left alone.
+    """Get files of a dataset, and yield each with whether it had to be fetched; those that are there are left alone.
 
-    Args:
-        cached: the dataset's folder.
-        files: files of the dataset.
-        copies: where they are taken from.
-        progress: makes a bar for each file.
-        notice: called with a sentence when what had arrived of a file is discarded.
-        timeout_s: longest silence of a server.
-
-    Yields:
-        Each complete file, and whether it had to be fetched.
+    Instead of their publisher's, the addresses can be one ``source``, which is one of the files or a folder or address
+    below which they are, or a ``mirror``, below which each dataset has a folder of its name. ``notice`` is called with
+    a sentence when what had arrived of a file is discarded; a server may be silent for ``timeout_s``.
 
     Raises:
         InputError: a file cannot be had, stopped coming, or is not the one expected.
         ResourceError: there is no room for it, or another process fetches it.
-        UsageError: the copy named is none of the files.
+        UsageError: the source is a file, and none of these.
     """
-    places = [(file, place_of(cached.dataset.name, file, files, copies)) for file in files]
+    base = source or (f"{mirror.rstrip('/')}/{quote(cached.dataset.name)}" if mirror else None)
+    places = [_place_of(file, files, base, cached.dataset.name, whole=source is not None) for file in files]
     with cached.locked():
-        for file, place in places:
+        for file, place in zip(files, places, strict=True):
             if place is None:
                 continue
             missing = not cached.has(file)
@@ -88,21 +73,17 @@ def fetch_files(
             yield file, missing
 
 
-def place_of(dataset: str, file: RemoteFile, files: Sequence[RemoteFile], copies: Copies) -> str | Path | None:
-    """Return where a file is taken from: an address or a local path; None if the copy named is of another file.
-
-    Raises:
-        InputError: there is no such local file.
-        UsageError: the copy named is of none of the files.
-    """
-    base = copies.given or (f"{copies.mirror.rstrip('/')}/{quote(dataset)}" if copies.mirror else None)
+def _place_of(
+    file: RemoteFile, files: Sequence[RemoteFile], base: str | None, dataset: str, *, whole: bool
+) -> str | Path | None:
+    """Return the address or path of a file: below ``base``, or ``base`` itself; None if that is another file."""
     if base is None:
         return file.address
     remote = base.startswith(("http://", "https://"))
     last = unquote((urlsplit(base).path if remote else base).rstrip("/").rsplit("/", 1)[-1])
     names = [each.name for each in files]
     place = f"{base.rstrip('/')}/{quote(file.name) if remote else file.name}"
-    if copies.given and (last in names or (not remote and Path(base).is_file())):
+    if whole and (last in names or (not remote and Path(base).is_file())):
         if len(files) > 1 and last not in names:
             raise UsageError(
                 f"{base} is one file, and {dataset} has {', '.join(names)}.",

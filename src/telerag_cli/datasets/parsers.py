@@ -49,12 +49,9 @@ class DatasetReader:
     """The fetched files of a dataset; every call reads from the beginning."""
 
     def __init__(self, cached: Cached, split: str | None, on_bad: Callable[[TeleragError], None] | None = None) -> None:
-        """Take the files of a split.
+        """Take the files of a split, or of a dataset of passages alone; they have been fetched.
 
-        Args:
-            cached: the dataset's folder; what is needed has been fetched.
-            split: of the questions; None for a dataset of passages alone.
-            on_bad: called with the error of each entry that cannot be used; without it the first one is raised.
+        ``on_bad`` is called with the error of each entry that cannot be used; without it the first one is raised.
 
         Raises:
             InputError: an archive is damaged.

@@ -41,17 +41,12 @@ def prepare(
 ) -> PreparedManifest:
     """Write the files, and in ``prepared.json`` what they were made from; what was there is replaced at the end.
 
-    Args:
-        cached: the dataset's folder, with what the split needs.
-        split: None for the description's own.
-        limit: the first questions only, or the first passages of a dataset that has no questions.
-        folder: for the files; made if it is missing.
-        advance: called with the number of rows written.
-        on_bad: called with the error of each entry that cannot be used; without it the first one is raised.
+    Without a ``split`` it is the description's own. ``limit`` leaves the first questions only, or the first passages of
+    a dataset that has no questions. ``on_bad`` is called with the error of each entry that cannot be used; without it
+    the first one is raised.
 
     Raises:
         ArtifactError: a file has not been fetched.
-        TeleragError: a file is damaged, or an entry cannot be used.
         ResourceError: the disk is full, or another process prepares into the folder.
         UsageError: there is no such split.
     """
@@ -147,11 +142,10 @@ def _write(temporary: Path, path: Path, lines: Iterator[str], advance: Advance) 
 
 @dataclass(frozen=True)
 class FileFinding:
-    """What was found of one file."""
+    """What was found of one file, in words, with both values if something is wrong."""
 
     file: str
     says: str
-    """In words, with both values if something is wrong."""
     wrong: bool = False
 
 
@@ -165,11 +159,6 @@ def bytes_to_check(cached: Cached, folder: Path) -> int:
 
 def check(cached: Cached, folder: Path, advance: Advance) -> Iterator[FileFinding]:
     """Read everything and compare it with the description, ``source.json`` and ``prepared.json``.
-
-    Args:
-        cached: the dataset's folder.
-        folder: where it was prepared.
-        advance: called with the number of bytes read.
 
     Raises:
         ArtifactError: ``source.json`` or ``prepared.json`` is damaged.

@@ -17,15 +17,8 @@ def load_questions(
 ) -> list[Question]:
     """Read the questions of a prepared dataset, or of a file with one question a line, as text or JSON.
 
-    Args:
-        name_or_path: a dataset's name, or a file (a ``Path``, or a text that is not a dataset's name).
-        cache_dir: folder of the datasets; by default in the user's cache.
-        limit: number of questions at most, sampled without replacement. Those for a smaller limit are the first of
-            those for a larger one.
-        seed: of the sample.
-
-    Returns:
-        All of them in order, or the sample in the order drawn.
+    With a ``limit`` so many are sampled without replacement; those of a smaller limit are the first of those of a
+    larger one. Datasets are looked for in ``cache_dir``, by default the user's cache.
 
     Raises:
         ArtifactError: the dataset is not prepared.

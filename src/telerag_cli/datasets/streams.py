@@ -85,13 +85,7 @@ def json_lines(handle: IO[bytes], on_bad: OnBad) -> Iterator[Row]:
 
 
 def json_array(handle: IO[bytes], label: str, on_bad: OnBad, key: str | None = None) -> Iterator[Row]:
-    """Read the entries of a JSON array one at a time.
-
-    Args:
-        handle: a file that is the array, or an object that contains it.
-        label: name of the file, for messages.
-        on_bad: called for entries that are not objects.
-        key: of the array in the object.
+    """Read the entries of a JSON array one at a time; with a ``key`` it is a value of the object that the file is.
 
     Raises:
         InputError: the file is not such JSON, or ends too early.

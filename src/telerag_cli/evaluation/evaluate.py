@@ -154,14 +154,9 @@ def evaluate(
     sampling: Sampling,
     advance: Advance = lambda _lines: None,
 ) -> Evaluation:
-    """Measure runs, and compare them two by two.
+    """Measure runs of different names, and compare them two by two.
 
-    Args:
-        runs: at least one, with different names.
-        reference: gold answers and judgements.
-        cutoffs: ranks for recall or success; None for the usual ones, none beyond what the runs retrieved.
-        sampling: for the intervals.
-        advance: called with the number of answers scored.
+    Without ``cutoffs``, recall or success is measured at the usual ones, and none beyond what the runs retrieved.
 
     Raises:
         InputError: no question of the runs is in the file of questions, or there is nothing to measure.

@@ -94,12 +94,7 @@ def scores_order(run: Run) -> bool:
 
 
 def trec_lines(run: Run, *, own_scores: bool) -> Iterator[str]:
-    """Yield lines of a TREC run file: ``question Q0 passage rank score tag``.
-
-    Args:
-        run: what was retrieved; failed lines have no passages and so no line.
-        own_scores: write the passages' scores, and not the reciprocals of their ranks.
-    """
+    """Yield lines of a TREC run file, ``question Q0 passage rank score tag``, with scores or reciprocals of ranks."""
     tag = trec_id(run.name)
     for record in run.records.values():
         for rank, passage in enumerate(record.passages, 1):

@@ -17,13 +17,8 @@ def score_passages(
 ) -> dict[str, dict[str, float]]:
     """Return scores by measure and question id, each in [0, 1].
 
-    The order of the passages counts, and not their scores, which need not be comparable within a line.
-
-    Args:
-        records: those that are judged; one without passages has 0 in everything.
-        judgements: for them.
-        cutoffs: ranks of recall or success.
-        complete: whether the judgements name all relevant passages, so that there is a recall.
+    The order of the passages counts, and not their scores, which need not be comparable within a line. A record without
+    passages has 0 in everything. Only ``complete`` judgements, which name all relevant passages, allow a recall.
     """
     cut, name = (ir_measures.R, "recall") if complete else (ir_measures.Success, "success")
     wanted = {f"{name}@{cutoff}": cut @ cutoff for cutoff in cutoffs}

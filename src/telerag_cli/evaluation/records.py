@@ -76,10 +76,7 @@ class GoldQuestion:
 def read_run(lines: Iterable[bytes], source: str, name: str) -> Run:
     """Read the lines of ``telerag run``, ``telerag search --json``, or OpenAI's Batch output.
 
-    Args:
-        lines: UTF-8 text, one JSON object a line.
-        source: of the lines, for messages.
-        name: of the run, in results.
+    ``source`` is what messages call the lines, and ``name`` what results call the run.
 
     Raises:
         InputError: a line is torn or is not of a run, an id comes twice, or there is no line.
@@ -97,11 +94,7 @@ def read_gold(lines: Iterable[bytes], source: str, *, judged: bool = False) -> d
     """Read questions with their gold answers and supporting passages, by id; a line may lack either.
 
     Ids are found as ``telerag run`` finds them: a line without one has its number for an id.
-
-    Args:
-        lines: UTF-8 text, one JSON object a line.
-        source: of the lines, for messages.
-        judged: whether passages are judged elsewhere, so that the file needs neither answers nor passages, as BEIR's.
+    If passages are ``judged`` elsewhere, as BEIR's are, the file needs neither answers nor passages.
 
     Raises:
         InputError: a line is not JSON, its answers or passages are not lists of strings, an id comes twice, or there
