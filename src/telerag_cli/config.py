@@ -254,9 +254,11 @@ class LlmConfig(Config):
             panel=_LLM,
         ),
     ] = None
-    timeout: Annotated[float, Setting("Seconds for which a server may send nothing.", min=0.1, panel=_LLM)] = 60.0
+    timeout: Annotated[float, Setting("Seconds for which a server may send nothing.", min=0.1, panel=_LLM)] = (
+        DEFAULT_TIMEOUT_S
+    )
     ctx_size: Annotated[int, Setting("Tokens that a prompt and its answer may have together.", min=64, panel=_LLM)] = (
-        4096
+        DEFAULT_CTX_SIZE
     )
     n_gpu_layers: Annotated[int, Setting("Layers of the LLM to put on a GPU, -1 for all.", min=-1, panel=_LLM)] = 0
     threads: Annotated[int | None, Setting("CPU threads of the LLM.", min=1, panel=_LLM, default="one a core")] = None
@@ -374,7 +376,9 @@ class ScheduleConfig(Config):
             panel=_SCHEDULE,
         ),
     ] = ScheduleName.SIMILAR
-    batch_size: Annotated[int, Setting("Questions that the scheduler looks at together.", min=1, panel=_SCHEDULE)] = 64
+    batch_size: Annotated[int, Setting("Questions that the scheduler looks at together.", min=1, panel=_SCHEDULE)] = (
+        DEFAULT_BATCH_SIZE
+    )
     micro_batch: Annotated[
         int | None,
         Setting(
@@ -385,7 +389,7 @@ class ScheduleConfig(Config):
         ),
     ] = None
     max_wait: Annotated[float, Setting("Most seconds that a question waits for others.", min=0.0, panel=_SCHEDULE)] = (
-        0.05
+        DEFAULT_MAX_WAIT_S
     )
 
 

@@ -7,7 +7,8 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,29 +30,14 @@ class Span:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class _Listener:
-    """The newest of the spans added while somebody listens."""
-
-    def __init__(self, most: int) -> None:
-        self.spans: list[Span] = []
-        self._most = most
-
-    def hear(self, span: Span) -> None:
-        self.spans.append(span)
-        if len(self.spans) >= 2 * self._most:  # seldom, as it moves all that stay
-            self.end()
-
-    def end(self) -> None:
-        del self.spans[: -self._most]
-
-
 class Tracer:
     """Collects spans from any thread. A disabled one keeps nothing, and gives them only to those who listen."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self.enabled = enabled
         self._spans: list[Span] = []
-        self._listeners: list[_Listener] = []
+        self._listeners: dict[int, deque[Span]] = {}
+        """By identity, as equal ones are not the same."""
         self._lock = threading.Lock()
         self._busy: set[tuple[str, int]] = set()
         self._origin_s = time.perf_counter()
@@ -69,25 +55,24 @@ class Tracer:
         with self._lock:
             if self.enabled:
                 self._spans.append(span)
-            for listener in self._listeners:
-                listener.hear(span)
+            for heard in self._listeners.values():
+                heard.append(span)
 
     @contextlib.contextmanager
-    def listening(self, most: int = MAX_HEARD) -> Iterator[list[Span]]:
+    def listening(self, most: int = MAX_HEARD) -> Iterator[Sequence[Span]]:
         """A list of the spans that are added while the block runs, whether the tracer is enabled or not.
 
         It is the caller's own: `clear` leaves it alone, and others who listen have theirs. Spans of everybody's work
-        are in it; after the block ``most`` of them, the newest, and meanwhile up to twice as many.
+        are in it, the newest ``most`` of them.
         """
-        listener = _Listener(most)
+        heard: deque[Span] = deque(maxlen=most)
         with self._lock:
-            self._listeners.append(listener)
+            self._listeners[id(heard)] = heard
         try:
-            yield listener.spans
+            yield heard
         finally:
             with self._lock:
-                self._listeners.remove(listener)
-                listener.end()
+                del self._listeners[id(heard)]
 
     @contextlib.contextmanager
     def span(self, lane: str, name: str, **details: Any) -> Iterator[None]:

@@ -66,28 +66,27 @@ def _log(level: str, event: str, **said: Any) -> None:
         sys.stderr.flush()
 
 
+def _talk(level: str, message: str, style: str) -> None:
+    if _as_json:
+        _log(level, "message", message=message)
+    else:
+        prefix = "" if level == "info" else f"{level}: "
+        _stderr().print(f"{prefix}{printable(message)}", style=style or None, markup=False, soft_wrap=True)
+
+
 def say(message: str) -> None:
     """A line of talk on stderr."""
-    if _as_json:
-        _log("info", "message", message=message)
-        return
-    _stderr().print(printable(message), markup=False, soft_wrap=True)
+    _talk("info", message, "")
 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
-    if _as_json:
-        _log("warning", "message", message=message)
-        return
-    _stderr().print(f"warning: {printable(message)}", style="yellow", markup=False, soft_wrap=True)
+    _talk("warning", message, "yellow")
 
 
 def fail(message: str) -> None:
     """An error on stderr."""
-    if _as_json:
-        _log("error", "message", message=message)
-        return
-    _stderr().print(f"error: {printable(message)}", style="red", markup=False, soft_wrap=True)
+    _talk("error", message, "red")
 
 
 def emit(text: str) -> None:
@@ -143,30 +142,16 @@ def progress(description: str, total: int | None, *, unit: str = "") -> Iterator
     Yields:
         A function to call with the number of units done since the last call.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
 
     console = _stderr()
     if not console.is_terminal or _as_json:
         yield lambda _count: None
         return
-    rate = TextColumn("{task.fields[rate]}")
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        rate,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
+    description_column, rate = bars.TextColumn("{task.description}"), bars.TextColumn("{task.fields[rate]}")
+    times = bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
+    columns = description_column, bars.BarColumn(), bars.MofNCompleteColumn(), rate, *times
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total, rate="")
 
         def advance(count: int) -> None:
