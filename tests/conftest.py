@@ -21,6 +21,15 @@ from library import passages
 from telerag_cli.cli.app import app
 
 
+@pytest.fixture
+def nothing_set(monkeypatch, tmp_path):
+    """No settings, and an empty working folder."""
+    for name in [name for name in os.environ if name.startswith("TELERAG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def animal_index(tmp_path_factory):
     """The index of passages about animals, read only."""

@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from telerag_cli.cli.app import app
 from telerag_cli.retrieval.retriever import Retriever
 from telerag_cli.tiers.cuda.simulated import SimulatedGpu
+from telerag_cli.tiers.transport import reads_directly
 
 pytestmark = pytest.mark.model
 QUESTIONS = ("What does the with statement do?", "How do I find the median of numbers?", "What is a generator?")
@@ -278,9 +281,6 @@ def test_a_file_system_without_direct_reads_is_said(index):
     shared = Path("/dev/shm")
     if not os.access(shared, os.W_OK):
         pytest.fail("this machine has no tmpfs at /dev/shm to test on")
-    import shutil
-    import tempfile
-
     with tempfile.TemporaryDirectory(dir=shared) as folder:
         copy = Path(folder) / "index"
         shutil.copytree(index, copy)
@@ -289,44 +289,15 @@ def test_a_file_system_without_direct_reads_is_said(index):
         here = telerag("search", index, "median", "--json")
         assert result.stdout == here.stdout
         # Kernels from 6.x on may offer O_DIRECT on tmpfs; then there is nothing to say.
-        direct = _reads_directly(copy / "lists.bin")
+        direct = reads_directly(copy / "lists.bin")
         assert ("without O_DIRECT" in " ".join(result.stderr.split())) == (not direct)
-
-
-def _reads_directly(path):
-    import mmap
-
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:
-        return False
-    try:
-        os.preadv(file, [mmap.mmap(-1, 4096)], 0)
-    except OSError:
-        return False
-    finally:
-        os.close(file)
-    return True
 
 
 def test_answers_are_the_same_one_at_a_time_and_together_and_when_replayed(index, questions, tmp_path):
     """In the order of the questions, with what was recorded given back in the model's own time."""
     record = tmp_path / "record.jsonl"
-    common = (
-        "run",
-        index,
-        "-q",
-        questions,
-        "--max-tokens",
-        12,
-        "-k",
-        1,
-        "--ordered",
-        "--pipeline",
-        "iterative",
-        "--rounds",
-        2,
-    )
+    options = "--max-tokens 12 -k 1 --ordered --pipeline iterative --rounds 2"
+    common = ("run", index, "-q", questions, *options.split())
     alone = telerag(*common, "--concurrency", 1, "--record", record)
     together = telerag(*common, "--concurrency", 3, "--ctx-size", 2048)
     replayed = telerag(*common, "--concurrency", 2, "--replay", record)

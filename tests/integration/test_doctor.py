@@ -17,13 +17,7 @@ from telerag_cli.cli.app import app
 from telerag_cli.engine.health import Examined, Finding, examine
 from telerag_cli.tiers.transport import reads_directly
 
-
-@pytest.fixture(autouse=True)
-def nothing_set(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("TELERAG_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("nothing_set")
 
 
 def doctor(*arguments):

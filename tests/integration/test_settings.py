@@ -1,7 +1,6 @@
 """``telerag.toml`` and ``TELERAG_*``: every option both ways, from one definition."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,14 +19,7 @@ from telerag_cli.errors import UsageError
 PROGRAM = typer.main.get_command(app)
 SECTIONS = sections_of(PROGRAM.commands)
 EVERY = [(name, key) for name, section in SECTIONS.items() for key in section.options]
-
-
-@pytest.fixture(autouse=True)
-def nothing_set(monkeypatch, tmp_path):
-    for name in [name for name in os.environ if name.startswith("TELERAG_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("nothing_set")
 
 
 def telerag(*arguments):
@@ -346,11 +338,6 @@ def test_what_init_writes_stands_at_the_defaults():
         if name != GLOBAL:
             found = settings.of(name, key)
             assert (found.value if found else None) == SECTIONS[name].options[key].default, (name, key)
-
-
-def run(code, *arguments):
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_a_full_disk_and_a_closed_pipe_are_as_for_every_command():
