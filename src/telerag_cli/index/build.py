@@ -31,7 +31,7 @@ import numpy.typing as npt
 from telerag_cli import __version__
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.build_config import BuildConfig
-from telerag_cli.config import KeptType, Storage
+from telerag_cli.config import KeptType, Metric, Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import UsageError
 from telerag_cli.files import read_json, write_json, writing
