@@ -130,6 +130,51 @@ def test_a_second_signal_ends_it_at_once(engine_of):
     assert life.said[-1] == "Ending at once."
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_those_for_whom_the_time_is_too_short_are_told_in_json(engine_of, times):
+    engine = engine_of({"Hello": "yes", "Question:": "word " * 3000}, token_s=0.01, max_tokens=1900)
+    life = Life(loading(engine), drain_s=0.3 if times == 1 else 60.0)
+    outcomes, sending = [], threading.Barrier(9)
+
+    def ask(number):
+        body = json.dumps({**BODY, "stream": number % 2 == 1}).encode()
+
+        def pieces():
+            sending.wait(20)
+            yield body[:10]
+            if number < 2:  # these have not said what they want when the server ends
+                time.sleep(3)
+            yield body[10:]
+
+        content = pieces()
+        headers = {"content-type": "application/json"}
+        with contextlib.suppress(httpx2.WriteError):
+            response = life.client.post("/v1/chat/completions", content=content, headers=headers)
+            events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+            outcomes.append((response.status_code, json.loads(events[-1])["error"]["code"]))
+
+    def act():
+        while life.client.get("/ready").status_code != 200:
+            pass
+        clients = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for each in clients:
+            each.start()
+        sending.wait(20)
+        while life.service.under_way < 6:
+            time.sleep(0.01)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not life.service.draining:
+                time.sleep(0.01)
+        for each in clients:
+            each.join(20)
+
+    life.run(act)
+    assert len(outcomes) >= 6
+    assert {code for _status, code in outcomes} == {"stopping"}
+    assert {status for status, _code in outcomes} <= {200, 503}  # 200 of streams that had begun
+
+
 def test_what_cannot_be_loaded_ends_it(engine_of):
     @contextlib.contextmanager
     def load():

@@ -3,6 +3,7 @@
 import asyncio
 import re
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -226,18 +227,18 @@ def test_what_a_stream_sends_goes_out_at_once():
     assert server.entries[0]["outcome"] == "done"
 
 
-def test_a_request_that_the_server_gives_up_is_logged():
+def test_a_request_that_the_server_gives_up_is_answered():
     async def app(scope, receive, send):
         await asyncio.Event().wait()
 
-    server = Server(app)
+    server, sent = Server(app), []
 
     async def driving():
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(server.driven([body()]), 0.01)
+        await asyncio.wait_for(server.driven([body()], sent=sent), 0.01)
 
     asyncio.run(driving())
-    assert (server.entries[0]["status"], server.entries[0]["outcome"]) == (499, "cancelled")
+    check_error(httpx2.Response(sent[0]["status"], content=sent[1]["body"]), 503, "stopping")
+    assert (server.entries[0]["status"], server.entries[0]["outcome"]) == (503, "refused")
 
 
 # The log

@@ -69,9 +69,9 @@ def open_over(service, engine, at_once=2):
 
 
 @contextlib.contextmanager
-def listening_app(app, port=0):
+def listening_app(app, port=0, limits=None):
     """Run an application at a port of its own while the block runs; gives its address and what stops it at once."""
-    server = uvicorn_server(app, 1.0)
+    server = uvicorn_server(app, 1.0, limits)
     with bind("127.0.0.1", port) as listening:
         listening.listen(100)
         thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)

@@ -14,6 +14,8 @@ INVALID, NOT_FOUND = "invalid_request_error", "not_found_error"
 SERVER, OVERLOADED, TIMEOUT = "server_error", "overloaded_error", "timeout_error"
 DO_NOT_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients try again after most errors of a server; this header tells them not to."""
+RETRY_S = 5
+"""After so many seconds a server that loads or stops is worth another try."""
 MAX_SHOWN = 80
 """Characters of a client's own text in an error."""
 
@@ -58,6 +60,12 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     kind = "failed" if isinstance(error, TeleragError) else "has a bug"
     message = f"The server {kind}; its log says more under the request id {request_id}."
     return ApiError(500, message, SERVER, code="internal_error", headers=DO_NOT_RETRY)
+
+
+def stopping() -> ApiError:
+    """Return what a client is told whose request comes too late, or takes longer than the server still has."""
+    message = "The server is stopping; ask again when it is back."
+    return ApiError(503, message, OVERLOADED, code="stopping", headers={"Retry-After": str(RETRY_S)})
 
 
 def shortened(text: str) -> str:

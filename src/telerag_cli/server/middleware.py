@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from telerag_cli.errors import UsageError
 from telerag_cli.server.access_log import CLIENT_CLOSED, AccessLog, RequestOutcome
-from telerag_cli.server.errors import INVALID, TIMEOUT, ApiError, as_api_error
+from telerag_cli.server.errors import INVALID, TIMEOUT, ApiError, as_api_error, stopping
 from telerag_cli.server.metrics import Metrics, Rejection
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -218,6 +218,13 @@ class Guard:
                 await _refuse_and_drain(refused.answer, scope, receive, send)
         except ClientDisconnect:
             state["log"].setdefault("outcome", RequestOutcome.CANCELLED)
+        except asyncio.CancelledError:
+            # Nothing but the server's end cancels a request that has come so far.
+            if began:
+                raise
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    await stopping().response()(scope, receive, send)
         except Exception as error:
             answer = as_api_error(error, state["request_id"])
             if answer.status >= 500:

@@ -9,6 +9,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -16,12 +18,16 @@ from starlette.types import ASGIApp
 from telerag_cli.engine.engine import Engine
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.errors import ResourceError, UsageError
+from telerag_cli.server.connections import Connection, ConnectionLimits, connection_limits
 from telerag_cli.server.service import Service
 
-BACKLOG = 2048
-"""Connections that the kernel keeps until they are accepted."""
-KEEP_ALIVE_S = 5
-"""Seconds for which a connection may be idle between two requests."""
+BACKLOG = 64
+"""Connections that the kernel keeps until they are accepted; asyncio accepts as many at once, and says as often that it
+has no more files for them."""
+CHECK_TICKS = 10
+"""Connections are checked once per so many of uvicorn's ticks, which are tenths of a second."""
+LAST_ANSWERS_S = 2
+"""Seconds for sending what there is to say to those whose questions were under way when the time to drain was over."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -115,11 +121,12 @@ class Serving:
         """Begin to end, or end at once if that has begun; from the event loop's thread."""
         if self._ended is not None:
             self._tell("Ending at once.")
+            self._service.drain(0.0)
             self._server.force_exit = True
             return
         self._ended = why
         notify("STOPPING=1")
-        self._service.draining = True
+        self._service.drain(self._drain_s)
         self._server.should_exit = True
         if under_way := self._service.under_way:
             self._tell(
@@ -128,25 +135,36 @@ class Serving:
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals alone: uvicorn raises them again, and so chooses the exit code."""
+    """Leaves signals alone: uvicorn raises them again, and so chooses the exit code. Checks connections."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # type: ignore[override, unused-ignore]
         yield
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % CHECK_TICKS == 0:
+            for each in list(self.server_state.connections):
+                if isinstance(each, Connection):
+                    each.check()
+        return await super().on_tick(counter)
 
-def uvicorn_server(app: ASGIApp, drain_s: float) -> uvicorn.Server:
+
+def uvicorn_server(app: ASGIApp, drain_s: float, limits: ConnectionLimits | None = None) -> uvicorn.Server:
     """Return a server that has not begun, and that gives requests under way so many seconds once it is to end."""
+    limits = limits or connection_limits()
+    protocol: Any = partial(Connection, limits=limits)
     return _Server(
         uvicorn.Config(
             app,
+            http=protocol,
             log_config=None,
             access_log=False,
             lifespan="off",
-            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
+            timeout_keep_alive=round(limits.idle_s),
             ws="none",
             server_header=False,
-            timeout_graceful_shutdown=max(round(drain_s), 1),
+            timeout_graceful_shutdown=round(drain_s) + LAST_ANSWERS_S,
         )
     )
 

@@ -21,7 +21,7 @@ from telerag_cli.engine.snapshot import snapshot
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
-from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, TIMEOUT, ApiError, shortened
+from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, RETRY_S, TIMEOUT, ApiError, shortened, stopping
 from telerag_cli.server.metrics import Metrics, ServerState
 from telerag_cli.server.timeline import timeline
 from telerag_cli.tracing import Span
@@ -34,7 +34,6 @@ REMEMBERED = 32
 """Latest answers whose times predict how long a request will wait."""
 MAX_RETRY_S = 60
 """OpenAI's clients ignore a longer one."""
-LOADING_RETRY_S = 5
 RATES_S = 10.0
 
 
@@ -106,6 +105,10 @@ class Service:
     _beside: int = 0
     """Requests under way that need no seat."""
     _took_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    _timeouts: set[asyncio.Timeout] = field(default_factory=set)
+    """Of the requests under way."""
+    _end_s: float = math.inf
+    """When those under way must have ended, by the event loop's clock."""
 
     def __post_init__(self) -> None:
         self.metrics.watch(self._watched)
@@ -152,6 +155,15 @@ class Service:
         """Begin to answer."""
         self._engine = engine
         self._queue = AdmissionQueue(scheduler, [Local(engine, at_once)], self.max_queue, eager=True)
+
+    def drain(self, seconds: float) -> None:
+        """Take no more requests, and refuse those that are still under way after so many seconds."""
+        self.draining = True
+        self._end_s = min(self._end_s, asyncio.get_running_loop().time() + seconds)
+        for timeout in self._timeouts:
+            when_s = timeout.when()
+            if when_s is not None and when_s > self._end_s and not timeout.expired():
+                timeout.reschedule(self._end_s)
 
     async def close(self) -> None:
         """Take no more requests. The engine stays the caller's."""
@@ -241,10 +253,17 @@ class Service:
         """Cancel the block when the time of a request is over, and raise ApiError instead."""
         try:
             async with asyncio.timeout(self.request_s) as limit:
-                yield
+                self._timeouts.add(limit)
+                try:
+                    yield
+                finally:
+                    self._timeouts.discard(limit)
         except TimeoutError:
             if not limit.expired():
                 raise
+            if asyncio.get_running_loop().time() >= self._end_s:
+                self.metrics.ended("cancelled")
+                raise stopping() from None
             self.metrics.ended("timeout")
             message = f"The answer was not ready within {self.request_s:g} seconds."
             raise ApiError(504, message, TIMEOUT, code="timeout", headers=DO_NOT_RETRY) from None
@@ -254,12 +273,10 @@ class Service:
         if self._engine and self._queue and not self.draining:
             return self._engine, self._queue
         self.metrics.rejected("not_ready")
-        code, message = (
-            ("stopping", "The server is stopping and takes no more requests.")
-            if self.draining
-            else ("loading", "The server is still loading its model and index.")
-        )
-        raise ApiError(503, message, OVERLOADED, code=code, headers={"Retry-After": str(LOADING_RETRY_S)})
+        if self.draining:
+            raise stopping()
+        message = "The server is still loading its model and index."
+        raise ApiError(503, message, OVERLOADED, code="loading", headers={"Retry-After": str(RETRY_S)})
 
     def _busy(self, queue: AdmissionQueue) -> ApiError:
         """What is said when the queue is full; the wait is what those before it will probably take."""
