@@ -2,15 +2,19 @@
 
 import io
 import json
+from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from expect import fails
+from fuzz import fuzzed
+from telerag_cli.config import EngineConfig
 from telerag_cli.engine.lines import RunFile, error_line
 from telerag_cli.engine.questions import Question, read_questions
 from telerag_cli.errors import ArtifactError, InputError
+from telerag_cli.server.chat import read_batch_body
 
 
 def test_questions_come_as_text_json_and_batch_lines():
@@ -136,8 +140,34 @@ def test_a_bad_question_costs_its_own_line(line):
 
 
 @given(st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=5))
-@settings(max_examples=300, deadline=None)
+@fuzzed
 def test_any_line_is_a_question_or_a_problem(lines):
     for question in read_questions(io.BytesIO(b"\n".join([b"first", *lines, b"last"])), "q"):
         assert question.problem or question.text
         f"{question.id}{question.text}{question.problem}".encode()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=12,
+)
+USUAL = {"messages": [{"role": "user", "content": "What is a set?"}], "temperature": 0.5, "stop": ["x"]}
+NAMES = "model messages max_tokens temperature top_p seed stop response_format stream n other"
+KEYS = st.sampled_from(NAMES.split())
+SCHEMAS = st.dictionaries(
+    st.sampled_from(["type", "properties", "enum", "items", "pattern", "$ref", "allOf", "oneOf", "not", "minLength"]),
+    JSON,
+    max_size=4,
+).map(lambda schema: {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", **schema}}})
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=3), st.one_of(st.none(), SCHEMAS))
+@fuzzed
+def test_any_request_is_a_question_or_an_error_of_its_line(changed, form):
+    body = {**USUAL, **changed, **({"response_format": form} if form else {})}
+    line = json.dumps({"custom_id": "a", "body": body}).encode()
+    (question,) = read_questions(io.BytesIO(line), "q", partial(read_batch_body, EngineConfig(index="index")))
+    if question.problem is None:
+        assert question.text.strip()
+    json.dumps(error_line(question, InputError(question.problem or "")), ensure_ascii=False).encode()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from expect import fails
+from fuzz import fuzzed
 from telerag_cli.corpus.chunking import Chunker, blocks
 from telerag_cli.corpus.fields import Columns
 from telerag_cli.corpus.passages import Passage
@@ -363,7 +364,7 @@ def test_names_that_are_not_utf8_become_text(tmp_path):
     ),
     st.sampled_from([".jsonl", ".csv", ".tsv", ".txt", ".json"]),
 )
-@settings(max_examples=150, deadline=None)
+@fuzzed
 def test_any_bytes_leave_the_good_lines(chunker, tmp_path_factory, lines, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"c{suffix}"
     good = {".jsonl": b'{"text": "good"}', ".json": b'{"text": "good"}'}.get(suffix, b"good")
