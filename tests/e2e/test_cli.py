@@ -94,7 +94,11 @@ def test_debug_shows_the_traceback(runner):
     assert isinstance(shown.exception, errors.InputError)
 
 
-def test_our_own_bugs_are_not_hidden(runner):
+def test_our_own_bugs_are_a_sentence_and_with_debug_their_traceback(runner, monkeypatch):
+    shown = runner.invoke(failing(ZeroDivisionError("by us")), ["work"])
+    assert shown.exit_code == errors.EXIT_FAILED
+    assert "ZeroDivisionError: by us" in shown.stderr
+    monkeypatch.setenv("TELERAG_DEBUG", "1")
     assert isinstance(runner.invoke(failing(ZeroDivisionError()), ["work"]).exception, ZeroDivisionError)
 
 
