@@ -32,6 +32,7 @@ TELERAG = [sys.executable, "-c", "from telerag_cli.cli.app import main; main()"]
 
 class Letters:
     """Stands in for an encoder where the job is under test: counts letters, and batches as the real one must."""
+
     doubts = ()
 
     def __init__(self, model="letters", precision=None):
