@@ -11,8 +11,8 @@ import xxhash
 
 from telerag_cli.errors import TeleragError
 
-EXAMPLES = 3
-"""Items of a kind that are named; the others are counted."""
+MAX_NAMED = 20
+"""Bad lines and files that are named; all are counted."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class CorpusNotes:
     def trouble(self, error: TeleragError) -> None:
         """Count an item that cannot be used."""
         self.bad += 1
-        if len(self.troubles) < EXAMPLES:
+        if len(self.troubles) < MAX_NAMED:
             self.troubles.append(error)
 
     def took(self, passage_id: str, origin: str) -> None:
@@ -66,7 +66,7 @@ class CorpusNotes:
         return said + self.assumed
 
     def examples(self) -> str:
-        """Return the first troubles in words."""
+        """Return the troubles in words, or the first of them."""
         return "; ".join(error.message.rstrip(".") for error in self.troubles) + (
             " ..." if self.bad > len(self.troubles) else "."
         )
