@@ -141,8 +141,10 @@ def reading(
             handle.detach()  # the source stays its owner's
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, max_values: int | None = None) -> Any:
     """Return the value of a JSON text, strictly: no NaN or infinity, no half characters, at most 200 levels deep.
+
+    ``max_values`` bounds the values in its arrays and objects, and so what it costs to look at each.
 
     Raises:
         TextError: it is not such a text.
@@ -161,7 +163,21 @@ def parse_json(data: bytes | str) -> Any:
         raise TextError(str(error)) from None
     if _MAYBE_INFINITE.search(data) and _has_infinity(value):
         raise TextError("it holds a number beyond the largest of 64 bits")
+    if max_values is not None and _has_more_values(value, max_values):
+        raise TextError(f"it holds more than {max_values:,} values")
     return value
+
+
+def _has_more_values(value: Any, most: int) -> bool:
+    waiting, count = [value], 0
+    while waiting:
+        value = waiting.pop()
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(inner)
+        if count > most:
+            return True
+        waiting.extend(inner)
+    return False
 
 
 def _has_infinity(value: Any) -> bool:

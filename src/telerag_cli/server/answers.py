@@ -17,6 +17,7 @@ from telerag_cli.server.requests import ChatRequest, CompletionRequest
 from telerag_cli.server.responses import ChatCompletion, Completion
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
 from telerag_cli.server.streams import ChatChunks, CompletionChunks, streamed, until_gone
+from telerag_cli.server.validation import JsonRoute
 
 STREAM_SCHEMA = {
     "type": "object",
@@ -30,7 +31,7 @@ STREAMS_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-st
 
 def router(service: Service) -> APIRouter:
     """Return both routes."""
-    routes = APIRouter(tags=["Answers"], responses=STREAMS_TOO)
+    routes = APIRouter(route_class=JsonRoute, tags=["Answers"], responses=STREAMS_TOO)
     one_schema = asyncio.Lock()
 
     async def read_with_schema(body: ChatRequest) -> AnswerRequest:

@@ -95,17 +95,20 @@ def _monitoring(service: Service) -> APIRouter:
     """Return the routes for monitoring."""
     routes = APIRouter(tags=["Server"])
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """Say that the process is there."""
         return {"status": "ok"}
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> JSONResponse:
         """Say whether questions are answered: model and index are loaded and warm."""
         status = service.status
         return JSONResponse({"status": status.value}, 200 if status is Status.READY else 503)
 
+    @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Return the metrics for Prometheus."""

@@ -16,6 +16,7 @@ from telerag_cli.server.requests import EmbeddingRequest
 from telerag_cli.server.responses import EmbeddingList
 from telerag_cli.server.service import Service, no_model
 from telerag_cli.server.streams import until_gone
+from telerag_cli.server.validation import JsonRoute
 
 if TYPE_CHECKING:
     from telerag_cli.embedding.encoder import Encoder  # imports the model library, which the engine has loaded
@@ -28,7 +29,7 @@ whose client is gone ends."""
 
 def router(service: Service) -> APIRouter:
     """Return the route."""
-    routes = APIRouter(tags=["Retrieval"])
+    routes = APIRouter(route_class=JsonRoute, tags=["Retrieval"])
     turns = asyncio.Lock()
 
     @routes.post("/v1/embeddings", response_model=EmbeddingList)

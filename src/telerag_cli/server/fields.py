@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, core_schema
 
+from telerag_cli.text import TextError, checked
+
 NOT_BLANK = r"[^\s\x1c-\x1f\x85\ufeff]"
 """A character that is not white space in any dialect of regular expressions."""
 
@@ -35,6 +37,12 @@ class StrictModel(BaseModel):
     """Part of a request; unknown names are refused."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class LenientModel(StrictModel):
+    """Part of a request in which clients put what others made of it; unknown names are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 class OnlyValues:
@@ -59,6 +67,13 @@ class OnlyValues:
         return value
 
 
+def _check_text(text: str) -> str:
+    try:
+        return checked(text)
+    except TextError as error:
+        raise PydanticCustomError(UNUSABLE, "{reason}", {"reason": str(error)}) from None
+
+
 def _check_not_blank(text: str) -> str:
     if not re.search(NOT_BLANK, text):
         raise PydanticCustomError(UNUSABLE, "it is empty")
@@ -77,8 +92,9 @@ def to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Text = Annotated[str, AfterValidator(_check_not_blank), Field(json_schema_extra={"pattern": NOT_BLANK})]
-NotEmpty = Annotated[str, Field(min_length=1)]
+AnyText = Annotated[str, AfterValidator(_check_text)]
+Text = Annotated[AnyText, AfterValidator(_check_not_blank), Field(json_schema_extra={"pattern": NOT_BLANK})]
+NotEmpty = Annotated[AnyText, Field(min_length=1)]
 Integer = Annotated[int, BeforeValidator(to_int)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(to_int)]
 OneOrMany = Annotated[

@@ -6,16 +6,19 @@ that clients that send every option work, and refused with any other.
 
 from __future__ import annotations
 
-import json
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from telerag_cli.config import PipelineName
 from telerag_cli.server.fields import (
+    NOT_BLANK,
     UNUSABLE,
+    AnyText,
     Integer,
+    LenientModel,
     No,
     NoItems,
     NotEmpty,
@@ -38,38 +41,35 @@ MAX_TEXTS = 2048
 MAX_RESULTS = 50
 DEFAULT_RESULTS = 10
 
+MAX_VALUES = 10_000
+"""Values in the arrays and objects of a request; some milliseconds' work."""
+
 NOT_AN_OBJECT = "invalid_json_schema"
-NOT_TEXT = "not_text"
-"""Kinds of errors that pydantic has no name for; the first is OpenAI's code too."""
+"""A kind of error that pydantic has no name for, and OpenAI's code."""
 
 
-class _Request(StrictModel):
-    """A request, valid Unicode throughout: JSON may hold half of a surrogate pair, which no model can read."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_text(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            try:
-                json.dumps(data, ensure_ascii=False).encode()
-            except UnicodeEncodeError:
-                raise PydanticCustomError(NOT_TEXT, "The request holds half of a surrogate pair.") from None
-            except RecursionError:
-                raise PydanticCustomError(NOT_TEXT, "The request is nested too deep.") from None
-        return data
-
-
-class TextPart(StrictModel):
+class TextPart(LenientModel):
     """A part of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: AnyText
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1)]
+def _check_some_text(parts: list[TextPart]) -> list[TextPart]:
+    if not any(re.search(NOT_BLANK, part.text) for part in parts):
+        raise PydanticCustomError(UNUSABLE, "it is empty")
+    return parts
 
 
-class _Message(StrictModel):
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+PartsWithText = Annotated[
+    Parts,
+    AfterValidator(_check_some_text),
+    Field(json_schema_extra={"contains": {"properties": {"text": {"pattern": NOT_BLANK}}}}),
+]
+
+
+class _Message(LenientModel):
     role: str
     content: str | list[TextPart] | None
     name: str | None = None
@@ -86,21 +86,21 @@ class InstructionMessage(_Message):
     """Instructions for the LLM in addition to those of its pipeline."""
 
     role: Literal["system", "developer"]
-    content: OneOrMany[str, Parts]
+    content: OneOrMany[AnyText, Parts]
 
 
 class UserMessage(_Message):
     """A question."""
 
     role: Literal["user"]
-    content: OneOrMany[Text, Parts]
+    content: OneOrMany[Text, PartsWithText]
 
 
 class AssistantMessage(_Message):
     """An earlier answer as the client received it; everything but its text is ignored."""
 
     role: Literal["assistant"]
-    content: OneOrMany[str, Parts] | None = None
+    content: OneOrMany[AnyText, Parts] | None = None
     refusal: str | None = None
     annotations: list[JsonValue] | None = None
     audio: Null = None
@@ -182,7 +182,7 @@ ResponseFormat: TypeAlias = Annotated[PlainFormat | SchemaFormat, Field(discrimi
 PIPELINES: list[JsonValue] = [name.model for name in PipelineName]
 
 
-class _AnswerRequest(_Request):
+class _AnswerRequest(StrictModel):
     """Options of both routes that answer."""
 
     model: Annotated[str, Field(description="A pipeline.", json_schema_extra={"enum": PIPELINES})]
@@ -246,6 +246,7 @@ class ChatRequest(_AnswerRequest):
         list[ChatMessage],
         Field(
             min_length=1,
+            fail_fast=True,
             json_schema_extra={"contains": {"properties": {"role": {"const": "user"}}, "required": ["role"]}},
         ),
         AfterValidator(_check_question),
@@ -295,7 +296,7 @@ class CompletionRequest(_AnswerRequest):
     suffix: Annotated[Any, OnlyValues(None, "")] = None
 
 
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(StrictModel):
     """Texts to embed as the index's questions are."""
 
     model: Annotated[str, Field(description="The embedder's name, as `/v1/models` has it.")]
@@ -316,7 +317,7 @@ class RankingOptions(StrictModel):
     hybrid_search: Null = None
 
 
-class VectorSearchRequest(_Request):
+class VectorSearchRequest(StrictModel):
     """Texts to find passages for; with several, the best over all of them."""
 
     query: OneOrMany[NotEmpty, Annotated[list[NotEmpty], Field(min_length=1, max_length=MAX_PROMPTS)]]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 
 from telerag_cli.server.errors import ApiError, shortened
 from telerag_cli.server.fields import UNSUPPORTED, UNUSABLE
-from telerag_cli.server.requests import NOT_AN_OBJECT, NOT_TEXT
+from telerag_cli.server.requests import MAX_VALUES, NOT_AN_OBJECT
+from telerag_cli.text import TextError, parse_json
 
 _CODES = {
     "missing": "missing_required_parameter",
@@ -25,6 +28,28 @@ _COMPLETE = (UNUSABLE, NOT_AN_OBJECT, "too_short", "too_long")
 """Kinds of errors whose message already says what was sent."""
 
 
+class JsonRoute(APIRoute):
+    """A route whose body is read by the strict reader, and refused if it holds more than `MAX_VALUES`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `APIRoute`."""
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handler
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        try:
+            return parse_json(await self.body(), max_values=MAX_VALUES)
+        except TextError as error:
+            # The error that FastAPI expects here, which says where by itself.
+            raise json.JSONDecodeError(str(error), "", 0) from None
+
+
 def invalid_request(error: RequestValidationError) -> ApiError:
     """Return the first thing that is wrong with a request.
 
@@ -34,8 +59,7 @@ def invalid_request(error: RequestValidationError) -> ApiError:
     first = errors[0]
     kind = first["type"]
     if kind == "json_invalid":
-        reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
-        return ApiError(400, f"The request's body is not valid JSON: {shortened(reason)}.")
+        return ApiError(400, f"The request's body is not valid JSON: {first['ctx']['error']}.")
     if first["loc"] == ("body",):
         return ApiError(400, _wrong_body(first, error.body))
     unknown = [each["loc"][1] for each in errors if each["type"] == "extra_forbidden" and len(each["loc"]) == 2]
@@ -52,8 +76,6 @@ def invalid_request(error: RequestValidationError) -> ApiError:
 
 
 def _wrong_body(error: Mapping[str, Any], body: Any) -> str:
-    if error["type"] == NOT_TEXT:
-        return str(error["msg"])
     if error["type"] == "missing" or body is None:
         return "The request has no body; it must be a JSON object."
     if isinstance(body, bytes):

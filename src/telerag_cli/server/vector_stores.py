@@ -18,6 +18,7 @@ from telerag_cli.server.requests import VectorSearchRequest
 from telerag_cli.server.responses import VectorStore, VectorStoreList, VectorStoreSearchPage
 from telerag_cli.server.service import Service
 from telerag_cli.server.streams import until_gone
+from telerag_cli.server.validation import JsonRoute
 
 STORE = "vs_telerag"
 DEPTH_FACTOR = 4
@@ -29,7 +30,7 @@ StoreId = Annotated[str, Path(json_schema_extra={"enum": [STORE]})]
 
 def router(service: Service) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(tags=["Retrieval"])
+    routes = APIRouter(route_class=JsonRoute, tags=["Retrieval"])
 
     @routes.get("/v1/vector_stores", response_model=VectorStoreList)
     async def list_vector_stores(
