@@ -365,3 +365,27 @@ def test_models_are_the_pipelines_and_the_embedder(made):
     assert made.get("/v1/models/telerag-hyde").json()["id"] == "telerag-hyde"
     assert made.get("/v1/models/other").status_code == 404
     assert made.get("/nowhere").json()["error"]["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/models", "/v1/models"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/models/telerag-hyde", "/v1/models/telerag-hyde"),
+        ("/openai/embeddings", "/v1/embeddings"),
+        ("/v1/vector_stores/vs_1/files", None),
+        ("/v1/images", None),
+        ("/nowhere" * 1000, None),
+    ],
+)
+def test_a_missing_or_doubled_v1_is_pointed_out(made, path, meant):
+    error = made.client.post(path).json()["error"]
+    assert (f"It is at {meant}:" in error["message"]) if meant else ("It is at" not in error["message"])
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+def test_probes_may_ask_for_the_head_alone(made, path):
+    usual, head = made.client.get(path), made.client.head(path)
+    assert (head.status_code, head.headers["content-type"]) == (usual.status_code, usual.headers["content-type"])

@@ -18,7 +18,7 @@ from served import assembled, open_over
 from telerag_cli.config import Metric
 from telerag_cli.corpus.embeddings import PASSAGE_SCHEMA
 from telerag_cli.index.passages import write_passages
-from telerag_cli.server import embeddings
+from telerag_cli.server import embeddings, vector_stores
 from telerag_cli.server.filters import attributes, passes
 from telerag_cli.server.requests import VectorSearchRequest
 from telerag_cli.server.responses import EmbeddingList, ErrorBody, VectorStore, VectorStoreList, VectorStoreSearchPage
@@ -60,7 +60,6 @@ def metadata_of(row):
         "even": number % 2 == 0,
         "tags": [animal],
         "none": None,
-        "nan": float("nan"),
         **({"title": f"About\n{animal}"} if number else {}),
     }
 
@@ -330,6 +329,16 @@ def test_what_does_not_reach_the_threshold_is_not_found_nor_looked_for(client, e
     batches.clear()
     assert page(client, filters=nothing).data == []
     assert batches[:2] == [(10, 1), (40, 1)]
+
+
+def test_a_search_that_considers_too_many_says_that_there_are_more(client, engine, monkeypatch):
+    monkeypatch.setattr(vector_stores, "MAX_CANDIDATES", 25)
+    everything = all_candidates(engine, QUERY)
+    nothing = page(client, filters={"type": "eq", "key": "animal", "value": "wolves"})
+    assert (nothing.data, nothing.has_more) == ([], True)
+    known = metadata_of(everything[24][0])
+    last = {"type": "and", "filters": [{"type": "eq", "key": key, "value": known[key]} for key in ("animal", "number")]}
+    assert ids(page(client, filters=last, max_num_results=1)) == [f"p{everything[24][0]}"]
 
 
 def test_distances_become_scores_of_which_larger_is_nearer():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from telerag_cli.errors import TeleragError
@@ -19,6 +21,8 @@ from telerag_cli.server.service import Service, Status, no_model
 from telerag_cli.server.streams import ClientGoneError
 from telerag_cli.server.validation import invalid_request
 
+MAX_SEGMENTS = 10
+"""Of a path that is looked at for what was meant."""
 DESCRIPTION = (
     "Retrieval-augmented generation with lookahead, by OpenAI's protocol. Each pipeline is a model; the one vector "
     "store is the index. Answers carry the passages they rest on, and what each stage took, in the field `telerag`."
@@ -51,13 +55,26 @@ def make_app(service: Service) -> FastAPI:
         responses=ERRORS,
         exception_handlers=_HANDLERS,
     )
-    for router in (answers.router, embeddings.router, _models, vector_stores.router, _monitoring):
-        app.include_router(router(service))
+    for make in (answers.router, embeddings.router, _models, vector_stores.router, _monitoring):
+        routes = make(service)
+        app.include_router(routes)
+        app.paths += [route.path_regex for route in routes.routes if isinstance(route, APIRoute)]
     app.include_router(site.router())
     return app
 
 
 class _App(FastAPI):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.paths: list[re.Pattern[str]] = []
+        """Of the routes of the API."""
+
+    def meant(self, path: str) -> str | None:
+        """Return what of the API a wrong path ends with: ``/v1/models`` for ``/models`` and ``/v1/v1/models``."""
+        parts = path.split("/")[1:MAX_SEGMENTS]
+        candidates = ["/v1/" + "/".join(parts[start:]) for start in range(len(parts))]
+        return next((each for each in candidates if any(known.match(each) for known in self.paths)), None)
+
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document without FastAPI's own errors for malformed requests: here their status is 400."""
         made = super().openapi()
@@ -139,6 +156,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     path = request.url.path[:80]
     words = {404: f"There is nothing at {request.method} {path}.", 405: f"{request.method} is not allowed at {path}."}
     message = words.get(error.status_code, str(error.detail))
+    if error.status_code == 404 and (meant := request.app.meant(path)):
+        message += f" It is at {meant}: the base URL of clients ends with /v1, once."
     kind = NOT_FOUND if error.status_code == 404 else INVALID
     return ApiError(error.status_code, message, kind, headers=error.headers or {}).response()
 

@@ -94,7 +94,7 @@ def to_int(value: Any) -> Any:
 
 AnyText = Annotated[str, AfterValidator(_check_text)]
 Text = Annotated[AnyText, AfterValidator(_check_not_blank), Field(json_schema_extra={"pattern": NOT_BLANK})]
-NotEmpty = Annotated[AnyText, Field(min_length=1)]
+NotEmpty = Annotated[str, Field(min_length=1), AfterValidator(_check_text)]
 Integer = Annotated[int, BeforeValidator(to_int)]
 Positive = Annotated[int, Field(ge=1), BeforeValidator(to_int)]
 OneOrMany = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field
@@ -41,7 +42,12 @@ class Membership(StrictModel):
 
     type: Literal["in", "nin"]
     key: NotEmpty
-    value: Annotated[list[Scalar], Field(min_length=1)]
+    value: Annotated[list[Scalar], Field(min_length=1, fail_fast=True)]
+
+    @cached_property
+    def values(self) -> frozenset[tuple[str, Scalar]]:
+        """The values with their sorts."""
+        return frozenset((_sort(each), each) for each in self.value)
 
 
 class Compound(StrictModel):
@@ -106,7 +112,7 @@ def passes(some: Filter | None, values: Mapping[str, Scalar]) -> bool:
     if isinstance(some, Equality):
         return _same(value, some.value) == (some.type == "eq")
     if isinstance(some, Membership):
-        return any(_same(value, each) for each in some.value) == (some.type == "in")
+        return ((_sort(value), value) in some.values) == (some.type == "in")
     return _sort(value) == _sort(some.value) and _COMPARE[some.type](value, some.value)
 
 

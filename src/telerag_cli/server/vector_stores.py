@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ from telerag_cli.server.validation import JsonRoute
 STORE = "vs_telerag"
 DEPTH_FACTOR = 4
 """How many times as deep each further look goes."""
+MAX_CANDIDATES = 20_000
+"""Of one request; reading them takes a second."""
 READ_BATCH = 128
 """Passages read at once; others search between two batches."""
 StoreId = Annotated[str, Path(json_schema_extra={"enum": [STORE]})]
@@ -31,6 +34,7 @@ StoreId = Annotated[str, Path(json_schema_extra={"enum": [STORE]})]
 def router(service: Service) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(route_class=JsonRoute, tags=["Retrieval"])
+    turns = asyncio.Lock()
 
     @routes.get("/v1/vector_stores", response_model=VectorStoreList)
     async def list_vector_stores(
@@ -57,7 +61,8 @@ def router(service: Service) -> APIRouter:
         """Find the passages nearest to a text, among those of the lists that the index probes for it.
 
         With filters, candidates of these lists are considered until enough have passed or none are left; passages of
-        other lists are not found, even if they pass and nothing else does. A score is the inner product, or 1 / (1 + d)
+        other lists are not found, even if they pass and nothing else does. After 20,000 candidates the search ends, and
+        `has_more` says that some were not considered. A score is the inner product, or 1 / (1 + d)
         where the index compares by squared distance d.
         """
         service.require_ready()
@@ -65,16 +70,23 @@ def router(service: Service) -> APIRouter:
         engine = service.engine
         finder = engine.shared.retrievals
         assert isinstance(finder, Retrievals)
-        found = await until_gone(request, service.within(search(finder, engine.retriever.index.manifest.metric, body)))
+        searching = search(finder, engine.retriever.index.manifest.metric, body, turns)
+        found, complete = await until_gone(request, service.within(searching))
         note(request, outcome="done")
         page = {"object": "vector_store.search_results.page", "search_query": body.queries}
-        return json_response(page | {"data": list(map(_result, found)), "has_more": False, "next_page": None})
+        return json_response(page | {"data": list(map(_result, found)), "has_more": not complete, "next_page": None})
 
     return routes
 
 
-async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) -> list[Retrieved]:
-    """Return the best passages for a request that pass its filter and threshold, with scores as clients see them."""
+async def search(
+    finder: Retrievals, metric: Metric, body: VectorSearchRequest, turns: asyncio.Lock
+) -> tuple[list[Retrieved], bool]:
+    """Return the best passages that pass a request's filter and threshold, with scores as clients see them.
+
+    The flag says whether that is all there is, or all that was asked for. By ``turns`` one such search reads candidates
+    at a time, so that between two batches the questions of others come, and not further searches.
+    """
     options = body.ranking_options
     threshold = options.score_threshold if options else None
     passing: dict[int, Passage | None] = {}
@@ -89,14 +101,18 @@ async def search(finder: Retrievals, metric: Metric, body: VectorSearchRequest) 
         for start in range(0, near, READ_BATCH):
             batch = hits[start : start + READ_BATCH]
             if new := [row for row, _score in batch if row not in passing]:
-                for row, read in zip(new, await finder.read(new), strict=True):
+                async with turns:
+                    passages = await finder.read(new)
+                for row, read in zip(new, passages, strict=True):
                     passing[row] = read if passes(body.filters, attributes(read.metadata)) else None
             found += [Retrieved(passage, *hit) for hit in batch if (passage := passing[hit[0]]) is not None]
             if len(found) >= body.max_num_results:
-                return found[: body.max_num_results]
+                return found[: body.max_num_results], True
         if len(scores) < k or near < len(scores):
-            return found
-        k *= DEPTH_FACTOR
+            return found, True
+        if k == MAX_CANDIDATES:
+            return found, False
+        k = min(k * DEPTH_FACTOR, MAX_CANDIDATES)
 
 
 def shown_scores(scores: FloatArray, metric: Metric) -> DoubleArray:
