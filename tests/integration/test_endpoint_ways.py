@@ -308,7 +308,8 @@ def hang_up(handler):
         refuse(500, "Too many concurrent requests"),
         hang_up,
         raw(event({"content": "Bl"}), "data: [DONE]\n\n"),
-        raw(event({"content": "Bl"}), f"data: {json.dumps({'error': {'message': 'busy', 'code': 503}})}\n\n"),
+        raw(event({"content": "Bl"}), f"data: {json.dumps({'error': {'message': 'Later', 'code': 503}})}\n\n"),
+        raw(event({"content": "Bl"}), f"data: {json.dumps({'error': 'Too many concurrent requests'})}\n\n"),
     ],
 )
 def test_a_server_gets_as_many_at_once_as_it_stands(server, refusal):

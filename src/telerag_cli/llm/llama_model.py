@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 from llguidance import LLTokenizer
 
 from telerag_cli.arrays import FloatArray, IntArray
@@ -149,10 +150,11 @@ class LlamaModel:
         Raises:
             ModelError: the template does not take such a conversation.
         """
-        tokens: list[int] = []
-        for segment in self._template.render(messages):
-            tokens += self._tokenized(segment.text, special=segment.special)
-        return tokens
+        return [token for tokens in self._tokenized(messages) for token in tokens.tolist()]
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """The number of tokens of `prompt`, which takes no list of them."""
+        return sum(map(len, self._tokenized(messages)))
 
     def begins_reasoning(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt ends with the tag that begins reasoning, so that the text begins within it."""
@@ -196,13 +198,15 @@ class LlamaModel:
         length = llama_cpp.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if length >= 0 else ""
 
-    def _tokenized(self, text: str, *, special: bool) -> list[int]:
-        raw = text.encode(errors="replace")
-        room = len(raw) + 8
-        tokens = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), tokens, room, False, special)
-        assert count >= 0
-        return list(tokens[:count])
+    def _tokenized(self, messages: Sequence[Message]) -> Iterator[npt.NDArray[np.int32]]:
+        """The tokens of a prompt, part by part."""
+        for segment in self._template.render(messages):
+            raw = segment.text.encode(errors="replace")
+            tokens = np.empty(len(raw) + 8, np.int32)
+            data = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+            count = llama_cpp.llama_tokenize(self.vocab, raw, len(raw), data, len(tokens), False, segment.special)
+            assert count >= 0
+            yield tokens[:count]
 
     def _spelling(self, token: int) -> str:
         return self.piece(token, special=True).decode(errors="replace") if token >= 0 else ""

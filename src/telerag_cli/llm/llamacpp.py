@@ -72,7 +72,7 @@ class LlamaCpp:
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of a prompt, chat template included; raises ModelError after `close`."""
         with self._open():
-            return len(self._model.prompt(messages))
+            return self._model.count(messages)
 
     async def generate(self, request: Request, on_text: OnText | None = None) -> Generation:
         """See `Generator`. What ``on_text`` raises ends this request, and is raised here.

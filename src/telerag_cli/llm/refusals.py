@@ -25,7 +25,10 @@ MAX_WAIT_S = 60.0
 
 _TRANSIENT = (408, 409, 429)
 _CROWDED = (429, 503)
-_CROWDED_WORDS = re.compile(r"too many|too busy|\bbusy\b|overload|concurren|capacity|no (?:free |available )?slot")
+_CROWDED_WORDS = re.compile(
+    r"too many (?:\w+ )?(?:requests|connections|clients|users)|\bbusy\b|overload|concurren|capacity|rate.?limit"
+    r"|no (?:\w+ )?slot"
+)
 _WAIT = "Wait, or send it fewer requests at once."
 _REMEDIES = {
     401: f"Set {KEY_VARIABLE} to a key of this server.",
@@ -122,7 +125,7 @@ def wait_s(error: Trouble, tried: int) -> float | None:
     """Return the seconds until the next try; None if it would fail like the last one."""
     status = status_of(error)
     lost = isinstance(error, openai.APIConnectionError | BrokenOffError)
-    if not lost and (status is None or (status not in _TRANSIENT and status < 500)):
+    if not lost and not is_crowded(error) and (status is None or (status not in _TRANSIENT and status < 500)):
         return None
     asked_s = _retry_after_s(error)
     if asked_s is not None:
