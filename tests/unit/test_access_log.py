@@ -10,7 +10,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from telerag_cli.server.access_log import MAX_VALUE, AccessLog, LogFormat, RequestOutcome, escaped
+from telerag_cli.server.access_log import (
+    BURST,
+    MAX_MESSAGE,
+    MAX_VALUE,
+    WINDOW_S,
+    AccessLog,
+    LogFormat,
+    RequestOutcome,
+    escaped,
+)
 
 
 def test_an_error_in_text_cannot_pass_for_a_line():
@@ -81,3 +90,24 @@ def test_messages_of_libraries_have_the_same_form():
     assert (warned["logger"], "an old thing" in warned["message"]) == ("py.warnings", True)
     assert failed["level"] == "error"
     assert failed["traceback"].endswith("OSError: disk")
+
+
+def test_a_flood_is_counted_and_not_written():
+    lines, now = [], [0.0]
+    log = AccessLog(lines.append, LogFormat.JSON, clock=lambda: now[0])
+    own = {"request_id": "r", "client": "c", "method": "GET", "path": "/v1/models", "duration_s": 0.1}
+    record = logging.LogRecord("asyncio", logging.ERROR, "", 0, "no more files\n" * 1000, (), None)
+    for _ in range(BURST + 20):
+        log.request(own | {"status": 400}, {"outcome": RequestOutcome.REFUSED})
+        log.emit(record)
+        log.failure("r", MemoryError("x" * 10**6))
+    assert len(lines) == 3 * BURST
+    assert max(map(len, lines)) < 2 * MAX_MESSAGE
+    log.request(own | {"status": 200}, {"outcome": RequestOutcome.DONE})
+    assert json.loads(lines[-1])["status"] == 200
+    lines.clear()
+    now[0] = WINDOW_S
+    log.emit(record)
+    told, entry = map(json.loads, lines)
+    assert (told["event"], entry["event"]) == ("left_out", "log")
+    assert "20 " in told["message"]
