@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from telerag_cli.server.access_log import (
     BURST,
     MAX_MESSAGE,
+    MAX_TRACE,
     MAX_VALUE,
     WINDOW_S,
     AccessLog,
