@@ -40,10 +40,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from synthetic_store import Block, unit
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
-from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT, Embeddings
+from telerag_cli.corpus.description import DESCRIPTION, FORMAT
+from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.errors import TeleragError, UsageError
 from telerag_cli.files import checksum, read_json, sized, write_at, write_json, writing
 from telerag_cli.index.artifact import (
+    BATCH_ROWS,
     ID_BYTES,
     EmbedderInfo,
     Index,
@@ -55,7 +57,7 @@ from telerag_cli.index.artifact import (
 )
 from telerag_cli.index.assign import Assigner
 from telerag_cli.index.partial import Draft, save_array, seal
-from telerag_cli.index.passages import BATCH_ROWS, write_passages
+from telerag_cli.index.passages import write_passages
 from telerag_cli.index.scoring import Coarse, flat
 from telerag_cli.index.stages import Encode, encoder
 from telerag_cli.index.train import auto_nlist, train_centroids, train_ranges

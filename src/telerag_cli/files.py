@@ -51,7 +51,7 @@ class HeldFile(os.PathLike[str]):
         except OSError as error:
             raise wrap_os_error(error, path) from error
         weakref.finalize(self, os.close, self.descriptor)
-        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+        if not stat.S_ISREG(self.stat().st_mode):
             raise ArtifactError(f"{path} is not a regular file.", remedy="Restore it or make the artifact again.")
 
     def __fspath__(self) -> str:
@@ -64,10 +64,14 @@ class HeldFile(os.PathLike[str]):
         """Open it again, as `pathlib.Path.open` does."""
         return Path(self).open(mode, buffering)
 
+    def stat(self) -> os.stat_result:
+        """What the system knows of it."""
+        return os.fstat(self.descriptor)
+
     @property
     def size(self) -> int:
         """Bytes of the file now."""
-        return os.fstat(self.descriptor).st_size
+        return self.stat().st_size
 
 
 class HeldFolder:
@@ -86,6 +90,10 @@ class HeldFolder:
     def open(self, name: str) -> HeldFile:
         """Open one of its files, as `HeldFile` does."""
         return HeldFile(self.path / name, self._descriptor)
+
+    def has(self, name: str) -> bool:
+        """Whether there is something of this name in it."""
+        return os.access(name, os.F_OK, dir_fd=self._descriptor)
 
     def replaced(self) -> bool:
         """Whether its path names another folder now, or none."""
@@ -132,40 +140,67 @@ def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, *, wait: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary file beside ``path``; on success it is flushed to disk and renamed onto ``path``.
-
-    What killed writers of ``path`` left is removed. ``wait`` is as in `exclusive`.
+def writing(path: Path) -> Iterator[Path]:
+    """Hold ``path`` against other writers, and replace it as `replacing` does.
 
     Raises:
         ResourceError: another process writes ``path``, the disk is full, or the folder cannot be written; nothing is
             left behind.
     """
+    with exclusive(path), replacing(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file beside ``path``; on success it is flushed to disk and renamed onto ``path``.
+
+    What killed writers of ``path`` have left is removed. Of several writers the last one wins, whole.
+
+    Raises:
+        ResourceError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
     try:
-        with exclusive(path, wait=wait), _replacing(path) as temporary:
+        for other in path.parent.iterdir():
+            if other.name.startswith(f".{path.name}.") and other.name.endswith(PARTIAL):
+                _remove_stale(other)
+        temporary, descriptor = _make_temporary(path)
+        try:
             yield temporary
+            os.fsync(descriptor)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            os.close(descriptor)
     except OSError as error:
         raise wrap_os_error(error, path) from error
 
 
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """`writing` by a process that holds ``path``."""
-    for other in path.parent.iterdir():
-        if other.name.startswith(f".{path.name}.") and other.name.endswith(PARTIAL):
-            other.unlink(missing_ok=True)
-    # A name that nobody can foresee, and a file that was not there: nothing of another user's is written through.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666))
-    try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def _make_temporary(path: Path) -> tuple[Path, int]:
+    """A new file of a name that nobody can foresee, and its descriptor, which holds it: its writer is alive."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(temporary.stat(), os.fstat(descriptor)):
+                return temporary, descriptor
+        os.close(descriptor)  # it was taken for a stale one in the moment before it was held
+
+
+def _remove_stale(temporary: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError):
+        if temporary.is_symlink():
+            temporary.unlink()
+            return
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
@@ -246,7 +281,7 @@ def write_json(path: Path, value: Any, *, sort_keys: bool = True, parents: bool 
     """
     if parents:
         _make_parents(path)
-    with writing(path, wait=True) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(_json_bytes(value, sort_keys))
 
 
@@ -259,11 +294,8 @@ def update_json(path: Path, change: Callable[[Any], Any]) -> None:
         ArtifactError: the file is not JSON.
     """
     _make_parents(path)
-    try:
-        with exclusive(path, wait=True), _replacing(path) as temporary:
-            temporary.write_bytes(_json_bytes(change(read_json(path) if path.exists() else None)))
-    except OSError as error:
-        raise wrap_os_error(error, path) from error
+    with exclusive(path, wait=True), replacing(path) as temporary:
+        temporary.write_bytes(_json_bytes(change(read_json(path) if path.exists() else None)))
 
 
 def _make_parents(path: Path) -> None:
@@ -288,7 +320,7 @@ def read_json(path: Path | HeldFile) -> Any:
 
 def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
     """Write an object as `write_json` does, with the checksum of its text in it."""
-    with writing(path, wait=True) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(_sealed(value))
 
 

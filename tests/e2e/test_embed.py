@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from expect import fails
 from telerag_cli.cli.app import app
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.embedding.encoder import Encoder, EncoderInfo
-from telerag_cli.embedding.job import METADATA_KEY, EmbedConfig, embed
+from telerag_cli.embedding.job import EmbedConfig, embed
+from telerag_cli.embedding.shards import METADATA_KEY
 from telerag_cli.errors import ArtifactError, InputError, ResourceError, UsageError
-from telerag_cli.files import checksum
+from telerag_cli.files import checksum, read_sealed_json, write_sealed_json
 from telerag_cli.progress import silent
 from vector_files import contents
 
@@ -188,6 +190,28 @@ def test_damaged_shard_is_named(tmp_path):
     (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
     with fails(ArtifactError, "shard-00000.parquet"):
         embed_letters(corpus(3), tmp_path)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_shard_whose_bytes_changed_is_made_again(tmp_path, finished):
+    embed_letters(corpus(10), tmp_path / "whole", shard_rows=4)
+    whole, count = contents(tmp_path / "whole"), 0
+    for place in range(0, len(whole["shard-00001.parquet"]), 97):
+        folder = tmp_path / "e"
+        shutil.copytree(tmp_path / "whole", folder)
+        if not finished:
+            known = read_sealed_json(folder / "embeddings.json")
+            write_sealed_json(folder / "embeddings.json", {**known, "complete": False})
+        data = bytearray(whole["shard-00001.parquet"])
+        data[place] ^= 1
+        (folder / "shard-00001.parquet").write_bytes(data)
+        with contextlib.suppress(ArtifactError):  # what it was made of cannot be read any more
+            report = embed_letters(corpus(10), folder, shard_rows=4)
+            assert (report.embedded, len(report.notes)) == (4, 1)
+            assert contents(folder) == whole
+            count += 1
+        shutil.rmtree(folder)
+    assert count > 5
 
 
 def test_second_writer_is_refused(tmp_path):

@@ -124,7 +124,15 @@ def test_manifest_numbers(tmp_path):
     reference.add(vectors)
     assert balance["imbalance"] == pytest.approx(reference.invlists.imbalance_factor(), abs=1e-3)
     files = {path.name for path in (tmp_path / "index").iterdir()}
-    assert files == {"centroids.npy", "checksums.npy", "lists.bin", "manifest.json", "offsets.npy", "passages.arrow"}
+    assert files == {
+        "centroids.npy",
+        "checksums.npy",
+        "lists.bin",
+        "manifest.json",
+        "offsets.npy",
+        "passages.arrow",
+        "passages.npy",
+    }
     assert not partial_of(tmp_path / "index").exists()
     assert str(tmp_path) not in (tmp_path / "index" / "manifest.json").read_text()
 
@@ -257,10 +265,9 @@ def test_kept_vectors_are_those_of_the_embeddings(tmp_path, storage, kept):
     plan = replace(plan_build(source, tmp_path / "index", options), place_rows=700)
     index = build_index(source, tmp_path / "index", options, plan=plan)
     assert index.manifest.kept_vectors == kept
-    assert isinstance(index.vectors, np.memmap)
     assert index.vectors.dtype == kept
-    np.testing.assert_array_equal(index.vectors, vectors.astype(kept))
-    np.testing.assert_array_equal(np.load(index.paths.vectors, mmap_mode="r"), index.vectors)
+    np.testing.assert_array_equal(index.vectors[np.arange(len(vectors))], vectors.astype(kept))
+    np.testing.assert_array_equal(np.load(index.paths.vectors), vectors.astype(kept))
     assert plan.vectors_bytes == index.paths.vectors.stat().st_size == index.manifest.files["vectors.npy"].bytes
     without = plan_build(source, tmp_path / "other", replace(options, keep_vectors=None))
     plan = plan_build(source, tmp_path / "other", options)
@@ -292,7 +299,7 @@ def test_lists_of_float32_hold_the_vectors_already(tmp_path):
 def test_kept_vectors_of_another_shape_or_type_are_refused(tmp_path):
     source = write_parquet(tmp_path / "e.parquet", clustered(64, 8))
     index = build_index(source, tmp_path / "index", BuildConfig(2, storage=Storage.INT8, keep_vectors="float16"))
-    right = np.array(index.vectors)
+    right = np.load(index.paths.vectors)
     for wrong, found in ((right.T.copy(), "float16 (8, 64)"), (right.view(np.int16), "int16 (64, 8)")):
         np.save(index.paths.vectors, wrong)
         with fails(ArtifactError, "vectors.npy", found, "float16 (64, 8)"):
@@ -306,7 +313,7 @@ def test_a_manifest_of_before_there_were_devices_and_kept_vectors(tmp_path):
     source = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
     index = build_index(source, tmp_path / "index", BuildConfig(4))
     known = json.loads(index.paths.manifest.read_text())
-    del known["trained_on"], known["kept_vectors"]
+    del known["trained_on"], known["kept_vectors"], known["checksum"]
     index.paths.manifest.write_text(json.dumps(known))
     assert Index.open(index.paths.root).manifest == index.manifest
     assert plan_build(source, index.paths.root, BuildConfig(4)).finished()

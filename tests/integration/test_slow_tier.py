@@ -1,5 +1,6 @@
 """The lists in host memory: read whole, shared between processes, and never taken for what they are not."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from expect import fails
 from searching import small_index
 from telerag_cli.config import PAGE_BYTES
 from telerag_cli.errors import ArtifactError
+from telerag_cli.index.artifact import Index
+from telerag_cli.index.build import BuildConfig, build_index
 from telerag_cli.tiers.slow import SlowTier
+from vector_files import clustered, write_parquet
 
 
 @pytest.fixture
@@ -27,7 +31,8 @@ def child(index, code):
         "import sys, types, pathlib, numpy as np, time\n"
         "from telerag_cli.tiers.slow import SlowTier\n"
         "paths = types.SimpleNamespace(lists=pathlib.Path(sys.argv[1]))\n"
-        f"index = types.SimpleNamespace(paths=paths, list_bytes=np.array({index.list_bytes.tolist()}))\n"
+        f"nbytes = np.array({index.list_bytes.tolist()})\n"
+        "index = types.SimpleNamespace(paths=paths, list_bytes=nbytes, held=lambda path: path, checksums=None)\n"
     )
     command = [sys.executable, "-c", prelude + code, str(index.paths.lists)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
@@ -86,3 +91,33 @@ def test_a_file_too_short_is_an_error_and_nobody_finds_what_was_read(index):
     assert kept  # what failed is still referenced
     index.paths.lists.write_bytes(whole)
     check_whole(index, shared=False)
+
+
+@pytest.mark.parametrize("change", ["size", "owner", "unsealed"])
+def test_memory_that_is_not_this_users_own_is_not_taken_for_the_lists(index, change):
+    if change == "owner" and os.geteuid():
+        pytest.skip("only root sees the memory of others")
+    status, nbytes = index.paths.lists.stat(), int(index.list_bytes.sum())
+    name = f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
+    memory = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(memory, nbytes + PAGE_BYTES * (change == "size"))
+        if change == "owner":
+            os.fchown(memory, 65534, 65534)
+        if change != "unsealed":
+            fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        check_whole(index, shared=False)
+    finally:
+        os.close(memory)
+
+
+def test_a_damaged_list_is_named_before_the_tier_is_there(tmp_path):
+    source = write_parquet(tmp_path / "e.parquet", clustered(500, 8))
+    index = build_index(source, tmp_path / "index", BuildConfig(4))
+    with index.paths.lists.open("r+b") as file:
+        file.seek(int(index.offsets[2]) + 1)
+        file.write(b"\xff\xff")
+    with fails(ArtifactError, "List 2"):
+        SlowTier(Index.open(index.paths.root))
+    with fails(ArtifactError, "List 2"):  # nobody has kept it
+        SlowTier(Index.open(index.paths.root))

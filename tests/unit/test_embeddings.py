@@ -10,8 +10,9 @@ from telerag_cli.config import Storage
 from telerag_cli.corpus.embeddings import Embeddings
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError, InputError, UsageError
+from telerag_cli.index.artifact import BATCH_ROWS
 from telerag_cli.index.build import BuildConfig, build_index
-from telerag_cli.index.passages import BATCH_ROWS, Passages
+from telerag_cli.index.passages import Passages
 from vector_files import clustered, embeddings_folder, vector_column, write_parquet
 
 
@@ -33,7 +34,7 @@ def test_passages_by_row(tmp_path):
         Passage("p0", "Passage 0.", {"title": "T0"}),
         Passage(f"p{BATCH_ROWS}", f"Passage {BATCH_ROWS}.", {"title": f"T{BATCH_ROWS}"}),
     ]
-    with pytest.raises(IndexError):
+    with fails(ArtifactError, f"row {rows:,}"):
         passages[[rows]]
 
 

@@ -16,7 +16,7 @@ from telerag_cli.files import (
     exclusive,
     read_json,
     read_sealed_json,
-    write_json,
+    replacing,
     write_sealed_json,
     writing,
 )
@@ -40,21 +40,33 @@ def test_the_second_writer_is_refused_and_the_first_wins_whole(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_a_writer_that_waits_comes_second(tmp_path):
-    path, entered = tmp_path / "out", threading.Event()
+def test_of_several_that_replace_a_file_the_last_wins_whole(tmp_path):
+    path = tmp_path / "out"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_who_waits_for_a_hold_comes_second(tmp_path):
+    order, entered = [], threading.Event()
 
     def second():
         entered.set()
-        with writing(path, wait=True) as temporary:
-            temporary.write_text("second")
+        with exclusive(tmp_path / "out", wait=True):
+            order.append("second")
 
     thread = threading.Thread(target=second)
-    with writing(path) as temporary:
+    with exclusive(tmp_path / "out"):
         thread.start()
         entered.wait()
-        temporary.write_text("first")
+        order.append("first")
     thread.join()
-    assert path.read_text() == "second"
+    assert order == ["first", "second"]
+    assert not names(tmp_path)
 
 
 def _killed_while_writing(path):
@@ -71,7 +83,8 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_one(tmp_path):
     assert any(name.endswith(".partial") for name in names(tmp_path))
     (tmp_path / ".out.partial").touch()  # of an earlier version
     (tmp_path / ".other.1234.partial").touch()
-    write_json(path, {})
+    with writing(path) as temporary:
+        temporary.write_text("whole")
     assert names(tmp_path) == [".other.1234.partial", "out"]
 
 

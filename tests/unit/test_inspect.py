@@ -73,7 +73,7 @@ def test_flipped_lists_are_named(index, where):
     assert "2 of 12 lists: 2, 7" in " ".join(result.stderr.split())
 
 
-@pytest.mark.parametrize("name", ["centroids.npy", "offsets.npy", "checksums.npy", "passages.arrow"])
+@pytest.mark.parametrize("name", ["centroids.npy", "checksums.npy", "passages.arrow", "passages.npy"])
 def test_other_damaged_files_are_named(index, name):
     flip(index.paths.root / name, (index.paths.root / name).stat().st_size - 1)
     result = inspect(index.paths.root, "--verify", "--json")

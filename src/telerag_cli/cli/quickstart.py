@@ -119,8 +119,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
 
     from telerag_cli.cli.reporting import ConsoleReporter
     from telerag_cli.engine.engine import Engine
-    from telerag_cli.engine.opening import OpenedIndex
-    from telerag_cli.index.passages import Passages
+    from telerag_cli.engine.opening import OpenedIndex, index_passages
     from telerag_cli.llm.base import Message, Request
 
     config = EngineConfig(
@@ -132,7 +131,7 @@ def _ask(index: Index, encoder: Encoder, mode: Lookahead, arena_bytes: int, trac
         concurrency=1,
         profile=NONE,
     )
-    opened = OpenedIndex(index, Passages.open(index.paths.passages), encoder)
+    opened = OpenedIndex(index, index_passages(index), encoder)
 
     async def ask_all(engine: Engine) -> list[AskResult]:
         encoder.encode_queries(QUESTIONS[:1])

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import xxhash
 
 from telerag_cli.arrays import FloatArray, IntArray
+from telerag_cli.corpus.description import DESCRIPTION, read_description
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.rows import is_vector
 from telerag_cli.errors import ArtifactError, InputError, UsageError
-from telerag_cli.files import checksum, ends_of, read_json, wrap_os_error
+from telerag_cli.files import checksum, ends_of, wrap_os_error
 
-FORMAT = "telerag-embeddings"
-DESCRIPTION = "embeddings.json"
 READ_ROWS = 8192
 """Rows asked of Parquet at a time."""
+MAX_DIMENSION = 1 << 16
 BUFFER_BYTES = 1 << 20
 """Column chunks are read through a buffer of this size, so that a large row group is never held whole."""
 PASSAGE_SCHEMA = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("id", "text", "metadata")])
@@ -280,31 +280,17 @@ class Embeddings:
         return vectors
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What ``embeddings.json`` says of a finished folder.
+def check_shards(embeddings: Embeddings, advance: Callable[[int], None]) -> None:
+    """Make sure that the shards of one of our folders are as they were written.
 
     Raises:
-        ArtifactError: of another format, or the folder is not finished, or a shard is missing or of another size.
+        ArtifactError: one is not.
     """
-    description = read_json(folder / DESCRIPTION)
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ArtifactError(f"{folder / DESCRIPTION} does not describe {FORMAT}.", remedy="Embed the corpus again.")
-    if description.get("version") != 1:
+    if damaged := damaged_shards(embeddings, advance):
         raise ArtifactError(
-            f"{folder} is {FORMAT} version {description.get('version')}, and this telerag reads version 1.",
-            remedy="Embed the corpus again with this version.",
+            f"{embeddings.path} is damaged: {', '.join(damaged)} differs from its checksum.",
+            remedy="Run the same telerag embed again, which makes such a shard anew, or restore it.",
         )
-    if not description.get("complete"):
-        raise ArtifactError(f"{folder} is not finished.", remedy="Run the same telerag embed again; it resumes.")
-    for shard in description["shards"]:
-        file = folder / shard["name"]
-        size = file.stat().st_size if file.exists() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise ArtifactError(
-                f"{file} {found}, and {DESCRIPTION} says {shard['bytes']:,} bytes.", remedy="Restore it or embed again."
-            )
-    return description
 
 
 def damaged_shards(embeddings: Embeddings, advance: Callable[[int], None]) -> list[str]:
@@ -375,8 +361,11 @@ def _dimension(parquet: pq.ParquetFile, column: str, path: Path) -> int:
     else:
         first = next(parquet.iter_batches(1, columns=[column])).column(0)
         size = int(first.value_lengths()[0].as_py() or 0)
-    if not size:
-        raise InputError(f"The vectors of {path} have no dimensions.", remedy="Name another column with --column.")
+    if not 0 < size <= MAX_DIMENSION:
+        raise InputError(
+            f"The vectors of {path} have {size:,} dimensions, and 1 to {MAX_DIMENSION:,} are possible.",
+            remedy="Name another column with --column.",
+        )
     return size
 
 

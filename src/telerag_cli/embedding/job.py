@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,26 +20,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
-from telerag_cli.arrays import FloatArray
 from telerag_cli.build_config import EmbedConfig, Precision
 from telerag_cli.corpus.chunking import Chunker
-from telerag_cli.corpus.embeddings import DESCRIPTION, FORMAT
+from telerag_cli.corpus.description import DESCRIPTION, FORMAT, check_description
 from telerag_cli.corpus.fields import Columns
 from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import OnBad, count_passages, read_passages
 from telerag_cli.corpus.sources import Sources, find_sources
 from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.embedding.shards import already_done, describe_shard, digest_text, is_whole, update_digest, write_shard
 from telerag_cli.errors import ArtifactError, InputError, ModelError, ResourceError
-from telerag_cli.files import checksum, read_json, wrap_os_error, write_json, writing
+from telerag_cli.files import read_sealed_json, wrap_os_error, write_sealed_json
 from telerag_cli.progress import Advance, Progress, WorkerPool, silent
 
 VERSION = 1
-METADATA_KEY = b"telerag"
-ROW_GROUP_ROWS = 2048
 
 REMEDIES = {
     "model": "Name the folder's model with --model, or choose another --output.",
@@ -133,6 +128,8 @@ def embed(
         folder.finish()
     assert encoder.precision is not None
     seconds, notes = time.perf_counter() - began_s, files.notes.lines() if files else []
+    if folder.remade:
+        notes.append(f"Made again, because they were not as they are written: {folder.remade:,} shards.")
     return EmbedReport(folder.rows, embedded, folder.shards, encoder.precision, encoder.device, seconds, notes)
 
 
@@ -163,7 +160,7 @@ def make_shard(task: ShardTask, encoder: Encoder, batch_size: int | None = None,
         ResourceError: the file cannot be written, or the GPU's memory does not hold a batch.
     """
     vectors = encoder.encode([row.embedded_text for row in task.rows], batch_size, advance)
-    _write_shard(task.path, task.rows, vectors, task.header)
+    write_shard(task.path, task.rows, vectors, task.header)
     return len(task.rows)
 
 
@@ -210,12 +207,14 @@ class _Folder:
         self._shards = iter(lambda: list(islice(passages, shard_rows)), [])
         self._first: list[Passage] = []
         self._complete = False
-        self.rows = self.shards = 0
+        self._checksums: dict[str, str] = {}
+        """Of the shards of a folder that was finished, by name."""
+        self.rows = self.shards = self.remade = 0
 
     def begin(self, encoder: Encoder, config: EmbedConfig) -> None:
         """Settle the precision, and describe the folder or compare it with its description."""
         manifest = self._path / DESCRIPTION
-        recorded = read_json(manifest) if manifest.exists() else None
+        recorded = read_sealed_json(manifest) if manifest.exists() else None
         if recorded is None and any(self._path.glob("shard-*.parquet")):
             raise ArtifactError(
                 f"{self._path} holds shards and no {DESCRIPTION}, so what made them is not known.",
@@ -250,6 +249,9 @@ class _Folder:
                     remedy=REMEDIES.get(key, OTHER_MODEL),
                 )
         self._complete = bool(recorded.get("complete"))
+        if self._complete:
+            check_description(recorded, manifest)
+            self._checksums = {shard["name"]: shard["checksum"] for shard in recorded["shards"]}
 
     def missing(self, advance: Advance) -> Iterator[ShardTask]:
         """Read the corpus to its end, and yield the shards that are not there."""
@@ -257,14 +259,18 @@ class _Folder:
         rows = self._first
         while rows:
             path, before = self._shard(self.shards), digest.copy()
-            _update(digest, rows)
-            if path.exists() and _already_done(path, rows, before, digest, self._source):
+            update_digest(digest, rows)
+            made_of = {"rows": len(rows), "first_row": self.rows, "corpus": digest_text(digest)}
+            task = ShardTask(path, rows, {**self._header, **made_of})
+            done = path.exists() and already_done(path, rows, before, digest, self._source)
+            if done and not is_whole(path, rows, task.header, self._checksums.get(path.name)):
+                done, self.remade = False, self.remade + 1
+            if done:
                 advance(len(rows))
             else:
-                if self._complete:  # the corpus has grown
+                if self._complete:  # the corpus has grown, or a shard is damaged
                     self._describe(complete=False)
-                made_of = {"rows": len(rows), "first_row": self.rows, "corpus": _text(digest)}
-                yield ShardTask(path, rows, {**self._header, **made_of})
+                yield task
             self.rows, self.shards = self.rows + len(rows), self.shards + 1
             rows = next(self._shards, [])
 
@@ -277,14 +283,14 @@ class _Folder:
                 remedy="Choose another --output for this corpus.",
             )
         if not self._complete:
-            shards = [_described(self._shard(number)) for number in range(self.shards)]
+            shards = [describe_shard(self._shard(number)) for number in range(self.shards)]
             self._describe(complete=True, rows=self.rows, shards=shards)
 
     def _shard(self, number: int) -> Path:
         return self._path / f"shard-{number:05d}.parquet"
 
     def _describe(self, *, complete: bool, **more: Any) -> None:
-        write_json(self._path / DESCRIPTION, {**self._header, "complete": complete, **more})
+        write_sealed_json(self._path / DESCRIPTION, {**self._header, "complete": complete, **more})
         self._complete = complete
 
 
@@ -318,80 +324,3 @@ def _locked(output: Path) -> Iterator[None]:
         raise
     finally:
         os.close(handle)
-
-
-def _update(digest: xxhash.xxh3_128, rows: Iterable[Passage]) -> None:
-    for row in rows:
-        for text in (row.id, row.text, row.metadata_json):
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-
-
-def _text(digest: xxhash.xxh3_128) -> str:
-    return f"xxh3_128:{digest.hexdigest()}"
-
-
-def _already_done(
-    path: Path, rows: list[Passage], before: xxhash.xxh3_128, after: xxhash.xxh3_128, source: str
-) -> bool:
-    """Whether a shard holds exactly these rows; False if it holds only the first of them, as the last shard may.
-
-    Raises:
-        ArtifactError: it holds other rows.
-    """
-    corpus, first, count = _read_shard_header(path)
-    if count == len(rows) and corpus == _text(after):
-        return True
-    if count < len(rows):
-        _update(before, rows[:count])
-        if corpus == _text(before):
-            return False
-    raise ArtifactError(
-        f"{path} holds rows {first:,} to {first + count - 1:,} of another corpus than {source}.",
-        remedy="Choose another --output for this corpus, or name the sources as before.",
-    )
-
-
-def _read_shard_header(path: Path) -> tuple[str, int, int]:
-    """Digest of the corpus up to the shard's end, number of its first row, and its rows."""
-    try:
-        file = pq.ParquetFile(path)
-        recorded = json.loads(file.schema_arrow.metadata[METADATA_KEY])
-        return recorded["corpus"], recorded["first_row"], file.metadata.num_rows
-    except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} is damaged: {error}.", remedy="Remove it and run again; it is made anew."
-        ) from error
-    except OSError as error:
-        raise wrap_os_error(error, path) from error
-
-
-def _write_shard(path: Path, rows: list[Passage], vectors: FloatArray, header: dict[str, Any]) -> None:
-    flat = pa.array(vectors.astype(header["dtype"], copy=False).ravel())
-    columns = {
-        "id": pa.array([row.id for row in rows], pa.string()),
-        "text": pa.array([row.text for row in rows], pa.string()),
-        "metadata": pa.array([row.metadata_json for row in rows], pa.string()),
-        "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-    }
-    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(header, sort_keys=True)})
-    codecs = {"id": "zstd", "text": "zstd", "metadata": "zstd", "embedding.list.element": "none"}
-    # Through a handle of Python's own, whose errors say what the system said and no more.
-    with writing(path) as temporary, temporary.open("wb") as handle:
-        pq.write_table(
-            table,
-            handle,
-            row_group_size=ROW_GROUP_ROWS,
-            use_dictionary=False,
-            compression=codecs,
-            write_statistics=["id"],
-        )
-
-
-def _described(path: Path) -> dict[str, Any]:
-    try:
-        rows = _read_shard_header(path)[-1]
-        return {"name": path.name, "rows": rows, "bytes": path.stat().st_size, "checksum": checksum(path)}
-    except OSError as error:
-        raise wrap_os_error(error, path) from error

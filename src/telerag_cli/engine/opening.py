@@ -91,6 +91,11 @@ class OpenedIndex:
     embedder: Encoder
 
 
+def index_passages(index: Index) -> Passages:
+    """The passages of an opened index; raises ArtifactError if they are damaged or not as many as its vectors."""
+    return Passages.open(index.held(index.paths.passages), index.manifest.ntotal, index.batch_checksums)
+
+
 def open_index(index: Index, embedder: str | None, device: str = AUTO) -> OpenedIndex:
     """Open an index's passages and the embedder that its manifest names, or the one named here.
 
@@ -99,7 +104,7 @@ def open_index(index: Index, embedder: str | None, device: str = AUTO) -> Opened
         ModelError: no embedder is known, or its vectors are of another dimension.
     """
     root = index.paths.root
-    passages = Passages.open(index.paths.passages)
+    passages = index_passages(index)
     name = embedder or index.manifest.embedder.model
     if name is None:
         raise ModelError(f"{root} does not say which model made its vectors.", remedy="Name it with --embedder.")
@@ -263,7 +268,7 @@ def subject_of(
     """Return what `measure` needs of parts that are open; without questions, passages of the index are replayed."""
     opened = made.opened
     replayed = questions or from_passages(opened.passages, FULL.replayed)
-    lists = opened.index.paths.lists
+    lists = opened.index.held(opened.index.paths.lists)
     return ProfileSubject(
         *made.identity, made.tier.gpu, lists, opened.embedder, generator, retriever, made.nprobe, replayed, source
     )

@@ -32,9 +32,9 @@ from telerag_cli import __version__
 from telerag_cli.arrays import FloatArray, IntArray, TableArray
 from telerag_cli.build_config import BuildConfig
 from telerag_cli.config import KeptType, Metric, Storage
-from telerag_cli.corpus.embeddings import Embeddings
+from telerag_cli.corpus.embeddings import Embeddings, check_shards
 from telerag_cli.errors import UsageError
-from telerag_cli.files import read_json, write_json, writing
+from telerag_cli.files import read_json, replacing, write_json
 from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, Manifest, code_size, lay_out, lay_out_vectors
 from telerag_cli.index.partial import Draft, save_array, save_arrays, seal
 from telerag_cli.index.passages import write_passages
@@ -199,6 +199,7 @@ def build_index(
         with plan.claimed(overwrite=overwrite, remedy=REMEDY):
             if not plan.paths.manifest.exists():
                 build = _Build(plan, progress, pool)
+                build.check()
                 build.train()
                 with build.passages_beside():
                     build.assign()
@@ -214,6 +215,12 @@ class _Build:
         self.plan, self.progress, self.pool = plan, progress, pool
         self.embeddings, self.config, self.paths = plan.embeddings, plan.config, plan.paths
         self.rows = plan.embeddings.rows
+
+    def check(self) -> None:
+        """Compare the embeddings with their checksums; files of another make have none."""
+        if self.embeddings.description:
+            with self.progress("Checking embeddings", self.embeddings.bytes, unit="bytes") as advance:
+                check_shards(self.embeddings, advance)
 
     def train(self) -> None:
         if self.paths.centroids.exists():
@@ -303,7 +310,7 @@ class _Build:
 
         def work() -> None:
             nonlocal written
-            with writing(self.paths.passages) as temporary:
+            with replacing(self.paths.passages) as temporary:
                 for count in write_passages(self.embeddings.passages(), temporary):
                     written += count
                     if unwanted.is_set():

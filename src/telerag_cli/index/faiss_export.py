@@ -62,7 +62,7 @@ def export_index(index: Index, output: Path, *, overwrite: bool = False, progres
     with (
         progress("Copying lists", total_bytes, unit="bytes") as advance,
         writing(output) as temporary,
-        index.paths.lists.open("rb", buffering=0) as source,
+        index.held(index.paths.lists).open("rb", buffering=0) as source,
         sized(temporary, total_bytes) as target,
     ):
         write_at(target, header, 0)

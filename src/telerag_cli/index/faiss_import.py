@@ -32,11 +32,11 @@ from telerag_cli.corpus.passages import Passage
 from telerag_cli.corpus.readers import DOCUMENTS, read_passages
 from telerag_cli.corpus.sources import COMPRESSED, Sources
 from telerag_cli.errors import InputError, UsageError
-from telerag_cli.files import ends_of, read_json, sized, wrap_os_error, write_json, writing
-from telerag_cli.index.artifact import ID_BYTES, EmbedderInfo, Index, Manifest, lay_out
+from telerag_cli.files import ends_of, read_json, replacing, sized, wrap_os_error, write_json
+from telerag_cli.index.artifact import BATCH_ROWS, ID_BYTES, EmbedderInfo, Index, Manifest, lay_out
 from telerag_cli.index.faiss_file import FaissFile, check_ids, copy_list
 from telerag_cli.index.partial import Draft, save_array, seal
-from telerag_cli.index.passages import BATCH_ROWS, write_passages
+from telerag_cli.index.passages import write_passages
 from telerag_cli.index.verify import scan_lists
 from telerag_cli.progress import Progress, silent
 
@@ -150,7 +150,7 @@ class _Import:
         written = 0
         with (
             self.progress("Writing passages", ntotal, unit="passages") as advance,
-            writing(self.paths.passages) as temporary,
+            replacing(self.paths.passages) as temporary,
         ):
             for count in write_passages(_batches(itertools.islice(passages, ntotal)), temporary):
                 written += count

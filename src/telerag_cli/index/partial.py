@@ -29,12 +29,13 @@ from telerag_cli.files import (
     checksum,
     exclusive,
     read_json,
+    replacing,
     sync_folder,
     wrap_os_error,
     write_json,
-    writing,
 )
 from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
+from telerag_cli.index.passages import batch_checksums
 from telerag_cli.progress import Progress, silent
 
 RECORDED = {
@@ -226,13 +227,15 @@ def _shown(value: Any) -> Any:
 
 
 def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent) -> None:
-    """Save the lists' checksums, sum the other files, and write the manifest, the last file of an index to appear.
+    """Save the checksums of lists and of batches of passages, sum the files, and write the manifest last.
 
     The manifest lacks ``files`` and ``balance`` still. `telerag_cli.index.verify.scan_lists` returns ``sums`` and
     ``whole``, the checksums of each list and of ``lists.bin``.
     """
     save_array(paths.checksums, sums)
-    others = [paths.centroids, paths.offsets, paths.checksums, paths.passages]
+    with progress("Summing passages", None):
+        save_array(paths.batch_checksums, batch_checksums(paths.passages))
+    others = [paths.centroids, paths.offsets, paths.checksums, paths.passages, paths.batch_checksums]
     others += [paths.quantizer] if manifest.storage is Storage.INT8 else []
     others += [paths.vectors] if manifest.kept_vectors else []
     with progress("Checking the other files", None):
@@ -260,11 +263,11 @@ def _balance(sizes: IntArray) -> dict[str, float]:
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write an array as ``.npy``, atomically."""
-    with writing(path) as temporary, temporary.open("wb") as handle:
+    with replacing(path) as temporary, temporary.open("wb") as handle:
         np.save(handle, array)
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:
     """Write named arrays as ``.npz``, atomically."""
-    with writing(path) as temporary, temporary.open("wb") as handle:
+    with replacing(path) as temporary, temporary.open("wb") as handle:
         np.savez(handle, **arrays)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import Metric, Storage
 from telerag_cli.index.artifact import ID_BYTES, Index
+from telerag_cli.index.npy import ArrayRows
 
 BLOCK_BYTES = 8 << 20
 """Bytes of lists that several queries are scored against before the next ones: less than a processor's last cache."""
@@ -241,7 +242,7 @@ def nothing(n: int, k: int, metric: Metric) -> tuple[FloatArray, IntArray]:
 
 
 def score_again(
-    queries: FloatArray, rows: IntArray, vectors: npt.NDArray[Any], k: int, metric: Metric
+    queries: FloatArray, rows: IntArray, vectors: npt.NDArray[Any] | ArrayRows, k: int, metric: Metric
 ) -> tuple[FloatArray, IntArray]:
     """The ``k`` best of candidates by their scores against the vectors themselves, as ``faiss.IndexRefine`` does it.
 

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from telerag_cli.arrays import TableArray
-from telerag_cli.files import CHUNK_BYTES, checksum, read_exactly
+from telerag_cli.files import CHUNK_BYTES, HeldFile, checksum, read_exactly
 from telerag_cli.index.artifact import Index, extent_bytes
 from telerag_cli.progress import Advance
 
@@ -19,7 +19,7 @@ OnCodes = Callable[[int, int, bytes], None]
 
 
 def scan_lists(
-    path: Path, table: TableArray, code_size: int, advance: Advance, on_codes: OnCodes | None = None
+    path: Path | HeldFile, table: TableArray, code_size: int, advance: Advance, on_codes: OnCodes | None = None
 ) -> tuple[TableArray, str]:
     """Read ``lists.bin`` once, from end to end, a few MiB at a time, and hand whole codes, without padding, on.
 
@@ -67,16 +67,15 @@ def verify(index: Index, advance: Advance) -> Damage:
     files = []
     for name, info in sorted(index.manifest.files.items()):
         if name != index.paths.lists.name:
-            if checksum(index.paths.root / name) != info.checksum:
+            if checksum(index.held(index.paths.root / name)) != info.checksum:
                 files.append(name)
             advance(info.bytes)
     # A damaged table must not send us to other places than those that were summed.
     if index.paths.offsets.name in files:
         return Damage(tuple(files), ())
-    sums, whole = scan_lists(index.paths.lists, index.table, index.manifest.code_size, advance)
+    sums, whole = scan_lists(index.held(index.paths.lists), index.table, index.manifest.code_size, advance)
     if whole != index.manifest.files[index.paths.lists.name].checksum:
         files.append(index.paths.lists.name)
     if index.paths.checksums.name in files:
         return Damage(tuple(files), ())
-    expected = np.load(index.paths.checksums, allow_pickle=False)
-    return Damage(tuple(files), tuple(np.flatnonzero(sums != expected).tolist()))
+    return Damage(tuple(files), tuple(np.flatnonzero(sums != index.checksums).tolist()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from telerag_cli.config import PAGE_BYTES
-from telerag_cli.files import wrap_os_error
+from telerag_cli.files import HeldFile, wrap_os_error
 from telerag_cli.planning.profile import LinkPoint, Pcie
 from telerag_cli.planning.timing import Effort, rate, times_s
 from telerag_cli.tiers.transport import DirectReader, Move, allocate, move_all
@@ -32,7 +32,7 @@ GIGABYTES_PER_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 
 
 def link_points(
-    gpu: Gpu | None, lists: Path, sizes: Sequence[int], depths: Sequence[int], effort: Effort
+    gpu: Gpu | None, lists: Path | HeldFile, sizes: Sequence[int], depths: Sequence[int], effort: Effort
 ) -> Iterator[LinkPoint]:
     """Measure the links from these lists: of the GPU, if there is one, and of the disk."""
     if gpu is not None:
@@ -43,7 +43,9 @@ def link_points(
     yield from disk_points(lists, sizes, depths, effort)
 
 
-def disk_points(path: Path, sizes: Sequence[int], depths: Sequence[int], effort: Effort) -> Iterator[LinkPoint]:
+def disk_points(
+    path: Path | HeldFile, sizes: Sequence[int], depths: Sequence[int], effort: Effort
+) -> Iterator[LinkPoint]:
     """Measure a disk by size and depth, and through the page cache at the largest of both.
 
     The file's pages may leave the cache. ``sizes`` are bytes of a transfer, ``depths`` transfers in flight.

@@ -13,6 +13,7 @@ import numpy as np
 
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.embedding.encoder import Encoder
+from telerag_cli.files import HeldFile
 from telerag_cli.index.scoring import Coarse
 from telerag_cli.llm.base import Generator
 from telerag_cli.planning.formulas import mean_list_bytes
@@ -72,7 +73,7 @@ class ProfileSubject:
     identity: Identity
     versions: dict[str, str]
     gpu: Gpu | None
-    lists: Path
+    lists: Path | HeldFile
     """A file to read from: the index's lists, if there is an index."""
     encoder: Encoder
     generator: Generator

@@ -11,6 +11,8 @@ import contextlib
 import fcntl
 import mmap
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +21,7 @@ import numpy as np
 from telerag_cli.arrays import ByteArray
 from telerag_cli.config import PAGE_BYTES
 from telerag_cli.errors import ResourceError
-from telerag_cli.files import wrap_os_error
+from telerag_cli.files import HeldFile, wrap_os_error
 from telerag_cli.index.artifact import Index
 from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes
@@ -29,8 +31,10 @@ from telerag_cli.units import format_bytes
 READ_BYTES = 16 << 20
 """A read: large enough for any disk's full rate, small enough for a progress bar."""
 READ_THREADS = 8
+CHECKED_LISTS = 64
+"""Lists that a thread compares with their checksums at a time."""
 WHOLE = fcntl.F_SEAL_SHRINK
-"""The seal on memory that has been read to its end; without it nobody takes it for the lists."""
+"""The seal on memory that has been read to its end and checked; without it nobody takes it for the lists."""
 
 
 class HostLists(Protocol):
@@ -51,20 +55,20 @@ class SlowTier:
 
         Raises:
             ResourceError: there is not that much memory.
-            ArtifactError: the file cannot be read to its end.
+            ArtifactError: the file cannot be read to its end, or a list is not as it was written.
         """
         self.nbytes = max(int(index.list_bytes.sum()), PAGE_BYTES)
-        path = index.paths.lists
+        path = index.held(index.paths.lists)
         try:
-            status = path.stat()
             lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            status = os.fstat(lock)
         except OSError as error:
             raise wrap_os_error(error, path) from error
         # The name of this very file's memory; another index in its place is another file.
         name = f"telerag-{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            found = _find(name)
+            found = _find(name, self.nbytes)
             self.shared = found is not None
             """Whether another process had them."""
             self._file = self._make(name) if found is None else found
@@ -75,6 +79,7 @@ class SlowTier:
             if found is None:
                 try:
                     self._read(path, int(index.list_bytes.sum()), advance)
+                    self._check(index)
                 except BaseException:
                     self.close()
                     raise
@@ -103,7 +108,20 @@ class SlowTier:
         os.ftruncate(file, self.nbytes)
         return file
 
-    def _read(self, path: Path, nbytes: int, advance: Advance) -> None:
+    def _check(self, index: Index) -> None:
+        if index.checksums is None:
+            return
+
+        def check(numbers: range) -> None:
+            for number, begin, nbytes in zip(numbers, index.offsets[numbers], index.list_bytes[numbers], strict=True):
+                index.check_list(number, self.memory[begin : begin + nbytes])
+
+        starts = range(0, index.manifest.nlist, CHECKED_LISTS)
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            some = [range(start, min(start + CHECKED_LISTS, index.manifest.nlist)) for start in starts]
+            deque(pool.map(check, some), 0)
+
+    def _read(self, path: Path | HeldFile, nbytes: int, advance: Advance) -> None:
         moves = [
             Move(number, begin, begin, min(READ_BYTES, nbytes - begin))
             for number, begin in enumerate(range(0, nbytes, READ_BYTES))
@@ -115,15 +133,19 @@ class SlowTier:
             reader.close(drop=True)
 
 
-def _find(name: str) -> int | None:
-    """A new descriptor of memory of this name that some process has and that is whole; None if there is none."""
+def _find(name: str, nbytes: int) -> int | None:
+    """A new descriptor of this user's memory of this name and size that is whole; None if no process has it."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # processes of others, and those that have just ended
             for entry in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    if entry.readlink().name.startswith(f"memfd:{name} "):
+                    # The whole link is compared: a file may be named like memory. So may memory of another user, whose
+                    # processes root looks into as well.
+                    if str(entry.readlink()).startswith(f"/memfd:{name} "):
                         file = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
-                        if fcntl.fcntl(file, fcntl.F_GET_SEALS) & WHOLE:
+                        status = os.fstat(file)
+                        ours = status.st_uid == os.geteuid() and status.st_size == nbytes
+                        if ours and fcntl.fcntl(file, fcntl.F_GET_SEALS) & WHOLE:
                             return file
                         os.close(file)
     return None

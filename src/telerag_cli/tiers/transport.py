@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -19,7 +20,7 @@ import numpy as np
 from telerag_cli.arrays import ByteArray
 from telerag_cli.config import PAGE_BYTES
 from telerag_cli.errors import ArtifactError, ResourceError, TeleragError
-from telerag_cli.files import wrap_os_error
+from telerag_cli.files import HeldFile, wrap_os_error
 from telerag_cli.progress import Advance
 from telerag_cli.system import available_bytes, give_way
 from telerag_cli.units import format_bytes
@@ -54,6 +55,38 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Wait for moves under way, then let go of threads and files."""
+
+
+class CheckedLink:
+    """A link whose moves end well only if what arrived passes a check, which raises TeleragError otherwise."""
+
+    def __init__(self, link: Transport, check: Callable[[Move], None]) -> None:
+        """Check what ``link`` moves, in the thread in which it arrives."""
+        self.depth, self.note = link.depth, link.note
+        self._link, self._check = link, check
+
+    def submit(self, moves: Sequence[Move], arrived: Arrived) -> None:
+        """See `Transport`."""
+        self._link.submit(moves, partial(self._arrived, arrived))
+
+    def close(self) -> None:
+        """See `Transport`."""
+        self._link.close()
+
+    def _arrived(self, arrived: Arrived, moves: Sequence[Move], error: TeleragError | None) -> None:
+        if error is not None:
+            arrived(moves, error)
+            return
+        good = []
+        for move in moves:
+            try:
+                self._check(move)
+            except TeleragError as wrong:
+                arrived([move], wrong)
+            else:
+                good.append(move)
+        if good:
+            arrived(good, None)
 
 
 def move_all(link: Transport, moves: Sequence[Move], advance: Advance = lambda _nbytes: None) -> None:
@@ -123,7 +156,7 @@ class DirectReader:
     without ``O_DIRECT`` (tmpfs) are read through it; ``note`` then says so.
     """
 
-    def __init__(self, path: Path, memory: ByteArray, *, threads: int = 2, direct: bool = True) -> None:
+    def __init__(self, path: Path | HeldFile, memory: ByteArray, *, threads: int = 2, direct: bool = True) -> None:
         """Open the file, to read ``threads`` parts of it at once into memory.
 
         ``direct`` is False only to measure what reading through the page cache takes.
@@ -176,7 +209,8 @@ class DirectReader:
                 os.close(file)
             if not direct or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                 raise wrap_os_error(error, self._path) from error
-        self.note = f"{self._path.parent} is on a file system without O_DIRECT; lists are read through the page cache."
+        folder = Path(str(self._path)).parent
+        self.note = f"{folder} is on a file system without O_DIRECT; lists are read through the page cache."
         return self._open(direct=False)
 
     def _work(self) -> None:
