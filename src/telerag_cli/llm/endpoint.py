@@ -259,8 +259,6 @@ class Endpoint:
         return self._server.misplaced(why, self._found) if self._found != self._server.url else None
 
     def _check(self, answer: StreamedAnswer) -> None:
-        if answer.reasoned and not answer.text.strip():
-            raise only_reasoning(f"The model {self.name}", answer.tokens)
         if answer.finish not in ("stop", "length"):
             raise ModelError(
                 f"{self._server} ended the answer with '{answer.finish}', not with 'stop' or 'length'.",
@@ -271,6 +269,8 @@ class Endpoint:
                 f"The model {self.name} refuses to answer: {one_line(answer.refusal)}.",
                 remedy="Ask something else, or use another model.",
             )
+        if answer.reasoned and not answer.text.strip():
+            raise only_reasoning(f"The model {self.name}", answer.tokens)
         if not answer.has_shape():
             wanted = answer.request.shape.description() if answer.request.shape else "text"
             raise ModelError(

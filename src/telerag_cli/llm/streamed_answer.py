@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -154,7 +154,7 @@ def _logprobs(content: Any) -> list[tuple[bytes, float]]:
             piece = bytes(spelled) if isinstance(spelled, list) and spelled else str(token.get("token", "")).encode()
         except (TypeError, ValueError):
             piece = b"\xff"  # spells nothing, so that no place is sure
-        if isinstance(logprob, int | float) and math.isfinite(logprob):
+        if isinstance(logprob, int | float) and abs(logprob) <= sys.float_info.max:
             tokens.append((piece, float(logprob)))
     return tokens
 
