@@ -6,6 +6,7 @@
     │   └── ContextError         the same: a prompt and its answer do not fit the LLM's context together
     ├── ArtifactError            exit 1: embeddings, index or run on disk is missing, torn or of another make
     ├── ModelError               exit 1: a model cannot be found, loaded or used for this
+    │   └── ReasoningError       the same: an LLM wrote reasoning and no answer
     ├── ResourceError            exit 1: memory, disk space or a device is not there in the amount asked for
     └── InternalError            exit 1: a bug of telerag's own, said in a sentence
 
@@ -71,6 +72,12 @@ class ModelError(TeleragError):
     """A model is missing, cannot be loaded, or does not fit the artifact."""
 
     code = "model"
+
+
+class ReasoningError(ModelError):
+    """An LLM used up its tokens, or ended, before it came to an answer."""
+
+    code = "only_reasoning"
 
 
 class ResourceError(TeleragError):

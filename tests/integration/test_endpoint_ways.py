@@ -9,7 +9,7 @@ import pytest
 
 from expect import fails
 from scripted_endpoint import answer, ask, event, raw, refuse, run, scripted, stream, without_garbage
-from telerag_cli.errors import ModelError
+from telerag_cli.errors import ModelError, ReasoningError
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 from telerag_cli.llm.shapes import Choice
@@ -165,7 +165,7 @@ def test_reasoning_is_not_answered(server, pieces):
     result = run(server.endpoint(reply), ask(), lambda text, _tokens: seen.append(text.strip()))
     assert result.text == "Blue"
     assert set(seen) <= {"", "Bl", "Blue"}
-    with fails(ModelError, "small", "--max-tokens"):
+    with fails(ReasoningError, "small", "--max-tokens"):
         run(server.endpoint(raw(*pieces, event({}, "length"))), ask())
 
 
@@ -174,7 +174,7 @@ def test_reasoning_before_json_and_reasoning_that_nothing_opened(server):
     assert run(server.endpoint(reply), ask(shape=Choice(("yes", "no")))).text == "yes"
     assert run(server.endpoint(stream("The sea is blue.\n", "</think>\n", "Blue")), ask()).text == "Blue"
     assert run(server.endpoint(whole("<think>a</think>Blue", reasoning_content="b")), ask()).text == "Blue"
-    with fails(ModelError, "--max-tokens"):
+    with fails(ReasoningError, "--max-tokens"):
         run(server.endpoint(stream("<think>The sea", finish="length")), ask())
 
 

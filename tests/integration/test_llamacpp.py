@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from expect import fails
-from telerag_cli.errors import ContextError, InputError, ModelError, UsageError
+from telerag_cli.errors import ContextError, InputError, ModelError, ReasoningError, UsageError
 from telerag_cli.llm.base import Message, Request, counted
 from telerag_cli.llm.batcher import Batcher
 from telerag_cli.llm.shapes import Choice, Json, Lines
@@ -317,7 +317,7 @@ def test_counting_a_long_prompt_holds_up_neither_the_loop_nor_other_requests(lla
 def test_an_answer_that_is_only_reasoning_is_a_failure_that_says_so(llama, monkeypatch):
     pieces = iter([b"<think>", b"Blue", b" or", b" red?"] * 2)
     monkeypatch.setattr(llama._model, "written", lambda _token: next(pieces))
-    with fails(ModelError, 4, "--max-tokens"):
+    with fails(ReasoningError, 4, "--max-tokens"):
         write(llama, ask("Name a colour.", 4, ignore_eos=False))
     pieces = iter([b"<think>", b"Blue?", b"</th", b"ink> ", b"Red", b"."])
     seen = []

@@ -13,6 +13,7 @@ import pytest
 from animals import World
 from served import serving
 from telerag_cli.config import Lookahead, PipelineName
+from telerag_cli.llm.reasoning import only_reasoning
 from telerag_cli.llm.scripted import Reply
 
 ANSWERS = {
@@ -115,6 +116,19 @@ def test_a_stream_is_the_same_answer_in_pieces(made):
     assert last["telerag"]["passages"] == whole["telerag"]["passages"]
     assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], whole["usage"]["total_tokens"])
     assert all("telerag" not in chunk for chunk in chunks[:-2])
+
+
+def test_an_answer_that_is_only_reasoning_is_an_error_that_names_max_tokens(server, monkeypatch):
+    async def think(_request, _on_text=None):
+        raise only_reasoning("small", 5)
+
+    with server() as made:
+        monkeypatch.setattr(made.engine.generator, "generate", think)
+        error = made.post(ask(model="telerag-naive"))
+        assert (error.status_code, error.json()["error"]["code"]) == (400, "only_reasoning")
+        assert error.json()["error"]["param"] == "max_tokens"
+        warming = made.running.service.warm_up(made.engine)
+        asyncio.run_coroutine_threadsafe(warming, made.running.loop).result(10)  # which is no failure
 
 
 @pytest.mark.parametrize(("anew", "told"), [(["Blue", "Blue sky"], "Blue sky"), (["Red"], None)])

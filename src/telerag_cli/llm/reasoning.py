@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from telerag_cli.errors import ModelError
+from telerag_cli.errors import ReasoningError
 
 _NAMES = ("think", "thinking", "thought", "reasoning", "seed:think")
 _PAIRS = {
@@ -80,9 +80,9 @@ def is_beginning(tag: str) -> bool:
     return tag.lower() in _PAIRS
 
 
-def only_reasoning(model: str, tokens: int) -> ModelError:
+def only_reasoning(model: str, tokens: int) -> ReasoningError:
     """Return the error for an answer that has reasoning and nothing else."""
-    return ModelError(
+    return ReasoningError(
         f"{model} wrote {tokens:,} token{'s' * (tokens != 1)} of reasoning and no answer.",
         remedy="Raise --max-tokens, or choose a model or a setting of it that does not reason.",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from telerag_cli.errors import ContextError, InputError, TeleragError, UsageError
+from telerag_cli.errors import ContextError, InputError, ReasoningError, TeleragError, UsageError
 
 INVALID, NOT_FOUND = "invalid_request_error", "not_found_error"
 SERVER, OVERLOADED, TIMEOUT = "server_error", "overloaded_error", "timeout_error"
@@ -55,6 +55,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, ContextError):
         return ApiError(400, error.message, param="messages", code="context_length_exceeded")
+    if isinstance(error, ReasoningError):
+        return ApiError(400, f"{error.message} Raise max_tokens.", param="max_tokens", code=error.code)
     if isinstance(error, InputError | UsageError):
         return ApiError(400, error.message)
     kind = "failed" if isinstance(error, TeleragError) else "has a bug"

@@ -18,6 +18,7 @@ from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.snapshot import snapshot
+from telerag_cli.errors import ReasoningError
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
@@ -148,7 +149,8 @@ class Service:
 
     async def warm_up(self, engine: Engine) -> None:
         """Use the LLM and the index once, so that the first question finds their pages in memory."""
-        await engine.generator.generate(Request([Message("user", "Hello")], max_tokens=1))
+        with contextlib.suppress(ReasoningError):  # one token may not be an answer
+            await engine.generator.generate(Request([Message("user", "Hello")], max_tokens=1))
         await engine.shared.retrievals.find(["warm up"], [])
 
     def open(self, engine: Engine, scheduler: Scheduler, at_once: int) -> None:
