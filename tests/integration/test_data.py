@@ -411,3 +411,32 @@ def test_questions_of_a_file_for_a_benchmark(tmp_path):
         load_questions(tmp_path / "absent")
     with fails(UsageError, "dpr-wikipedia"):
         load_questions("dpr-wikipedia", tmp_path)
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_is_ends_early(sets):
+    body = made.lines(made.CORPUS) + "\n" * (300 << 20)
+    path = sets.add("small", "beir", "small.zip", made.beir(corpus=body), kind="both")
+    failed(sets.run("prepare", path), 1, "small.zip", "200 times")
+
+
+def test_a_line_that_is_too_long_costs_itself(sets, monkeypatch):
+    monkeypatch.setattr("telerag_cli.datasets.streams.MAX_ENTRY_CHARACTERS", 1000)
+    long = json.dumps({"_id": "long", "title": "", "text": "x" * 5000}) + "\n"
+    path = sets.add("small", "beir", "small.zip", made.beir(corpus=long + made.lines(made.CORPUS)), kind="both")
+    failed(sets.run("prepare", path), 1, "corpus.jsonl:1", "1000 B")
+    result = sets.run("prepare", path, "--skip-bad")
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(("flag", "method"), [(1, 8), (0, 99)], ids=["encrypted", "unknown"])
+def test_archives_that_cannot_be_unpacked_are_named(sets, flag, method):
+    """Both headers of each member are rewritten: flags and method are at 6 and 8, or 8 and 10 in the directory."""
+    packed = bytearray(made.beir())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = packed.find(mark)
+        while place >= 0:
+            packed[place + at] |= flag
+            packed[place + at + 2] = method
+            place = packed.find(mark, place + 1)
+    path = sets.add("small", "beir", "small.zip", bytes(packed), kind="both")
+    failed(sets.run("prepare", path), 1, "small.zip")

@@ -313,3 +313,37 @@ def test_ctrl_c_leaves_what_arrived_and_the_next_time_continues(place, server):
     assert place.fetch().exit_code == 0
     assert server.asked[-1] == ("/a.jsonl", f"bytes={arrived}-", '"one"')
     place.holds(BODY)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bytes": len(BODY)}, {"about_bytes": len(BODY)}, {}], ids=["promised", "rounded", "unknown"]
+)
+def test_an_endless_body_is_not_followed(place, server, fields, monkeypatch):
+    server.endless, server.length = True, False
+    usage = namedtuple("usage", "total used free")
+    left = iter(range(1 << 30, 0, -(128 << 20)))  # as if the disk filled up fast
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(0, 0, next(left) if not fields else 1 << 40))
+    place.describe(**fields)
+    failed(place.fetch(), 1, "a.jsonl")
+    assert place.part.stat().st_size < 100 * len(BODY)
+    assert not place.file.exists()
+
+
+@pytest.mark.parametrize("linked", [SHA256, "0" * 64])
+def test_a_checksum_that_the_server_gives_with_a_redirection_is_compared(place, server, linked):
+    server.moved, server.linked = {"/from/a.jsonl": "/a.jsonl"}, f'"{linked}"'
+    place.describe()
+    result = place.fetch("--from", f"{server.base}/from")
+    if linked == SHA256:
+        place.holds(BODY)
+    else:
+        failed(result, 1, linked, SHA256)
+        assert not place.file.exists()
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b", "../../x", ".hidden"])
+def test_a_dataset_is_not_named_like_a_path(tmp_path, name):
+    path = description(tmp_path, "small", "flashrag", [{"name": "a.jsonl"}])
+    Path(path).write_text(Path(path).read_text().replace('name = "small"', f'name = "{name}"', 1))
+    with fails(InputError, "name"):
+        describe(path)

@@ -157,6 +157,10 @@ class Server:
     """Sends half and waits for it."""
     status: int | None = None
     length: bool = True
+    endless: bool = False
+    """Sends the body again and again."""
+    linked: str = ""
+    """What a redirection says of the file that it leads to."""
     moved: dict = field(default_factory=dict)
     asked: list = field(default_factory=list)
     """(path, Range, If-Range) of each request."""
@@ -176,6 +180,8 @@ def serving(**options):
             if self.path in server.moved:
                 self.send_response(302)
                 self.send_header("Location", server.moved[self.path])
+                if server.linked:
+                    self.send_header("X-Linked-ETag", server.linked)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
@@ -215,6 +221,9 @@ def serving(**options):
                 self.close_connection = True
                 return
             self.wfile.write(body)
+            with contextlib.suppress(OSError):  # whoever has enough hangs up
+                while server.endless:
+                    self.wfile.write(body)
 
         def log_message(self, *_):
             pass

@@ -58,6 +58,8 @@ class Begun:
     """The server's ETag or date, for ``If-Range``."""
     bytes: int | None = None
     """Size of the whole file, if the server says."""
+    sha256: str | None = None
+    """SHA-256 of the whole file, if the server says."""
 
 
 @dataclass(frozen=True)

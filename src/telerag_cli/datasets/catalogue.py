@@ -18,6 +18,8 @@ from telerag_cli.files import wrap_os_error
 
 SUFFIX = ".toml"
 FileName = Annotated[str, StringConstraints(pattern=r"^[^./\\][^/\\]*$")]
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Also the name of its folder in the cache."""
 Address = Annotated[str, StringConstraints(pattern=r"^https?://")]
 
 
@@ -73,7 +75,7 @@ class Dataset:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    name: str
+    name: DatasetName
     title: str
     what: str
     homepage: str

@@ -29,6 +29,10 @@ from telerag_cli.progress import Advance, Progress
 from telerag_cli.units import format_bytes
 
 CHUNK_BYTES = 1 << 20
+UNSURE = 2
+"""Times a rounded size that are still taken for it."""
+RESERVE_BYTES = 256 << 20
+"""Left free on the disk by a file of which nobody says how long it is."""
 CONNECT_S = 15.0
 REMEDY = "Run the same command again, it continues where it stopped; or take a copy with --from or --mirror."
 
@@ -162,10 +166,22 @@ class _Download:
             # If-Range takes a date, or an ETag that is equal for equal bytes only.
             condition = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
             self._part.unlink(missing_ok=True)
-            write_json(self._cached.note(file), asdict(Begun(self._address, condition, total)))
+            write_json(
+                self._cached.note(file), asdict(Begun(self._address, condition, total, _linked_sha256(response)))
+            )
+        most = total or file.bytes or (file.about_bytes and UNSURE * file.about_bytes)
         with self._progress(file.name, expected, unit="bytes") as advance, self._part.open("ab") as handle:
             advance(have)
             for block in response.iter_raw():  # as it arrives, so that nothing is lost when it stops
+                if most and handle.tell() + len(block) > most:
+                    handle.truncate(0)
+                    raise InputError(
+                        f"{self._address} sends more than {most:,} bytes, and {file.name} should have "
+                        f"{total or file.size:,}.",
+                        remedy="Take it from elsewhere with --from.",
+                    )
+                if not most:
+                    _need_room(self._cached.root, RESERVE_BYTES, file)
                 handle.write(block)
                 advance(len(block))
         if self._part.stat().st_size < (total or file.bytes or 0):  # a server without lengths may close silently
@@ -199,10 +215,13 @@ def _copy(cached: Cached, file: RemoteFile, place: Path, progress: Progress) -> 
 def _accept(cached: Cached, file: RemoteFile, address: str, progress: Progress) -> None:
     """Check what arrived, note it, and give it its name."""
     part, note = cached.partial(file), cached.note(file)
-    size = part.stat().st_size
+    size, begun = part.stat().st_size, cached.begun(file)[1]
     with progress(f"Checking {file.name}", size, unit="bytes") as advance:
         sums = checksums(part, advance)
-    if wrong := mismatch(file, size, sums):
+    wrong = mismatch(file, size, sums)
+    if not wrong and begun and begun.sha256 not in (None, sums["sha256"]):
+        wrong = f"its sha256 is {sums['sha256']}, and the server says {begun.sha256}"
+    if wrong:
         part.unlink()
         note.unlink(missing_ok=True)
         raise InputError(
@@ -215,6 +234,12 @@ def _accept(cached: Cached, file: RemoteFile, address: str, progress: Progress) 
     cached.record(file, Fetched(address, size, sums["sha256"], now))
     part.replace(cached.path(file))
     note.unlink(missing_ok=True)
+
+
+def _linked_sha256(response: httpx2.Response) -> str | None:
+    """The SHA-256 that the Hugging Face hub gives where it redirects to a large file."""
+    found = [each.headers.get("X-Linked-ETag", "").strip('"') for each in (*response.history, response)]
+    return next((etag for etag in found if re.fullmatch("[0-9a-f]{64}", etag)), None)
 
 
 def mismatch(file: RemoteFile, size: int, sums: dict[str, str]) -> str | None:

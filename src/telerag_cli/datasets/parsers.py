@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -13,7 +12,7 @@ from telerag_cli.corpus.readers import read_passages
 from telerag_cli.corpus.sources import find_sources
 from telerag_cli.datasets.cache import Cached
 from telerag_cli.datasets.catalogue import DatasetKind, Parser, no_split
-from telerag_cli.datasets.streams import OnBad, Row, archive_errors, json_array, json_lines, opened
+from telerag_cli.datasets.streams import OnBad, Row, archive_errors, json_array, json_lines, lines_of, open_zip, opened
 from telerag_cli.errors import InputError, TeleragError
 
 T = TypeVar("T")
@@ -103,7 +102,7 @@ class DatasetReader:
             return
         on_bad = self._bad(self._beir["qrels"])
         with opened(self._path, self._beir["qrels"]) as handle:
-            for line, raw in enumerate(handle, 1):
+            for line, raw in lines_of(handle, on_bad):
                 try:
                     cells = raw.decode("utf-8").strip("\r\n").split("\t")
                     if cells == [""] or (line == 1 and tuple(cells) == QRELS_HEADER):
@@ -145,7 +144,7 @@ class DatasetReader:
         return on_bad
 
     def _beir_members(self) -> dict[str, str]:
-        with archive_errors(str(self._path)), zipfile.ZipFile(self._path) as archive:
+        with archive_errors(str(self._path)), open_zip(self._path) as archive:
             members = [PurePosixPath(name) for name in archive.namelist()]
         corpora = [member for member in members if member.name == "corpus.jsonl"]
         if len(corpora) != 1:

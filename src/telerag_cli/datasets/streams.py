@@ -5,7 +5,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import gzip
+import io
 import json
+import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -13,13 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from telerag_cli.errors import InputError
+from telerag_cli.errors import InputError, one_line
 from telerag_cli.files import wrap_os_error
 from telerag_cli.text import TextError, parse_json
+from telerag_cli.units import format_bytes
 
 BUFFER_CHARACTERS = 64 << 10
 MAX_ENTRY_CHARACTERS = 64 << 20
 """An entry of an array that is still incomplete at this size is taken for damaged."""
+MAX_RATIO = 200
+"""An archive that unpacks to more than so many times its size is not one of texts, which are packed to a tenth."""
 AGAIN = "Fetch it again."
 
 Row = tuple[int, dict[str, Any]]
@@ -33,7 +39,7 @@ def archive_errors(label: str) -> Iterator[None]:
     """Turn the exceptions of archives and disks into ours."""
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise InputError(
             f"{label} is damaged or incomplete: {str(error).rstrip('.')}.", remedy="Remove it and fetch it again."
         ) from error
@@ -51,18 +57,80 @@ def opened(path: Path, member: str | None = None) -> Iterator[IO[bytes]]:
     """
     with archive_errors(str(path)), contextlib.ExitStack() as stack:
         if member is not None:
-            yield _member(path, member, stack)
+            yield _bounded(_member(path, member, stack), path)
         elif path.suffix == ".gz":
-            yield cast("IO[bytes]", stack.enter_context(gzip.open(path)))
+            yield _bounded(cast("IO[bytes]", stack.enter_context(gzip.open(path))), path)
         else:
             yield stack.enter_context(path.open("rb"))
 
 
+def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip archive.
+
+    Raises:
+        InputError: it is of a kind that cannot be read.
+        zipfile.BadZipFile: it is damaged.
+    """
+    try:
+        return zipfile.ZipFile(path)
+    except (NotImplementedError, ValueError, struct.error) as error:
+        raise InputError(
+            f"{path} is not a zip archive that can be read: {one_line(str(error))}.", remedy=AGAIN
+        ) from error
+
+
+class _Bounded(io.RawIOBase):
+    """What is unpacked of an archive, up to a limit."""
+
+    def __init__(self, handle: IO[bytes], most: int, path: Path) -> None:
+        self._handle, self._left, self._most, self._path = handle, most, most, path
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; raises InputError beyond the limit."""
+        data = self._handle.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise InputError(
+                f"{self._path} unpacks to more than {format_bytes(self._most)}, {MAX_RATIO} times its size, as no text "
+                "does.",
+                remedy="Take it from elsewhere.",
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _bounded(handle: IO[bytes], path: Path) -> IO[bytes]:
+    return io.BufferedReader(_Bounded(handle, MAX_RATIO * path.stat().st_size + MAX_ENTRY_CHARACTERS, path))
+
+
+def lines_of(handle: IO[bytes], on_bad: OnBad) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of each line; one that is too long to be an entry is passed over, and never held whole."""
+    number = 0
+    while raw := handle.readline(MAX_ENTRY_CHARACTERS):
+        number += 1
+        if len(raw) == MAX_ENTRY_CHARACTERS and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = handle.readline(MAX_ENTRY_CHARACTERS)
+            on_bad(number, f"longer than {format_bytes(MAX_ENTRY_CHARACTERS)}")
+        else:
+            yield number, raw
+
+
 def _member(path: Path, member: str, stack: contextlib.ExitStack) -> IO[bytes]:
     if path.suffix == ".zip":
-        archive = stack.enter_context(zipfile.ZipFile(path))
+        archive = stack.enter_context(open_zip(path))
         if member in archive.namelist():
-            return stack.enter_context(archive.open(member))
+            try:
+                return stack.enter_context(archive.open(member))
+            except RuntimeError as error:  # encrypted, or packed in a way that Python has no code for
+                raise InputError(
+                    f"{member} of {path} cannot be unpacked: {one_line(str(error))}.",
+                    remedy="Pack it without a password, by deflate.",
+                ) from error
     else:
         for entry in (tar := stack.enter_context(tarfile.open(path, "r|*"))):  # noqa: SIM115  # the stack closes it
             handle = tar.extractfile(entry) if entry.name.removeprefix("./") == member else None
@@ -73,7 +141,7 @@ def _member(path: Path, member: str, stack: contextlib.ExitStack) -> IO[bytes]:
 
 def json_lines(handle: IO[bytes], on_bad: OnBad) -> Iterator[Row]:
     """Read JSON lines; empty lines are skipped."""
-    for line, raw in enumerate(handle, 1):
+    for line, raw in lines_of(handle, on_bad):
         if not raw.strip():
             continue
         try:
