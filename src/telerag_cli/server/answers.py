@@ -17,8 +17,10 @@ from telerag_cli.server.requests import ChatRequest, CompletionRequest
 from telerag_cli.server.responses import ChatCompletion, Completion
 from telerag_cli.server.service import AnswerRequest, AnswerResult, Service, Watcher
 from telerag_cli.server.streams import ChatChunks, CompletionChunks, streamed, until_gone
-from telerag_cli.server.validation import JsonRoute
+from telerag_cli.server.validation import JsonRoute, TimeShare
 
+SCHEMA_SHARE = 0.5
+"""Share of the time in which schemas are checked, one after the other."""
 STREAM_SCHEMA = {
     "type": "object",
     "properties": {"data": {"type": "string"}},
@@ -32,11 +34,11 @@ STREAMS_TOO: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-st
 def router(service: Service) -> APIRouter:
     """Return both routes."""
     routes = APIRouter(route_class=JsonRoute, tags=["Answers"], responses=STREAMS_TOO)
-    one_schema = asyncio.Lock()
+    schemas = TimeShare(SCHEMA_SHARE)
 
     async def read_with_schema(body: ChatRequest) -> AnswerRequest:
-        """Read a request whose schema may take seconds to check; such requests share one thread of all there are."""
-        async with one_schema:
+        """Read a request whose schema may take seconds to check."""
+        async with schemas:
             return await asyncio.to_thread(read_chat, body, service)
 
     @routes.post("/v1/chat/completions", response_model=ChatCompletion)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 import resource
 import sys
@@ -30,7 +31,7 @@ kilobyte in few chunks."""
 class ConnectionLimits:
     """How many connections there may be, and how long each may do nothing."""
 
-    count: int = 1000
+    count: int = 500
     head_s: float = 15.0
     """Seconds until a request's line and headers are there, from when the connection was made or the request began."""
     idle_s: float = 90.0
@@ -102,16 +103,16 @@ class Connection(H11Protocol):
         self._unsent_since_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take the connection; if there are too many, the one that was idle longest goes, or else this one."""
+        """Take the connection; if there are too many, those that were idle longest go, or else this one."""
         super().connection_made(transport)
         if len(self.connections) <= self._limits.count:
             return
-        others = [each for each in self.connections if isinstance(each, Connection) and each is not self]
-        others = [each for each in others if not each.transport.is_closing()]
-        if len(others) < self._limits.count:
-            return
-        if idle := [each for each in others if each.is_idle]:
-            min(idle, key=lambda each: each._active_s).transport.abort()
+        idle = [each for each in self.connections if isinstance(each, Connection) and each.is_idle and each is not self]
+        if idle:
+            # Some at once, for looking through all of them takes a while; they leave the set later by themselves, too.
+            for each in heapq.nsmallest(1 + self._limits.count // 32, idle, key=lambda each: each._active_s):
+                each.transport.abort()
+                self.connections.discard(each)
         else:
             message = f"There are {self._limits.count:,} connections, as many as may be; try again in a second."
             self.logger.warning(message)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -15,6 +18,10 @@ from telerag_cli.server.fields import UNSUPPORTED, UNUSABLE
 from telerag_cli.server.requests import MAX_VALUES, NOT_AN_OBJECT
 from telerag_cli.text import TextError, parse_json
 
+SMALL_BYTES = 16 << 10
+LARGE_SHARE = 0.25
+"""Share of the event loop's time for parsing bodies that are larger: some take it tens of milliseconds, and it has
+everybody's to do."""
 _CODES = {
     "missing": "missing_required_parameter",
     "union_tag_not_found": "missing_required_parameter",
@@ -28,23 +35,46 @@ _COMPLETE = (UNUSABLE, NOT_AN_OBJECT, "too_short", "too_long")
 """Kinds of errors whose message already says what was sent."""
 
 
+class TimeShare:
+    """Work of a kind, one at a time, that takes at most a share of the time; for one event loop."""
+
+    def __init__(self, share: float) -> None:
+        self._pauses = 1 / share - 1
+        self._turn = asyncio.Lock()
+
+    async def __aenter__(self) -> None:
+        await self._turn.acquire()
+        self._began_s = time.perf_counter()
+
+    async def __aexit__(self, *_error: object) -> None:
+        # The next one waits, and not the one whose work is done.
+        pause_s = self._pauses * (time.perf_counter() - self._began_s)
+        asyncio.get_running_loop().call_later(pause_s, self._turn.release)
+
+
 class JsonRoute(APIRoute):
     """A route whose body is read by the strict reader, and refused if it holds more than `MAX_VALUES`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See `APIRoute`."""
-        handle = super().get_route_handler()
+        handle, large = super().get_route_handler(), TimeShare(LARGE_SHARE)
 
         async def handler(request: Request) -> Response:
-            return await handle(_JsonRequest(request.scope, request.receive))
+            return await handle(_JsonRequest(request, large))
 
         return handler
 
 
 class _JsonRequest(Request):
+    def __init__(self, request: Request, large: TimeShare) -> None:
+        super().__init__(request.scope, request.receive)
+        self._large = large
+
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return parse_json(await self.body(), max_values=MAX_VALUES)
+            async with self._large if len(body) > SMALL_BYTES else contextlib.nullcontext():
+                return parse_json(body, max_values=MAX_VALUES)
         except TextError as error:
             # The error that FastAPI expects here, which says where by itself.
             raise json.JSONDecodeError(str(error), "", 0) from None
