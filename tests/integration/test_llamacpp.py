@@ -294,6 +294,30 @@ def test_tokens_that_a_text_spells_stay_text(llama):
     assert text == harmless.replace("Be brief.", evil).replace("Which?", evil)
 
 
+def test_a_model_is_asked_in_the_way_of_its_template(monkeypatch):
+    from telerag_cli.llm import llama_model
+    from telerag_cli.llm.models import resolve_model
+
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    turns = (
+        "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] }}{% endfor %}<think>\n"
+    )
+
+    def load_with(template):
+        monkeypatch.setattr(llama_model.llama_cpp, "llama_model_chat_template", lambda _model, _name: template.encode())
+        return llama_model.LlamaModel(resolve_model(None, None))
+
+    with contextlib.closing(load_with(refuses + turns)) as model:
+        prompt = model.prompt([Message("system", "Be brief."), Message("user", "Which?")])
+        text = b"".join(model.piece(token, special=True) for token in prompt)
+        assert text == b"<|im_start|>user\nBe brief.\n\nWhich?<think>\n"
+        assert model.begins_reasoning(prompt)
+        assert model.count([Message("system", "Be brief."), Message("user", "Which?")]) == len(prompt)
+    monkeypatch.setattr("telerag_cli.llm.chat_template.TIME_LIMIT_S", 0.2)
+    with fails(ModelError, resolve_model(None, None).name, "0.2 s"):
+        load_with("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + turns)
+
+
 def test_counting_a_long_prompt_holds_up_neither_the_loop_nor_other_requests(llama):
     long = [Message("user", "Bär " * 60_000)]
 

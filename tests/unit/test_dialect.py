@@ -75,8 +75,9 @@ def test_max_tokens_is_renamed():
     assert Dialect().learn(Dialect().body("small", ask()), "max_tokens is too large: 8. It supports at most 4") is None
 
 
-def test_a_parameter_without_a_name_is_looked_for():
-    body, news = learnt(Dialect(), ask(), *["Unknown parameter in request"] * 9)
+@pytest.mark.parametrize("said", ["Unknown parameter in request", "Bad Request", "Error code: 422", "400 Bad Request."])
+def test_a_parameter_without_a_name_is_looked_for(said):
+    body, news = learnt(Dialect(), ask(), *[said] * 9)
     assert [bool(told) for told in news] == [True] * 5 + [False] * 4
     assert body.keys() == {"model", "messages", "max_tokens", "temperature", "stop", "stream"}
 

@@ -40,6 +40,11 @@ _REFUSES = re.compile(
     r"|invalid (?:parameter|field|argument|key|property|role)|\binstead\b"
     r"|must be (?:false|null|none|empty|omitted|unset)"
 )
+_SAYS_NOTHING = re.compile(
+    r"(?:error code: 4\d\d)?\W*"
+    r"(?:(?:400 |422 )?(?:bad|invalid|malformed) request|unprocessable (?:entity|content)|validation error)?\W*"
+)
+"""A refusal that names no reason at all."""
 _OF_VALUE = re.compile(r"\b(?:must|should|range|between|positive|greater|less|minimum|at least|valid)\b")
 _OF_PARAMETERS = re.compile(r"\b(?:parameter|field|argument|key|propert|input|option)")
 _NO_SYSTEM = re.compile(
@@ -138,28 +143,36 @@ class Dialect:
         return None
 
     def _learn_parameter(self, body: Mapping[str, Any], said: str, param: str | None, *, broken: bool) -> str | None:
-        if not _REFUSES.search(said):
-            name = next((name for name in _NEUTRAL if name == param or re.search(_WORDS[name], said)), None)
-            if broken or name is None or body.get(name) != _NEUTRAL[name] or not _OF_VALUE.search(said):
-                return None
-            known = name in self._left_out_if_neutral
-            self._left_out_if_neutral.add(name)
-            return "" if known else f"does not take {name} {body[name]:g}; it is left out"
+        silent = bool(_SAYS_NOTHING.fullmatch(said))
+        if not silent and not _REFUSES.search(said):
+            return None if broken else self._learn_value(body, said, param)
         if "max_tokens" in body and (param == "max_tokens" or "max_tokens" in said or "max_completion_tokens" in said):
             known, self._max_tokens = self._max_tokens != "max_tokens", "max_completion_tokens"
             return "" if known else "does not take max_tokens; max_completion_tokens is sent instead"
-        sent = [name for name in _DISPENSABLE if name in body]
-        named = [name for name in sent if name == param] or [name for name in sent if re.search(_WORDS[name], said)]
-        others = any(re.search(words, said) for words in _WORDS.values())
-        if not named and not others and not broken and _OF_PARAMETERS.search(said):
-            named = [name for name in _UNNAMED if name in body]
-        if not named or (broken and named[0] == "stream"):
+        mentioned = [name for name in _DISPENSABLE if name == param] or _mentioned(said)
+        if not mentioned and not broken and (silent or _OF_PARAMETERS.search(said)):
+            mentioned = list(_UNNAMED)
+        name = next((name for name in mentioned if name in body), None)
+        if name is None or (broken and name == "stream"):
             return None
-        known = named[0] in self._left_out
-        self._left_out.add(named[0])
-        if named[0] == "stream":
+        known = name in self._left_out
+        self._left_out.add(name)
+        if name == "stream":
             return "" if known else "does not stream; answers come whole"
-        return "" if known else f"does not take {named[0]}; it is left out"
+        return "" if known else f"does not take {name}; it is left out"
+
+    def _learn_value(self, body: Mapping[str, Any], said: str, param: str | None) -> str | None:
+        name = next((name for name in _NEUTRAL if name == param or name in _mentioned(said)), None)
+        if name is None or body.get(name) != _NEUTRAL[name] or not _OF_VALUE.search(said):
+            return None
+        known = name in self._left_out_if_neutral
+        self._left_out_if_neutral.add(name)
+        return "" if known else f"does not take {name} {body[name]:g}; it is left out"
+
+
+def _mentioned(said: str) -> list[str]:
+    """The parameters that a refusal speaks of, those that matter least first."""
+    return [name for name in _DISPENSABLE if re.search(_WORDS[name], said)]
 
 
 def _repeats(roles: Sequence[str]) -> bool:

@@ -361,7 +361,7 @@ def _parsed(text: str, name: str, request: httpx2.Request) -> dict[str, Any]:
         if name == "error":
             chunk = {"message": text}
         elif name in ("", "message"):
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{error}, in {text:.60}") from error
         else:
             return {}
     body = chunk if isinstance(chunk, dict) else {}
