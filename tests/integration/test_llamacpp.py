@@ -299,9 +299,7 @@ def test_a_model_is_asked_in_the_way_of_its_template(monkeypatch):
     from telerag_cli.llm.models import resolve_model
 
     refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    turns = (
-        "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] }}{% endfor %}<think>\n"
-    )
+    turns = "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + ' ' + turn['content'] }}{% endfor %}<think>"
 
     def load_with(template):
         monkeypatch.setattr(llama_model.llama_cpp, "llama_model_chat_template", lambda _model, _name: template.encode())
@@ -310,7 +308,7 @@ def test_a_model_is_asked_in_the_way_of_its_template(monkeypatch):
     with contextlib.closing(load_with(refuses + turns)) as model:
         prompt = model.prompt([Message("system", "Be brief."), Message("user", "Which?")])
         text = b"".join(model.piece(token, special=True) for token in prompt)
-        assert text == b"<|im_start|>user\nBe brief.\n\nWhich?<think>\n"
+        assert text == b"<|im_start|>user Be brief.\n\nWhich?<think>"
         assert model.begins_reasoning(prompt)
         assert model.count([Message("system", "Be brief."), Message("user", "Which?")]) == len(prompt)
     monkeypatch.setattr("telerag_cli.llm.chat_template.TIME_LIMIT_S", 0.2)
