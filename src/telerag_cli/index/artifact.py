@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -139,7 +139,7 @@ class Manifest:
                 remedy="Build the index again with this version.",
             )
         try:
-            manifest = TypeAdapter(cls).validate_json(json.dumps(raw))  # strict, and enumerations are texts in JSON
+            manifest = _reader().validate_json(json.dumps(raw))  # strict, and enumerations are texts in JSON
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
@@ -169,6 +169,11 @@ class Manifest:
                 "there.",
                 remedy="Build the index again.",
             )
+
+
+@cache
+def _reader() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
 
 
 def code_size(dimension: int, storage: Storage) -> int:
