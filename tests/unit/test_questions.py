@@ -5,11 +5,11 @@ import json
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expect import fails
-from fuzz import fuzzed
+from fuzz import EXAMPLES, fuzzed
 from telerag_cli.config import EngineConfig
 from telerag_cli.engine.lines import RunFile, error_line
 from telerag_cli.engine.questions import Question, read_questions
@@ -162,12 +162,23 @@ SCHEMAS = st.dictionaries(
 ).map(lambda schema: {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", **schema}}})
 
 
-@given(st.dictionaries(KEYS, JSON, max_size=3), st.one_of(st.none(), SCHEMAS))
-@fuzzed
-def test_any_request_is_a_question_or_an_error_of_its_line(changed, form):
-    body = {**USUAL, **changed, **({"response_format": form} if form else {})}
-    line = json.dumps({"custom_id": "a", "body": body}).encode()
+def asked_with(changed):
+    """The outcome of a Batch line whose body is the usual one with these changes."""
+    line = json.dumps({"custom_id": "a", "body": {**USUAL, **changed}}).encode()
     (question,) = read_questions(io.BytesIO(line), "q", partial(read_batch_body, EngineConfig(index="index")))
-    if question.problem is None:
-        assert question.text.strip()
     json.dumps(error_line(question, InputError(question.problem or "")), ensure_ascii=False).encode()
+    return question
+
+
+@given(st.dictionaries(KEYS, JSON, max_size=3))
+@fuzzed
+def test_any_request_is_a_question_or_an_error_of_its_line(changed):
+    question = asked_with(changed)
+    assert question.problem or question.text.strip()
+
+
+@given(SCHEMAS)
+@settings(fuzzed, max_examples=max(10, EXAMPLES // 100))  # each is looked at in a process of its own
+def test_any_schema_is_kept_or_an_error_of_its_line(form):
+    question = asked_with({"response_format": form})
+    assert question.problem or question.options.settings["shape"]
