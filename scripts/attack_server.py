@@ -245,6 +245,7 @@ def main() -> None:
         return answer_s
 
     print("| attack | health p50 ms | p99 | max | neighbour ms | factor | slots | log bytes |\n| " + "--- | " * 8)
+    send(url, CHAT, json.dumps(question()).encode(), options.key)  # the neighbour's prompt is known from here on
     usual_s = row("none", None, (), 0.0)
     for name, function, more in attacks(options.key):
         if options.only in name:

@@ -21,7 +21,7 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.server.connections import Connection, ConnectionLimits, connection_limits
 from telerag_cli.server.service import Service
 
-BACKLOG = 64
+BACKLOG = 256
 """Connections that the kernel keeps until they are accepted; asyncio accepts as many at once, and says as often that it
 has no more files for them."""
 CHECK_TICKS = 10
