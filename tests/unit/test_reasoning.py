@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from telerag_cli.llm.detokenizer import Detokenizer
-from telerag_cli.llm.reasoning import split
+from telerag_cli.llm.reasoning import ReasoningFilter, split
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,14 @@ def test_an_answer_that_is_only_reasoning_is_known():
     assert output.only_reasoned
     output.add(b"</think> Blue")
     assert not output.only_reasoned
+
+
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "blue", "<", "'", "/th", "ink>", " "])), st.booleans(), st.data()
+)
+def test_a_text_that_grows_is_split_as_the_whole_is(parts, inside, data):
+    text, growing = "".join(parts), ReasoningFilter(inside=inside)
+    while len(growing.whole) < len(text):
+        end = data.draw(st.integers(len(growing.whole) + 1, len(text)))
+        growing.add(text[len(growing.whole) : end])
+        assert growing.split == split(growing.whole, inside=inside)

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Sequence
 
 from telerag_cli.llm.base import Token, find_stop
-from telerag_cli.llm.reasoning import Split, split, unfinished_tag
+from telerag_cli.llm.reasoning import ReasoningFilter, unfinished_tag
 
 
 class Detokenizer:
@@ -29,24 +29,23 @@ class Detokenizer:
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._reasoning = reasoning
-        self._inside = inside
-        self._whole = ""
-        self._split = Split("", (), False)
+        self._filter = ReasoningFilter(inside=inside) if reasoning else None
+        self._characters = 0
         self._tokens: list[Token] = []
 
     def add(self, piece: bytes, logprob: float | None = None) -> None:
         """Take a token's bytes, and the logarithm of its probability if the tokens are to be kept."""
-        before, start = len(self.text), len(self._whole)
-        self._whole += self._utf8.decode(piece).replace("\0", "\ufffd")
+        before, start = len(self.text), self._characters
+        new = self._utf8.decode(piece).replace("\0", "\ufffd")
+        self._characters += len(new)
         self.count += 1
         if logprob is not None:
-            self._tokens.append(Token(start, len(self._whole), logprob))
-        if self._reasoning:
-            self._split = split(self._whole, inside=self._inside)
-            self.text = self._split.answer
+            self._tokens.append(Token(start, self._characters, logprob))
+        if self._filter:
+            self._filter.add(new)
+            self.text = self._filter.split.answer
         else:
-            self.text = self._whole
+            self.text += new
         # What was there before has been searched.
         searched = before - self._longest + 1 if before <= len(self.text) else 0
         if found := find_stop(self.text, self._stop, max(0, searched)):
@@ -56,22 +55,22 @@ class Detokenizer:
     @property
     def tokens(self) -> list[Token]:
         """Those that came with a probability."""
-        if not self._reasoning:
+        if not self._filter:
             return self._tokens
-        place = self._split.place
+        place = self._filter.split.place
         return [Token(place(token.start), place(token.end), token.logprob) for token in self._tokens]
 
     @property
     def only_reasoned(self) -> bool:
         """Whether there is reasoning and no answer."""
-        return self._split.reasoned and not self.text.strip()
+        return bool(self._filter and self._filter.split.reasoned and not self.text.strip())
 
     @property
     def shown(self) -> str:
         """The text without an end that may turn out to begin a ``stop`` text or reasoning."""
         if self.stopped_by is not None:
             return self.text
-        text = self.text[: len(self.text) - unfinished_tag(self.text)] if self._reasoning else self.text
+        text = self.text[: len(self.text) - unfinished_tag(self.text)] if self._filter else self.text
         for length in range(min(self._longest - 1, len(text)), 0, -1):
             tail = text[-length:]
             if any(mark.startswith(tail) and mark != tail for mark in self._stop):

@@ -32,10 +32,19 @@ class Split(NamedTuple):
     """Which characters of the whole text the answer has: from, to."""
     reasoned: bool
     """Whether there was reasoning."""
+    inside: bool
+    """Whether the text ends within reasoning."""
 
     def place(self, whole: int) -> int:
         """Return the place in the answer of a place in the whole text."""
         return sum(min(max(whole - start, 0), end - start) for start, end in self.kept)
+
+    def longer(self, piece: str) -> Split:
+        """Return the same for the text with a piece after it in which no tag ends."""
+        if self.inside:
+            return self._replace(reasoned=self.reasoned or bool(piece.strip()))
+        *kept, (start, end) = self.kept
+        return self._replace(answer=self.answer + piece, kept=(*kept, (start, end + len(piece))))
 
 
 def split(text: str, *, inside: bool = False) -> Split:
@@ -47,8 +56,6 @@ def split(text: str, *, inside: bool = False) -> Split:
         text: the text, or its beginning.
         inside: whether it begins within reasoning, as after a prompt that ends with the tag.
     """
-    if not inside and not _FIRST.search(text):
-        return Split(text, ((0, len(text)),), False)
     kept: list[tuple[int, int]] = []
     start, reasoned, opened = 0, False, inside
     for tag in TAG.finditer(text):
@@ -65,7 +72,27 @@ def split(text: str, *, inside: bool = False) -> Split:
         reasoned = reasoned or bool(text[start:].strip())
     else:
         kept.append((start, len(text)))
-    return Split("".join(text[begin:end] for begin, end in kept), tuple(kept), reasoned)
+    return Split("".join(text[begin:end] for begin, end in kept), tuple(kept), reasoned, inside)
+
+
+class ReasoningFilter:
+    """A text that grows, without its reasoning. A piece takes the same time however long the text is."""
+
+    def __init__(self, *, inside: bool = False) -> None:
+        """Begin, perhaps within reasoning; see `split`."""
+        self.whole = ""
+        """With its reasoning."""
+        self._inside = inside
+        self.split = split("", inside=inside)
+
+    def add(self, piece: str) -> None:
+        """Take the next piece."""
+        start = len(self.whole)
+        self.whole += piece
+        if TAG.search(self.whole, max(0, start - _LONGEST_TAG)):
+            self.split = split(self.whole, inside=self._inside)
+        else:
+            self.split = self.split.longer(piece)
 
 
 def unfinished_tag(text: str) -> int:

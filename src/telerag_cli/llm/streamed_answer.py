@@ -9,7 +9,7 @@ from typing import Any
 
 from telerag_cli.llm.base import Generation, OnText, Request, find_stop
 from telerag_cli.llm.detokenizer import Detokenizer, stripped
-from telerag_cli.llm.reasoning import split, unfinished_tag
+from telerag_cli.llm.reasoning import ReasoningFilter, unfinished_tag
 from telerag_cli.text import repaired
 
 _REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
@@ -39,7 +39,8 @@ class StreamedAnswer:
         self.cut = False
         """Whether the text ended at a stop text that the server did not see."""
         self._on_text = on_text
-        self._whole = ""
+        self._filter = ReasoningFilter()
+        self._half = ""
         self._shown = ""
         self._stopped_by: str | None = None
         self._logprobs: list[tuple[bytes, float]] = []
@@ -64,7 +65,7 @@ class StreamedAnswer:
         choices = chunk.get("choices")
         choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
         delta = _mapping(choice.get("delta"))
-        if not delta and not self._whole:
+        if not delta and not self._filter.whole:
             delta = _mapping(choice.get("message"))
         self._logprobs += _logprobs(_mapping(choice.get("logprobs")).get("content"))
         if refusal := delta.get("refusal"):
@@ -75,9 +76,9 @@ class StreamedAnswer:
             self.reasoned = self.reasoned or thought
             self._grow(content)
         if (finish := choice.get("finish_reason")) and str(finish).lower() not in ("null", "none") and not self.cut:
-            if _is_half(self._whole):
-                self._whole = f"{self._whole[:-1]}\ufffd"
-                self._update()
+            if self._half:
+                self._update(self._half)
+                self._half = ""
             self.finish = _REASONS.get(str(finish).lower(), str(finish).lower())
             if self._first_s is None:  # an empty answer takes the time of its end
                 self._last_s = time.perf_counter()
@@ -118,15 +119,18 @@ class StreamedAnswer:
         """Take a piece of the reply, which is empty if it was reasoning that the server keeps apart."""
         self._last_s = time.perf_counter()
         self._first_s = self._first_s or self._last_s
-        self._whole += piece
         self.pieces = max(self.pieces + 1, len(self._logprobs))
-        self._update()
-
-    def _update(self) -> None:
-        """Make the text of what was received, and show it."""
-        shape = self.request.shape
         # Half of a pair waits for its other half.
-        received = split(repaired(self._whole[:-1] if _is_half(self._whole) else self._whole))
+        piece, self._half = self._half + piece, ""
+        if "\ud800" <= piece[-1:] <= "\udbff":
+            piece, self._half = piece[:-1], piece[-1]
+        self._update(piece)
+
+    def _update(self, piece: str) -> None:
+        """Take a piece of the text, and show what is there."""
+        shape = self.request.shape
+        self._filter.add(repaired(piece))
+        received = self._filter.split
         self.reply, self.reasoned = received.answer, self.reasoned or received.reasoned
         self.text = shape.plain(self.reply) if shape else self.reply
         if stop := find_stop(self.text, self.request.stop):
@@ -170,7 +174,3 @@ def _count(counts: Mapping[str, Any], name: str) -> int | None:
 
 def _is_text(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else bool(value)
-
-
-def _is_half(text: str) -> bool:
-    return "\ud800" <= text[-1:] <= "\udbff"
