@@ -182,6 +182,17 @@ def test_an_offer_of_another_protocol_is_answered_in_this_one(address):
         assert answer(connection)[0] == 200
 
 
-def test_the_limit_leaves_files_for_the_rest_of_the_process():
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert connection_limits().count <= max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 128, soft // 2)
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised"),
+    [(1024, 4096, 1024), (256, 4096, 878), (256, 256, 256), (64, 64, 64), (resource.RLIM_INFINITY,) * 2 + (None,)],
+)
+def test_the_limit_leaves_files_for_the_rest_of_the_process(monkeypatch, soft, hard, raised):
+    now = [soft, hard]
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: tuple(now))
+    monkeypatch.setattr(resource, "setrlimit", lambda _which, new: now.__setitem__(slice(None), new))
+    limits = connection_limits()
+    if raised is None or raised >= 878:
+        assert limits == ConnectionLimits()
+    else:
+        assert 8 <= limits.count + limits.backlog <= max(raised - connections.SPARE_FILES, raised // 4)
+    assert now == [raised or soft, hard]

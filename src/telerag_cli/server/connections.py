@@ -6,7 +6,6 @@ import asyncio
 import heapq
 import json
 import resource
-import sys
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -39,18 +38,24 @@ class ConnectionLimits:
     write_s: float = 60.0
     """Seconds for which a client may read nothing of a response."""
 
+    @property
+    def backlog(self) -> int:
+        """Connections that the kernel keeps until they are accepted: a burst of clients, all accepted at once."""
+        return min(256, self.count // 2)
+
 
 def connection_limits() -> ConnectionLimits:
     """Return limits that this process has files for, after raising its own soft limit as far as it may go."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    usual = ConnectionLimits()
-    wanted = usual.count + SPARE_FILES
-    unlimited = resource.RLIM_INFINITY
-    if soft != unlimited and soft < wanted:
+    usual, unlimited = ConnectionLimits(), resource.RLIM_INFINITY
+    wanted = usual.count + usual.backlog + SPARE_FILES
+    if soft == unlimited or soft >= wanted:
+        return usual
+    if hard == unlimited or hard > soft:
         soft = wanted if hard == unlimited else min(hard, wanted)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    files = sys.maxsize if soft == unlimited else soft
-    return ConnectionLimits(min(usual.count, max(files - SPARE_FILES, files // 2)))
+    # The backlog takes half as many again.
+    return ConnectionLimits(min(usual.count, max(soft - SPARE_FILES, soft // 4) * 2 // 3))
 
 
 class _Parser(h11.Connection):

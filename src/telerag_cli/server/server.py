@@ -21,9 +21,6 @@ from telerag_cli.errors import ResourceError, UsageError
 from telerag_cli.server.connections import Connection, ConnectionLimits, connection_limits
 from telerag_cli.server.service import Service
 
-BACKLOG = 256
-"""Connections that the kernel keeps until they are accepted; asyncio accepts as many at once, and says as often that it
-has no more files for them."""
 CHECK_TICKS = 10
 """Connections are checked once per so many of uvicorn's ticks, which are tenths of a second."""
 LAST_ANSWERS_S = 2
@@ -96,7 +93,7 @@ class Serving:
         return self._ended
 
     async def _live(self, listening: socket.socket, opened: ExitStack) -> None:
-        listening.listen(BACKLOG)
+        listening.listen(self._server.config.backlog)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.end, number)
@@ -160,7 +157,7 @@ def uvicorn_server(app: ASGIApp, drain_s: float, limits: ConnectionLimits | None
             log_config=None,
             access_log=False,
             lifespan="off",
-            backlog=BACKLOG,
+            backlog=limits.backlog,
             timeout_keep_alive=round(limits.idle_s),
             ws="none",
             server_header=False,
