@@ -156,6 +156,8 @@ def repeat(url: str, seconds: float, path: str, body: bytes, key: str) -> None:
 
 def attacks(key: str) -> Iterator[tuple[str, Callable[..., None], tuple[Any, ...]]]:
     """Yield each attack's name, function and further arguments."""
+    ordinary = json.dumps(question("What does a list comprehension do?")).encode()
+    yield "as many ordinary clients", repeat, (CHAT, ordinary, key)
     yield "500 silent connections", silent, (500 // PROCESSES,)
     yield "2,000 silent connections", silent, (2_000 // PROCESSES,)
     yield "slow headers", slow_headers, ()

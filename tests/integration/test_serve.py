@@ -381,6 +381,21 @@ def test_models_are_the_pipelines_and_the_embedder(made):
     assert made.get("/nowhere").json()["error"]["type"] == "not_found_error"
 
 
+def test_a_question_that_fits_no_context_is_refused_by_its_beginning(server, monkeypatch):
+    with server() as made:
+        texts = []
+        usual = made.engine.generator.count_tokens
+
+        def count_tokens(messages):
+            texts.extend(message.content for message in messages)
+            return usual(messages)
+
+        monkeypatch.setattr(made.engine.generator, "count_tokens", count_tokens)
+        refused = made.post(ask(question="where " * 150_000))
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert [len(text) for text in texts] == [8 * 4096]
+
+
 @pytest.mark.parametrize(
     ("path", "meant"),
     [

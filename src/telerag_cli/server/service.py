@@ -18,8 +18,8 @@ from telerag_cli.engine.engine import AskResult, Engine
 from telerag_cli.engine.lines import answer_body
 from telerag_cli.engine.scheduler import Scheduler
 from telerag_cli.engine.snapshot import snapshot
-from telerag_cli.errors import ReasoningError
-from telerag_cli.llm.base import Message, Request
+from telerag_cli.errors import ContextError, ReasoningError
+from telerag_cli.llm.base import Message, Request, counted
 from telerag_cli.pipelines.base import ANSWER, Listener, Pipeline
 from telerag_cli.pipelines.conversation import Turn
 from telerag_cli.server.errors import DO_NOT_RETRY, OVERLOADED, RETRY_S, TIMEOUT, ApiError, shortened, stopping
@@ -36,6 +36,8 @@ REMEMBERED = 32
 MAX_RETRY_S = 60
 """OpenAI's clients ignore a longer one."""
 RATES_S = 10.0
+LONG_TOKEN = 8
+"""Characters that a token seldom has on average."""
 
 
 class Status(StrEnum):
@@ -210,6 +212,7 @@ class Service:
         """Answer a question: wait in the queue, ask the engine, count. If cancelled, nothing is left in the engine."""
         engine, queue = self.require_ready()
         came_s = time.perf_counter()
+        await _check_length(asked.question, engine)
         may_look_ahead = bool(asked.turns) or asked.pipeline.name != WITHOUT_LOOKAHEAD
         groups = may_look_ahead and asked.settings.lookahead is not Lookahead.OFF and queue.groups
         watcher.queued(queue.waiting)
@@ -292,6 +295,20 @@ class Service:
         if self._engine is None or self._queue is None:
             return None
         return self._queue.running, self._queue.waiting, snapshot(self._engine)
+
+
+async def _check_length(question: str, engine: Engine) -> None:
+    """Refuse a question that no context has room for by its beginning, before all of it is tokenized and embedded."""
+    room = engine.generator.context_tokens
+    beginning = question[: room * LONG_TOKEN]
+    if (
+        len(question) > len(beginning)
+        and (tokens := await counted(engine.generator, [Message("user", beginning)])) > room
+    ):
+        raise ContextError(
+            f"The question takes more than {tokens:,} tokens and the context has room for {room:,}.",
+            remedy="Shorten it.",
+        )
 
 
 async def _ask(
