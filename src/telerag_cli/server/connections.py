@@ -21,7 +21,7 @@ MAX_HEAD_BYTES = 16 << 10
 """Of a request's line and headers."""
 SPARE_FILES = 128
 """Files that connections leave to the rest of the process: the index, the model, the replicas."""
-FREE_CHUNKS, MIN_CHUNK_BYTES = 1000, 256
+FREE_CHUNKS, MIN_CHUNK_BYTES = 200, 256
 """A body may come in so many chunks of any size, and in one more for each of so many bytes: each takes the time of a
 kilobyte in few chunks."""
 
