@@ -122,8 +122,9 @@ def test_a_manifest_that_is_not_one_is_refused(root, text):
 
 def test_an_index_of_an_earlier_version_is_opened(root):
     manifest = read_sealed_json(root / "manifest.json")
-    del manifest["files"]["passages.npy"]
-    (root / "passages.npy").unlink()
+    for name in ("passages.npy", "row_checksums.npy"):
+        del manifest["files"][name]
+        (root / name).unlink()
     (root / "manifest.json").write_text(json.dumps(manifest))
     index = Index.open(root)
     assert index.batch_checksums is None
@@ -217,6 +218,23 @@ def test_kept_vectors_cut_short_while_they_are_open_are_an_error(root):
     os.truncate(index.paths.vectors, 200)
     with fails(ArtifactError, "vectors.npy"):
         search(index, clustered(1500, 8)[0])
+
+
+def test_a_damaged_kept_vector_is_told_where_it_is_used(root):
+    index = Index.open(root)
+    rows = np.arange(1500)
+    whole = index.vectors[rows]
+    flip(index.paths.vectors, index.paths.vectors.stat().st_size - 5)
+    np.testing.assert_array_equal(index.vectors[rows[:-1]], whole[:-1])
+    with fails(ArtifactError, "Row 1,499"):
+        index.vectors[rows]
+
+
+@pytest.mark.parametrize("name", ["centroids.npy", "offsets.npy", "checksums.npy", "passages.npy"])
+def test_what_is_read_when_an_index_is_opened_is_compared_with_its_checksum(root, name):
+    flip(root / name, (root / name).stat().st_size - 1)
+    with fails(ArtifactError, name, "xxh3:"):
+        Index.open(root)
 
 
 def test_verify_finds_a_flipped_byte_in_every_file(root):

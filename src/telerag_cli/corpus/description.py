@@ -30,9 +30,9 @@ class _DescribedShard:
 
 @dataclass(frozen=True)
 class _Described:
-    """What is read of the description of a finished folder."""
+    """What the description of a finished folder may say; nothing else, for that could be the checksum's damaged key."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
 
     dimension: int
     rows: int
@@ -41,6 +41,16 @@ class _Described:
     pooling: str | None = None
     normalized: bool | None = None
     prompt: str | None = None
+    max_tokens: int | None = None
+    weights: str | None = None
+    precision: str | None = None
+    dtype: str | None = None
+    shard_rows: int | None = None
+    format: str = FORMAT
+    version: int = 1
+    complete: bool = True
+    synthetic: Any = None
+    """What a made-up folder was made of."""
 
 
 def read_description(folder: Path) -> dict[str, Any]:

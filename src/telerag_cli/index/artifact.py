@@ -10,6 +10,7 @@ lists.bin          the lists, each ``[codes | int64 row numbers]`` at a multiple
 passages.arrow     Arrow IPC file: ``id``, ``text``, ``metadata`` (JSON), addressed by row number
 passages.npy       uint64 (batches,): xxh3-64 of each of its record batches; older indexes have none
 vectors.npy        float16 or float32 (ntotal, dimension), addressed by row number; if kept
+row_checksums.npy  uint64 (ntotal, 1): xxh3-64 of each row of vectors.npy; older indexes have none
 =================  ==========================================================================================
 
 A list of ``capacity`` vectors takes ``capacity * (code_size + 8)`` bytes, rounded up to 4 KiB; its row numbers start at
@@ -38,7 +39,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
 from telerag_cli.errors import ArtifactError
-from telerag_cli.files import HeldFile, HeldFolder, read_sealed_json, wrap_os_error, write_sealed_json
+from telerag_cli.files import HeldFile, HeldFolder, checksum, read_sealed_json, wrap_os_error, write_sealed_json
 from telerag_cli.index.npy import AGAIN, ArrayRows, read_array
 
 FORMAT = "telerag-index"
@@ -64,6 +65,7 @@ class IndexPaths:
         self.passages = root / "passages.arrow"
         self.batch_checksums = root / "passages.npy"
         self.vectors = root / "vectors.npy"
+        self.row_checksums = root / "row_checksums.npy"
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ class Manifest:
         needed = {paths.centroids, paths.offsets, paths.checksums, paths.lists, paths.passages}
         needed |= {paths.quantizer} if self.storage is Storage.INT8 else set()
         needed |= {paths.vectors} if self.kept_vectors else set()
-        names, found = {each.name for each in needed}, set(self.files) - {paths.batch_checksums.name}
+        later = {paths.batch_checksums.name} | ({paths.row_checksums.name} if self.kept_vectors else set())
+        names, found = {each.name for each in needed}, set(self.files) - later
         if found != names:
             odd = ", ".join(sorted(found ^ names))
             raise ArtifactError(
@@ -270,6 +273,13 @@ class Index:
                     f"{files[name]} has {files[name].size:,} bytes, and its manifest says {info.bytes:,} bytes.",
                     remedy=AGAIN,
                 )
+        large = {paths.lists.name, paths.passages.name, paths.vectors.name, paths.row_checksums.name}
+        for name in manifest.files.keys() - large:  # of the large ones each part is checked when it is read
+            if (found := checksum(files[name])) != manifest.files[name].checksum:
+                raise ArtifactError(
+                    f"{files[name]} has the checksum {found}, and its manifest says {manifest.files[name].checksum}.",
+                    remedy=AGAIN,
+                )
         nlist, dimension = manifest.nlist, manifest.dimension
 
         def array(path: Path, dtype: Any, *shape: int) -> npt.NDArray[Any]:
@@ -281,8 +291,13 @@ class Index:
         trained = array(paths.quantizer, np.float32, 2 * dimension) if manifest.storage is Storage.INT8 else None
         vectors = None
         if manifest.kept_vectors:
-            shape = (manifest.ntotal, dimension)
-            vectors = ArrayRows(files[paths.vectors.name], np.dtype(manifest.kept_vectors), shape)
+            sums = files.get(paths.row_checksums.name)
+            vectors = ArrayRows(
+                files[paths.vectors.name],
+                np.dtype(manifest.kept_vectors),
+                (manifest.ntotal, dimension),
+                ArrayRows(sums, np.dtype(np.uint64), (manifest.ntotal, 1)) if sums else None,
+            )
         batch_checksums = None
         if paths.batch_checksums.name in files:
             batch_checksums = array(paths.batch_checksums, np.uint64, -(-manifest.ntotal // BATCH_ROWS))

@@ -141,7 +141,7 @@ def plan_build(embeddings: Embeddings | Path | str, output: Path | str, config: 
     _, lists_bytes = lay_out(np.full(training.nlist, -(-rows // training.nlist), np.int64), code_bytes)
     header, vector_bytes = lay_out_vectors(rows, dimension, str(config.keep_vectors or ""))
     passages_bytes, vectors_bytes = embeddings.passage_bytes(), len(header) + rows * vector_bytes
-    work_bytes = 4 * rows + training.nlist * (4 * dimension + 64) + (1 << 20)
+    work_bytes = 4 * rows + 8 * rows * bool(vectors_bytes) + training.nlist * (4 * dimension + 64) + (1 << 20)
     parameters = {
         "embeddings": embeddings.fingerprint(),
         "rows": rows,

@@ -35,6 +35,7 @@ from telerag_cli.files import (
     write_json,
 )
 from telerag_cli.index.artifact import FileInfo, IndexPaths, Manifest
+from telerag_cli.index.npy import row_checksums
 from telerag_cli.index.passages import batch_checksums
 from telerag_cli.progress import Progress, silent
 
@@ -227,7 +228,7 @@ def _shown(value: Any) -> Any:
 
 
 def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, progress: Progress = silent) -> None:
-    """Save the checksums of lists and of batches of passages, sum the files, and write the manifest last.
+    """Save the checksums of lists, batches of passages and kept vectors, sum the files, and write the manifest last.
 
     The manifest lacks ``files`` and ``balance`` still. `telerag_cli.index.verify.scan_lists` returns ``sums`` and
     ``whole``, the checksums of each list and of ``lists.bin``.
@@ -235,9 +236,12 @@ def seal(paths: IndexPaths, manifest: Manifest, sums: TableArray, whole: str, pr
     save_array(paths.checksums, sums)
     with progress("Summing passages", None):
         save_array(paths.batch_checksums, batch_checksums(paths.passages))
+    if manifest.kept_vectors:
+        with progress("Summing vectors", None):
+            save_array(paths.row_checksums, row_checksums(paths.vectors))
     others = [paths.centroids, paths.offsets, paths.checksums, paths.passages, paths.batch_checksums]
     others += [paths.quantizer] if manifest.storage is Storage.INT8 else []
-    others += [paths.vectors] if manifest.kept_vectors else []
+    others += [paths.vectors, paths.row_checksums] if manifest.kept_vectors else []
     with progress("Checking the other files", None):
         files = {path.name: FileInfo(path.stat().st_size, checksum(path)) for path in others}
     files[paths.lists.name] = FileInfo(paths.lists.stat().st_size, whole)
