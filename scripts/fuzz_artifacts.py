@@ -289,10 +289,11 @@ def write_embeddings(number: int, place: Path) -> None:
 def write_prepared(cache: Path, number: int, place: Path) -> None:
     """Prepare the same dataset with one of two limits, from a cache in which it has been fetched."""
     description = cache / "small.toml"
-    description.write_text(
-        'name = "small"\ntitle = ""\nwhat = ""\nhomepage = ""\nlicence = ""\nkind = "questions"\nparser = "flashrag"\n'
-        'split = "test"\n[[files]]\nname = "a.jsonl"\naddress = "http://127.0.0.1/a.jsonl"\n'
-    )
+    if not description.exists():
+        description.write_text(
+            'name = "small"\ntitle = ""\nwhat = ""\nhomepage = ""\nlicence = ""\nkind = "questions"\nparser = "flashrag"\n'
+            'split = "test"\n[[files]]\nname = "a.jsonl"\naddress = "http://127.0.0.1/a.jsonl"\n'
+        )
     cached = Cached.of(describe(str(description)), cache)
     data = b"".join(b'{"id": "%d", "question": "Who is %d?", "golden_answers": ["I"]}\n' % (n, n) for n in range(3000))
     if not cached.root.exists():

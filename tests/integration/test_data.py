@@ -413,8 +413,9 @@ def test_questions_of_a_file_for_a_benchmark(tmp_path):
         load_questions("dpr-wikipedia", tmp_path)
 
 
-def test_an_archive_that_unpacks_to_far_more_than_it_is_ends_early(sets):
-    body = made.lines(made.CORPUS) + "\n" * (300 << 20)
+def test_an_archive_that_unpacks_to_far_more_than_it_is_ends_early(sets, monkeypatch):
+    monkeypatch.setattr("telerag_cli.datasets.streams.MAX_ENTRY_CHARACTERS", 100_000)
+    body = made.lines(made.CORPUS) + (" " * 9_999 + "\n") * 2000
     path = sets.add("small", "beir", "small.zip", made.beir(corpus=body), kind="both")
     failed(sets.run("prepare", path), 1, "small.zip", "200 times")
 
