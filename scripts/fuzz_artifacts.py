@@ -291,7 +291,8 @@ def write_prepared(cache: Path, number: int, place: Path) -> None:
     description = cache / "small.toml"
     if not description.exists():
         description.write_text(
-            'name = "small"\ntitle = ""\nwhat = ""\nhomepage = ""\nlicence = ""\nkind = "questions"\nparser = "flashrag"\n'
+            'name = "small"\ntitle = ""\nwhat = ""\nhomepage = ""\nlicence = ""\nkind = "questions"\n'
+            'parser = "flashrag"\n'
             'split = "test"\n[[files]]\nname = "a.jsonl"\naddress = "http://127.0.0.1/a.jsonl"\n'
         )
     cached = Cached.of(describe(str(description)), cache)
