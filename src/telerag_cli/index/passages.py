@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import struct
 import threading
@@ -28,6 +29,7 @@ from telerag_cli.corpus.passages import Passage
 from telerag_cli.errors import ArtifactError
 from telerag_cli.files import HeldFile, read_exactly, wrap_os_error
 from telerag_cli.index.artifact import BATCH_ROWS
+from telerag_cli.text import TextError, parse_json
 
 REMEDY = "Check it with telerag inspect --verify, and build the index again."
 
@@ -103,6 +105,21 @@ class _Choices:
 _Column = _Strings | _Choices
 
 
+def _values(metadata: str) -> Any:
+    """The metadata of a passage; NaN and infinities, written before JSON was checked, are null."""
+    try:
+        return parse_json(metadata)
+    except TextError:
+        values = json.loads(metadata, parse_constant=lambda _name: None, parse_float=_finite)
+        parse_json(json.dumps(values))  # what nests too deep is not written to any output
+        return values
+
+
+def _finite(number: str) -> float | None:
+    value = float(number)
+    return value if math.isfinite(value) else None
+
+
 class Passages:
     """Passages by row number; the file is never loaded."""
 
@@ -155,7 +172,7 @@ class Passages:
         try:
             number, place = divmod(row, BATCH_ROWS)
             name, text, metadata = (self._text(column, place) for column in self._columns(number))
-            values = json.loads(metadata)
+            values = _values(metadata)
             if not isinstance(values, dict):
                 raise ValueError("its metadata is not an object")
             return Passage(name, text, values)
