@@ -40,7 +40,7 @@ from telerag_cli.embedding.encoder import Encoder, EncoderInfo
 from telerag_cli.embedding.job import embed
 from telerag_cli.embedding.shards import describe_shard, write_shard
 from telerag_cli.errors import TeleragError
-from telerag_cli.files import write_sealed_json
+from telerag_cli.files import HeldFolder, write_sealed_json
 from telerag_cli.index.artifact import Index
 from telerag_cli.index.build import build_index
 from telerag_cli.index.partial import publish
@@ -204,12 +204,17 @@ def swaps(folder: Path, sources: list[Path], count: int) -> Counter[str]:
     shutil.copytree(made[0], folder / "index")
 
     def publisher() -> None:
-        for root in itertools.cycle(reversed(made)):
+        for root in itertools.cycle([made[1], made[0]]):
             shutil.copytree(root, folder / "next")
             publish(folder / "next", folder / "index")
 
     process, outcomes, seen = fork.Process(target=publisher, daemon=True), Counter[str](), set()
+    first = HeldFolder(folder / "index")
+    seen.add(sample_index(folder / "index")[0])
     process.start()
+    while not first.replaced():
+        time.sleep(0.01)
+    seen.add(sample_index(folder / "index")[0])
     for _ in range(count):
         try:
             found = sample_index(folder / "index")

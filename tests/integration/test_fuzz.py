@@ -17,7 +17,7 @@ def test_damage_is_refused_or_harmless_and_of_two_writers_one_wins():
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
     assert len(result.stdout.splitlines()) == 7
     assert re.search("'refused': [0-9]{2}", result.stdout)
-    assert "'one index': 50, '(of 2 different ones)'" in result.stdout
+    assert "'one index': 50" in result.stdout
 
 
 def test_the_script_counts_what_should_not_be(tmp_path):
