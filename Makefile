@@ -15,10 +15,10 @@ help: ## say what each target does
 demo: $(READY) ## ask five questions of the Python documentation, with lookahead off and on
 	$(BIN)/telerag quickstart
 
-# Two processes, each with files of its own. OpenMP's threads sleep at barriers instead of spinning there, which would take the
+# Two processes, each with files of its own, the slow ones (e2e) first. OpenMP's threads sleep at barriers instead of spinning there, which would take the
 # cores from the other process.
 test: $(READY) ## run the tests, in two processes, and name the slowest
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 test-fast: $(READY) ## run those that need neither a model nor llama.cpp, in under a minute
 	PYTHONPATH=tests/support OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -p without_models -n 2 --dist loadfile -m "not model" tests/unit

@@ -222,9 +222,9 @@ def test_an_index_does_not_make_this_machine_ask_the_hub(monkeypatch, tmp_path):
         raise OSError("not in the cache")
 
     monkeypatch.setattr("telerag_cli.embedding.encoder.load_model", load)
-    monkeypatch.setattr("telerag_cli.engine.opening.Passages", SimpleNamespace(open=lambda path: None))
+    monkeypatch.setattr("telerag_cli.engine.opening.index_passages", lambda index: None)
     manifest = SimpleNamespace(embedder=SimpleNamespace(model="some/repository"))
-    index = SimpleNamespace(paths=SimpleNamespace(root=tmp_path, passages=tmp_path), manifest=manifest)
+    index = SimpleNamespace(paths=SimpleNamespace(root=tmp_path), manifest=manifest)
     with fails(ModelError, "some/repository", "--embedder some/repository"):
         open_index(index, None)
     with fails(ModelError, "some/repository"):
