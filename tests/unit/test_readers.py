@@ -320,6 +320,8 @@ def test_what_a_folder_holds_beside_the_corpus_is_counted(write, tmp_path, chunk
         "in/c.pdf": "x",
         "in/README": "x",
         "in/package.json": '{"name": "x"}',
+        "in/number.json": "5",
+        "in/nothing.json": "null",
         "in/answers.jsonl": '{"id": "1", "question": "q", "answer": "a", "passages": [], "timings": {}}',
         "in/emb/embeddings.json": '{"format": "telerag-embeddings"}',
         "in/emb/shard-00000.parquet": "PAR",
@@ -331,10 +333,10 @@ def test_what_a_folder_holds_beside_the_corpus_is_counted(write, tmp_path, chunk
     (tmp_path / "elsewhere/circle").symlink_to(tmp_path / "in")
     sources = find_sources([str(tmp_path / "in")], output=tmp_path / "in/new")
     assert [passage.id for passage in read_passages(sources, chunker)] == ["x", "x", "link/linked.txt#0"]
-    left_out = dict.fromkeys(["no suffix", ".json of one object", "answers of a run", "embeddings", "the output"], 1)
-    assert sources.notes.files == {".pdf": 2, **left_out}
+    left_out = dict.fromkeys(["no suffix", "answers of a run", "embeddings", "the output"], 1)
+    assert sources.notes.files == {".pdf": 2, ".json of one object": 3, **left_out}
     assert sources.notes.repeated == 1
-    assert sources.notes.lines()[0].startswith("Left out: 7 files (.pdf 2, ")
+    assert sources.notes.lines()[0].startswith("Left out: 9 files (.json of one object 3, .pdf 2, ")
 
 
 def test_every_trouble_is_named_in_one_pass(write, tmp_path, chunker):

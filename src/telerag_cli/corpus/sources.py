@@ -63,7 +63,6 @@ class Source:
         if self.path is None:
             return sys.stdin.buffer
         opener = COMPRESSED.get(self.path.suffix.lower())
-        # Standard errors name the system's reason, so the file is opened before it is decompressed.
         return cast("IO[bytes]", opener(self.path)) if opener else self.path.open("rb")
 
 
@@ -209,20 +208,14 @@ def _not_rows(path: Path) -> str | None:
             start = reader.read().lstrip()
     except (OSError, EOFError, UnicodeError):
         return None  # reading says what is wrong
-    if path.suffixes[:1] == [".json"] and not start.startswith("["):
-        first, rest = start.partition("\n")[::2]
-        try:
-            row = text.parse_json(first)
-        except text.TextError:
-            return ".json of one object"
-        if not rest.strip() and "text" not in row:
-            return ".json of one object"
+    first, _, rest = start.partition("\n")
     try:
-        row = text.parse_json(start.partition("\n")[0])
+        row = text.parse_json(first)
     except text.TextError:
-        return None
-    if isinstance(row, dict) and (
-        {"answer", "passages", "timings"} <= set(row) or {"custom_id", "response"} <= set(row)
-    ):
-        return "answers of a run"
-    return None
+        row = None
+    keys = set(row) if isinstance(row, dict) else set()
+    is_lines = bool(keys) and (bool(rest.strip()) or "text" in keys)
+    if path.suffixes[:1] == [".json"] and not start.startswith("[") and not is_lines:
+        return ".json of one object"
+    is_run = keys >= {"answer", "passages", "timings"} or keys >= {"custom_id", "response"}
+    return "answers of a run" if is_run else None
