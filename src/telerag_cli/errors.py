@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -97,6 +98,16 @@ class InternalError(TeleragError):
             remedy="Run telerag --debug ... for the traceback, and report it.",
         )
         self.__cause__ = error
+
+
+def invalid_fields(what: str, error: Any, remedy: str) -> ArtifactError:
+    """Return the error for a file whose fields are not what they should be; ``error`` is pydantic's `ValidationError`.
+
+    ``what`` is the beginning of the sentence, before the first field that is wrong and why.
+    """
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return ArtifactError(f"{what}: {where}: {first['msg'].lower()}.", remedy=remedy)
 
 
 @contextlib.contextmanager

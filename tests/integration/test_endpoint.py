@@ -10,24 +10,12 @@ import urllib.request
 import pytest
 
 from expect import fails
-from scripted_endpoint import ADDRESS, ask, event, refuse, run, scripted, stream, without_garbage
+from scripted_endpoint import ADDRESS, ask, event, refuse, run, stream
 from telerag_cli.errors import ModelError, UsageError
 from telerag_cli.llm import refusals as module
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 from telerag_cli.llm.shapes import Choice, Json, Lines
-
-
-@pytest.fixture(scope="module")
-def collected():
-    with without_garbage():
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch, collected):
-    with scripted(monkeypatch) as script:
-        yield script
 
 
 def test_everything_asked_is_passed_on(server):

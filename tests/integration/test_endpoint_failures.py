@@ -12,25 +12,13 @@ import pytest
 
 from doubles import answer_in_order
 from expect import fails
-from scripted_endpoint import ADDRESS, answer, ask, event, raw, refuse, run, scripted, stream, without_garbage
+from scripted_endpoint import ADDRESS, answer, ask, event, raw, refuse, run, stream
 from telerag_cli.config import PipelineName
 from telerag_cli.engine.batch import Outputs
 from telerag_cli.engine.questions import Question
 from telerag_cli.errors import ContextError, ModelError
 from telerag_cli.llm import refusals as module
 from telerag_cli.llm.endpoint import Endpoint
-
-
-@pytest.fixture(scope="module")
-def collected():
-    with without_garbage():
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch, collected):
-    with scripted(monkeypatch) as script:
-        yield script
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])

@@ -8,23 +8,11 @@ import threading
 import pytest
 
 from expect import fails
-from scripted_endpoint import answer, ask, event, raw, refuse, run, scripted, stream, without_garbage
+from scripted_endpoint import answer, ask, event, raw, refuse, run, stream
 from telerag_cli.errors import ModelError, ReasoningError
 from telerag_cli.llm.base import Message, Request
 from telerag_cli.llm.endpoint import Endpoint
 from telerag_cli.llm.shapes import Choice
-
-
-@pytest.fixture(scope="module")
-def collected():
-    with without_garbage():
-        yield
-
-
-@pytest.fixture
-def server(monkeypatch, collected):
-    with scripted(monkeypatch) as script:
-        yield script
 
 
 def picky(*refused, status=400):

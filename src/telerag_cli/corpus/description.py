@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from telerag_cli.errors import ArtifactError
+from telerag_cli.errors import ArtifactError, invalid_fields
 from telerag_cli.files import read_sealed_json
 
 FORMAT = "telerag-embeddings"
@@ -90,8 +90,4 @@ def check_description(description: dict[str, Any], path: Path) -> None:
     try:
         TypeAdapter(_Described).validate_json(json.dumps(description))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtifactError(
-            f"{path} is not a valid description: {where}: {first['msg'].lower()}.", remedy="Embed the corpus again."
-        ) from error
+        raise invalid_fields(f"{path} is not a valid description", error, "Embed the corpus again.") from error

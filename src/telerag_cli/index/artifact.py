@@ -38,7 +38,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from telerag_cli.arrays import ByteArray, FloatArray, IntArray, TableArray
 from telerag_cli.config import PAGE_BYTES, Metric, Storage
-from telerag_cli.errors import ArtifactError
+from telerag_cli.errors import ArtifactError, invalid_fields
 from telerag_cli.files import HeldFile, HeldFolder, checksum, read_sealed_json, wrap_os_error, write_sealed_json
 from telerag_cli.index.npy import AGAIN, ArrayRows, read_array
 
@@ -143,11 +143,7 @@ class Manifest:
         try:
             manifest = _reader().validate_json(json.dumps(raw))  # strict, and enumerations are texts in JSON
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ArtifactError(
-                f"{path} is not a valid manifest: {where}: {first['msg'].lower()}.", remedy="Build the index again."
-            ) from error
+            raise invalid_fields(f"{path} is not a valid manifest", error, "Build the index again.") from error
         manifest._check(path)
         return manifest
 

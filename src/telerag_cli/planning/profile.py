@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from telerag_cli.errors import ArtifactError
+from telerag_cli.errors import ArtifactError, invalid_fields
 from telerag_cli.files import cache_folder, read_json, write_json
 
 FORMAT, VERSION = "telerag-profile", 1
@@ -271,10 +271,7 @@ class Profile:
         try:
             return TypeAdapter(cls).validate_python(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            message = f"{path} is not a valid profile: {where}: {first['msg'].lower()}."
-            raise ArtifactError(message, remedy=AGAIN) from error
+            raise invalid_fields(f"{path} is not a valid profile", error, AGAIN) from error
 
     def check(self, identity: Identity, path: Path) -> None:
         """Refuse a profile of something else.
